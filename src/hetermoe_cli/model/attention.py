@@ -1,0 +1,89 @@
+"""The attention stage of one layer: attention, norms and the gate, everything but the experts."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hetermoe_cli.spec.model import ModelConfig
+
+Router = Literal["learned", "balanced"]
+
+
+class Routed(NamedTuple):
+    """What an attention stage hands on: T = B * S tokens, k choices each.
+
+    `hidden` [B, S, H] is the residual; `rows` [T, H] what experts read; `weights` [T, k] the combine weights
+    (they carry the gate's gradient); `experts` [T, k] the chosen experts, int64.
+    """
+
+    hidden: Tensor
+    rows: Tensor
+    weights: Tensor
+    experts: Tensor
+
+
+class AttentionBlock(nn.Module):
+    """Pre-norm GQA attention with RoPE, then the expert norm and the gate of one layer."""
+
+    def __init__(self, config: ModelConfig, router: Router = "learned") -> None:
+        super().__init__()
+        query, key = config.attention_heads * config.head_size, config.kv_heads * config.head_size
+        self.config, self.router = config, router
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
+        self.qkv = nn.Linear(config.hidden_size, query + 2 * key, bias=False)
+        self.out = nn.Linear(query, config.hidden_size, bias=False)
+        self.expert_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
+        self.gate = nn.Linear(config.hidden_size, config.experts, bias=False)
+
+    def forward(self, hidden: Tensor) -> Routed:
+        """hidden [B, S, H] -> Routed."""
+        hidden = hidden + self._attend(self.attention_norm(hidden))
+        normed = self.expert_norm(hidden)
+        weights, experts = self._route(normed)
+        return Routed(hidden, normed.flatten(0, 1), weights, experts)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        c = self.config
+        batch, length, _ = x.shape
+        sizes = [c.attention_heads * c.head_size, c.kv_heads * c.head_size, c.kv_heads * c.head_size]
+        query, key, value = (
+            part.view(batch, length, -1, c.head_size).transpose(1, 2) for part in self.qkv(x).split(sizes, dim=-1)
+        )
+        cos, sin = rope_table(length, c.head_size, c.rope_theta, x.device, x.dtype)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        groups = c.attention_heads // c.kv_heads
+        if groups > 1:
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return out
+
+    def _route(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Combine weights and experts, [T, k]. `balanced` forces equal loads and keeps the learned weights."""
+        c = self.config
+        batch, length, _ = normed.shape
+        scores = self.gate(normed).flatten(0, 1).softmax(dim=-1)
+        if self.router == "balanced":
+            slots = torch.arange(length * c.top_k, device=normed.device) % c.experts
+            experts = slots.view(length, c.top_k).repeat(batch, 1)
+            top = scores.gather(1, experts)
+        else:
+            top, experts = scores.topk(c.top_k, dim=-1)
+        return top / top.sum(dim=-1, keepdim=True), experts
+
+
+def rope_table(
+    length: int, head_size: int, theta: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [S, head_size / 2]."""
+    frequency = theta ** -(torch.arange(0, head_size, 2, device=device, dtype=torch.float64) / head_size)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float64), frequency)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on x [B, heads, S, head_size], halves convention (Hugging Face's rotate_half)."""
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)

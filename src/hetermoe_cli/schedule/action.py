@@ -1,0 +1,61 @@
+"""Action: one task of an iteration, with a text form that prints and parses (`3AF1`)."""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from hetermoe_cli.errors import UserError
+
+
+class Kind(StrEnum):
+    """What a task does. D and C are transfers, S is the gradient synchronisation, the others compute."""
+
+    ATTENTION = "A"  # combine of the layer before, attention, norms, gate
+    DISPATCH = "D"  # rows to the hosts of their experts; in backward, the rows' gradients back
+    EXPERT = "E"  # the local experts of one layer
+    COMBINE = "C"  # expert outputs back to their tokens; in backward, the outputs' gradients out
+    HEAD = "H"  # last combine, final norm, head, loss; in training its own backward at once
+    SYNCHRONISE = "S"  # all-reduce of the attending ranks' gradients, global norm
+    OPTIMIZER = "O"  # optimizer step
+
+
+class Pass(StrEnum):
+    """Forward or backward. A training head is B: it does both."""
+
+    FORWARD = "F"
+    BACKWARD = "B"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Action:
+    """`layer` `kind` `pass` `micro_batch`, printed in this order: `3AF1`. H, S and O carry layer 0."""
+
+    kind: Kind
+    direction: Pass
+    layer: int = 0
+    micro_batch: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.layer}{self.kind.value}{self.direction.value}{self.micro_batch}"
+
+    @property
+    def is_transfer(self) -> bool:
+        """Whether the task moves rows between ranks."""
+        return self.kind in (Kind.DISPATCH, Kind.COMBINE)
+
+    @property
+    def towards_experts(self) -> bool:
+        """Of a transfer: attending ranks send and hosts receive (forward dispatch, backward combine)."""
+        return (self.kind is Kind.DISPATCH) == (self.direction is Pass.FORWARD)
+
+
+_PATTERN = re.compile(r"(\d+)([ADECHSO])([FB])(\d+)")
+
+
+def parse_action(text: str) -> Action:
+    """Inverse of str(action); UserError on anything else."""
+    match = _PATTERN.fullmatch(text)
+    if not match:
+        raise UserError(f"schedule: {text!r} is no action; expected the form 3AF1 (layer, kind, pass, micro-batch)")
+    layer, kind, direction, micro_batch = match.groups()
+    return Action(Kind(kind), Pass(direction), int(layer), int(micro_batch))

@@ -1,0 +1,74 @@
+"""Lowering: compute orders -> Schedule, by adding every dispatch and combine with its senders and receivers."""
+
+from collections.abc import Callable
+
+from hetermoe_cli.schedule.action import Action, Kind, Pass
+from hetermoe_cli.schedule.schedule import Schedule
+from hetermoe_cli.schedule.zebra import training_order, validation_order
+from hetermoe_cli.spec.plan import Layout
+
+
+def training_schedule(layout: Layout) -> Schedule:
+    """One training iteration, with communication."""
+    return _lower(layout, training_order)
+
+
+def validation_schedule(layout: Layout) -> Schedule:
+    """One forward-only pass over R micro-batches, with communication."""
+    return _lower(layout, validation_order)
+
+
+def _lower(layout: Layout, order: Callable[[Layout, int], tuple[Action, ...]]) -> Schedule:
+    compute = tuple(order(layout, rank) for rank in range(layout.world_size))
+    attending = tuple(layout.attending)
+    transfers: list[Action] = []
+    senders: dict[Action, tuple[int, ...]] = {}
+    receivers: dict[Action, tuple[int, ...]] = {}
+    for action in _transfer_order(compute[attending[0]], layout.layers):
+        hosting = tuple(layout.hosting(action.layer))
+        if not hosting or hosting == attending and len(attending) == 1:
+            continue  # every row stays on its device
+        transfers.append(action)
+        senders[action], receivers[action] = (
+            (attending, hosting) if action.towards_experts else (hosting, attending)
+        )
+    return Schedule(compute, tuple(transfers), senders, receivers)
+
+
+def _transfer_order(order: tuple[Action, ...], layers: int) -> list[Action]:
+    """Transfers in the order of the attending ranks' stages.
+
+    All dispatches of a layer's micro-batches go before their combines: an attending rank that hosts experts runs
+    them after the layer's attention, so a combine placed earlier would hold up the dispatches behind it.
+    """
+    result: list[Action] = []
+    pending: list[Action] = []  # answers to the transfers sent since the last change of layer
+    key: tuple[Kind, Pass, int] | None = None
+    for action in order:
+        out = _sent_by(action, layers)
+        if out is None:
+            continue
+        if (action.kind, action.direction, action.layer) != key:
+            result += pending
+            pending = []
+            key = (action.kind, action.direction, action.layer)
+        result.append(out)
+        pending.append(_answer(out))
+    return result + pending
+
+
+def _sent_by(action: Action, layers: int) -> Action | None:
+    """The transfer towards the experts that follows an attending rank's stage."""
+    if action.kind is Kind.ATTENTION and action.direction is Pass.FORWARD:
+        return Action(Kind.DISPATCH, Pass.FORWARD, action.layer, action.micro_batch)
+    if action.kind is Kind.HEAD and action.direction is Pass.BACKWARD:
+        return Action(Kind.COMBINE, Pass.BACKWARD, layers - 1, action.micro_batch)
+    if action.kind is Kind.ATTENTION and action.layer > 0:
+        return Action(Kind.COMBINE, Pass.BACKWARD, action.layer - 1, action.micro_batch)
+    return None
+
+
+def _answer(transfer: Action) -> Action:
+    """The transfer back from the experts."""
+    kind = Kind.COMBINE if transfer.kind is Kind.DISPATCH else Kind.DISPATCH
+    return Action(kind, transfer.direction, transfer.layer, transfer.micro_batch)
