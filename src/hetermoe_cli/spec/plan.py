@@ -78,6 +78,11 @@ class Layout(Spec):
         return self.schedule.micro_batches
 
     @property
+    def micro_batches_alive(self) -> int:
+        """Micro-batches whose activations are kept at once: all of them, or one where they follow each other."""
+        return 1 if self.schedule.name == "sequential" else self.micro_batches
+
+    @property
     def sequences_per_micro_batch(self) -> int:
         """Sequences of one micro-batch over all ranks."""
         return sum(self.sequences_per_rank)

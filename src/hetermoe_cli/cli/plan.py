@@ -1,0 +1,5 @@
+"""`hetermoe plan`."""
+
+
+def plan() -> None:
+    """To be written."""

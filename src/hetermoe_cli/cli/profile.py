@@ -1,0 +1,5 @@
+"""`hetermoe profile`."""
+
+
+def profile() -> None:
+    """To be written."""

@@ -1,0 +1,5 @@
+"""`hetermoe simulate`."""
+
+
+def simulate() -> None:
+    """To be written."""

@@ -1,0 +1,5 @@
+"""`hetermoe train`."""
+
+
+def train() -> None:
+    """To be written."""

@@ -1,0 +1,99 @@
+"""Kernel curves: profile points -> seconds and saved bytes at any size."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hetermoe_cli.errors import UserError
+from hetermoe_cli.spec.profile import AttentionPoint, Timing
+
+
+class Cost(NamedTuple):
+    """Seconds forward and backward, and the bytes kept between them."""
+
+    forward: float
+    backward: float
+    saved_bytes: float
+
+
+class Curve:
+    """Monotone piecewise-linear curve through measured sizes.
+
+    Below the first size it follows the first segment (never below zero, and zero rows cost nothing), above the last
+    one the last segment; `covers` tells whether a size lies inside the measured range.
+    """
+
+    def __init__(self, sizes: Sequence[float], points: Sequence[Timing]) -> None:
+        self.sizes = list(sizes)
+        self._columns = [
+            _monotone([p.forward_seconds for p in points]),
+            _monotone([p.backward_seconds for p in points]),
+            _monotone([float(p.saved_bytes) for p in points]),
+        ]
+
+    def covers(self, size: float) -> bool:
+        """Whether `size` is interpolated rather than extended."""
+        return self.sizes[0] <= size <= self.sizes[-1]
+
+    def __call__(self, size: float) -> Cost:
+        if size <= 0:
+            return Cost(0.0, 0.0, 0.0)
+        return Cost(*(_interpolate(self.sizes, column, size) for column in self._columns))
+
+
+class AttentionCurve:
+    """Cost over the number of sequences at one sequence length.
+
+    Between two profiled lengths the time per token is interpolated linearly: exact for a + b * S per token.
+    """
+
+    def __init__(self, points: Sequence[AttentionPoint], sequence_length: int, source: str) -> None:
+        by_length: dict[int, list[AttentionPoint]] = {}
+        for point in points:
+            by_length.setdefault(point.sequence_length, []).append(point)
+        lengths = sorted(by_length)
+        if not lengths[0] <= sequence_length <= lengths[-1]:
+            raise UserError(
+                f"{source}: field attention: sequence length {sequence_length} is outside the profiled "
+                f"{lengths[0]}..{lengths[-1]}: profile it with --sequence-lengths {sequence_length}"
+            )
+        upper = lengths[bisect_left(lengths, sequence_length)]
+        lower = upper if upper == sequence_length else lengths[bisect_left(lengths, sequence_length) - 1]
+        self._curves = [(length, _curve(by_length[length])) for length in (lower, upper)]
+        self._share = 0.0 if upper == lower else (sequence_length - lower) / (upper - lower)
+        self._length = sequence_length
+
+    def covers(self, sequences: float) -> bool:
+        """Whether `sequences` is interpolated rather than extended."""
+        return all(curve.covers(sequences) for _, curve in self._curves)
+
+    def __call__(self, sequences: float) -> Cost:
+        (low, below), (high, above) = self._curves
+        first, second = below(sequences), above(sequences)
+        return Cost(
+            *(
+                self._length * ((1 - self._share) * a / low + self._share * b / high)
+                for a, b in zip(first, second, strict=True)
+            )
+        )
+
+
+def _curve(points: Sequence[AttentionPoint]) -> Curve:
+    return Curve([p.sequences for p in points], points)
+
+
+def _monotone(values: Sequence[float]) -> list[float]:
+    """Running maximum: noise must not make more work cheaper."""
+    result: list[float] = []
+    for value in values:
+        result.append(max(value, result[-1] if result else 0.0))
+    return result
+
+
+def _interpolate(sizes: Sequence[float], values: Sequence[float], size: float) -> float:
+    if len(sizes) == 1:
+        return values[0] * size / sizes[0]
+    index = min(max(bisect_left(sizes, size), 1), len(sizes) - 1)
+    low, high = sizes[index - 1], sizes[index]
+    slope = (values[index] - values[index - 1]) / (high - low)
+    return max(values[index - 1] + slope * (size - low), 0.0)
