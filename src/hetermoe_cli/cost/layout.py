@@ -22,7 +22,7 @@ class Load(Protocol):
 
 def balanced_load(cost: CostModel, layout: Layout) -> Load:
     """Every expert gets the same share of every rank's rows."""
-    rows = np.array([cost.rows_per_expert(sequences) for sequences in layout.sequences_per_rank])
+    rows = np.array([cost.rows_per_expert(sequences) for sequences in layout.sequences_per_rank], dtype=np.float64)
     matrix = np.repeat(rows[:, None], cost.model.experts, axis=1)
     return lambda layer, micro_batch: matrix
 
@@ -34,7 +34,8 @@ class RecordedLoad:
         self._counts, self._scale = counts, scale
 
     def __call__(self, layer: int, micro_batch: int) -> Matrix:
-        return self._counts[:, layer, micro_batch, :] * self._scale
+        scaled: Matrix = self._counts[:, layer, micro_batch, :].astype(np.float64) * self._scale
+        return scaled
 
 
 class LayoutCost:
@@ -47,6 +48,7 @@ class LayoutCost:
         self._cache: dict[tuple[object, ...], float] = {}
         self._transfers: dict[tuple[object, ...], TransferCost] = {}
         self._owner = self._hosts()
+        self._ports: dict[tuple[int, bool], tuple[int, ...]] = {}
 
     def _hosts(self) -> NDArray[np.float64]:
         """[layers, experts, world] one where the rank hosts the expert; replicated experts have no host."""
@@ -100,14 +102,27 @@ class LayoutCost:
         return attention.backward + (attention.forward if self.layout.schedule.recompute else 0.0)
 
     def transfer(self, action: Action) -> TransferCost:
-        """Seconds and ports of a dispatch or combine."""
+        """Seconds of a dispatch or combine, and the ports that the layout lets it use.
+
+        The ports do not depend on the rows, so that the order on every port is known before any row is counted.
+        """
         micro_batch = 0 if self._balanced else action.micro_batch
         key = (action.layer, micro_batch, action.towards_experts)
         if key not in self._transfers:
             rows = self._load(action.layer, micro_batch) @ self._owner[action.layer]
             sent = (rows if action.towards_experts else rows.T) * self.cost.row_bytes
-            self._transfers[key] = self.cost.network.transfer(sent)
+            seconds = self.cost.network.seconds(sent)
+            self._transfers[key] = TransferCost(seconds, self._static_ports(action))
         return self._transfers[key]
+
+    def _static_ports(self, action: Action) -> tuple[int, ...]:
+        key = (action.layer, action.towards_experts)
+        if key not in self._ports:
+            attends = np.array(self.layout.sequences_per_rank) > 0
+            hosts = self._owner[action.layer].any(axis=0)
+            pairs = np.outer(attends, hosts)
+            self._ports[key] = self.cost.network.ports(pairs if action.towards_experts else pairs.T)
+        return self._ports[key]
 
     @cached_property
     def synchronise_seconds(self) -> float:

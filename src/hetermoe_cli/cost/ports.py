@@ -52,17 +52,21 @@ class Network:
         """(seconds a byte, seconds of latency) of a port."""
         return float(self._byte_seconds[port]), float(self._latency[port])
 
-    def transfer(self, sent: Matrix) -> TransferCost:
-        """Cost of moving `sent[source, target]` bytes; the diagonal stays on its device and is free."""
+    def seconds(self, sent: Matrix) -> float:
+        """Seconds to move `sent[source, target]` bytes; the diagonal stays on its device and is free."""
         mask = self._mask & (sent > 0)
         amounts = sent[mask]
         load = np.bincount(self.out_port[mask], amounts, self.count)
         load += np.bincount(self.in_port[mask], amounts, self.count)
         used = np.flatnonzero(load)
         if not len(used):
-            return TransferCost(0.0, ())
-        seconds = load[used] * self._byte_seconds[used] + self._latency[used]
-        return TransferCost(float(seconds.max()), tuple(used.tolist()))
+            return 0.0
+        return float((load[used] * self._byte_seconds[used] + self._latency[used]).max())
+
+    def ports(self, pairs: NDArray[np.bool_]) -> tuple[int, ...]:
+        """Ports of messages between the (source, target) pairs that are set."""
+        mask = self._mask & pairs
+        return tuple(np.union1d(self.out_port[mask], self.in_port[mask]).tolist())
 
     def all_reduce_seconds(self, ranks: Sequence[int], size: float) -> float:
         """Ring all-reduce of `size` bytes: 2 (m - 1) / m of them over the slowest link, 2 (m - 1) latencies.
