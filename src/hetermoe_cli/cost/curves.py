@@ -38,7 +38,13 @@ class Curve:
     def __call__(self, size: float) -> Cost:
         if size <= 0:
             return Cost(0.0, 0.0, 0.0)
-        return Cost(*(_interpolate(self.sizes, column, size) for column in self._columns))
+        if len(self.sizes) == 1:
+            return Cost(*(column[0] * size / self.sizes[0] for column in self._columns))
+        index = min(max(bisect_left(self.sizes, size), 1), len(self.sizes) - 1)
+        low, high = self.sizes[index - 1], self.sizes[index]
+        share = (size - low) / (high - low)
+        forward, backward, saved = (c[index - 1] + share * (c[index] - c[index - 1]) for c in self._columns)
+        return Cost(max(forward, 0.0), max(backward, 0.0), max(saved, 0.0))
 
 
 class AttentionCurve:
@@ -88,12 +94,3 @@ def _monotone(values: Sequence[float]) -> list[float]:
     for value in values:
         result.append(max(value, result[-1] if result else 0.0))
     return result
-
-
-def _interpolate(sizes: Sequence[float], values: Sequence[float], size: float) -> float:
-    if len(sizes) == 1:
-        return values[0] * size / sizes[0]
-    index = min(max(bisect_left(sizes, size), 1), len(sizes) - 1)
-    low, high = sizes[index - 1], sizes[index]
-    slope = (values[index] - values[index - 1]) / (high - low)
-    return max(values[index - 1] + slope * (size - low), 0.0)

@@ -63,7 +63,7 @@ class LayoutCost:
         """Rows of each local expert, in the order of layout.local_experts."""
         rows = self._load(layer, micro_batch)
         placement = self.layout.placement[layer]
-        hosted = [float(rows[:, expert].sum()) for expert in placement.experts[rank]]
+        hosted: list[float] = rows[:, placement.experts[rank]].sum(axis=0).tolist()
         if not self.layout.sequences_per_rank[rank]:
             return hosted
         return hosted + [float(rows[rank, expert]) for expert in placement.replicated]

@@ -20,9 +20,11 @@ class ExpertGroup(nn.Module):
 
     def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """rows [T, H], the first counts[0] for the first expert and so on -> outputs [T, H]."""
+        # unbind, not indexing: its backward writes one stacked gradient instead of one per expert
+        weights = zip(self.gate_up.unbind(), self.down.unbind(), strict=True)
         parts = [
-            self._expert(part, self.gate_up[i], self.down[i])
-            for i, part in enumerate(rows.split(list(counts)))
+            self._expert(part, gate_up, down)
+            for part, (gate_up, down) in zip(rows.split(list(counts)), weights, strict=True)
             if len(part)
         ]
         return torch.cat(parts) if parts else rows

@@ -1,0 +1,276 @@
+"""Checkpoint files: one safetensors shard per rank and a JSON manifest, keyed by layout-independent names.
+
+A save has three phases with a barrier between them, which the caller provides: every rank calls `write_shard`, then
+rank 0 calls `finish`. Until `finish` renames the folder, as its last act, no reader sees it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hetermoe_cli.errors import UserError
+from hetermoe_cli.model.training_state import training_shapes
+from hetermoe_cli.spec.base import NonNegativeInt, PositiveInt, Spec
+from hetermoe_cli.spec.files import SpecT, parse, read_text, write_atomic
+from hetermoe_cli.spec.model import ModelConfig
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+_UNFINISHED, _REPLACED = ".tmp", ".old"
+_OTHER_CHECKPOINT = "resume from another checkpoint or restore this one from a copy"
+
+
+class TensorInfo(Spec):
+    """Shape and torch dtype name of a stored tensor."""
+
+    shape: tuple[NonNegativeInt, ...]
+    dtype: str
+
+
+class Shard(Spec):
+    """One file of a checkpoint, and what is in it."""
+
+    file: str
+    sha256: str
+    size_bytes: NonNegativeInt
+    tensors: dict[str, TensorInfo]
+
+
+class CheckpointState(Spec):
+    """What a checkpoint records beside tensors; `step` counts finished optimizer steps, `extra` is plain JSON."""
+
+    step: NonNegativeInt
+    data_digest: str
+    model: ModelConfig
+    world_size: PositiveInt
+    extra: dict[str, Any] = Field(default_factory=dict)
+
+
+class Manifest(CheckpointState):
+    """manifest.json."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    schema_version: Literal[1] = 1
+    files: list[Shard]
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every stored tensor by name."""
+        return {name: info for shard in self.files for name, info in shard.tensors.items()}
+
+
+def step_folder(run_folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` optimizer steps lies."""
+    return run_folder / f"step-{step:08d}"
+
+
+def write_shard(folder: Path, rank: int, tensors: Mapping[str, Tensor]) -> None:
+    """Write one rank's tensors (possibly none) beside the future `folder`; UserError if the disk refuses."""
+    unfinished = _unfinished(folder)
+    path = unfinished / f"rank-{rank:05d}.safetensors"
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with _disk_errors(path):
+        unfinished.mkdir(parents=True, exist_ok=True)
+        # An interrupted save may have left a sidecar, which must not vouch for a half-written file.
+        path.with_suffix(".json").unlink(missing_ok=True)
+        save_file(plain, path)
+        _sync(path)
+        shard = Shard(
+            file=path.name,
+            sha256=_file_sha256(path),
+            size_bytes=path.stat().st_size,
+            tensors={name: TensorInfo(shape=tuple(t.shape), dtype=_dtype_name(t)) for name, t in plain.items()},
+        )
+        write_atomic(path.with_suffix(".json"), shard.model_dump_json())
+
+
+def finish(folder: Path, state: CheckpointState, keep: int = 2) -> None:
+    """Turn the shards of ranks 0..world_size-1 into the checkpoint `folder`, the new `latest`; keep the last `keep`.
+
+    UserError if a shard is missing, or the shards do not hold every tensor exactly once: then nothing has changed.
+    """
+    unfinished = _unfinished(folder)
+    shards = [_read_sidecar(unfinished, rank) for rank in range(state.world_size)]
+    manifest = Manifest(**dict(state), files=shards)
+    _refuse_difference(unfinished, manifest)
+    with _disk_errors(folder):
+        write_atomic(unfinished / MANIFEST, manifest.model_dump_json(indent=1))
+        wanted = {MANIFEST, *(shard.file for shard in shards)}
+        for stray in [path for path in unfinished.iterdir() if path.name not in wanted]:
+            stray.unlink()
+        _sync(unfinished)
+        _swap_in(unfinished, folder)
+        write_atomic(folder.parent / LATEST, folder.name + "\n")
+        _sync(folder.parent)
+        _prune(folder, keep)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished checkpoint, complete for its model; UserError otherwise."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{path}: missing, so {folder} is no finished checkpoint: {_OTHER_CHECKPOINT}")
+    manifest = _read_json(Manifest, path)
+    _refuse_difference(path, manifest)
+    return manifest
+
+
+def find_latest(run_folder: Path) -> Path | None:
+    """The newest finished checkpoint of a run, None if there is none; UserError if `latest` names one that is gone."""
+    pointer = run_folder / LATEST
+    if not pointer.is_file():
+        # The first save may have been cut off after its folder was renamed into place.
+        return max(_finished(run_folder), default=None)
+    name = read_text(pointer).strip()
+    for folder in (run_folder / name, run_folder / (name + _REPLACED)):
+        if name and (folder / MANIFEST).is_file():
+            return folder
+    raise UserError(f"{pointer}: names the checkpoint {name!r}, which is not there: restore it or write another name")
+
+
+def load_tensors(folder: Path, names: set[str]) -> dict[str, Tensor]:
+    """The tensors called `names`, on the CPU, from the shards that hold them; each of those is verified.
+
+    UserError if a name is not in the checkpoint, or a shard is missing or not what was written.
+    """
+    manifest = read_manifest(folder)
+    unknown = sorted(names - manifest.tensors().keys())
+    if unknown:
+        raise UserError(f"{folder / MANIFEST}: {_some(unknown)} not in this checkpoint: use the model it was made with")
+    result: dict[str, Tensor] = {}
+    for shard in manifest.files:
+        here = names & shard.tensors.keys()
+        if here:
+            result |= _read_shard(folder / shard.file, shard, here)
+    return result
+
+
+def _read_shard(path: Path, shard: Shard, names: set[str]) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"{path}: missing: {_OTHER_CHECKPOINT}")
+    with _disk_errors(path, _OTHER_CHECKPOINT):
+        size = path.stat().st_size
+        if size != shard.size_bytes:
+            raise UserError(f"{path}: truncated ({size} bytes, {shard.size_bytes} were written): {_OTHER_CHECKPOINT}")
+        if _file_sha256(path) != shard.sha256:
+            raise UserError(f"{path}: corrupt (its sha256 is not the manifest's): {_OTHER_CHECKPOINT}")
+        with safe_open(path, framework="pt") as file:
+            if set(file.keys()) != shard.tensors.keys():
+                raise UserError(f"{path}: holds other tensors than the manifest says: {_OTHER_CHECKPOINT}")
+            result = {name: file.get_tensor(name) for name in sorted(names)}
+    for name, tensor in result.items():
+        if TensorInfo(shape=tuple(tensor.shape), dtype=_dtype_name(tensor)) != shard.tensors[name]:
+            raise UserError(f"{path}: {name} has another shape or dtype than the manifest says: {_OTHER_CHECKPOINT}")
+    return result
+
+
+def _read_sidecar(unfinished: Path, rank: int) -> Shard:
+    path = unfinished / f"rank-{rank:05d}.json"
+    if not path.is_file():
+        raise UserError(f"{path}: rank {rank} wrote no shard here: put the run folder where all ranks can write")
+    shard = _read_json(Shard, path)
+    data = unfinished / shard.file
+    if not data.is_file() or data.stat().st_size != shard.size_bytes:
+        raise UserError(f"{data}: not the {shard.size_bytes} bytes that rank {rank} wrote: check the disk, save again")
+    return shard
+
+
+def _read_json(cls: type[SpecT], path: Path) -> SpecT:
+    try:
+        data = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}: malformed JSON ({error.msg}): {_OTHER_CHECKPOINT}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(data).__name__}: {_OTHER_CHECKPOINT}")
+    return parse(cls, data, str(path))
+
+
+def _refuse_difference(path: Path, manifest: Manifest) -> None:
+    """UserError unless every tensor that the manifest's model needs is stored once, in its shape, and nothing else."""
+    stored = manifest.tensors()
+    expected = training_shapes(manifest.model)
+    times = Counter(name for shard in manifest.files for name in shard.tensors)
+    problems = {
+        "missing": sorted(expected.keys() - stored.keys()),
+        "surplus": sorted(stored.keys() - expected.keys()),
+        "stored twice": sorted(name for name, count in times.items() if count > 1),
+        "of the wrong shape": sorted(n for n, t in stored.items() if t.shape != expected.get(n, t.shape)),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise UserError(f"{path}: {_some(found)} {problem} for model {manifest.model.name!r}: {_OTHER_CHECKPOINT}")
+
+
+def _swap_in(unfinished: Path, folder: Path) -> None:
+    """Rename into place; a finished checkpoint of the same name survives any failure, at worst as NAME.old."""
+    replaced = folder.with_name(folder.name + _REPLACED)
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+    try:
+        unfinished.rename(folder)
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(folder)
+        raise
+
+
+def _prune(newest: Path, keep: int) -> None:
+    """Delete finished checkpoints beyond the last `keep` written, and what interrupted saves left."""
+    others = [folder for folder in _finished(newest.parent) if folder != newest]
+    by_age = sorted(others, key=lambda folder: (folder / MANIFEST).stat().st_mtime_ns, reverse=True)
+    left_over = [path for end in (_UNFINISHED, _REPLACED) for path in newest.parent.glob(f"step-*{end}")]
+    for folder in by_age[max(keep - 1, 0) :] + left_over:
+        # Without its manifest a half-deleted folder is not taken for a checkpoint.
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+def _finished(run_folder: Path) -> list[Path]:
+    ends = (_UNFINISHED, _REPLACED)
+    return [p.parent for p in run_folder.glob(f"step-*/{MANIFEST}") if not p.parent.name.endswith(ends)]
+
+
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(folder.name + _UNFINISHED)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"tensor {names[0]!r}{more}"
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _disk_errors(path: Path, advice: str = "free space or check permissions, then resume") -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path}: {reason}: {advice}") from error

@@ -1,0 +1,90 @@
+"""Weights and AdamW state by layout-independent name: out of a module, and back into any other split of the model."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hetermoe_cli.errors import UserError
+from hetermoe_cli.model.transformer import Transformer, named_tensors, parameter_slices
+from hetermoe_cli.spec.model import ModelConfig
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of the model by name; allocates nothing."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in named_tensors(Transformer(config)).items()}
+
+
+def training_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """`expected_shapes` plus the AdamW state: the full set of tensors in a checkpoint."""
+    return {full: shape for name, shape in expected_shapes(config).items() for full in _with_moments(name)}
+
+
+def training_names(parts: nn.Module) -> set[str]:
+    """Names of all that `restore_training` needs for `parts`."""
+    return {full for name in parameter_slices(parts) for full in _with_moments(name)}
+
+
+def training_tensors(parts: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """NAME, NAME@exp_avg and NAME@exp_avg_sq of every parameter; zeros for state that no step has made yet."""
+    result: dict[str, Tensor] = {}
+    for name, (parameter, index) in parameter_slices(parts).items():
+        state = optimizer.state.get(parameter, {})
+        whole = [parameter, *(state.get(moment, torch.zeros_like(parameter)) for moment in _MOMENTS)]
+        for full, tensor in zip(_with_moments(name), whole, strict=True):
+            result[full] = _part(tensor, index)
+    return result
+
+
+def restore_training(
+    parts: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], step: int
+) -> None:
+    """The inverse of `training_tensors` after `step` optimizer steps, into this module's own split of the experts.
+
+    UserError, with nothing changed, if `tensors` are not exactly `training_names(parts)` in shape and dtype.
+    """
+    slices = parameter_slices(parts)
+    _refuse_difference(parts, tensors)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = _fresh_state(parameter, step, on_device=group["fused"] or group["capturable"])
+    with torch.no_grad():
+        for name, (parameter, index) in slices.items():
+            state = optimizer.state[parameter]
+            whole = [parameter, *(state[moment] for moment in _MOMENTS)]
+            for full, tensor in zip(_with_moments(name), whole, strict=True):
+                _part(tensor, index).copy_(tensors[full])
+
+
+def _fresh_state(parameter: Tensor, step: int, on_device: bool) -> dict[str, Tensor]:
+    """What AdamW itself makes at its first step, with the count at `step`."""
+    count = torch.tensor(float(step), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+    moments = {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in _MOMENTS}
+    return {"step": count, **moments}
+
+
+def _refuse_difference(parts: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for name, own in named_tensors(parts).items():
+        for full in _with_moments(name):
+            found = tensors.get(full)
+            if found is None:
+                raise UserError(f"checkpoint: tensor {full!r} is missing: resume with the model it was made with")
+            if (found.shape, found.dtype) != (own.shape, own.dtype):
+                raise UserError(
+                    f"checkpoint: tensor {full!r} is {found.dtype} {list(found.shape)}, this run needs {own.dtype} "
+                    f"{list(own.shape)}: resume with the model and the precision it was made with"
+                )
+    surplus = sorted(tensors.keys() - training_names(parts))
+    if surplus:
+        raise UserError(f"checkpoint: tensor {surplus[0]!r} has no place on this rank: load only what it holds")
+
+
+def _with_moments(name: str) -> tuple[str, ...]:
+    return (name, *(f"{name}@{moment}" for moment in _MOMENTS))
+
+
+def _part(tensor: Tensor, index: int | None) -> Tensor:
+    return tensor.detach() if index is None else tensor.detach()[index]

@@ -1,0 +1,59 @@
+"""Mesh: this rank's place, its device and the process groups it talks through."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from hetermoe_cli.errors import UserError
+from hetermoe_cli.spec.plan import Layout
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Groups: one per transfer direction, so that the two never wait for each other; one of the attending ranks.
+
+    `attending` is None on ranks that do not attend.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    to_experts: dist.ProcessGroup
+    from_experts: dist.ProcessGroup
+    attending: dist.ProcessGroup | None
+
+
+def join(layout: Layout, accelerator: str) -> Mesh:
+    """Join the launcher's process group (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment).
+
+    UserError if the launcher started another number of workers than the plan has ranks.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != layout.world_size:
+        raise UserError(
+            f"world size is {world_size}, the plan has {layout.world_size} ranks: "
+            f"start exactly {layout.world_size} workers or plan for {world_size} devices"
+        )
+    device = torch.device("cpu")
+    if accelerator == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    everyone = list(range(world_size))
+    to_experts, from_experts = dist.new_group(everyone), dist.new_group(everyone)
+    attending = dist.new_group(layout.attending)
+    rank = dist.get_rank()
+    return Mesh(
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        to_experts=to_experts,
+        from_experts=from_experts,
+        attending=attending if rank in layout.attending else None,
+    )

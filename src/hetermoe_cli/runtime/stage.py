@@ -1,0 +1,130 @@
+"""Stages: the model cut at every border between attention and experts, each with its own small autograd graph.
+
+A stage's inputs are detached leaves, so its backward stops at its border and nothing is propagated twice
+(the paper's "stop at the attention outputs"). With recompute a stage keeps its inputs and reruns in backward.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hetermoe_cli.model.attention import Routed
+from hetermoe_cli.model.moe import ExpertGroup, combine
+from hetermoe_cli.model.transformer import DenseModel
+
+
+class Border(NamedTuple):
+    """What crosses from layer l's attention to the next stage: leaves of the next stage's graph.
+
+    hidden [B, S, H], outputs [T, k, H] (experts' outputs in token order), weights [T, k].
+    """
+
+    hidden: Tensor
+    outputs: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, routed: Routed, outputs: Tensor, grad: bool) -> "Border":
+        """Detached leaves."""
+        leaves = (routed.hidden, outputs, routed.weights)
+        return cls(*(leaf.detach().requires_grad_(grad) for leaf in leaves))
+
+    def combined(self) -> Tensor:
+        """[B, S, H] residual plus weighted expert outputs."""
+        return combine(self.hidden, self.outputs, self.weights)
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the leaves after the next stage's backward."""
+        hidden, outputs, weights = (leaf.grad for leaf in self)
+        assert hidden is not None and outputs is not None and weights is not None
+        return hidden, outputs, weights
+
+
+@dataclass
+class AttentionStage:
+    """One attention stage of one micro-batch: its way in, and its outputs while the graph lives."""
+
+    inputs: Border | Tensor  # tokens [B, S] for the first layer
+    routed: Routed
+    run: Callable[[], Routed]
+    kept: bool
+
+    @classmethod
+    def forward(cls, dense: DenseModel, layer: int, inputs: Border | Tensor, recompute: bool) -> "AttentionStage":
+        """Run the stage; grad mode decides whether a graph is built."""
+
+        def run() -> Routed:
+            hidden = inputs.combined() if isinstance(inputs, Border) else dense.embedding(inputs)
+            return dense.stage(layer, hidden)
+
+        kept = torch.is_grad_enabled() and not recompute
+        with torch.set_grad_enabled(kept):
+            routed = run()
+        return cls(inputs, routed, run, kept)
+
+    @property
+    def border(self) -> Border:
+        """The border that this stage read (not of the first layer)."""
+        assert isinstance(self.inputs, Border)
+        return self.inputs
+
+    def backward(self, hidden: Tensor, rows: Tensor, weights: Tensor) -> Tensor | None:
+        """Propagate the gradients of routed.hidden, .rows and .weights.
+
+        Returns the gradient of the previous layer's expert outputs [T, k, H], None for the first layer.
+        """
+        routed = self.routed if self.kept else self.run()
+        torch.autograd.backward([routed.hidden, routed.rows, routed.weights], [hidden, rows, weights])
+        return self.inputs.gradients()[1] if isinstance(self.inputs, Border) else None
+
+
+class ExpertParts(nn.Module):
+    """One layer's experts on one rank: hosted ones, then replicated ones (kept apart: only these are all-reduced)."""
+
+    def __init__(self, hosted: ExpertGroup, replicated: ExpertGroup) -> None:
+        super().__init__()
+        self.hosted, self.replicated = hosted, replicated
+
+    def forward(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """rows [M, H] grouped by local expert -> outputs [M, H]."""
+        border = len(self.hosted.ids)
+        split = sum(counts[:border])
+        if not self.replicated.ids:
+            return self.hosted(rows, counts)  # type: ignore[no-any-return]
+        first, second = rows[:split], rows[split:]
+        return torch.cat([self.hosted(first, counts[:border]), self.replicated(second, counts[border:])])
+
+
+@dataclass
+class ExpertStage:
+    """One expert stage of one micro-batch."""
+
+    rows: Tensor
+    outputs: Tensor
+    run: Callable[[], Tensor]
+    kept: bool
+
+    @classmethod
+    def forward(cls, parts: ExpertParts, rows: Tensor, counts: list[int], recompute: bool) -> "ExpertStage":
+        """rows [M, H] grouped by expert."""
+        leaf = rows.detach().requires_grad_(torch.is_grad_enabled())
+
+        def run() -> Tensor:
+            return parts(leaf, counts)  # type: ignore[no-any-return]
+
+        kept = torch.is_grad_enabled() and not recompute
+        with torch.set_grad_enabled(kept):
+            outputs = run()
+        return cls(leaf, outputs, run, kept)
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        """Gradient of the outputs [M, H] -> gradient of the rows [M, H]."""
+        if not len(self.rows):
+            return gradient
+        outputs = self.outputs if self.kept else self.run()
+        torch.autograd.backward([outputs], [gradient])
+        assert self.rows.grad is not None
+        return self.rows.grad

@@ -1,0 +1,119 @@
+"""Trainer: one optimizer step of the whole world, seen from one rank: engine, gradients, optimizer, validation."""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hetermoe_cli.model.attention import Router
+from hetermoe_cli.model.data import Batches
+from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
+from hetermoe_cli.runtime.clock import Clock
+from hetermoe_cli.runtime.engine import Engine
+from hetermoe_cli.runtime.gradients import Gradients
+from hetermoe_cli.runtime.mesh import Mesh
+from hetermoe_cli.runtime.parts import Parts, build_parts
+from hetermoe_cli.schedule.lower import training_schedule, validation_schedule
+from hetermoe_cli.schedule.zebra import OPTIMIZER, SYNCHRONISE
+from hetermoe_cli.spec.model import ModelConfig
+from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.spec.train import TrainSpec
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Equal on all ranks. `loss` in nats a token; `expert_rows` [layers, experts] rows of the whole batch."""
+
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    expert_rows: NDArray[np.float64]
+    stop: bool
+
+
+class Trainer:
+    """Owns this rank's parts, their gradients and their optimizer."""
+
+    def __init__(
+        self, layout: Layout, train: TrainSpec, mesh: Mesh, batches: Batches, parts: Parts, engine: Engine
+    ) -> None:
+        self.layout, self.train, self.mesh, self.batches, self.parts = layout, train, mesh, batches, parts
+        self.engine = engine
+        self.optimizer = make_optimizer(parts, train)
+        self.gradients = Gradients(parts.shared_parameters(), parts.own_parameters(), mesh)
+        self.clock = Clock(mesh.rank)
+        self.stop_requested = False
+        self._schedule = training_schedule(layout)
+        self._validation = validation_schedule(layout)
+        self._first = sum(layout.sequences_per_rank[: mesh.rank])
+
+    @classmethod
+    def build(
+        cls,
+        model: ModelConfig,
+        layout: Layout,
+        train: TrainSpec,
+        mesh: Mesh,
+        batches: Batches,
+        precision: str,
+        seed: int,
+        router: Router = "learned",
+    ) -> "Trainer":
+        """Build parts and engine for `model` under `layout`."""
+        parts = build_parts(model, layout, mesh, precision, seed, router)
+        return cls(layout, train, mesh, batches, parts, Engine(layout, mesh, parts, model.hidden_size))
+
+    def step(self, step: int, record: bool = False) -> StepResult:
+        """One iteration: forward, backward, synchronisation, clipping, AdamW. `record` keeps its spans."""
+        self.gradients.zero()
+        self.clock.begin_step(step, record)
+        tokens = self._tokens(self.batches)
+        self.engine.run(self._schedule, partial(self._batch, self.batches, step), 1 / tokens, self.clock)
+        result = self._synchronise(step, tokens)
+        began = time.monotonic()
+        self.gradients.clip(result.gradient_norm, self.train.gradient_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = result.learning_rate
+        self.optimizer.step()
+        self.clock.compute(OPTIMIZER, began, 0.0)
+        return result
+
+    def validate(self, batches: Batches, count: int) -> float:
+        """Mean loss in nats a token over the first `count` global batches; equal on all ranks."""
+        total = torch.zeros(1, dtype=torch.float64, device=self.mesh.device)
+        for step in range(count):
+            self.engine.run(self._validation, partial(self._batch, batches, step), 0.0, Clock(self.mesh.rank))
+            total += self.engine.loss
+        torch.distributed.all_reduce(total)
+        return float(total) / (count * self._tokens(batches))
+
+    def _synchronise(self, step: int, tokens: int) -> StepResult:
+        began = time.monotonic()
+        self.clock.synchronising()
+        layers, experts = self.layout.layers, self.layout.experts
+        figures = torch.zeros(2 + layers * experts, dtype=torch.float64)
+        figures[0], figures[1] = self.engine.loss / tokens, float(self.stop_requested)
+        figures[2:] = torch.from_numpy(self.engine.counts.sum(axis=1).astype(np.float64)).flatten()
+        total, norm = self.gradients.reduce(figures.to(self.mesh.device))
+        self.clock.synchronised(SYNCHRONISE, began)
+        total = total.cpu()
+        return StepResult(
+            loss=float(total[0]),
+            gradient_norm=norm,
+            learning_rate=learning_rate(self.train, step),
+            expert_rows=total[2:].numpy().reshape(layers, experts),
+            stop=bool(total[1] > 0),
+        )
+
+    def _tokens(self, batches: Batches) -> int:
+        """Tokens of a global batch."""
+        sequences = self.layout.sequences_per_micro_batch * self.layout.micro_batches
+        return sequences * batches.sequence_length
+
+    def _batch(self, batches: Batches, step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
+        start = micro_batch * self.layout.sequences_per_micro_batch + self._first
+        return batches.sequences(step, start, start + self.layout.sequences_per_rank[self.mesh.rank])

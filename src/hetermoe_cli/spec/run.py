@@ -1,0 +1,81 @@
+"""RunSpec (run.yaml): the plan plus the resolved options. A worker reads this file and nothing else."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from hetermoe_cli.spec.base import NonNegativeInt, PositiveFloat, PositiveInt, Spec
+from hetermoe_cli.spec.model import ModelConfig
+from hetermoe_cli.spec.plan import Plan
+from hetermoe_cli.spec.profile import Precision
+
+
+class Emulation(Spec):
+    """The plan's model is nominal: costs are read for it. `executed` is what really runs, stretched to those costs.
+
+    Nominal rows of an action = real rows x nominal tokens / real tokens; all seconds are multiplied by `time_scale`.
+    """
+
+    executed: ModelConfig
+    sequence_length: PositiveInt
+    time_scale: PositiveFloat
+
+
+class RunSpec(Spec):
+    """One training run. Paths are absolute; `sources` empty means the default corpus."""
+
+    kind: Literal["run"] = "run"
+    schema_version: Literal[1] = 1
+    plan: Plan
+    folder: str
+    sources: list[str] = Field(default_factory=list)
+    corpus_sha256: str
+    validation_share: PositiveFloat = Field(default=0.05, lt=1)
+    precision: Precision
+    router: Literal["learned", "balanced"] = "learned"
+    steps: PositiveInt
+    resume_from: str | None = None
+    checkpoint_every: NonNegativeInt = 0
+    keep_checkpoints: PositiveInt = 2
+    validate_every: NonNegativeInt = 0
+    validation_batches: PositiveInt = 4
+    trace_steps: NonNegativeInt = 5
+    threads_per_rank: PositiveInt = 1
+    emulation: Emulation | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunSpec":
+        if self.emulation:
+            nominal, executed = self.plan.inputs.model, self.emulation.executed
+            for field in ("layers", "experts", "top_k"):
+                if getattr(nominal, field) != getattr(executed, field):
+                    raise ValueError(
+                        f"emulation.executed.{field} is {getattr(executed, field)}, "
+                        f"the plan's model has {getattr(nominal, field)}"
+                    )
+        return self
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model that is really trained."""
+        return self.emulation.executed if self.emulation else self.plan.inputs.model
+
+    @property
+    def sequence_length(self) -> int:
+        """The sequence length that is really trained."""
+        return self.emulation.sequence_length if self.emulation else self.plan.inputs.train.sequence_length
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens really trained on per step."""
+        return self.plan.inputs.train.global_batch_sequences * self.sequence_length
+
+    @property
+    def row_scale(self) -> float:
+        """Nominal rows per real row."""
+        return self.plan.inputs.train.sequence_length / self.sequence_length
+
+    @property
+    def time_scale(self) -> float:
+        """Seconds of the run per nominal second."""
+        return self.emulation.time_scale if self.emulation else 1.0

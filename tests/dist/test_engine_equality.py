@@ -1,0 +1,148 @@
+"""The engine equals the plain single-device model: loss and every gradient, over several optimizer steps."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from workers import run_workers
+
+from hetermoe_cli.model.data import Batches
+from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
+from hetermoe_cli.model.transformer import Transformer, initialise, named_tensors, parameter_slices
+from hetermoe_cli.spec.model import ModelConfig
+from hetermoe_cli.spec.plan import LayerPlacement, Layout, ScheduleChoice
+from hetermoe_cli.spec.train import TrainSpec
+
+STEPS, LENGTH = 3, 12
+MODEL = ModelConfig(
+    name="test", layers=3, hidden_size=16, ffn_size=24, attention_heads=4, kv_heads=2, head_size=4,
+    experts=6, top_k=2, vocab_size=256, initializer_range=0.2,
+)  # fmt: skip
+
+
+@dataclass
+class Case:
+    """A layout by name: sequences per rank and micro-batch, experts per rank (cyclic over layers), replicated."""
+
+    sequences: list[int]
+    placement: list[LayerPlacement]
+    micro_batches: int = 2
+    schedule: str = "zebra"
+    recompute: bool = False
+    router: str = "learned"
+
+    @property
+    def layout(self) -> Layout:
+        choice = ScheduleChoice(name=self.schedule, micro_batches=self.micro_batches, recompute=self.recompute)
+        return Layout(schedule=choice, sequences_per_rank=self.sequences, placement=self.placement)
+
+
+def hosts(*experts: list[int], replicated: tuple[int, ...] = ()) -> list[LayerPlacement]:
+    return [LayerPlacement(experts=list(experts), replicated=list(replicated))] * MODEL.layers
+
+
+MIXED = [
+    LayerPlacement(experts=[[5], [], [0, 1, 2], [3, 4]]),
+    LayerPlacement(experts=[[], [], [0, 2, 4], [1, 3, 5]]),
+    LayerPlacement(experts=[[0], [1], [5], [4]], replicated=[2, 3]),
+]
+CASES = {
+    "1+1 R=1": Case([8, 0], hosts([], list(range(6))), 1),
+    "1+1 R=2": Case([4, 0], hosts([], list(range(6))), 2),
+    "1+1 R=4": Case([2, 0], hosts([], list(range(6))), 4),
+    "1+1 recompute": Case([4, 0], hosts([], list(range(6))), 2, recompute=True),
+    "1+1 sequential": Case([4, 0], hosts([], list(range(6))), 2, schedule="sequential"),
+    "1+1 balanced router": Case([4, 0], hosts([], list(range(6))), 2, router="balanced"),
+    "1+1 all replicated": Case([4, 0], hosts([], [], replicated=tuple(range(6))), 2),
+    "2+1": Case([2, 2, 0], hosts([], [], list(range(6))), 2),
+    "2+1 uneven sequences": Case([3, 1, 0], hosts([], [], list(range(6))), 2),
+    "3+1": Case([2, 1, 1, 0], hosts([], [], [], list(range(6))), 2),
+    "2+2 R=1": Case([4, 4, 0, 0], hosts([], [], [0, 1, 2], [3, 4, 5]), 1),
+    "2+2 R=2": Case([2, 2, 0, 0], hosts([], [], [0, 1, 2], [3, 4, 5]), 2),
+    "2+2 R=4": Case([1, 1, 0, 0], hosts([], [], [4, 1, 2], [3, 0, 5]), 4),
+    "2+2 experts on attending ranks": Case([2, 2, 0, 0], hosts([0], [1], [2, 3], [4, 5]), 2),
+    "2+2 mixed, replicated, recompute": Case([3, 1, 0, 0], MIXED, 2, recompute=True),
+    "2+2 old device attends": Case([2, 1, 1, 0], MIXED, 2),
+    "EP 2": Case([2, 2], hosts([0, 1, 2], [3, 4, 5]), 2),
+    "EP 4 uneven": Case([1, 1, 1, 1], hosts([0, 1], [2, 3], [4], [5]), 2),
+    "EP 2 sequential": Case([2, 2], hosts([0, 1, 2], [3, 4, 5]), 2, schedule="sequential"),
+    "left out": Case([4, 0, 0], hosts([], list(range(6)), []), 2),
+}  # fmt: skip
+TRAIN = TrainSpec(sequence_length=LENGTH, global_batch_sequences=8, steps=STEPS, warmup_steps=1, learning_rate=0.01)
+
+
+def batches() -> Batches:
+    tokens = np.random.default_rng(0).integers(0, 256, 4000).astype(np.uint8)
+    return Batches(tokens, LENGTH, 8, seed=1)
+
+
+def starve(parts: torch.nn.Module) -> None:
+    """Make the gate of layer 0 never choose expert 0: an expert that gets no token."""
+    with torch.no_grad():
+        for name, tensor in named_tensors(parts).items():
+            if name == "layers.0.gate.weight":
+                tensor[0] = 0
+                tensor[1:] *= 10
+
+
+def gradients(parts: torch.nn.Module) -> dict[str, np.ndarray]:
+    result = {}
+    for name, (parameter, index) in parameter_slices(parts).items():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        result[name] = (grad if index is None else grad[index]).numpy().copy()
+    return result
+
+
+def reference(router: str) -> list[tuple[float, float, dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    """Per step: loss, gradient norm, clipped gradients, weights after the step."""
+    torch.set_num_threads(1)
+    model = Transformer(MODEL, router).double()
+    initialise(model, MODEL, seed=3)
+    starve(model)
+    optimizer, data, result = make_optimizer(model, TRAIN), batches(), []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = model(*data.sequences(step, 0, 8)) / (8 * LENGTH)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), TRAIN.gradient_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(TRAIN, step)
+        found = gradients(model)
+        optimizer.step()
+        result.append((loss.item(), norm.item(), found, {k: v.numpy().copy() for k, v in named_tensors(model).items()}))
+    return result
+
+
+def work(rank: int, case: Case):
+    from hetermoe_cli.runtime.mesh import join
+    from hetermoe_cli.runtime.trainer import Trainer
+
+    layout = case.layout
+    mesh = join(layout, "cpu")
+    trainer = Trainer.build(MODEL, layout, TRAIN, mesh, batches(), "fp64", seed=3, router=case.router)
+    starve(trainer.parts)
+    result = []
+    for step in range(STEPS):
+        found = trainer.step(step)
+        weights = {k: v.numpy().copy() for k, v in named_tensors(trainer.parts).items()}
+        result.append((found.loss, found.gradient_norm, gradients(trainer.parts), weights))
+    return result
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_single_device_reference(name: str) -> None:
+    case = CASES[name]
+    expected = reference(case.router)
+    ranks = run_workers(len(case.sequences), work, case)
+    for step, (loss, norm, wanted_gradients, wanted_weights) in enumerate(expected):
+        seen: set[str] = set()
+        for rank in ranks:
+            assert rank[step][0] == pytest.approx(loss, abs=1e-12)
+            assert rank[step][1] == pytest.approx(norm, rel=1e-12)
+            for name, gradient in rank[step][2].items():
+                np.testing.assert_allclose(gradient, wanted_gradients[name], rtol=0, atol=1e-12, err_msg=name)
+                seen.add(name)
+            for name, weight in rank[step][3].items():
+                np.testing.assert_allclose(weight, wanted_weights[name], rtol=0, atol=1e-9, err_msg=name)
+        assert seen == wanted_gradients.keys()

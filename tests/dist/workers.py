@@ -1,0 +1,56 @@
+"""Start real gloo processes for a test: forked from a server that has torch loaded, joined over loopback."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "hetermoe_cli.runtime.engine"])
+
+
+def run_workers(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    """function(rank, *args) in `world_size` processes; their results by rank. A failure fails the test."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes, processes = [], []
+    for rank in range(world_size):
+        mine, theirs = _context.Pipe()
+        process = _context.Process(target=_work, args=(theirs, rank, world_size, port, function, args), daemon=True)
+        process.start()
+        pipes.append(mine)
+        processes.append(process)
+    try:
+        results = [pipe.recv() if pipe.poll(timeout) else (False, "no answer in time") for pipe in pipes]
+    finally:
+        for process in processes:
+            process.join(1)
+            process.kill()
+    failures = [f"rank {rank}: {value}" for rank, (good, value) in enumerate(results) if not good]
+    assert not failures, "\n".join(failures)
+    return [value for _, value in results]
+
+
+def _work(pipe: Any, rank: int, world_size: int, port: int, function: Callable[..., Any], args: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        pipe.send((True, function(rank, *args)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+        os._exit(1)  # a lane may be blocked in gloo: no orderly exit
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
