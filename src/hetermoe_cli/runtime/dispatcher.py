@@ -17,7 +17,7 @@ class LayerMap:
 
     def __init__(self, layout: Layout, layer: int, rank: int) -> None:
         self.rank, self.world_size = rank, layout.world_size
-        self.hosted = [experts for experts in layout.placement[layer].experts]
+        self.hosted = list(layout.placement[layer].experts)
         self.replicated = layout.placement[layer].replicated
         self.attends = bool(layout.sequences_per_rank[rank])
         self.local = layout.local_experts(layer, rank)

@@ -22,7 +22,11 @@ TOLERANCE_SECONDS = 0.002
 
 
 class EmulatedClock(Clock):
-    """Stretches this rank's tasks. `overruns` counts tasks whose real work took longer than their target."""
+    """Stretches this rank's tasks.
+
+    `overruns` counts tasks whose real work ended after their target, `overrun_seconds` by how much in all,
+    `stretched_seconds` sums the targets' durations.
+    """
 
     def __init__(self, run: RunSpec, schedule: Schedule, rank: int) -> None:
         """Collective: all ranks open the board together."""
@@ -36,7 +40,7 @@ class EmulatedClock(Clock):
         self._sends = {action for action in schedule.transfers if rank in schedule.senders[action]}
         self._now = 0.0
         self.tasks = self.overruns = 0
-        self.overrun_seconds = 0.0
+        self.overrun_seconds = self.stretched_seconds = 0.0
         self._ends: dict[Action, float] = {}
         self._cost = LayoutCost(self._model, self._layout)
 
@@ -74,6 +78,7 @@ class EmulatedClock(Clock):
     def _finish(self, action: Action, start: float, target: float) -> None:
         """Sleep until the target; an overrun moves the clock on."""
         self.tasks += 1
+        self.stretched_seconds += target - start
         late = time.monotonic() - target
         if late < 0:
             time.sleep(-late)

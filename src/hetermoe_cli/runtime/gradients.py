@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hetermoe_cli.runtime.mesh import Mesh
+from hetermoe_cli.runtime.mesh import Mesh, peer_errors
 
 
 class Gradients:
@@ -45,7 +45,8 @@ class Gradients:
         Returns (summed figures, global gradient norm).
         """
         if self._mesh.attending is not None and self._flat.numel():
-            dist.all_reduce(self._flat, group=self._mesh.attending)
+            with peer_errors():
+                dist.all_reduce(self._flat, group=self._mesh.attending)
         square = torch.zeros(1, dtype=torch.float64, device=self._mesh.device)
         attends = self._mesh.attending is not None
         if attends and dist.get_rank(self._mesh.attending) == 0:  # one copy of what all attending ranks share
@@ -53,7 +54,8 @@ class Gradients:
         for gradient in self._own_gradients:
             square += gradient.double().square().sum()
         total = torch.cat([square, figures])
-        dist.all_reduce(total)
+        with peer_errors():
+            dist.all_reduce(total)
         return total[1:], float(total[0].sqrt())
 
     def clip(self, norm: float, limit: float) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hetermoe_cli.runtime.mesh import Mesh
+from hetermoe_cli.runtime.mesh import Mesh, peer_errors
 from hetermoe_cli.schedule.action import Action
 from hetermoe_cli.schedule.schedule import Schedule
 
@@ -120,5 +120,6 @@ def exchange(group: dist.ProcessGroup, sends: dict[int, Tensor], receives: dict[
         dist.P2POp(dist.irecv, tensor, peer, group) for peer, tensor in sorted(receives.items()) if tensor.numel()
     ]
     if operations:
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
+        with peer_errors():
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()

@@ -1,6 +1,8 @@
 """Mesh: this rank's place, its device and the process groups it talks through."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -11,6 +13,19 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.plan import Layout
 
 TIMEOUT = timedelta(minutes=10)
+
+
+class PeerLost(Exception):
+    """Another rank is gone: this one can only leave."""
+
+
+@contextmanager
+def peer_errors() -> Iterator[None]:
+    """Around collective or point-to-point calls: their failure means that a peer died."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(f"lost a peer: {str(error).splitlines()[0]}") from error
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,9 @@ class Border(NamedTuple):
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the leaves after the next stage's backward."""
         hidden, outputs, weights = (leaf.grad for leaf in self)
-        assert hidden is not None and outputs is not None and weights is not None
+        assert hidden is not None
+        assert outputs is not None
+        assert weights is not None
         return hidden, outputs, weights
 
 

@@ -1,8 +1,8 @@
 """Action: one task of an iteration, with a text form that prints and parses (`3AF1`)."""
 
 import re
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from hetermoe_cli.errors import UserError
 
@@ -26,8 +26,7 @@ class Pass(StrEnum):
     BACKWARD = "B"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Action:
+class Action(NamedTuple):
     """`layer` `kind` `pass` `micro_batch`, printed in this order: `3AF1`. H, S and O carry layer 0."""
 
     kind: Kind
@@ -36,7 +35,7 @@ class Action:
     micro_batch: int = 0
 
     def __str__(self) -> str:
-        return f"{self.layer}{self.kind.value}{self.direction.value}{self.micro_batch}"
+        return f"{self.layer}{self.kind}{self.direction}{self.micro_batch}"
 
     @property
     def is_transfer(self) -> bool:
@@ -47,6 +46,11 @@ class Action:
     def towards_experts(self) -> bool:
         """Of a transfer: attending ranks send and hosts receive (forward dispatch, backward combine)."""
         return (self.kind is Kind.DISPATCH) == (self.direction is Pass.FORWARD)
+
+    @property
+    def answer(self) -> "Action":
+        """Of a transfer: the one that goes the other way for the same rows."""
+        return self._replace(kind=Kind.COMBINE if self.kind is Kind.DISPATCH else Kind.DISPATCH)
 
 
 _PATTERN = re.compile(r"(\d+)([ADECHSO])([FB])(\d+)")

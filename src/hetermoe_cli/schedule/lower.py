@@ -26,12 +26,10 @@ def _lower(layout: Layout, order: Callable[[Layout, int], tuple[Action, ...]]) -
     receivers: dict[Action, tuple[int, ...]] = {}
     for action in _transfer_order(compute[attending[0]], layout.layers):
         hosting = tuple(layout.hosting(action.layer))
-        if not hosting or hosting == attending and len(attending) == 1:
+        if not hosting or (hosting == attending and len(attending) == 1):
             continue  # every row stays on its device
         transfers.append(action)
-        senders[action], receivers[action] = (
-            (attending, hosting) if action.towards_experts else (hosting, attending)
-        )
+        senders[action], receivers[action] = (attending, hosting) if action.towards_experts else (hosting, attending)
     return Schedule(compute, tuple(transfers), senders, receivers)
 
 
@@ -45,15 +43,16 @@ def _transfer_order(order: tuple[Action, ...], layers: int) -> list[Action]:
     pending: list[Action] = []  # answers to the transfers sent since the last change of layer
     key: tuple[Kind, Pass, int] | None = None
     for action in order:
-        out = _sent_by(action, layers)
-        if out is None:
+        if action.kind not in (Kind.ATTENTION, Kind.HEAD):
             continue
         if (action.kind, action.direction, action.layer) != key:
             result += pending
             pending = []
             key = (action.kind, action.direction, action.layer)
-        result.append(out)
-        pending.append(_answer(out))
+        out = _sent_by(action, layers)
+        if out:
+            result.append(out)
+            pending.append(out.answer)
     return result + pending
 
 
@@ -66,9 +65,3 @@ def _sent_by(action: Action, layers: int) -> Action | None:
     if action.kind is Kind.ATTENTION and action.layer > 0:
         return Action(Kind.COMBINE, Pass.BACKWARD, action.layer - 1, action.micro_batch)
     return None
-
-
-def _answer(transfer: Action) -> Action:
-    """The transfer back from the experts."""
-    kind = Kind.COMBINE if transfer.kind is Kind.DISPATCH else Kind.DISPATCH
-    return Action(kind, transfer.direction, transfer.layer, transfer.micro_batch)

@@ -161,19 +161,21 @@ def _from_hugging_face(path: Path) -> ModelConfig:
     rope = data.get("rope_parameters") or {}
     values = {ours: data[theirs] for theirs, ours in _HUGGING_FACE_FIELDS.items() if data.get(theirs) is not None}
     values.setdefault("rope_theta", rope.get("rope_theta", 1e6))
-    if "head_size" not in values and {"hidden_size", "attention_heads"} <= values.keys():
-        values["head_size"] = values["hidden_size"] // values["attention_heads"]
+    hidden, heads = values.get("hidden_size"), values.get("attention_heads")
+    if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        values.setdefault("head_size", hidden // heads)
     name = Path(str(data.get("_name_or_path") or path.parent.resolve().name)).name or "model"
     return parse(ModelConfig, {"name": name, **values}, str(path))
 
 
 def _refuse_unsupported(path: Path, data: dict[str, Any]) -> None:
-    rope_type = (data.get("rope_parameters") or data.get("rope_scaling") or {}).get("rope_type", "default")
+    scaling = data.get("rope_scaling") or {}
     unsupported = {
         "hidden_act": data.get("hidden_act", "silu") != "silu",
         "sliding_window": data.get("sliding_window") is not None,
         "tie_word_embeddings": bool(data.get("tie_word_embeddings", False)),
-        "rope_parameters": rope_type != "default",
+        "rope_parameters": (data.get("rope_parameters") or {}).get("rope_type", "default") != "default",
+        "rope_scaling": scaling.get("rope_type", scaling.get("type", "default")) != "default",
     }
     for field, refused in unsupported.items():
         if refused:

@@ -223,9 +223,7 @@ class Plan(Spec):
     @property
     def layout(self) -> Layout:
         """What the engine runs."""
-        return Layout(
-            schedule=self.schedule, sequences_per_rank=self.sequences_per_rank, placement=self.placement
-        )
+        return Layout(schedule=self.schedule, sequences_per_rank=self.sequences_per_rank, placement=self.placement)
 
     def verify(self, source: str) -> None:
         """UserError if an input was edited after planning, so that its hash no longer matches."""

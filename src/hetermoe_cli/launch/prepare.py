@@ -1,0 +1,133 @@
+"""From a plan and options to a RunSpec: everything is checked here, before a single worker starts."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hetermoe_cli.errors import UserError
+from hetermoe_cli.launch.preflight import check_devices, check_precision
+from hetermoe_cli.model.checkpoint import find_latest
+from hetermoe_cli.model.data import VOCAB_SIZE, Batches, load_corpus
+from hetermoe_cli.runtime.recorder import METRICS
+from hetermoe_cli.runtime.saving import CHECKPOINTS, check_resumable
+from hetermoe_cli.spec.files import load
+from hetermoe_cli.spec.model import ModelConfig
+from hetermoe_cli.spec.plan import Plan
+from hetermoe_cli.spec.profile import Precision
+from hetermoe_cli.spec.run import Emulation, RunSpec
+
+SHORTEST_EMULATED_SECONDS = 0.013  # below about 2 ms real work overruns its target; four processes share few cores
+
+
+@dataclass(frozen=True)
+class EmulateOptions:
+    """What an emulated run really trains. None: a small model of the plan's layers, experts and top-k."""
+
+    executed: ModelConfig | None = None
+    sequence_length: int = 64
+    time_scale: float | None = None
+    precision: Precision = "fp32"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of `hetermoe train` after parsing."""
+
+    folder: Path
+    sources: list[Path] = field(default_factory=list)
+    steps: int | None = None
+    router: str = "learned"
+    checkpoint_every: int = 0
+    validate_every: int = 0
+    validation_batches: int = 4
+    trace_steps: int = 5
+    resume: bool = False
+    emulate: EmulateOptions | None = None
+
+
+def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
+    """Check everything that can be checked without workers; UserError names the first problem. Writes nothing."""
+    plan = load(Plan, plan_path)
+    plan.verify(str(plan_path))
+    emulation = _emulation(plan, options.emulate) if options.emulate else None
+    precision = options.emulate.precision if options.emulate else plan.inputs.train.precision
+    check_precision(precision)
+    if not emulation:
+        check_devices(plan)
+    corpus = load_corpus(options.sources or None)
+    run = RunSpec(
+        plan=plan,
+        folder=str(options.folder.resolve()),
+        sources=[str(source.resolve()) for source in options.sources],
+        corpus_sha256=corpus.digest,
+        precision=precision,
+        router="balanced" if options.router == "balanced" else "learned",
+        steps=options.steps or plan.inputs.train.steps,
+        resume_from=_resume_point(options),
+        checkpoint_every=options.checkpoint_every,
+        validate_every=options.validate_every,
+        validation_batches=options.validation_batches,
+        trace_steps=options.trace_steps,
+        emulation=emulation,
+    )
+    _check_text(run, corpus.source, corpus.train, corpus.validation)
+    if run.resume_from:
+        check_resumable(run, Path(run.resume_from))
+    return run
+
+
+def _check_text(run: RunSpec, source: str, *parts) -> None:  # type: ignore[no-untyped-def]
+    if run.model.vocab_size < VOCAB_SIZE:
+        raise UserError(
+            f"model {run.model.name}: field vocab_size: bytes need {VOCAB_SIZE}, found {run.model.vocab_size}"
+        )
+    for part in parts:
+        Batches(part, run.sequence_length, run.plan.inputs.train.global_batch_sequences, 0, source)
+
+
+def _resume_point(options: TrainOptions) -> str | None:
+    folder = options.folder
+    if options.resume:
+        latest = find_latest(folder / CHECKPOINTS)
+        if latest is None:
+            raise UserError(f"{folder}: no checkpoint to resume from: start without --resume")
+        return str(latest.resolve())
+    if (folder / METRICS).exists():
+        raise UserError(f"{folder}: holds a run already: continue it with --resume, or name another --run-folder")
+    return None
+
+
+def _emulation(plan: Plan, options: EmulateOptions) -> Emulation:
+    executed = options.executed or small_model(plan.inputs.model)
+    scale = options.time_scale or SHORTEST_EMULATED_SECONDS / _shortest_task_seconds(plan)
+    return Emulation(executed=executed, sequence_length=options.sequence_length, time_scale=scale)
+
+
+def small_model(nominal: ModelConfig) -> ModelConfig:
+    """A model of the same layers, experts and top-k that a few CPU cores train quickly."""
+    return ModelConfig(
+        name=f"{nominal.name}-executed",
+        layers=nominal.layers,
+        hidden_size=64,
+        ffn_size=224,
+        attention_heads=4,
+        kv_heads=2,
+        head_size=16,
+        experts=nominal.experts,
+        top_k=nominal.top_k,
+        vocab_size=VOCAB_SIZE,
+    )
+
+
+def _shortest_task_seconds(plan: Plan) -> float:
+    """Shortest attention or expert task of the plan, in nominal seconds."""
+    from hetermoe_cli.cost import CostModel, LayoutCost
+    from hetermoe_cli.schedule.action import Kind
+    from hetermoe_cli.schedule.zebra import training_order
+
+    cost = LayoutCost(CostModel(plan.inputs), plan.layout)
+    return min(
+        cost.seconds(rank, action)
+        for rank in range(plan.layout.world_size)
+        for action in training_order(plan.layout, rank)
+        if action.kind in (Kind.ATTENTION, Kind.EXPERT)
+    )

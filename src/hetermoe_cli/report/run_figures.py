@@ -1,0 +1,108 @@
+"""Figures of a finished run: metrics, expert loads, and the prediction that replays the recorded loads."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import RecordedLoad
+from hetermoe_cli.errors import UserError
+from hetermoe_cli.runtime.recorder import METRICS, STATUS, load_path
+from hetermoe_cli.simulator import simulate
+from hetermoe_cli.spec.files import load, read_text
+from hetermoe_cli.spec.run import RunSpec
+from hetermoe_cli.trace import Trace
+
+WARM_UP_STEPS = 2
+REPLAYED_STEPS = 20
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """Seconds are the run's own (an emulated run's are nominal x time_scale); medians over steps after the warm-up.
+
+    `predicted_seconds` assumes a balanced router; `replayed_seconds` replays the expert rows that were recorded.
+    """
+
+    steps: int
+    first_loss: float
+    last_loss: float
+    validation_loss: float | None
+    measured_seconds: float
+    predicted_seconds: float
+    replayed_seconds: float
+    tokens_per_second: float
+    expert_imbalance: float
+    emulated: bool
+    emulation_valid: bool | None
+    overruns: int | None
+    time_scale: float
+    router: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return dict(vars(self))
+
+
+def read_run(folder: Path) -> RunSpec:
+    """run.yaml of a run folder."""
+    return load(RunSpec, folder / "run.yaml")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl; UserError if there is none."""
+    path = folder / METRICS
+    return [json.loads(line) for line in read_text(path).splitlines()]
+
+
+def recorded_loads(run: RunSpec) -> NDArray[np.int64]:
+    """[steps, world, layers, micro-batches, experts] rows, zero where a rank does not attend."""
+    layout = run.plan.layout
+    shape = (run.steps, layout.world_size, layout.layers, layout.micro_batches, layout.experts)
+    result = np.zeros(shape, np.int64)
+    for rank in layout.attending:
+        result[:, rank] = np.load(load_path(Path(run.folder), rank), mmap_mode="r", allow_pickle=False)
+    return result
+
+
+def replay(run: RunSpec, counts: NDArray[np.integer[Any]]) -> Trace:
+    """Simulate one step with the rows that were recorded in it; nominal seconds."""
+    cost = CostModel(run.plan.inputs)
+    return simulate(LayoutCost(cost, run.plan.layout, RecordedLoad(counts, run.row_scale)))
+
+
+def figures(folder: Path) -> RunFigures:
+    """Read a run folder; UserError if it holds no finished step."""
+    run = read_run(folder)
+    metrics = read_metrics(folder)
+    steps = [line for line in metrics if line["event"] == "step"]
+    if not steps:
+        raise UserError(f"{folder / METRICS}: no finished step")
+    timed = steps[WARM_UP_STEPS:] or steps
+    loads = recorded_loads(run)
+    chosen = [line["step"] for line in timed][-REPLAYED_STEPS:]
+    replayed = median(replay(run, loads[step]).seconds for step in chosen) * run.time_scale
+    validation = [line["loss"] for line in metrics if line["event"] == "validation"]
+    status = json.loads(read_text(folder / STATUS)) if (folder / STATUS).exists() else {}
+    measured = median(line["iteration_seconds"] for line in timed)
+    return RunFigures(
+        steps=len(steps),
+        first_loss=steps[0]["loss"],
+        last_loss=steps[-1]["loss"],
+        validation_loss=validation[-1] if validation else None,
+        measured_seconds=measured,
+        predicted_seconds=run.plan.predicted.iteration_seconds * run.time_scale,
+        replayed_seconds=replayed,
+        tokens_per_second=run.tokens_per_step / measured,
+        expert_imbalance=median(line["expert_imbalance"] for line in timed),
+        emulated=run.emulation is not None,
+        emulation_valid=status.get("emulation_valid"),
+        overruns=status.get("overruns"),
+        time_scale=run.time_scale,
+        router=run.router,
+    )

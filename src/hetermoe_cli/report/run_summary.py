@@ -1,0 +1,63 @@
+"""What `hetermoe train` prints: the dry run, and the summary at the end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from hetermoe_cli.report.run_figures import RunFigures, figures
+from hetermoe_cli.spec.run import RunSpec
+
+
+def print_dry_run(run: RunSpec, as_json: bool) -> None:
+    """Exactly what would run: the workers' command and environment, then run.yaml."""
+    from hetermoe_cli.launch.local import command, environment
+
+    what: dict[str, Any] = {
+        "workers": run.plan.layout.world_size,
+        "command": command(run),
+        "environment": environment(run),
+        "run": run.model_dump(mode="json"),
+    }
+    print(json.dumps(what) if as_json else yaml.safe_dump(what, sort_keys=False, width=120, default_flow_style=None))
+
+
+def print_summary(folder: Path, as_json: bool) -> None:
+    """Figures of the finished run on stdout."""
+    found = figures(folder)
+    if as_json:
+        print(json.dumps({"folder": str(folder), **found.as_dict()}))
+        return
+    Console().print(summary_table(found, str(folder)))
+
+
+def summary_table(found: RunFigures, title: str) -> Table:
+    """Two columns; says where seconds are emulated."""
+    kind = "emulated" if found.emulated else "measured"
+    table = Table("what", "value", title=title, title_justify="left")
+    table.add_row("steps", str(found.steps))
+    table.add_row(
+        "training loss, first and last step (nats a token)", f"{found.first_loss:.3f} -> {found.last_loss:.3f}"
+    )
+    if found.validation_loss is not None:
+        table.add_row("validation loss (nats a token)", f"{found.validation_loss:.3f}")
+    table.add_row(f"iteration, {kind} (median)", f"{found.measured_seconds * 1e3:.1f} ms")
+    table.add_row(
+        "iteration, predicted for a balanced router", _against(found.predicted_seconds, found.measured_seconds)
+    )
+    table.add_row(
+        "iteration, predicted from the recorded loads", _against(found.replayed_seconds, found.measured_seconds)
+    )
+    table.add_row(f"tokens/s, {kind}", f"{found.tokens_per_second:,.0f}")
+    table.add_row("expert load, hottest over mean", f"{found.expert_imbalance:.2f}")
+    if found.emulated:
+        valid = "valid" if found.emulation_valid else "INVALID: real work did not keep up with the targets"
+        table.add_row(f"emulation (time scale {found.time_scale:.3g})", f"{valid}, {found.overruns} overruns")
+    return table
+
+
+def _against(predicted: float, measured: float) -> str:
+    return f"{predicted * 1e3:.1f} ms ({(measured / predicted - 1) * 100:+.1f} %)"

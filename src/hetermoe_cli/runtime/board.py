@@ -1,0 +1,82 @@
+"""Board: a memory-mapped file on which the ranks of an emulated run (one machine) post times and row counts.
+
+A stamp is valid for the step that is written after it. Two banks alternate, so that a rank which is a step ahead
+overwrites nothing that another still reads.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from hetermoe_cli.runtime.mesh import PeerLost
+from hetermoe_cli.schedule.action import Action
+from hetermoe_cli.spec.plan import Layout
+
+_POLL_SECONDS = 0.0002
+_POLLS_PER_CHECK = 500
+_BANKS = 2
+
+
+class Board:
+    """Stamps [bank, task, world] in seconds and counts [bank, layer, micro-batch, world, experts] in real rows."""
+
+    def __init__(self, path: Path, layout: Layout, tasks: Sequence[Action], rank: int) -> None:
+        """Collective: rank 0 creates the file, the others open it."""
+        self._rank = rank
+        self._task = {action: index for index, action in enumerate(tasks)}
+        stamps = (_BANKS, len(tasks), layout.world_size)
+        counts = (_BANKS, layout.layers, layout.micro_batches, layout.world_size, layout.experts)
+        sizes = [8 * int(np.prod(stamps)), 8 * int(np.prod(stamps)), 8 * int(np.prod(counts))]
+        if rank == 0:
+            path.write_bytes(bytes(sum(sizes)))
+        dist.barrier()
+        memory = np.memmap(path, dtype=np.uint8, mode="r+", shape=(sum(sizes),))
+        pids = torch.zeros(layout.world_size, dtype=torch.int64)
+        pids[rank] = os.getpid()
+        dist.all_reduce(pids)
+        self._pids: list[int] = pids.tolist()
+        if rank == 0:
+            path.unlink()  # the mappings keep it alive
+        self._stamps = memory[: sizes[0]].view(np.float64).reshape(stamps)
+        self._valid_for = memory[sizes[0] : sizes[0] + sizes[1]].view(np.int64).reshape(stamps)
+        self._counts = memory[sizes[0] + sizes[1] :].view(np.int64).reshape(counts)
+
+    def post(self, step: int, task: Action, seconds: float) -> None:
+        """This rank is ready for `task` at `seconds`."""
+        place = (step % _BANKS, self._task[task], self._rank)
+        self._stamps[place] = seconds
+        self._valid_for[place] = step + 1  # written last: it vouches for the stamp
+
+    def wait(self, step: int, task: Action, ranks: Sequence[int]) -> float:
+        """The latest stamp of `ranks` for `task`; waits until all have posted."""
+        bank, index = step % _BANKS, self._task[task]
+        mine = list(ranks)
+        polls = 0
+        while not (self._valid_for[bank, index, mine] == step + 1).all():
+            time.sleep(_POLL_SECONDS)
+            polls += 1
+            if polls % _POLLS_PER_CHECK == 0:
+                self._check_alive(mine)
+        return float(self._stamps[bank, index, mine].max())
+
+    def _check_alive(self, ranks: Sequence[int]) -> None:
+        for rank in ranks:
+            try:
+                os.kill(self._pids[rank], 0)
+            except ProcessLookupError as error:
+                raise PeerLost(f"lost a peer: rank {rank} is gone") from error
+
+    def post_counts(self, step: int, layer: int, micro_batch: int, counts: Sequence[int]) -> None:
+        """This rank's rows per expert; must precede the post of the dispatch."""
+        self._counts[step % _BANKS, layer, micro_batch, self._rank] = counts
+
+    def counts(self, step: int, layer: int, micro_batch: int) -> NDArray[np.float64]:
+        """[world, experts] real rows."""
+        found: NDArray[np.float64] = self._counts[step % _BANKS, layer, micro_batch].astype(np.float64)
+        return found

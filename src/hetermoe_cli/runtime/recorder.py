@@ -1,0 +1,85 @@
+"""What a run leaves behind: metrics.jsonl, expert loads, traces, status.json."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hetermoe_cli.spec.files import write_atomic
+from hetermoe_cli.spec.run import RunSpec
+from hetermoe_cli.trace import Trace, read_trace
+
+METRICS, STATUS = "metrics.jsonl", "status.json"
+
+
+def trace_path(folder: Path, rank: int) -> Path:
+    """Where a rank's trace lies."""
+    return folder / "traces" / f"rank{rank}.json"
+
+
+def load_path(folder: Path, rank: int) -> Path:
+    """Where an attending rank's expert counts lie: int32 [steps, layers, micro-batches, experts]."""
+    return folder / "loads" / f"rank{rank}.npy"
+
+
+def run_trace(folder: Path, world_size: int) -> Trace:
+    """All ranks' spans of a finished run."""
+    return read_trace(trace_path(folder, rank) for rank in range(world_size))
+
+
+class Recorder:
+    """Rank 0 writes metrics and status; every rank its trace; attending ranks their loads."""
+
+    def __init__(self, run: RunSpec, rank: int, start_step: int) -> None:
+        self._run, self._rank = run, rank
+        self._folder = Path(run.folder)
+        self._metrics = self._folder / METRICS
+        self._loads = self._open_loads()
+        self.labels = {"emulated": run.emulation is not None, "time_scale": run.time_scale, "router": run.router}
+        if rank == 0:
+            self._keep_until(start_step)
+
+    def _open_loads(self) -> NDArray[np.int32] | None:
+        layout = self._run.plan.layout
+        if self._rank not in layout.attending:
+            return None
+        path = load_path(self._folder, self._rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shape = (self._run.steps, layout.layers, layout.micro_batches, layout.experts)
+        old = np.load(path, mmap_mode="r", allow_pickle=False) if path.exists() else np.zeros((0, *shape[1:]))
+        fresh = np.lib.format.open_memmap(path.with_suffix(".new"), mode="w+", dtype=np.int32, shape=shape)
+        if old.shape[1:] == shape[1:]:
+            kept = min(len(old), len(fresh))
+            fresh[:kept] = old[:kept]
+        path.with_suffix(".new").replace(path)
+        return fresh
+
+    def _keep_until(self, step: int) -> None:
+        """Drop metrics of steps that a resumed run does again."""
+        if self._metrics.exists():
+            lines = self._metrics.read_text().splitlines(keepends=True)
+            write_atomic(self._metrics, "".join(line for line in lines if json.loads(line)["step"] < step))
+
+    def load(self, step: int, counts: NDArray[np.int32]) -> None:
+        """Rows per (layer, micro-batch, expert) that this rank sent in `step`."""
+        if self._loads is not None:
+            self._loads[step] = counts
+
+    def event(self, kind: str, step: int, **values: Any) -> None:
+        """Append one line to metrics.jsonl (rank 0)."""
+        if self._rank == 0:
+            line = {"event": kind, "step": step, "time": time.time(), **values, **self.labels}
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def trace(self, trace: Trace) -> None:
+        """Write this rank's trace."""
+        trace.write(trace_path(self._folder, self._rank))
+
+    def status(self, state: str, step: int, **values: Any) -> None:
+        """The last word of a run (rank 0): finished or interrupted."""
+        if self._rank == 0:
+            write_atomic(self._folder / STATUS, json.dumps({"state": state, "step": step, **values, **self.labels}))

@@ -1,0 +1,80 @@
+"""Checkpoints of a distributed run: who saves what, the phases with barriers between, and the way back."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from hetermoe_cli.errors import UserError
+from hetermoe_cli.model.checkpoint import CheckpointState, finish, load_tensors, read_manifest, step_folder, write_shard
+from hetermoe_cli.model.training_state import restore_training, training_names, training_tensors
+from hetermoe_cli.model.transformer import parameter_slices
+from hetermoe_cli.runtime.trainer import Trainer
+from hetermoe_cli.spec.run import RunSpec
+
+CHECKPOINTS = "checkpoints"
+
+
+def save(run: RunSpec, trainer: Trainer, step: int) -> Path:
+    """Collective: write the state after `step` optimizer steps; every tensor once. Returns the checkpoint's folder."""
+    folder = step_folder(Path(run.folder) / CHECKPOINTS, step)
+    tensors = training_tensors(trainer.parts, trainer.optimizer)
+    if trainer.mesh.rank != min(trainer.layout.attending):
+        shared = {id(parameter) for parameter in trainer.parts.shared_parameters()}
+        copies = {name for name, (p, _) in parameter_slices(trainer.parts).items() if id(p) in shared}
+        tensors = {name: tensor for name, tensor in tensors.items() if name.split("@")[0] not in copies}
+    write_shard(folder, trainer.mesh.rank, tensors)
+    dist.barrier()
+    if trainer.mesh.rank == 0:
+        state = CheckpointState(
+            step=step,
+            data_digest=run.corpus_sha256,
+            model=run.model,
+            world_size=trainer.mesh.world_size,
+            extra=_identity(run),
+        )
+        finish(folder, state, run.keep_checkpoints)
+    dist.barrier()
+    return folder
+
+
+def restore(run: RunSpec, trainer: Trainer) -> int:
+    """Load run.resume_from into this rank's parts, whatever layout wrote it; the number of finished steps.
+
+    UserError if the checkpoint is damaged or belongs to another model, text or batch order.
+    """
+    assert run.resume_from is not None
+    folder = Path(run.resume_from)
+    step = check_resumable(run, folder)
+    tensors = load_tensors(folder, training_names(trainer.parts))
+    restore_training(trainer.parts, trainer.optimizer, tensors, step)
+    return step
+
+
+def check_resumable(run: RunSpec, folder: Path) -> int:
+    """Finished steps of a checkpoint that `run` can continue bit-exactly; UserError otherwise."""
+    manifest = read_manifest(folder)
+    if manifest.model != run.model:
+        raise UserError(f"{folder}: field model: made with model {manifest.model.name!r} of another shape")
+    if manifest.data_digest != run.corpus_sha256:
+        raise UserError(f"{folder}: field data_digest: made with other text: pass the same --data as then")
+    for field, value in _identity(run).items():
+        if manifest.extra.get(field) != value:
+            raise UserError(
+                f"{folder}: field extra.{field}: made with {manifest.extra.get(field)}, this run has {value}"
+            )
+    if manifest.step >= run.steps:
+        raise UserError(f"{folder}: already at step {manifest.step} of {run.steps}: raise --steps to go on")
+    return manifest.step
+
+
+def _identity(run: RunSpec) -> dict[str, object]:
+    """What must be equal for a resumed run to go on as if it had not stopped. Nothing in training draws at random:
+    the data order is a function of (seed, step)."""
+    train = run.plan.inputs.train
+    return {
+        "seed": train.seed,
+        "global_batch_sequences": train.global_batch_sequences,
+        "sequence_length": run.sequence_length,
+        "precision": run.precision,
+        "router": run.router,
+    }

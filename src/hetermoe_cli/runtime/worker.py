@@ -1,0 +1,163 @@
+"""A worker: `python -m hetermoe_cli.runtime.worker RUN.yaml`, started by a torch.distributed launcher.
+
+It reads run.yaml and the launcher's environment, and nothing else. It never plans, profiles or guesses.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from hetermoe_cli.errors import ExitCode, UserError
+from hetermoe_cli.model.data import Batches, load_corpus
+from hetermoe_cli.runtime.emulator import EmulatedClock
+from hetermoe_cli.runtime.mesh import PeerLost, join
+from hetermoe_cli.runtime.recorder import Recorder
+from hetermoe_cli.runtime.saving import restore, save
+from hetermoe_cli.runtime.trainer import StepResult, Trainer
+from hetermoe_cli.schedule.lower import training_schedule
+from hetermoe_cli.spec.files import load
+from hetermoe_cli.spec.run import RunSpec
+from hetermoe_cli.trace import Trace
+
+WARM_UP_STEPS = 2  # not traced
+_GRACE_SECONDS = 0.5
+_PARENT_POLL_SECONDS = 1.0
+
+
+def main() -> None:
+    """Run, and leave with a documented exit code; a lane may be blocked in a message, so failures exit hard."""
+    try:
+        _follow_parent()
+        train(load(RunSpec, Path(sys.argv[1])))
+    except UserError as error:
+        _leave(f"hetermoe: error: {error}", error.code)
+    except PeerLost as error:
+        time.sleep(_GRACE_SECONDS)  # let the launcher see the worker that really failed first
+        _leave(f"hetermoe: error: {error}", ExitCode.WORKER_DIED)
+    except BaseException:
+        _leave(traceback.format_exc(), 1)
+
+
+def _leave(message: str, code: int) -> None:
+    print(message, file=sys.stderr, flush=True)
+    os._exit(int(code))
+
+
+def _follow_parent() -> None:
+    """End when the launcher is gone, however it ended."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_POLL_SECONDS)
+        _leave("hetermoe: error: the launcher is gone", ExitCode.WORKER_DIED)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def train(run: RunSpec) -> None:
+    """The whole run of one rank."""
+    torch.set_num_threads(run.threads_per_rank)
+    plan = run.plan
+    accelerator = "cpu" if run.emulation else plan.inputs.profiles[plan.inputs.cluster.device_types[0]].accelerator
+    mesh = join(plan.layout, accelerator)
+    spec = plan.inputs.train.model_copy(update={"steps": run.steps})
+    data, validation = _batches(run)
+    trainer = Trainer.build(run.model, plan.layout, spec, mesh, data, run.precision, spec.seed, run.router)
+    start = restore(run, trainer) if run.resume_from else 0
+    recorder = Recorder(run, mesh.rank, start)
+    if run.emulation:
+        trainer.clock = EmulatedClock(run, training_schedule(plan.layout), mesh.rank)
+    _handle_signals(trainer)
+    dist.barrier()
+    _loop(run, trainer, recorder, validation, start)
+    dist.destroy_process_group()
+
+
+def _batches(run: RunSpec) -> tuple[Batches, Batches]:
+    corpus = load_corpus([Path(source) for source in run.sources] or None, run.validation_share)
+    if corpus.digest != run.corpus_sha256:
+        raise UserError(
+            f"{corpus.source}: field corpus_sha256: the text differs from the one this run was prepared for"
+        )
+    train = run.plan.inputs.train
+    size = (run.sequence_length, train.global_batch_sequences, train.seed)
+    return Batches(corpus.train, *size, corpus.source), Batches(corpus.validation, *size, corpus.source)
+
+
+def _handle_signals(trainer: Trainer) -> None:
+    """Ctrl-C or a termination asks for a stop; all ranks agree on the step in the next synchronisation."""
+
+    def request(number: int, frame: FrameType | None) -> None:
+        trainer.stop_requested = True
+
+    signal.signal(signal.SIGINT, request)
+    signal.signal(signal.SIGTERM, request)
+
+
+def _loop(run: RunSpec, trainer: Trainer, recorder: Recorder, validation: Batches, start: int) -> None:
+    traced = range(start + WARM_UP_STEPS, start + WARM_UP_STEPS + run.trace_steps)
+    saved, step, stop = start, start, False
+    while step < run.steps and not stop:
+        began = time.monotonic()
+        result = trainer.step(step, record=step in traced)
+        recorder.load(step, trainer.engine.counts)
+        _report(run, recorder, step, result, time.monotonic() - began)
+        step, stop = step + 1, result.stop
+        if run.validate_every and step % run.validate_every == 0 and step < run.steps and not stop:
+            recorder.event("validation", step - 1, loss=trainer.validate(validation, run.validation_batches))
+        if stop or step == run.steps or (run.checkpoint_every and step % run.checkpoint_every == 0):
+            folder = save(run, trainer, step)
+            recorder.event("checkpoint", step - 1, folder=str(folder))
+            saved = step
+    recorder.trace(Trace("emulated" if run.emulation else "measured", trainer.clock.spans))
+    values = _summary(trainer) | {"saved_step": saved}
+    if not stop:
+        values["validation_loss"] = trainer.validate(validation, run.validation_batches)
+        recorder.event("validation", step - 1, loss=values["validation_loss"])
+    recorder.status("interrupted" if stop else "finished", step, **values)
+
+
+def _report(run: RunSpec, recorder: Recorder, step: int, result: StepResult, seconds: float) -> None:
+    rows = result.expert_rows
+    recorder.event(
+        "step",
+        step,
+        loss=result.loss,
+        learning_rate=result.learning_rate,
+        gradient_norm=result.gradient_norm,
+        iteration_seconds=seconds,
+        predicted_iteration_seconds=run.plan.predicted.iteration_seconds * run.time_scale,
+        tokens_per_second=run.tokens_per_step / seconds,
+        expert_imbalance=float((rows.max(axis=1) / rows.mean(axis=1)).mean()),
+    )
+
+
+def _summary(trainer: Trainer) -> dict[str, object]:
+    """Overruns of all ranks: an emulated run whose real work does not keep up with its targets is invalid."""
+    if not isinstance(trainer.clock, EmulatedClock):
+        return {}
+    clock = trainer.clock
+    figures = torch.tensor(
+        [clock.tasks, clock.overruns, clock.overrun_seconds, clock.stretched_seconds], dtype=torch.float64
+    )
+    dist.all_reduce(figures)
+    tasks, overruns, late, total = figures.tolist()
+    return {
+        "emulated_tasks": int(tasks),
+        "overruns": int(overruns),
+        "overrun_share": late / total,
+        "emulation_valid": late / total <= 0.01,
+    }
+
+
+if __name__ == "__main__":
+    main()

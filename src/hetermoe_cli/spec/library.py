@@ -1,0 +1,68 @@
+"""Library: finds the profile of a device type and the record of a named link in folders of YAML files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hetermoe_cli.errors import UserError
+from hetermoe_cli.spec.cluster import ClusterSpec, Link, LinkRecord
+from hetermoe_cli.spec.files import load
+from hetermoe_cli.spec.profile import Profile
+
+
+def packaged_folder() -> Path:
+    """The reference profiles that ship with hetermoe: in the wheel, or in a source checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "_profiles"
+    return installed if installed.is_dir() else package.parents[1] / "profiles"
+
+
+def default_folders() -> list[Path]:
+    """`profiles` in the working directory where there is one, else what ships with hetermoe."""
+    local = Path("profiles")
+    return [local] if local.is_dir() else [packaged_folder()]
+
+
+def load_profiles(cluster: ClusterSpec, folders: Sequence[Path]) -> dict[str, Profile]:
+    """One profile per device type of the cluster, from the first folder that has it."""
+    return {device: _load_profile(cluster, device, folders) for device in cluster.device_types}
+
+
+def load_links(cluster: ClusterSpec, folders: Sequence[Path]) -> dict[str, Link]:
+    """The link records that the cluster names, from the first folder that has each."""
+    return {name: _load_link(cluster, name, folders) for name in sorted(cluster.link_names())}
+
+
+def _load_profile(cluster: ClusterSpec, device: str, folders: Sequence[Path]) -> Profile:
+    path = _find(f"{device}.yaml", folders)
+    if path is None:
+        raise UserError(
+            f"cluster {cluster.name}: no profile {device}.yaml in {_names(folders)}: run `hetermoe profile` on a "
+            f"machine with a {device}, or name the folder with --profiles"
+        )
+    profile = load(Profile, path)
+    if profile.device != device:
+        raise UserError(f"{path}: field device: expected {device!r}, found {profile.device!r}")
+    return profile
+
+
+def _load_link(cluster: ClusterSpec, name: str, folders: Sequence[Path]) -> Link:
+    path = _find(f"links/{name}.yaml", folders)
+    if path is None:
+        raise UserError(
+            f"cluster {cluster.name}: no link record links/{name}.yaml in {_names(folders)}: run `hetermoe profile` "
+            "between two workers, or write the link's numbers into the cluster file"
+        )
+    record = load(LinkRecord, path)
+    if record.name != name:
+        raise UserError(f"{path}: field name: expected {name!r}, found {record.name!r}")
+    return record.link
+
+
+def _find(name: str, folders: Sequence[Path]) -> Path | None:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"{name!r} is no name of a profile or link: it must not leave the profiles folder")
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
+def _names(folders: Sequence[Path]) -> str:
+    return ", ".join(map(str, folders))
