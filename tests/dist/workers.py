@@ -11,7 +11,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "hetermoe_cli.runtime.engine"])
 
 
-def run_workers(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def run_workers(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 90) -> list[Any]:
     """function(rank, *args) in `world_size` processes; their results by rank. A failure fails the test."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -21,10 +21,11 @@ def run_workers(world_size: int, function: Callable[..., Any], *args: Any, timeo
         mine, theirs = _context.Pipe()
         process = _context.Process(target=_work, args=(theirs, rank, world_size, port, function, args), daemon=True)
         process.start()
+        theirs.close()
         pipes.append(mine)
         processes.append(process)
     try:
-        results = [pipe.recv() if pipe.poll(timeout) else (False, "no answer in time") for pipe in pipes]
+        results = [_answer(pipe, timeout) for pipe in pipes]
     finally:
         for process in processes:
             process.join(1)
@@ -54,3 +55,10 @@ def _work(pipe: Any, rank: int, world_size: int, port: int, function: Callable[.
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _answer(pipe: Any, timeout: float) -> tuple[bool, Any]:
+    try:
+        return pipe.recv() if pipe.poll(timeout) else (False, "no answer in time")
+    except EOFError:
+        return False, "the process died"

@@ -1,5 +1,176 @@
-"""`hetermoe profile`."""
+"""`hetermoe profile`: measure this machine's kernels and links into profile files."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hetermoe_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from hetermoe_cli.profiler.measure import Progress
+    from hetermoe_cli.spec.cluster import LinkRecord
+    from hetermoe_cli.spec.profile import Profile, Timing
+
+# Default sequence lengths, numbers of sequences and rows by accelerator, and the --quick ones.
+_SIZES = {
+    ("cpu", False): ((64, 128, 256), (1, 2, 4), tuple(2**power for power in range(4, 12))),
+    ("cpu", True): ((64, 128), (1, 2), (16, 64, 256, 1024)),
+    ("cuda", False): ((1024, 2048, 4096, 8192, 16384, 32768), (1, 2), tuple(2**power for power in range(6, 16))),
+    ("cuda", True): ((1024, 4096), (1, 2), (64, 512, 4096)),
+}
+_LARGEST_SIZE = 2**24
 
 
-def profile() -> None:
-    """To be written."""
+class PrecisionChoice(StrEnum):
+    """Element types that can be measured."""
+
+    fp16 = "fp16"
+    bf16 = "bf16"
+    fp32 = "fp32"
+    fp64 = "fp64"
+
+
+def profile(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Named size, YAML or Hugging Face config.json; repeat for several.", show_default="tiny"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    name: Annotated[
+        str | None, typer.Option(help="Device type's name in plans.", show_default="cpu, or short product name")
+    ] = None,
+    precision: Annotated[PrecisionChoice, typer.Option(help="Element type.")] = PrecisionChoice.fp32,
+    sequence_lengths: Annotated[str | None, typer.Option(help="For attention, such as 64,128.")] = None,
+    sequences: Annotated[str | None, typer.Option(help="Sequences attended to at once, such as 1,2,4.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Rows of an expert and of the head, such as 64,256.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads; each worker runs with 1.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and repeats.")] = False,
+    no_network: Annotated[bool, typer.Option("--no-network", help="Do not measure the link of two workers.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder of the profiles.")] = Path("profiles"),
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Measure attention, experts and head on one device, and the link between two workers.
+
+    Writes OUTPUT/DEVICE.yaml and OUTPUT/links/LINK.yaml. A measured file keeps its other tables.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise typer.BadParameter(f"{device!r} is none of auto, cpu, cuda, cuda:N", param_hint="--device")
+    if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
+        raise typer.BadParameter(f"{name!r}: letters, digits, '.', '_' and '-' only", param_hint="--name")
+    given = [
+        _numbers("--sequence-lengths", sequence_lengths),
+        _numbers("--sequences", sequences),
+        _numbers("--tokens", tokens),
+    ]
+
+    from hetermoe_cli.profiler.kernels import Sizes
+    from hetermoe_cli.profiler.measure import QUICK, Effort
+    from hetermoe_cli.profiler.profile import default_name, device_facts, merge, profile_device, resolve_device
+    from hetermoe_cli.spec.files import dump
+    from hetermoe_cli.spec.model import load_model
+
+    models = [load_model(item) for item in model or ["tiny"]]
+    target = resolve_device(device)
+    name = name or default_name(device_facts(target), target.type)
+    path = output / f"{name}.yaml"
+    old = _existing(path)
+    sizes = Sizes(*(numbers or default for numbers, default in zip(given, _SIZES[target.type, quick], strict=True)))
+    effort = QUICK if quick else Effort()
+    with _progress(f"profiling {name}") as progress:
+        measured = profile_device(models, target, name, precision.value, sizes, effort, threads, progress)
+    merged, note = merge(old, measured)
+    dump(merged, path, "Measured by `hetermoe profile`; seconds are medians, spread is IQR / median.")
+    link = None if no_network else _link(target.type, quick)
+    if link:
+        dump(link, output / "links" / f"{link.name}.yaml", "Measured by `hetermoe profile`.")
+    if json:
+        _print_json(measured, link, path, note)
+    else:
+        _print_tables(measured, link)
+        typer.echo(f"hetermoe: wrote {path}{f': {note}' if note else ''}", err=True)
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...]:
+    """Positive integers of a comma-separated list; usage error (exit 2) else."""
+    if text is None:
+        return ()
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,8}", part) and 0 < int(part) <= _LARGEST_SIZE for part in parts):
+        message = f"{text!r} is not a comma-separated list of numbers between 1 and {_LARGEST_SIZE}"
+        raise typer.BadParameter(message, param_hint=option)
+    return tuple(int(part) for part in parts)
+
+
+def _existing(path: Path) -> "Profile | None":
+    """The profile to merge with; UserError before any measuring if it is unreadable or the folder is none."""
+    from hetermoe_cli.spec.files import load
+    from hetermoe_cli.spec.profile import Profile
+
+    if path.parent.exists() and not path.parent.is_dir():
+        raise UserError(f"{path.parent}: is not a folder; choose another --output")
+    return load(Profile, path) if path.exists() else None
+
+
+def _link(accelerator: str, quick: bool) -> "LinkRecord":
+    """NCCL where two CUDA devices exist, else gloo over loopback."""
+    import torch
+
+    from hetermoe_cli.profiler.network import QUICK_SIZES, SIZES, measure_link
+
+    pair = accelerator == "cuda" and torch.cuda.device_count() > 1
+    return measure_link("nccl" if pair else "gloo", QUICK_SIZES if quick else SIZES)
+
+
+@contextmanager
+def _progress(title: str) -> "Iterator[Progress]":
+    """A bar on stderr, nothing where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print_json(measured: "Profile", link: "LinkRecord | None", path: Path, note: str) -> None:
+    """What was measured now (not the merged file), and where it went."""
+    import json
+
+    data: dict[str, Any] = {
+        "file": str(path),
+        "note": note,
+        "profile": measured.model_dump(mode="json"),
+        "link": link.model_dump(mode="json") if link else None,
+    }
+    typer.echo(json.dumps(data))
+
+
+def _print_tables(measured: "Profile", link: "LinkRecord | None") -> None:
+    """Milliseconds, kilobytes and spread of every point, then optimizer and link."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for kernels in measured.tables:
+        table = Table(title=f"{measured.device} {kernels.precision}: {kernels.shape.label()}")
+        for column in ("kernel", "size", "forward ms", "backward ms", "saved kB", "spread"):
+            table.add_column(column, justify="left" if column == "kernel" else "right")
+        rows: list[tuple[str, str, Timing]] = [
+            ("attention", f"{p.sequences} x {p.sequence_length}", p) for p in kernels.attention
+        ]
+        rows += [("expert", f"{p.tokens}", p) for p in kernels.expert]
+        rows += [("head", f"{p.tokens}", p) for p in kernels.head]
+        for kernel, size, point in rows:
+            times = [f"{1000 * seconds:.3f}" for seconds in (point.forward_seconds, point.backward_seconds)]
+            table.add_row(kernel, size, *times, f"{point.saved_bytes / 1000:.1f}", f"{point.spread or 0:.0%}")
+        console.print(table)
+        console.print(f"optimizer: {1e9 * kernels.optimizer_seconds_per_parameter:.3f} ns per parameter")
+    if link:
+        bandwidth, latency = link.link.bandwidth_gigabytes_per_second, link.link.latency_microseconds
+        console.print(f"link {link.name}: {bandwidth:.2f} GB/s, {latency:.0f} us, spread {link.spread or 0:.0%}")

@@ -51,7 +51,9 @@ def launch(run: RunSpec) -> dict[str, Any]:
     (folder / STATUS).unlink(missing_ok=True)
     dump(run, folder / RUN_FILE, "Written by `hetermoe train`; workers read this file and nothing else.")
     os.environ |= environment(run)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # its warnings repeat what is said here
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     rendezvous.register()
     config = LaunchConfig(
         min_nodes=1,
@@ -88,8 +90,9 @@ def _status(folder: Path) -> dict[str, Any]:
 
 
 def _failure(folder: Path, failures: dict[int, Any]) -> UserError:
-    """The worker that failed first: survivors, who only lost a peer, leave with WORKER_DIED."""
-    first = min(failures.values(), key=lambda f: (f.exitcode == ExitCode.WORKER_DIED, f.timestamp, f.rank))
+    """The worker that failed first, with the tail of its log."""
+    followers = (ExitCode.WORKER_DIED, -signal.SIGTERM)  # lost a peer, or were ended by the launcher
+    first = min(failures.values(), key=lambda f: (f.exitcode in followers, f.timestamp, f.local_rank))
     log = _newest(folder.glob(f"logs/*/attempt_0/{first.local_rank}/stderr.log"))
     lines = log.read_text(errors="replace").splitlines() if log else []
     ours = [line for line in lines if line.startswith("hetermoe: error: ")]
@@ -98,7 +101,7 @@ def _failure(folder: Path, failures: dict[int, Any]) -> UserError:
     print("\n".join(lines[-_LOG_TAIL_LINES:]), file=sys.stderr)
     how = f"signal {signal.Signals(-first.exitcode).name}" if first.exitcode < 0 else f"exit code {first.exitcode}"
     last = lines[-1] if lines else "its log is empty"
-    return UserError(f"worker of rank {first.rank} died ({how}): {last}; log: {log}", ExitCode.WORKER_DIED)
+    return UserError(f"worker of rank {first.local_rank} died ({how}): {last}; log: {log}", ExitCode.WORKER_DIED)
 
 
 def _newest(paths: Iterable[Path]) -> Path | None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from hetermoe_cli.runtime.mesh import PeerLost
+from hetermoe_cli.runtime.mesh import PeerLost, barrier, peer_errors
 from hetermoe_cli.schedule.action import Action
 from hetermoe_cli.spec.plan import Layout
 
@@ -35,11 +35,12 @@ class Board:
         sizes = [8 * int(np.prod(stamps)), 8 * int(np.prod(stamps)), 8 * int(np.prod(counts))]
         if rank == 0:
             path.write_bytes(bytes(sum(sizes)))
-        dist.barrier()
+        barrier()
         memory = np.memmap(path, dtype=np.uint8, mode="r+", shape=(sum(sizes),))
         pids = torch.zeros(layout.world_size, dtype=torch.int64)
         pids[rank] = os.getpid()
-        dist.all_reduce(pids)
+        with peer_errors():
+            dist.all_reduce(pids)
         self._pids: list[int] = pids.tolist()
         if rank == 0:
             path.unlink()  # the mappings keep it alive

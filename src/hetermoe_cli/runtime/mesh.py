@@ -28,6 +28,12 @@ def peer_errors() -> Iterator[None]:
         raise PeerLost(f"lost a peer: {str(error).splitlines()[0]}") from error
 
 
+def barrier() -> None:
+    """Wait for all ranks; PeerLost if one is gone."""
+    with peer_errors():
+        dist.barrier()
+
+
 @dataclass(frozen=True)
 class Mesh:
     """Groups: one per transfer direction, so that the two never wait for each other; one of the attending ranks.

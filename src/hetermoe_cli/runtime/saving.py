@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import torch.distributed as dist
-
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.model.checkpoint import CheckpointState, finish, load_tensors, read_manifest, step_folder, write_shard
 from hetermoe_cli.model.training_state import restore_training, training_names, training_tensors
 from hetermoe_cli.model.transformer import parameter_slices
+from hetermoe_cli.runtime.mesh import barrier
 from hetermoe_cli.runtime.trainer import Trainer
 from hetermoe_cli.spec.run import RunSpec
 
@@ -23,7 +22,7 @@ def save(run: RunSpec, trainer: Trainer, step: int) -> Path:
         copies = {name for name, (p, _) in parameter_slices(trainer.parts).items() if id(p) in shared}
         tensors = {name: tensor for name, tensor in tensors.items() if name.split("@")[0] not in copies}
     write_shard(folder, trainer.mesh.rank, tensors)
-    dist.barrier()
+    barrier()
     if trainer.mesh.rank == 0:
         state = CheckpointState(
             step=step,
@@ -33,7 +32,7 @@ def save(run: RunSpec, trainer: Trainer, step: int) -> Path:
             extra=_identity(run),
         )
         finish(folder, state, run.keep_checkpoints)
-    dist.barrier()
+    barrier()
     return folder
 
 

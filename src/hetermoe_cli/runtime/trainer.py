@@ -15,7 +15,7 @@ from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
 from hetermoe_cli.runtime.clock import Clock
 from hetermoe_cli.runtime.engine import Engine
 from hetermoe_cli.runtime.gradients import Gradients
-from hetermoe_cli.runtime.mesh import Mesh
+from hetermoe_cli.runtime.mesh import Mesh, peer_errors
 from hetermoe_cli.runtime.parts import Parts, build_parts
 from hetermoe_cli.schedule.lower import training_schedule, validation_schedule
 from hetermoe_cli.schedule.zebra import OPTIMIZER, SYNCHRONISE
@@ -39,10 +39,16 @@ class Trainer:
     """Owns this rank's parts, their gradients and their optimizer."""
 
     def __init__(
-        self, layout: Layout, train: TrainSpec, mesh: Mesh, batches: Batches, parts: Parts, engine: Engine
+        self,
+        layout: Layout,
+        train: TrainSpec,
+        mesh: Mesh,
+        parts: Parts,
+        engine: Engine,
+        sequence_length: int,
     ) -> None:
-        self.layout, self.train, self.mesh, self.batches, self.parts = layout, train, mesh, batches, parts
-        self.engine = engine
+        self.layout, self.train, self.mesh, self.parts, self.engine = layout, train, mesh, parts, engine
+        self._tokens = layout.sequences_per_micro_batch * layout.micro_batches * sequence_length
         self.optimizer = make_optimizer(parts, train)
         self.gradients = Gradients(parts.shared_parameters(), parts.own_parameters(), mesh)
         self.clock = Clock(mesh.rank)
@@ -58,22 +64,24 @@ class Trainer:
         layout: Layout,
         train: TrainSpec,
         mesh: Mesh,
-        batches: Batches,
+        *,
+        sequence_length: int,
         precision: str,
-        seed: int,
         router: Router = "learned",
     ) -> "Trainer":
-        """Build parts and engine for `model` under `layout`."""
-        parts = build_parts(model, layout, mesh, precision, seed, router)
-        return cls(layout, train, mesh, batches, parts, Engine(layout, mesh, parts, model.hidden_size))
+        """Build parts and engine for `model` under `layout`, with weights from train.seed."""
+        parts = build_parts(model, layout, mesh, precision, train.seed, router)
+        return cls(layout, train, mesh, parts, Engine(layout, mesh, parts, model.hidden_size), sequence_length)
 
-    def step(self, step: int, record: bool = False) -> StepResult:
-        """One iteration: forward, backward, synchronisation, clipping, AdamW. `record` keeps its spans."""
+    def step(self, batches: Batches | None, step: int, record: bool = False) -> StepResult:
+        """One iteration: forward, backward, synchronisation, clipping, AdamW. `record` keeps its spans.
+
+        Only attending ranks need `batches`.
+        """
         self.gradients.zero()
         self.clock.begin_step(step, record)
-        tokens = self._tokens(self.batches)
-        self.engine.run(self._schedule, partial(self._batch, self.batches, step), 1 / tokens, self.clock)
-        result = self._synchronise(step, tokens)
+        self.engine.run(self._schedule, partial(self._batch, batches, step), 1 / self._tokens, self.clock)
+        result = self._synchronise(step)
         began = time.monotonic()
         self.gradients.clip(result.gradient_norm, self.train.gradient_clip)
         for group in self.optimizer.param_groups:
@@ -82,21 +90,22 @@ class Trainer:
         self.clock.compute(OPTIMIZER, began, 0.0)
         return result
 
-    def validate(self, batches: Batches, count: int) -> float:
+    def validate(self, batches: Batches | None, count: int) -> float:
         """Mean loss in nats a token over the first `count` global batches; equal on all ranks."""
         total = torch.zeros(1, dtype=torch.float64, device=self.mesh.device)
         for step in range(count):
             self.engine.run(self._validation, partial(self._batch, batches, step), 0.0, Clock(self.mesh.rank))
             total += self.engine.loss
-        torch.distributed.all_reduce(total)
-        return float(total) / (count * self._tokens(batches))
+        with peer_errors():
+            torch.distributed.all_reduce(total)
+        return float(total) / (count * self._tokens)
 
-    def _synchronise(self, step: int, tokens: int) -> StepResult:
+    def _synchronise(self, step: int) -> StepResult:
         began = time.monotonic()
         self.clock.synchronising()
         layers, experts = self.layout.layers, self.layout.experts
         figures = torch.zeros(2 + layers * experts, dtype=torch.float64)
-        figures[0], figures[1] = self.engine.loss / tokens, float(self.stop_requested)
+        figures[0], figures[1] = self.engine.loss / self._tokens, float(self.stop_requested)
         figures[2:] = torch.from_numpy(self.engine.counts.sum(axis=1).astype(np.float64)).flatten()
         total, norm = self.gradients.reduce(figures.to(self.mesh.device))
         self.clock.synchronised(SYNCHRONISE, began)
@@ -109,11 +118,7 @@ class Trainer:
             stop=bool(total[1] > 0),
         )
 
-    def _tokens(self, batches: Batches) -> int:
-        """Tokens of a global batch."""
-        sequences = self.layout.sequences_per_micro_batch * self.layout.micro_batches
-        return sequences * batches.sequence_length
-
-    def _batch(self, batches: Batches, step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
+    def _batch(self, batches: Batches | None, step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
+        assert batches is not None
         start = micro_batch * self.layout.sequences_per_micro_batch + self._first
         return batches.sequences(step, start, start + self.layout.sequences_per_rank[self.mesh.rank])

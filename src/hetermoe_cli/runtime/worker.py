@@ -18,7 +18,7 @@ import torch.distributed as dist
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.model.data import Batches, load_corpus
 from hetermoe_cli.runtime.emulator import EmulatedClock
-from hetermoe_cli.runtime.mesh import PeerLost, join
+from hetermoe_cli.runtime.mesh import PeerLost, barrier, join
 from hetermoe_cli.runtime.recorder import Recorder
 from hetermoe_cli.runtime.saving import restore, save
 from hetermoe_cli.runtime.trainer import StepResult, Trainer
@@ -70,15 +70,23 @@ def train(run: RunSpec) -> None:
     accelerator = "cpu" if run.emulation else plan.inputs.profiles[plan.inputs.cluster.device_types[0]].accelerator
     mesh = join(plan.layout, accelerator)
     spec = plan.inputs.train.model_copy(update={"steps": run.steps})
-    data, validation = _batches(run)
-    trainer = Trainer.build(run.model, plan.layout, spec, mesh, data, run.precision, spec.seed, run.router)
+    trainer = Trainer.build(
+        run.model,
+        plan.layout,
+        spec,
+        mesh,
+        sequence_length=run.sequence_length,
+        precision=run.precision,
+        router=run.router,
+    )
+    batches = _batches(run) if mesh.rank in plan.layout.attending else (None, None)
     start = restore(run, trainer) if run.resume_from else 0
     recorder = Recorder(run, mesh.rank, start)
     if run.emulation:
         trainer.clock = EmulatedClock(run, training_schedule(plan.layout), mesh.rank)
     _handle_signals(trainer)
-    dist.barrier()
-    _loop(run, trainer, recorder, validation, start)
+    barrier()
+    _loop(run, trainer, recorder, batches, start)
     dist.destroy_process_group()
 
 
@@ -103,12 +111,15 @@ def _handle_signals(trainer: Trainer) -> None:
     signal.signal(signal.SIGTERM, request)
 
 
-def _loop(run: RunSpec, trainer: Trainer, recorder: Recorder, validation: Batches, start: int) -> None:
+def _loop(
+    run: RunSpec, trainer: Trainer, recorder: Recorder, batches: tuple[Batches | None, Batches | None], start: int
+) -> None:
+    training, validation = batches
     traced = range(start + WARM_UP_STEPS, start + WARM_UP_STEPS + run.trace_steps)
     saved, step, stop = start, start, False
     while step < run.steps and not stop:
         began = time.monotonic()
-        result = trainer.step(step, record=step in traced)
+        result = trainer.step(training, step, record=step in traced)
         recorder.load(step, trainer.engine.counts)
         _report(run, recorder, step, result, time.monotonic() - began)
         step, stop = step + 1, result.stop

@@ -1,0 +1,204 @@
+"""Microbenchmarks of the engine's own stages: attention, one expert, head, optimizer -> KernelTable.
+
+A stage is cut as the engine cuts it: its inputs are detached leaves, its backward is one `autograd.backward` with a
+gradient for every output. Parameters accumulate into existing gradients, as from the second micro-batch on.
+"""
+
+import itertools
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from hetermoe_cli.errors import UserError
+from hetermoe_cli.model.moe import ExpertGroup, combine
+from hetermoe_cli.model.transformer import DenseModel, initialise
+from hetermoe_cli.profiler.measure import (
+    Case,
+    Effort,
+    Progress,
+    Samples,
+    Stopwatch,
+    measure,
+    saved_bytes,
+)
+from hetermoe_cli.spec.model import ModelConfig
+from hetermoe_cli.spec.profile import AttentionPoint, ExpertPoint, HeadPoint, KernelTable, Precision
+
+DTYPES: dict[str, torch.dtype] = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+_AMPERE = (8, 0)  # first compute capability with bf16; is_bf16_supported() also says True where it is emulated
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Where to measure; `tokens` serves experts and head."""
+
+    sequence_lengths: tuple[int, ...]
+    sequences: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+class Timed(TypedDict):
+    """The fields of a Timing."""
+
+    forward_seconds: float
+    backward_seconds: float
+    saved_bytes: int
+    spread: float
+
+
+def profile_kernels(
+    config: ModelConfig,
+    precision: Precision,
+    device: torch.device,
+    sizes: Sizes,
+    effort: Effort,
+    progress: Progress | None = None,
+) -> KernelTable:
+    """Measure one layer of `config` on `device`.
+
+    Seconds are medians. `peak_bytes` is the allocator's peak over all points on CUDA, null on the CPU.
+    UserError if the device lacks the precision, or a size does not fit into its memory.
+    """
+    require_precision(precision, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    bench = Bench(config, DTYPES[precision], device)
+    lengths = list(itertools.product(sorted(set(sizes.sequence_lengths)), sorted(set(sizes.sequences))))
+    tokens = sorted(set(sizes.tokens))
+    cases = [bench.attention(length, count) for length, count in lengths]
+    cases += [bench.expert(count) for count in tokens] + [bench.head(count) for count in tokens]
+    kept = [saved_bytes(case, bench.parameters) for case in cases]
+    timed = [timing(*pair) for pair in zip(measure(cases, device, effort, progress), kept, strict=True)]
+    attention, expert, head = (
+        timed[: len(lengths)],
+        timed[len(lengths) : -len(tokens)],
+        timed[-len(tokens) :],
+    )
+    return KernelTable(
+        shape=config.shape,
+        precision=precision,
+        attention=[
+            AttentionPoint(sequence_length=length, sequences=count, **point)
+            for (length, count), point in zip(lengths, attention, strict=True)
+        ],
+        expert=[ExpertPoint(tokens=count, **point) for count, point in zip(tokens, expert, strict=True)],
+        head=[HeadPoint(tokens=count, **point) for count, point in zip(tokens, head, strict=True)],
+        optimizer_seconds_per_parameter=bench.optimizer_seconds(effort),
+        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    )
+
+
+def require_precision(precision: Precision, device: torch.device) -> None:
+    """UserError where measuring would time an emulation or fail."""
+    half = precision in ("fp16", "bf16")
+    if half and device.type == "cpu":
+        raise UserError(
+            f"profile: precision {precision} is measured on CUDA devices only; on the CPU take fp32 or fp64"
+        )
+    if precision == "bf16" and torch.cuda.get_device_capability(device) < _AMPERE:
+        raise UserError("profile: precision bf16 needs compute capability 8.0 or newer; take fp16")
+
+
+def timing(samples: Samples, kept: int) -> Timed:
+    """Medians, spread and saved bytes of one case."""
+    return {
+        "forward_seconds": rounded(statistics.median(samples.forward)),
+        "backward_seconds": rounded(statistics.median(samples.backward)),
+        "saved_bytes": kept,
+        "spread": round(samples.spread(), 4),
+    }
+
+
+def rounded(seconds: float) -> float:
+    """Five significant digits keep the files readable; a clock tells no more."""
+    return float(f"{seconds:.5g}")
+
+
+class Bench:
+    """One layer's modules on one device, and the cases that run them."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self.config, self.dtype, self.device = config, dtype, device
+        self.dense = DenseModel(config.model_copy(update={"layers": 1}))
+        self.group = ExpertGroup(config, layer=0, ids=[0])
+        parts = nn.ModuleList([self.dense, self.group])
+        initialise(parts, config, seed=0)
+        parts.to(device=device, dtype=dtype)
+        self.parameters = list(parts.parameters())
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+
+    def attention(self, length: int, sequences: int) -> Case:
+        """Combine of the layer before, then attention, norms and gate of this one."""
+
+        def forward(leaves: list[Tensor]) -> list[Tensor]:
+            routed = self.dense.stage(0, combine(*leaves))
+            return [routed.hidden, routed.rows, routed.weights]
+
+        label = f"attention of {sequences} x {length} tokens"
+        return Case(label, lambda: self._stage_inputs(sequences, length), forward)
+
+    def expert(self, tokens: int) -> Case:
+        """One expert on `tokens` rows."""
+        return Case(
+            f"an expert on {tokens} tokens",
+            lambda: [self._leaf(tokens, self.config.hidden_size)],
+            lambda leaves: [self.group(leaves[0], [tokens])],
+        )
+
+    def head(self, tokens: int) -> Case:
+        """Combine of the last layer, final norm, head and loss."""
+        targets = torch.arange(tokens, device=self.device)[None] % self.config.vocab_size
+        return Case(
+            f"the head on {tokens} tokens",
+            lambda: self._stage_inputs(1, tokens),
+            lambda leaves: [self.dense.loss(combine(*leaves), targets)],
+        )
+
+    def optimizer_seconds(self, effort: Effort) -> float:
+        """AdamW seconds per parameter, fused where supported; half precision keeps and updates fp32 masters."""
+        weights: list[Tensor] = [*self.dense.layers.parameters(), *self.group.parameters()]
+        masters = [w.detach().to(torch.promote_types(self.dtype, torch.float32), copy=True) for w in weights]
+        step = adamw(masters).step
+        samples = []
+        for _ in range(effort.visits + 1):
+            watch = Stopwatch(self.device)
+            watch.mark()
+            for master, weight in zip(masters, weights, strict=True):
+                master.grad = None if weight.grad is None else weight.grad.to(master.dtype)
+            step()
+            if self.dtype != masters[0].dtype:
+                with torch.no_grad():
+                    torch._foreach_copy_(weights, masters)
+            watch.mark()
+            samples += watch.seconds()
+        return rounded(statistics.median(samples[1:]) / sum(w.numel() for w in weights))
+
+    def _stage_inputs(self, sequences: int, length: int) -> list[Tensor]:
+        """hidden [B, S, H], expert outputs [B * S, k, H], combine weights [B * S, k]."""
+        config, tokens = self.config, sequences * length
+        return [
+            self._leaf(sequences, length, config.hidden_size),
+            self._leaf(tokens, config.top_k, config.hidden_size),
+            self._leaf(tokens, config.top_k),
+        ]
+
+    def _leaf(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device, dtype=self.dtype, requires_grad=True)
+
+
+def adamw(tensors: Sequence[Tensor]) -> torch.optim.AdamW:
+    """Fused AdamW, or the plain one where this torch has no fused kernel for the device."""
+    try:
+        return torch.optim.AdamW(tensors, fused=True)
+    except RuntimeError:
+        return torch.optim.AdamW(tensors)

@@ -1,0 +1,39 @@
+"""A rank that dies makes the others fail at once, not hang."""
+
+import os
+import time
+
+import pytest
+from test_engine_equality import CASES, LENGTH, MODEL, TRAIN, batches
+from workers import run_workers
+
+
+def work(rank: int) -> str:
+    from hetermoe_cli.runtime.mesh import PeerLost, join
+    from hetermoe_cli.runtime.trainer import Trainer
+
+    case = CASES["2+1"]
+    trainer = Trainer.build(
+        MODEL, case.layout, TRAIN, join(case.layout, "cpu"), sequence_length=LENGTH, precision="fp64"
+    )
+    trainer.step(batches(), 0)
+    if rank == 2:
+        os._exit(9)
+    began = time.monotonic()
+    try:
+        trainer.step(batches(), 1)
+    except PeerLost:
+        return f"lost after {time.monotonic() - began:.1f} s"
+    return "went on alone"
+
+
+def survivor(rank: int) -> None:
+    raise RuntimeError(work(rank))
+
+
+def test_survivors_raise_peer_lost() -> None:
+    with pytest.raises(AssertionError) as failure:  # rank 2 gives no answer, by design
+        run_workers(3, survivor, timeout=60)
+    text = str(failure.value)
+    assert "rank 2: the process died" in text
+    assert text.count("RuntimeError: lost after") == 2

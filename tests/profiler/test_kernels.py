@@ -1,0 +1,174 @@
+"""Kernel measurements: what is timed, what is counted, and how failures read."""
+
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hetermoe_cli.errors import ExitCode, UserError
+from hetermoe_cli.profiler.kernels import DTYPES, Bench, Sizes, profile_kernels
+from hetermoe_cli.profiler.measure import Case, Effort, measure, relative_spread, saved_bytes
+from hetermoe_cli.spec.model import NAMED_MODELS
+from hetermoe_cli.spec.profile import KernelTable, Precision
+
+CPU = torch.device("cpu")
+TINY = NAMED_MODELS["tiny"]
+EFFORT = Effort(visits=2, visit_seconds=0, visit_runs=1)
+SIZES = Sizes(sequence_lengths=(64, 32, 64), sequences=(2, 1), tokens=(32, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def progress() -> list[tuple[int, int]]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def table(progress: list[tuple[int, int]]) -> KernelTable:
+    """Tiny on the CPU, sizes given unsorted and doubled."""
+    return profile_kernels(TINY, "fp32", CPU, SIZES, EFFORT, lambda done, total: progress.append((done, total)))
+
+
+def test_every_size_is_measured_once_in_order(table: KernelTable) -> None:
+    assert [(p.sequence_length, p.sequences) for p in table.attention] == [(32, 1), (32, 2), (64, 1), (64, 2)]
+    assert [p.tokens for p in table.expert] == [p.tokens for p in table.head] == [8, 32]
+    assert (table.shape, table.precision, table.peak_bytes) == (TINY.shape, "fp32", None)
+
+
+def test_seconds_are_of_a_plausible_magnitude(table: KernelTable) -> None:
+    for point in [*table.attention, *table.expert, *table.head]:
+        assert 1e-6 < point.forward_seconds < 1
+        assert 1e-6 < point.backward_seconds < 1
+        assert point.spread is not None
+    assert 1e-11 < table.optimizer_seconds_per_parameter < 1e-5
+
+
+def test_more_tokens_keep_more_bytes(table: KernelTable) -> None:
+    by_tokens = {p.sequence_length * p.sequences: p.saved_bytes for p in table.attention}
+    assert by_tokens[32] < by_tokens[64] < by_tokens[128]
+    assert table.expert[1].saved_bytes == 4 * table.expert[0].saved_bytes
+    assert table.head[0].saved_bytes < table.head[1].saved_bytes
+
+
+def test_progress_counts_visits_to_the_end(table: KernelTable, progress: list[tuple[int, int]]) -> None:
+    cases = len(table.attention) + len(table.expert) + len(table.head)
+    assert progress == [(done, 2 * cases) for done in range(1, 2 * cases + 1)]
+
+
+def test_saved_bytes_equal_a_hand_count() -> None:
+    """relu(linear(x)): x [4, 8] is saved and a leaf, the result [4, 5] is saved, the weight is a parameter."""
+    linear = nn.Linear(8, 5)
+    case = Case("a test", lambda: [torch.ones(4, 8, requires_grad=True)], lambda leaves: [linear(leaves[0]).relu()])
+    assert saved_bytes(case, list(linear.parameters())) == 4 * (4 * 8 + 4 * 5)
+
+
+def test_saved_bytes_count_a_storage_once_and_whole() -> None:
+    """A view keeps its whole storage; a tensor saved twice is one."""
+
+    def forward(leaves: list[Tensor]) -> list[Tensor]:
+        wide = leaves[0] * 2  # saves nothing: the factor is a number
+        part = wide[:3]
+        return [part * part]
+
+    case = Case("a test", lambda: [torch.ones(10, requires_grad=True)], forward)
+    assert saved_bytes(case, []) == 4 * (10 + 10)
+
+
+def test_expert_saves_rows_and_four_ffn_widths() -> None:
+    for precision, element in {"fp32": 4, "fp64": 8}.items():
+        bench = Bench(TINY, DTYPES[precision], CPU)
+        expected = 16 * element * (TINY.hidden_size + 4 * TINY.ffn_size)
+        assert saved_bytes(bench.expert(16), bench.parameters) == expected
+
+
+@pytest.mark.parametrize("stage", ["attention", "head"])
+def test_a_stage_gives_gradients_to_all_inputs_and_parameters(stage: str) -> None:
+    bench = Bench(TINY, torch.float32, CPU)
+    case = bench.attention(8, 2) if stage == "attention" else bench.head(16)
+    leaves = case.leaves()
+    outputs = case.forward(leaves)
+    torch.autograd.backward(outputs, [torch.randn_like(output) for output in outputs])
+    assert all(leaf.grad is not None and leaf.grad.abs().sum() > 0 for leaf in leaves)
+    used = bench.dense.layers if stage == "attention" else nn.ModuleList([bench.dense.norm, bench.dense.head])
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in used.parameters())
+
+
+class SlowBackward(torch.autograd.Function):
+    """Identity whose backward takes at least 10 ms."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        time.sleep(0.01)
+        return gradient
+
+
+def test_forward_and_backward_are_timed_apart_and_runs_are_bounded() -> None:
+    def forward(leaves: list[Tensor]) -> list[Tensor]:
+        time.sleep(0.002)
+        return [SlowBackward.apply(leaves[0])]  # type: ignore[no-untyped-call]
+
+    case = Case("a test", lambda: [torch.ones(1, requires_grad=True)], forward)
+    (samples,) = measure([case], CPU, Effort(visits=3, visit_seconds=10, visit_runs=2), None)
+    assert len(samples.forward) == len(samples.backward) == 6
+    assert min(samples.forward) >= 0.002
+    assert min(samples.backward) >= 0.01
+    assert min(samples.forward) < 0.01
+
+
+def test_cases_take_turns() -> None:
+    order: list[str] = []
+
+    def case(name: str) -> Case:
+        def forward(leaves: list[Tensor]) -> list[Tensor]:
+            order.append(name)
+            return [leaves[0] * 2]
+
+        return Case(name, lambda: [torch.ones(1, requires_grad=True)], forward)
+
+    measure([case("a"), case("b")], CPU, Effort(visits=2, visit_seconds=0), None)
+    assert order == ["a", "a", "b", "b"] * 2  # warm-up and one run a visit
+
+
+def test_spread_is_the_interquartile_range_over_the_median() -> None:
+    assert relative_spread([5.0, 1.0, 3.0, 2.0, 4.0]) == pytest.approx(2 / 3)
+    assert relative_spread([7.0]) == 0
+
+
+@pytest.mark.parametrize("message", ["DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"])
+def test_out_of_memory_names_the_size(message: str) -> None:
+    def forward(leaves: list[Tensor]) -> list[Tensor]:
+        raise RuntimeError(message)
+
+    case = Case("attention of 9 x 99 tokens", lambda: [torch.ones(1)], forward)
+    for action in (lambda: measure([case], CPU, EFFORT, None), lambda: saved_bytes(case, [])):
+        with pytest.raises(UserError, match="attention of 9 x 99 tokens does not fit") as caught:
+            action()
+        assert caught.value.code == ExitCode.DOES_NOT_FIT
+
+
+def test_other_errors_of_a_kernel_pass_through() -> None:
+    def forward(leaves: list[Tensor]) -> list[Tensor]:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        measure([Case("a test", lambda: [torch.ones(1)], forward)], CPU, EFFORT, None)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_is_refused_on_the_cpu(precision: Precision) -> None:
+    with pytest.raises(UserError, match=f"{precision} is measured on CUDA devices only"):
+        profile_kernels(TINY, precision, CPU, SIZES, EFFORT)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_measures_fp16_and_its_peak_memory() -> None:
+    sizes = Sizes(sequence_lengths=(256, 1024), sequences=(1,), tokens=(64, 8192))
+    result = profile_kernels(NAMED_MODELS["mixtral-d1"], "fp16", torch.device("cuda", 0), sizes, EFFORT)
+    assert result.peak_bytes is not None
+    assert result.peak_bytes > max(p.saved_bytes for p in [*result.attention, *result.head])
+    assert result.expert[1].forward_seconds > result.expert[0].forward_seconds
