@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from builders import make_inputs, make_layout, make_model, make_plan, make_profile
 
+from builders import make_inputs, make_layout, make_model, make_plan, make_profile
 from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.plan import Plan
 

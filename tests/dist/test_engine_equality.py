@@ -69,7 +69,9 @@ CASES = {
     "EP 2 sequential": Case([2, 2], hosts([0, 1, 2], [3, 4, 5]), 2, schedule="sequential"),
     "left out": Case([4, 0, 0], hosts([], list(range(6)), []), 2),
 }  # fmt: skip
-TRAIN = TrainSpec(sequence_length=LENGTH, global_batch_sequences=8, steps=STEPS, warmup_steps=1, learning_rate=0.01, seed=3)
+TRAIN = TrainSpec(
+    sequence_length=LENGTH, global_batch_sequences=8, steps=STEPS, warmup_steps=1, learning_rate=0.01, seed=3
+)
 
 
 def batches() -> Batches:
@@ -120,9 +122,7 @@ def work(rank: int, case: Case):
 
     layout = case.layout
     mesh = join(layout, "cpu")
-    trainer = Trainer.build(
-        MODEL, layout, TRAIN, mesh, sequence_length=LENGTH, precision="fp64", router=case.router
-    )
+    trainer = Trainer.build(MODEL, layout, TRAIN, mesh, sequence_length=LENGTH, precision="fp64", router=case.router)
     starve(trainer.parts)
     result = []
     for step in range(STEPS):

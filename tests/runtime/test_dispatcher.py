@@ -1,10 +1,10 @@
 """Dispatch and combine as permutations: every row reaches its expert and comes back to its token."""
 
 import torch
-from builders import layouts
 from hypothesis import given
 from hypothesis import strategies as st
 
+from builders import layouts
 from hetermoe_cli.runtime.dispatcher import LayerMap
 from hetermoe_cli.spec.plan import Layout
 
@@ -35,7 +35,9 @@ def test_rows_reach_their_expert_and_return_to_their_token(layout: Layout, seed:
         incoming = torch.cat([sent[source][target] for source in chosen])
         assert arrivals.sizes == [routings[s].sizes[target] if s in chosen else 0 for s in range(layout.world_size)]
         grouped = arrivals.group(incoming)
-        labels = torch.tensor(layout.local_experts(0, target), dtype=torch.int64).repeat_interleave(torch.tensor(arrivals.counts))
+        labels = torch.tensor(layout.local_experts(0, target), dtype=torch.int64).repeat_interleave(
+            torch.tensor(arrivals.counts)
+        )
         back = arrivals.ungroup(torch.cat([grouped, labels.view(-1, 1).expand(-1, 1).float()], dim=1))
         for source, part in zip(range(layout.world_size), back.split(arrivals.sizes), strict=True):
             if source in chosen:

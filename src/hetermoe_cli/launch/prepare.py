@@ -5,10 +5,8 @@ from pathlib import Path
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.launch.preflight import check_devices, check_precision
-from hetermoe_cli.model.checkpoint import find_latest
-from hetermoe_cli.model.data import VOCAB_SIZE, Batches, load_corpus
-from hetermoe_cli.runtime.recorder import METRICS
-from hetermoe_cli.runtime.saving import CHECKPOINTS, check_resumable
+from hetermoe_cli.model.data import VOCAB_SIZE, Batches, Corpus, load_corpus
+from hetermoe_cli.runtime.recorder import CHECKPOINTS, METRICS
 from hetermoe_cli.spec.files import load
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.plan import Plan
@@ -69,24 +67,28 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
         trace_steps=options.trace_steps,
         emulation=emulation,
     )
-    _check_text(run, corpus.source, corpus.train, corpus.validation)
+    _check_text(run, corpus)
     if run.resume_from:
+        from hetermoe_cli.runtime.saving import check_resumable  # loads torch
+
         check_resumable(run, Path(run.resume_from))
     return run
 
 
-def _check_text(run: RunSpec, source: str, *parts) -> None:  # type: ignore[no-untyped-def]
+def _check_text(run: RunSpec, corpus: Corpus) -> None:
     if run.model.vocab_size < VOCAB_SIZE:
         raise UserError(
             f"model {run.model.name}: field vocab_size: bytes need {VOCAB_SIZE}, found {run.model.vocab_size}"
         )
-    for part in parts:
-        Batches(part, run.sequence_length, run.plan.inputs.train.global_batch_sequences, 0, source)
+    for part in (corpus.train, corpus.validation):
+        Batches(part, run.sequence_length, run.plan.inputs.train.global_batch_sequences, 0, corpus.source)
 
 
 def _resume_point(options: TrainOptions) -> str | None:
     folder = options.folder
     if options.resume:
+        from hetermoe_cli.model.checkpoint import find_latest  # loads torch
+
         latest = find_latest(folder / CHECKPOINTS)
         if latest is None:
             raise UserError(f"{folder}: no checkpoint to resume from: start without --resume")

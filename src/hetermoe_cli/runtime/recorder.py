@@ -12,7 +12,7 @@ from hetermoe_cli.spec.files import write_atomic
 from hetermoe_cli.spec.run import RunSpec
 from hetermoe_cli.trace import Trace, read_trace
 
-METRICS, STATUS = "metrics.jsonl", "status.json"
+METRICS, STATUS, CHECKPOINTS = "metrics.jsonl", "status.json", "checkpoints"
 
 
 def trace_path(folder: Path, rank: int) -> Path:

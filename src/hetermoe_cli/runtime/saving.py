@@ -7,10 +7,9 @@ from hetermoe_cli.model.checkpoint import CheckpointState, finish, load_tensors,
 from hetermoe_cli.model.training_state import restore_training, training_names, training_tensors
 from hetermoe_cli.model.transformer import parameter_slices
 from hetermoe_cli.runtime.mesh import barrier
+from hetermoe_cli.runtime.recorder import CHECKPOINTS
 from hetermoe_cli.runtime.trainer import Trainer
 from hetermoe_cli.spec.run import RunSpec
-
-CHECKPOINTS = "checkpoints"
 
 
 def save(run: RunSpec, trainer: Trainer, step: int) -> Path:
