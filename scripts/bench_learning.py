@@ -29,7 +29,7 @@ TRAIN = TrainSpec(
     sequence_length=128,
     global_batch_sequences=16,
     precision="fp32",
-    steps=1000,
+    steps=700,
     learning_rate=3e-3,
     minimum_learning_rate_ratio=0.05,
     warmup_steps=50,
@@ -145,7 +145,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--model", default=MODEL, help="a named size or a model file")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--every", type=int, default=100, help="validate every so many steps")
     parser.add_argument("--steps", type=int, default=TRAIN.steps)
     parser.add_argument("--sequence-length", type=int, default=TRAIN.sequence_length)

@@ -36,7 +36,7 @@ def test_rows_reach_their_expert_and_return_to_their_token(layout: Layout, seed:
         assert arrivals.sizes == [routings[s].sizes[target] if s in chosen else 0 for s in range(layout.world_size)]
         grouped = arrivals.group(incoming)
         labels = torch.tensor(layout.local_experts(0, target), dtype=torch.int64).repeat_interleave(
-            torch.tensor(arrivals.counts)
+            torch.tensor(arrivals.counts, dtype=torch.int64)
         )
         back = arrivals.ungroup(torch.cat([grouped, labels.view(-1, 1).expand(-1, 1).float()], dim=1))
         for source, part in zip(range(layout.world_size), back.split(arrivals.sizes), strict=True):
