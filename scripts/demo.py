@@ -83,7 +83,9 @@ def table(result: dict[str, Any]) -> Table:
     """What a reader takes home."""
     learned, balanced = result["learned"], result["balanced"]
     rows = Table("what", "value", title="hetermoe demo: 2 A40 + 2 V100, EMULATED on this machine's CPU")
-    rows.add_row("training loss, first and last step", f"{learned['first_loss']:.2f} -> {learned['last_loss']:.2f} nats a byte")
+    rows.add_row(
+        "training loss, first and last step", f"{learned['first_loss']:.2f} -> {learned['last_loss']:.2f} nats a byte"
+    )
     rows.add_row("validation loss at the end", f"{learned['validation_loss']:.2f} nats a byte")
     for name, run, key in (
         ("iteration, balanced router", balanced, "predicted"),
