@@ -41,7 +41,8 @@ class _Graph:
             end = ends[task] = starts[task] + self.seconds[task]
             done += 1
             for following in self.after[task]:
-                starts[following] = max(starts[following], end)
+                if end > starts[following]:
+                    starts[following] = end
                 self.waiting[following] -= 1
                 if not self.waiting[following]:
                     ready.append(following)
@@ -67,8 +68,21 @@ def simulate(cost: LayoutCost, schedule: Schedule | None = None) -> Trace:
 
 
 def check_deadlock(schedule: Schedule, layers: int) -> None:
-    """UserError if some task can never start."""
-    _replay(schedule, layers, lambda rank, action: 1.0, lambda action: TransferCost(1.0, ()), 1.0)
+    """UserError if some task can never start, or if a transfer has no answer.
+
+    Each rank's transfers run strictly one after another here, as the engine's ordered mode issues them: what passes
+    passes for any costs and any sharing of ports.
+    """
+    for transfer in schedule.transfers:
+        if transfer.answer not in schedule.senders:
+            raise UserError(f"schedule: transfer {transfer} has no answer {transfer.answer}")
+    _replay(
+        schedule,
+        layers,
+        lambda rank, action: 1.0,
+        lambda action: TransferCost(1.0, tuple(_participants(schedule, action))),
+        1.0,
+    )
 
 
 def _replay(
@@ -81,16 +95,19 @@ def _replay(
     graph = _Graph([], [], [], [])
     nodes = _add_compute(graph, schedule, seconds, synchronise_seconds)
     transfers = _add_transfers(graph, schedule, layers, nodes, transfer)
-    for (rank, action), node in nodes.items():
+    for action, node_of in nodes.items():
         for source in inputs(action, layers):
-            if source in transfers and rank in schedule.receivers[source]:
-                graph.edge(transfers[source], node)
+            if source in transfers:
+                for rank in schedule.receivers[source]:
+                    if rank in node_of:
+                        graph.edge(transfers[source], node_of[rank])
     starts, ends = graph.run()
-    trace = Trace("simulated")
-    for node, (rank, action) in enumerate(graph.tasks):
-        for place in [rank] if rank >= 0 else _participants(schedule, action):
-            trace.spans.append(Span(place, lane_of(action), display_name(action), starts[node], ends[node]))
-    return trace
+    spans: list[Span] = []
+    for (rank, action), start, end in zip(graph.tasks, starts, ends, strict=True):
+        lane, name = lane_of(action), display_name(action)
+        places = [rank] if rank >= 0 else _participants(schedule, action)
+        spans += [Span(place, lane, name, start, end) for place in places]
+    return Trace("simulated", spans)
 
 
 def _participants(schedule: Schedule, action: Action) -> list[int]:
@@ -101,9 +118,9 @@ def _participants(schedule: Schedule, action: Action) -> list[int]:
 
 def _add_compute(
     graph: _Graph, schedule: Schedule, seconds: Callable[[int, Action], float], synchronise_seconds: float
-) -> dict[tuple[int, Action], int]:
-    """Compute tasks chained in each rank's order; S is one task of all ranks."""
-    nodes: dict[tuple[int, Action], int] = {}
+) -> dict[Action, dict[int, int]]:
+    """Compute tasks chained in each rank's order, by action and rank; S is one task of all ranks."""
+    nodes: dict[Action, dict[int, int]] = {}
     shared: dict[Action, int] = {}
     for rank, order in enumerate(schedule.compute):
         previous: int | None = None
@@ -114,7 +131,7 @@ def _add_compute(
                 node = shared[action]
             else:
                 node = graph.add(rank, action, seconds(rank, action))
-            nodes[rank, action] = node
+            nodes.setdefault(action, {})[rank] = node
             if previous is not None:
                 graph.edge(previous, node)
             previous = node
@@ -125,7 +142,7 @@ def _add_transfers(
     graph: _Graph,
     schedule: Schedule,
     layers: int,
-    nodes: dict[tuple[int, Action], int],
+    nodes: dict[Action, dict[int, int]],
     transfer: Callable[[Action], TransferCost],
 ) -> dict[Action, int]:
     """Transfers after their senders' tasks, and after earlier ones on the same port or on a participant's lane."""
@@ -135,12 +152,13 @@ def _add_transfers(
         cost = transfer(action)
         node = transfers[action] = graph.add(-1, action, cost.seconds)
         for source in inputs(action, layers):
+            node_of = nodes.get(source, {})
             for rank in schedule.senders[action]:
-                if (rank, source) in nodes:
-                    graph.edge(nodes[rank, source], node)
+                if rank in node_of:
+                    graph.edge(node_of[rank], node)
         lane = action.towards_experts
-        for key in [*cost.ports, *((lane, rank) for rank in _participants(schedule, action))]:
-            if key in last:
-                graph.edge(last[key], node)
-            last[key] = node
+        used = [*cost.ports, *((lane, rank) for rank in _participants(schedule, action))]
+        for earlier in {last[key] for key in used if key in last}:
+            graph.edge(earlier, node)
+        last.update(dict.fromkeys(used, node))
     return transfers

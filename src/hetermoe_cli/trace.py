@@ -4,7 +4,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from statistics import median
+from typing import Any, Literal, NamedTuple, get_args
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import Action, Kind
@@ -12,6 +13,7 @@ from hetermoe_cli.spec.files import read_text, write_atomic
 
 Origin = Literal["simulated", "measured", "emulated"]
 LANES = ("compute", "to experts", "from experts")
+_WORDS = {Kind.HEAD: "head", Kind.SYNCHRONISE: "synchronise", Kind.OPTIMIZER: "optimizer"}
 
 
 class Span(NamedTuple):
@@ -32,18 +34,26 @@ class Trace:
     origin: Origin
     spans: list[Span] = field(default_factory=list)
 
+    def step_seconds(self) -> dict[int, float]:
+        """End of the last span of every step."""
+        ends: dict[int, float] = {}
+        for span in self.spans:
+            ends[span.step] = max(span.end, ends.get(span.step, 0.0))
+        return ends
+
     @property
     def seconds(self) -> float:
-        """End of the last span."""
-        return max((span.end for span in self.spans), default=0.0)
+        """Seconds of one iteration; of several steps the median."""
+        return median(self.step_seconds().values() or [0.0])
 
     def busy_share(self, world_size: int) -> list[float]:
-        """Share of the iteration in which each rank computes."""
+        """Share of all iterations in which each rank computes; synchronising is not computing."""
         busy = [0.0] * world_size
         for span in self.spans:
-            if span.lane == "compute":
+            if span.lane == "compute" and not span.name.startswith(_WORDS[Kind.SYNCHRONISE]):
                 busy[span.rank] += span.end - span.start
-        return [value / self.seconds if self.seconds else 0.0 for value in busy]
+        total = sum(self.step_seconds().values())
+        return [value / total if total else 0.0 for value in busy]
 
     def chrome(self) -> dict[str, Any]:
         """Chrome-trace object: a process per rank, a thread per lane, microseconds."""
@@ -72,7 +82,7 @@ class Trace:
 
 
 def read_trace(paths: Iterable[Path]) -> Trace:
-    """Merge Chrome traces written by Trace.write; UserError if one does not parse."""
+    """Merge Chrome traces written by Trace.write; UserError if one does not parse or their origins differ."""
     trace: Trace | None = None
     for path in paths:
         try:
@@ -90,9 +100,13 @@ def read_trace(paths: Iterable[Path]) -> Trace:
                 if event["ph"] == "X"
             ]
             origin = data["otherData"]["origin"]
-        except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+            if origin not in get_args(Origin):
+                raise ValueError(f"origin {origin!r}")
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"{path}: not a trace written by hetermoe ({error})") from error
         trace = trace or Trace(origin)
+        if trace.origin != origin:
+            raise UserError(f"{path}: a trace of origin {origin}, the files before it are {trace.origin}")
         trace.spans += spans
     if trace is None:
         raise UserError("no trace files given")
@@ -108,8 +122,8 @@ def lane_of(action: Action) -> str:
 
 def display_name(action: Action) -> str:
     """Task name for people and pictures; equal for simulator and engine."""
-    words = {Kind.HEAD: "head", Kind.SYNCHRONISE: "synchronise", Kind.OPTIMIZER: "optimizer"}
-    return words[action.kind] + f" {action.micro_batch}" if action.kind in words else str(action)
+    word = _WORDS.get(action.kind)
+    return f"{word} {action.micro_batch}" if word else str(action)
 
 
 def _name(kind: str, rank: int, lane: int, name: str) -> dict[str, Any]:

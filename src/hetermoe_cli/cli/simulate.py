@@ -1,5 +1,104 @@
-"""`hetermoe simulate`."""
+"""`hetermoe simulate`: replay a plan's iteration, draw it, and compare it with a run."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from hetermoe_cli.report.comparison import Comparison
+    from hetermoe_cli.report.iteration import Iteration
+    from hetermoe_cli.report.measured import Measured
+    from hetermoe_cli.spec.plan import Plan
+    from hetermoe_cli.trace import Trace
+
+_PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
-def simulate() -> None:
-    """To be written."""
+def simulate(
+    plan: Annotated[Path, typer.Argument(help="Plan file written by `hetermoe plan`.")],
+    trace: Annotated[Path | None, typer.Option(help="Write the iteration here as a Chrome/Perfetto trace.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the iteration here (.png, .svg, .pdf).")] = None,
+    schedule: Annotated[
+        bool, typer.Option("--schedule", help="Print the schedule's text form instead of the table.")
+    ] = False,
+    measured: Annotated[
+        list[Path] | None, typer.Option(help="Run folder, or trace files (repeat the option), to compare with.")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Replay one training iteration of a plan with its profiles: seconds, tokens/s, and what every rank does."""
+    if picture and picture.suffix not in _PICTURE_SUFFIXES:
+        raise typer.BadParameter(f"{picture}: must end in {', '.join(_PICTURE_SUFFIXES)}", param_hint="--picture")
+
+    from hetermoe_cli.cost import CostModel, LayoutCost
+    from hetermoe_cli.report.comparison import compare
+    from hetermoe_cli.report.iteration import summarise
+    from hetermoe_cli.report.measured import read_measured
+    from hetermoe_cli.schedule.lower import training_schedule
+    from hetermoe_cli.simulator import simulate as replay
+    from hetermoe_cli.spec.files import load, write_atomic
+    from hetermoe_cli.spec.plan import Plan
+
+    spec = load(Plan, plan)
+    spec.verify(str(plan))
+    order = training_schedule(spec.layout)
+    predicted = replay(LayoutCost(CostModel(spec.inputs), spec.layout), order)
+    iteration = summarise(spec, predicted)
+    run = read_measured(measured, spec) if measured else None
+    comparison = compare(predicted, run.trace) if run else None
+    image = _draw(spec, plan.stem, predicted, iteration.origin, run, picture.suffix[1:]) if picture else None
+    if trace:
+        predicted.write(trace)
+    if picture and image:
+        write_atomic(picture, image)
+    if json_output:
+        _print_json(iteration, comparison, run, str(order) if schedule else None)
+    elif schedule:
+        print(order, end="")
+    else:
+        _print_tables(spec, iteration, comparison, run)
+
+
+def _draw(plan: "Plan", name: str, predicted: "Trace", origin: str, run: "Measured | None", file_format: str) -> bytes:
+    from hetermoe_cli.report.iteration import rank_labels
+    from hetermoe_cli.report.timeline import Panel, draw_timeline
+
+    panels = [Panel(predicted, origin)]
+    if run:
+        panels.append(Panel(run.trace, run.trace.origin))
+    return draw_timeline(panels, rank_labels(plan), f"{name}: {_headline(plan)}", file_format)
+
+
+def _headline(plan: "Plan") -> str:
+    schedule, inputs = plan.schedule, plan.inputs
+    return f"{inputs.model.name} on {inputs.cluster.name}, {schedule.name}, R = {schedule.micro_batches}"
+
+
+def _print_json(
+    iteration: "Iteration", comparison: "Comparison | None", run: "Measured | None", schedule: str | None
+) -> None:
+    import json
+    from dataclasses import asdict
+
+    result = asdict(iteration)
+    if schedule:
+        result["schedule"] = schedule
+    if comparison and run:
+        result["comparison"] = {**comparison.as_dict(), "notes": run.notes}
+    print(json.dumps(result, indent=2))
+
+
+def _print_tables(
+    plan: "Plan", iteration: "Iteration", comparison: "Comparison | None", run: "Measured | None"
+) -> None:
+    from hetermoe_cli.report import comparison as comparison_report
+    from hetermoe_cli.report import iteration as iteration_report
+    from hetermoe_cli.report.tables import console
+
+    output = console()
+    output.print(iteration_report.render(iteration, _headline(plan)))
+    if comparison and run:
+        output.print(comparison_report.render(comparison))
+        for note in run.notes:
+            output.print(f"note: {note}")

@@ -37,7 +37,8 @@ def _transfer_order(order: tuple[Action, ...], layers: int) -> list[Action]:
     """Transfers in the order of the attending ranks' stages.
 
     All dispatches of a layer's micro-batches go before their combines: an attending rank that hosts experts runs
-    them after the layer's attention, so a combine placed earlier would hold up the dispatches behind it.
+    them after the layer's attention, so a combine placed earlier would hold up the dispatches behind it. The last
+    stages (head of a validation, backward of layer 0) send nothing, so that every answer is in before they end.
     """
     result: list[Action] = []
     pending: list[Action] = []  # answers to the transfers sent since the last change of layer
@@ -53,7 +54,7 @@ def _transfer_order(order: tuple[Action, ...], layers: int) -> list[Action]:
         if out:
             result.append(out)
             pending.append(out.answer)
-    return result + pending
+    return result
 
 
 def _sent_by(action: Action, layers: int) -> Action | None:

@@ -94,9 +94,6 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 def _first_problem(error: ValidationError) -> str:
     problems = error.errors()
     first = problems[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, ValidationError):  # a validator that builds another spec, as Plan builds its Layout
-        return _first_problem(cause)
     field = ".".join(str(part) for part in first["loc"]) or "(whole file)"
     if first["type"] == "extra_forbidden":
         message = "unknown field: remove it or check its spelling"

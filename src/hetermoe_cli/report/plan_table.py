@@ -1,0 +1,132 @@
+"""The table that explains a plan: who does what, how fast, how near the bounds, how much better than the rivals."""
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+
+from hetermoe_cli.spec.plan import Plan
+
+RIVAL_NAMES = {"ep": "EP", "dist_ep": "DistEP", "gather_squeeze": "gather and squeeze"}
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print the decision, one row per group of equal ranks, rivals, bounds and notes."""
+    for line in headline(plan):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(devices_table(plan))
+    console.print(rivals_table(plan))
+    for line in [*bounds_lines(plan), *(f"note: {note}" for note in plan.notes)]:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def headline(plan: Plan) -> Iterator[str]:
+    """Inputs, decision and predicted speed."""
+    model, train, cluster = plan.inputs.model, plan.inputs.train, plan.inputs.cluster
+    yield (
+        f"{model.name} ({model.layers} layers, {model.experts} experts, {model.parameters / 1e9:.2f} B parameters) on "
+        f"{cluster.name}, {train.global_batch_sequences} x {train.sequence_length} tokens, {train.precision}"
+    )
+    sources = [f"{name} {profile.source}" for name, profile in plan.inputs.profiles.items()]
+    yield f"predicted, not measured; profiles: {', '.join(sources)}"
+    recompute = "with recomputation" if plan.schedule.recompute else "without recomputation"
+    yield (
+        f"assignment {plan.assignment}, schedule {plan.schedule.name}, R = {plan.schedule.micro_batches} micro-batches, "
+        f"{recompute}: {seconds_text(plan.predicted.iteration_seconds)} an iteration, "
+        f"{plan.predicted.tokens_per_second:,.0f} tokens/s"
+    )
+
+
+def devices_table(plan: Plan) -> Table:
+    """Ranks with the same device, part, load and memory share a row."""
+    table = Table()
+    for name in ("ranks", "device", "role", "sequences", "experts a layer", "busy", "memory GB"):
+        table.add_column(name, justify="left" if name in ("device", "role") else "right")
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for device in plan.inputs.devices():
+        rows.setdefault(rank_row(plan, device.rank, device.type), []).append(device.rank)
+    for row, ranks in rows.items():
+        table.add_row(ranges(ranks), *row)
+    return table
+
+
+def rank_row(plan: Plan, rank: int, device: str) -> tuple[str, ...]:
+    """What a rank does, as cells."""
+    sequences, memory = plan.sequences_per_rank[rank], plan.memory[rank]
+    counts = [len(layer.experts[rank]) for layer in plan.placement]
+    copies = max(len(layer.replicated) for layer in plan.placement) if sequences else 0
+    experts = spread_text(counts) + (f" + {copies} copies" if copies else "")
+    return (
+        device,
+        role(sequences, bool(sum(counts)) or copies > 0),
+        str(sequences),
+        experts,
+        f"{plan.predicted.busy_share_per_rank[rank]:.0%}",
+        f"{memory.total_bytes / 1e9:.1f} of {memory.capacity_bytes / 1e9:.0f}",
+    )
+
+
+def role(sequences: int, experts: bool) -> str:
+    """A rank's part in words."""
+    if sequences:
+        return "attention + experts" if experts else "attention"
+    return "experts" if experts else "unused"
+
+
+def spread_text(counts: list[int]) -> str:
+    """`3`, or `2-4 (mean 3.1)` where layers differ."""
+    if min(counts) == max(counts):
+        return str(counts[0])
+    return f"{min(counts)}-{max(counts)} (mean {sum(counts) / len(counts):.1f})"
+
+
+def ranges(ranks: list[int]) -> str:
+    """`0-5, 8`."""
+    parts: list[list[int]] = []
+    for rank in ranks:
+        if parts and parts[-1][-1] == rank - 1:
+            parts[-1].append(rank)
+        else:
+            parts.append([rank])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+def rivals_table(plan: Plan) -> Table:
+    """Rival methods under the same cost model and batch."""
+    table = Table()
+    for name in ("rival", "iteration", "speed-up", "how"):
+        table.add_column(name, justify="right" if name in ("iteration", "speed-up") else "left")
+    for name, rival in plan.baselines.items():
+        label = RIVAL_NAMES.get(name, name)
+        if rival.iteration_seconds is None:
+            table.add_row(label, "-", "-", rival.reason)
+            continue
+        how = ""
+        if rival.schedule:
+            how = f"{rival.schedule.name}, R = {rival.schedule.micro_batches}"
+            how += ", recomputation" if rival.schedule.recompute else ""
+        ratio = rival.iteration_seconds / plan.predicted.iteration_seconds
+        table.add_row(label, seconds_text(rival.iteration_seconds), f"{ratio:.2f}x", how)
+    return table
+
+
+def bounds_lines(plan: Plan) -> Iterator[str]:
+    """How near the plan is to what no plan can beat."""
+    seconds, bound = plan.predicted.iteration_seconds, plan.bound
+    scope = {"devices": "exact over device-level placements", "classes": "over placements alike within a device class"}
+    yield (
+        f"lower bound of the searched space {seconds_text(bound.iteration_seconds)}: gap {plan.gap:.2%} "
+        f"({scope.get(bound.exact_over, 'search not finished')})"
+    )
+    work_gap = max(0.0, 1 - bound.work_iteration_seconds / seconds)
+    yield f"perfectly divisible work {seconds_text(bound.work_iteration_seconds)}: gap {work_gap:.1%}"
+    solver = plan.solver
+    yield (
+        f"solver {solver.name}: {solver.status}, {solver.candidates} candidates, {solver.solved} solved, "
+        f"{solver.seconds:.1f} s"
+    )
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds with a readable unit."""
+    return f"{seconds:.3f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"

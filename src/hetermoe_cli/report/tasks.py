@@ -1,0 +1,71 @@
+"""What all reports share: categories of tasks, seconds in words, roles of ranks, one step of several."""
+
+from functools import cache
+
+from hetermoe_cli.errors import UserError
+from hetermoe_cli.schedule.action import Kind, Pass, parse_action
+from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.trace import Trace
+
+_OF_LAYER = {
+    (Kind.ATTENTION, Pass.FORWARD): "attention forward",
+    (Kind.ATTENTION, Pass.BACKWARD): "attention backward",
+    (Kind.EXPERT, Pass.FORWARD): "expert forward",
+    (Kind.EXPERT, Pass.BACKWARD): "expert backward",
+    (Kind.DISPATCH, Pass.FORWARD): "dispatch",
+    (Kind.DISPATCH, Pass.BACKWARD): "dispatch",
+    (Kind.COMBINE, Pass.FORWARD): "combine",
+    (Kind.COMBINE, Pass.BACKWARD): "combine",
+}
+OTHER = "other"
+CATEGORIES = (
+    "attention forward",
+    "attention backward",
+    "expert forward",
+    "expert backward",
+    "head",
+    "synchronise",
+    "optimizer",
+    "dispatch",
+    "combine",
+    OTHER,
+)
+
+
+@cache
+def category(name: str) -> str:
+    """Category of a span's name (see trace.display_name); "other" for names that no task has."""
+    word = name.split(" ")[0]
+    if word in CATEGORIES:
+        return word
+    try:
+        action = parse_action(name)
+    except UserError:
+        return OTHER
+    return _OF_LAYER.get((action.kind, action.direction), OTHER)
+
+
+def role(layout: Layout, rank: int) -> str:
+    """What a rank does: "attention", "experts", "attention + experts" or "unused"."""
+    attends = layout.sequences_per_rank[rank] > 0
+    hosts = any(layout.local_experts(layer, rank) for layer in range(layout.layers))
+    return " + ".join(["attention"] * attends + ["experts"] * hosts) or "unused"
+
+
+def in_words(seconds: float) -> str:
+    """Seconds with four digits and a unit that suits them; "-" for none."""
+    if not seconds:
+        return "-"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:#.4g}".rstrip(".") + f" {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def median_step(trace: Trace) -> Trace:
+    """The one step whose iteration time is the median (the earlier of two in the middle)."""
+    seconds = trace.step_seconds()
+    if len(seconds) < 2:
+        return trace
+    middle = sorted(seconds, key=lambda step: (seconds[step], step))[(len(seconds) - 1) // 2]
+    return Trace(trace.origin, [span for span in trace.spans if span.step == middle])

@@ -1,0 +1,221 @@
+"""Timeline: one iteration as a picture. A row group per rank; lanes for compute and for both directions of rows."""
+
+import io
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from hetermoe_cli.errors import UserError
+from hetermoe_cli.report.tasks import CATEGORIES, OTHER, category, in_words, median_step
+from hetermoe_cli.schedule.action import parse_action
+from hetermoe_cli.trace import LANES, Span, Trace
+
+MAX_RANKS = 16
+COLOURS = {
+    "attention forward": "#8fb8e8",
+    "attention backward": "#2f6db5",
+    "expert forward": "#f5b878",
+    "expert backward": "#d9701e",
+    "head": "#8e6bbf",
+    "synchronise": "#7f7f7f",
+    "optimizer": "#3f3f3f",
+    "dispatch": "#3fa66b",
+    "combine": "#d6569a",
+    OTHER: "#c9c9c9",
+}
+_WIDTH_INCHES = 15.0
+_DOTS_PER_INCH = 150
+_LANE_TOPS = dict(zip(LANES, (0.06, 0.56, 0.74), strict=True))  # of a rank's row, which is one high
+_LANE_HEIGHTS = dict(zip(LANES, (0.48, 0.16, 0.16), strict=True))
+_CHARACTER_INCHES = 0.055  # of the numbers in the bars
+
+
+class Panel(NamedTuple):
+    """One trace and where it comes from, in words: "simulated (modelled profiles)"."""
+
+    trace: Trace
+    origin: str
+
+
+class _Bar(NamedTuple):
+    """A span's rectangle in plot units: seconds and rows."""
+
+    category: str
+    name: str
+    start: float
+    seconds: float
+    top: float
+    height: float
+
+
+def draw_timeline(panels: Sequence[Panel], labels: Sequence[str], title: str, file_format: str = "png") -> bytes:
+    """The picture's bytes: one panel, or several (prediction above measurement) over one time axis.
+
+    `labels[rank]` tells device type and role; `file_format` is png, svg or pdf. Of several steps the median one is
+    drawn; of more than 16 ranks an evenly spread subset, which the picture states. UserError without matplotlib.
+    """
+    figure_class, agg = _matplotlib()
+    panels = [Panel(median_step(panel.trace), panel.origin) for panel in panels]
+    ranks = _drawn_ranks(len(labels))
+    height = len(panels) * (0.55 + _row_inches(len(ranks)) * len(ranks)) + 1.3
+    figure = figure_class(figsize=(_WIDTH_INCHES, height), dpi=_DOTS_PER_INCH, layout="constrained")
+    agg(figure)
+    end = max(panel.trace.seconds for panel in panels) or 1.0
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, panel in zip(axes, panels, strict=True):
+        _draw_panel(axis, panel, ranks, labels, end)
+        axis.set_title(_heading(panel, panels[0]), loc="left", fontsize=10)
+    _time_axis(axes[-1], end)
+    subset = f"; {len(ranks)} of {len(labels)} ranks drawn: {', '.join(map(str, ranks))}" * (len(ranks) < len(labels))
+    figure.suptitle(title + subset, fontsize=11, fontweight="bold")
+    _legend(figure, {category(span.name) for panel in panels for span in panel.trace.spans})
+    result = io.BytesIO()
+    figure.savefig(result, format=file_format)
+    return result.getvalue()
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("pictures need matplotlib: pip install 'hetermoe[plot]'") from error
+    return Figure, FigureCanvasAgg
+
+
+def _drawn_ranks(world_size: int) -> list[int]:
+    """All ranks, or MAX_RANKS of them from first to last."""
+    if world_size <= MAX_RANKS:
+        return list(range(world_size))
+    return [round(index * (world_size - 1) / (MAX_RANKS - 1)) for index in range(MAX_RANKS)]
+
+
+def _heading(panel: Panel, first: Panel) -> str:
+    text = f"{panel.origin}: {in_words(panel.trace.seconds)} an iteration"
+    if panel is first or not first.trace.seconds:
+        return text
+    return f"{text} ({panel.trace.seconds / first.trace.seconds:.3f} times the one above)"
+
+
+def _row_inches(ranks: int) -> float:
+    return 0.8 if ranks <= 4 else 0.55 if ranks <= 8 else 0.45
+
+
+def _draw_panel(axis: Any, panel: Panel, ranks: Sequence[int], labels: Sequence[str], end: float) -> None:
+    trace, seconds = panel.trace, panel.trace.seconds
+    rows = {rank: row for row, rank in enumerate(ranks)}
+    bars = list(_bars(trace.spans, rows))
+    axis.set_xlim(0, end)
+    axis.set_ylim(len(ranks), 0)
+    for row in range(len(ranks)):
+        top = row + _LANE_TOPS["compute"]
+        axis.broken_barh([(0, seconds)], (top, _LANE_HEIGHTS["compute"]), facecolors="#efefef", zorder=0)
+    inches_per_second = 0.84 * _WIDTH_INCHES / end
+    _draw_bars(axis, bars, inches_per_second)
+    _write_numbers(axis, bars, inches_per_second)
+    axis.axvline(seconds, color="#444444", linewidth=0.8, linestyle="--")
+    _name_rows(axis, ranks, labels)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    _write_busy_shares(axis, trace, ranks, len(labels))
+
+
+def _name_rows(axis: Any, ranks: Sequence[int], labels: Sequence[str]) -> None:
+    def middles(lane: str) -> list[float]:
+        return [row + _LANE_TOPS[lane] + _LANE_HEIGHTS[lane] / 2 for row in range(len(ranks))]
+
+    axis.set_yticks(middles("compute"), [f"rank {rank}: {labels[rank]}" for rank in ranks], fontsize=8)
+    axis.tick_params(axis="y", which="both", length=0)
+    if _row_inches(len(ranks)) > 0.5:
+        lanes = [lane for lane in LANES[1:] for _ in ranks]
+        places = [middle for lane in LANES[1:] for middle in middles(lane)]
+        axis.set_yticks(places, lanes, minor=True, fontsize=6, color="#555555")
+
+
+def _bars(spans: Iterable[Span], rows: dict[int, int]) -> Iterable[_Bar]:
+    for span in spans:
+        if span.rank in rows and span.end > span.start:
+            top = rows[span.rank] + _LANE_TOPS[span.lane]
+            seconds = span.end - span.start
+            yield _Bar(category(span.name), span.name, span.start, seconds, top, _LANE_HEIGHTS[span.lane])
+
+
+def _draw_bars(axis: Any, bars: Sequence[_Bar], inches_per_second: float) -> None:
+    import numpy as np
+    from matplotlib.collections import PolyCollection
+
+    left, top = np.array([b.start for b in bars]), np.array([b.top for b in bars])
+    right, bottom = left + [b.seconds for b in bars], top + [b.height for b in bars]
+    corners: Any = np.stack([left, top, right, top, right, bottom, left, bottom], axis=1).reshape(-1, 4, 2)
+    # A border would hide a bar of a few dots.
+    borders = [0.5 if b.seconds * inches_per_second > 0.04 else 0.0 for b in bars]
+    axis.add_collection(
+        PolyCollection(
+            corners, facecolors=[COLOURS[b.category] for b in bars], edgecolors="white", linewidths=borders, zorder=2
+        )
+    )
+
+
+def _write_numbers(axis: Any, bars: Sequence[_Bar], inches_per_second: float) -> None:
+    """`layer.micro-batch` in a layer's compute bars where all of a run fit, else the layer once for the run."""
+
+    def fits(text: str, seconds: float) -> bool:
+        return (len(text) + 0.5) * _CHARACTER_INCHES <= seconds * inches_per_second
+
+    layered = sorted((b for b in bars if b.category.startswith(("attention", "expert"))), key=_place)
+    for (_, kind, layer), group in itertools.groupby(layered, key=_run):
+        run = list(group)
+        colour = "white" if kind.endswith("backward") else "black"
+        names = [f"{layer}.{parse_action(bar.name).micro_batch}" for bar in run]
+        if all(fits(name, bar.seconds) for name, bar in zip(names, run, strict=True)):
+            for name, bar in zip(names, run, strict=True):
+                _write(axis, bar, name, colour)
+            continue
+        if fits(str(layer), run[-1].start + run[-1].seconds - run[0].start):
+            _write(axis, run[(len(run) - 1) // 2], str(layer), colour)
+
+
+def _place(bar: _Bar) -> tuple[float, float]:
+    return bar.top, bar.start
+
+
+def _run(bar: _Bar) -> tuple[float, str, int]:
+    return bar.top, bar.category, parse_action(bar.name).layer
+
+
+def _write(axis: Any, bar: _Bar, text: str, colour: str) -> None:
+    place = (bar.start + bar.seconds / 2, bar.top + bar.height / 2)
+    box = {"facecolor": COLOURS[bar.category], "edgecolor": "none", "pad": 0.8}  # readable beyond a narrow bar
+    axis.text(*place, text, fontsize=6, color=colour, ha="center", va="center", zorder=3, bbox=box, in_layout=False)
+
+
+def _write_busy_shares(axis: Any, trace: Trace, ranks: Sequence[int], world_size: int) -> None:
+    shares = trace.busy_share(world_size)
+    for row, rank in enumerate(ranks):
+        axis.annotate(
+            f"{shares[rank]:.0%} busy",
+            (1.0, row + _LANE_TOPS["compute"] + _LANE_HEIGHTS["compute"] / 2),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            fontsize=7,
+            va="center",
+        )
+
+
+def _time_axis(axis: Any, end: float) -> None:
+    unit, scale = ("s", 1.0) if end >= 1 else ("ms", 1e3)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value * scale:g}")
+    axis.set_xlabel(f"time since the start of the iteration [{unit}]", fontsize=9)
+
+
+def _legend(figure: Any, used: set[str]) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=COLOURS[name], label=name) for name in CATEGORIES if name in used]
+    handles.append(Patch(color="#efefef", label="waiting"))
+    note = (
+        "each rank: compute, rows to the experts, rows from the experts; in the bars: layer.micro-batch, or the layer"
+    )
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, title=note, frameon=False
+    )

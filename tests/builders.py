@@ -1,0 +1,236 @@
+"""Synthetic specs for tests: every kernel is linear through the origin, so that timelines can be computed by hand.
+
+inputs = make_inputs(nodes=(("new", 1), ("old", 1)))
+layout = make_layout(sequences=(1, 0), hosted=(0, 4))
+plan = make_plan(inputs, layout)
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import date
+from typing import Any, Literal
+
+from hypothesis import strategies as st
+
+from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.simulator import simulate
+from hetermoe_cli.spec.cluster import ClusterSpec, Link, NodeGroup
+from hetermoe_cli.spec.model import ModelConfig
+from hetermoe_cli.spec.plan import (
+    Bound,
+    Inputs,
+    LayerPlacement,
+    Layout,
+    Plan,
+    Prediction,
+    ScheduleChoice,
+    ScheduleName,
+    SolverReport,
+)
+from hetermoe_cli.spec.profile import (
+    AttentionPoint,
+    DeviceFacts,
+    ExpertPoint,
+    HeadPoint,
+    KernelTable,
+    Precision,
+    Profile,
+)
+from hetermoe_cli.spec.train import TrainSpec
+
+DAY = date(2026, 11, 24)
+BACKWARD = 2.0  # every backward takes this many forwards
+GIGABYTE = 1e9
+
+
+def make_model(*, layers: int = 2, experts: int = 4, top_k: int = 2, **other: Any) -> ModelConfig:
+    """A model of 64 hidden units; `other` replaces any field."""
+    fields = {
+        "name": "synthetic",
+        "hidden_size": 64,
+        "ffn_size": 224,
+        "attention_heads": 4,
+        "kv_heads": 2,
+        "head_size": 16,
+        "vocab_size": 256,
+        **other,
+    }
+    return ModelConfig(layers=layers, experts=experts, top_k=top_k, **fields)
+
+
+def make_profile(
+    device: str = "new",
+    *,
+    model: ModelConfig | None = None,
+    sequence_lengths: Sequence[int] = (64,),
+    attention_seconds: float = 1.0,
+    expert_seconds: float = 0.01,
+    head_seconds: float = 0.005,
+    optimizer_seconds_per_parameter: float = 1e-6,
+    saved_bytes: int = 100,
+    head_saved_bytes: int = 100,
+    precision: Precision = "fp16",
+    memory_bytes: int = 10**10,
+    source: Literal["measured", "modelled"] = "modelled",
+) -> Profile:
+    """Forward seconds per sequence (attention), per row (expert) and per token (head); backward is twice as long.
+
+    `saved_bytes` is kept per token by attention and per row by an expert, `head_saved_bytes` per token by the head.
+    """
+
+    def timing(seconds: float, kept: int) -> dict[str, Any]:
+        return {"forward_seconds": seconds, "backward_seconds": BACKWARD * seconds, "saved_bytes": kept}
+
+    table = KernelTable(
+        shape=(model or make_model()).shape,
+        precision=precision,
+        attention=[
+            AttentionPoint(
+                sequence_length=length, sequences=n, **timing(n * attention_seconds, saved_bytes * n * length)
+            )
+            for length in sequence_lengths
+            for n in (1, 2, 4)
+        ],
+        expert=[ExpertPoint(tokens=n, **timing(n * expert_seconds, saved_bytes * n)) for n in (16, 64, 256)],
+        head=[HeadPoint(tokens=n, **timing(n * head_seconds, head_saved_bytes * n)) for n in (64, 256)],
+        optimizer_seconds_per_parameter=optimizer_seconds_per_parameter,
+    )
+    return Profile(
+        device=device,
+        accelerator="cpu",
+        source=source,
+        date=DAY,
+        facts=DeviceFacts(),
+        memory_bytes=memory_bytes,
+        framework_bytes=10**6,
+        tables=[table],
+    )
+
+
+def make_inputs(
+    nodes: Sequence[tuple[str, int]] = (("new", 1), ("old", 1)),
+    *,
+    model: ModelConfig | None = None,
+    profiles: Mapping[str, Profile] | None = None,
+    sequence_length: int = 64,
+    global_batch_sequences: int = 2,
+    precision: Precision = "fp16",
+    network: Link | None = None,
+    interconnect: Link | None = None,
+    nics: int = 1,
+) -> Inputs:
+    """Inputs of a cluster of `nodes` (device type, devices). Links are 1 GB/s without latency unless given.
+
+    Without `profiles`, every type but "old" is twice as fast at experts and four times at attention as "old".
+    """
+    model = model or make_model()
+    link = Link(bandwidth_gigabytes_per_second=1.0, latency_microseconds=0.0)
+    cluster = ClusterSpec(
+        name="synthetic",
+        nodes=[
+            NodeGroup(
+                name=f"node{index}",
+                device=device,
+                devices=count,
+                nics=min(nics, count),
+                network=network or link,
+                interconnect=interconnect or link,
+            )
+            for index, (device, count) in enumerate(nodes)
+        ],
+    )
+    slow = {"attention_seconds": 4.0, "expert_seconds": 0.02, "head_seconds": 0.02}
+    if profiles is None:
+        profiles = {
+            name: make_profile(
+                name,
+                model=model,
+                sequence_lengths=(sequence_length,),
+                precision=precision,
+                **(slow if name == "old" else {}),  # type: ignore[arg-type]
+            )
+            for name in cluster.device_types
+        }
+    train = TrainSpec(
+        sequence_length=sequence_length, global_batch_sequences=global_batch_sequences, precision=precision
+    )
+    return Inputs(model=model, cluster=cluster, links={}, profiles=dict(profiles), train=train)
+
+
+def make_layout(
+    sequences: Sequence[int] = (1, 0),
+    hosted: Sequence[int] = (0, 4),
+    *,
+    replicated: int = 0,
+    layers: int = 2,
+    micro_batches: int = 2,
+    schedule: ScheduleName = "zebra",
+    recompute: bool = False,
+) -> Layout:
+    """Sequences and hosted experts per rank, equal in all layers; expert numbers follow the ranks, replicated last."""
+    experts: list[list[int]] = []
+    for count in hosted:
+        first = sum(map(len, experts))
+        experts.append(list(range(first, first + count)))
+    total = sum(hosted)
+    placement = LayerPlacement(experts=experts, replicated=list(range(total, total + replicated)))
+    return Layout(
+        schedule=ScheduleChoice(name=schedule, micro_batches=micro_batches, recompute=recompute),
+        sequences_per_rank=list(sequences),
+        placement=[placement] * layers,
+    )
+
+
+def make_cost(layout: Layout, nodes: Sequence[tuple[str, int]] | None = None, **inputs: Any) -> LayoutCost:
+    """LayoutCost of `layout` on `nodes` (one "new" device a node unless given); `inputs` go to make_inputs."""
+    nodes = nodes or [("new", 1)] * layout.world_size
+    inputs.setdefault("model", make_model(layers=layout.layers, experts=layout.experts, top_k=1))
+    inputs.setdefault("global_batch_sequences", layout.sequences_per_micro_batch * layout.micro_batches)
+    return LayoutCost(CostModel(make_inputs(nodes, **inputs)), layout)
+
+
+def make_plan(inputs: Inputs | None = None, layout: Layout | None = None) -> Plan:
+    """A plan of `layout` with the simulator's prediction; bounds, gap and solver are stand-ins."""
+    inputs, layout = inputs or make_inputs(), layout or make_layout()
+    cost = LayoutCost(CostModel(inputs), layout)
+    trace = simulate(cost)
+    tokens = inputs.train.global_batch_sequences * inputs.train.sequence_length
+    return Plan(
+        date=DAY,
+        assignment="manual",
+        schedule=layout.schedule,
+        sequences_per_rank=layout.sequences_per_rank,
+        placement=layout.placement,
+        predicted=Prediction(
+            iteration_seconds=trace.seconds,
+            tokens_per_second=tokens / trace.seconds,
+            busy_share_per_rank=trace.busy_share(layout.world_size),
+        ),
+        bound=Bound(iteration_seconds=0.0, work_iteration_seconds=0.0, exact_over="not solved"),
+        gap=0.0,
+        memory=[cost.memory(rank) for rank in range(layout.world_size)],
+        baselines={},
+        solver=SolverReport(name="none", status="manual", seconds=0.0),
+        inputs=inputs,
+        inputs_sha256=inputs.hashes(),
+    )
+
+
+@st.composite
+def layouts(draw: st.DrawFn, schedules: Sequence[ScheduleName] = ("zebra", "sequential")) -> Layout:
+    """Any legal layout of up to 5 ranks, 4 layers, 4 micro-batches and 5 experts."""
+    world = draw(st.integers(1, 5))
+    experts = draw(st.integers(1, 5))
+    replicated = -1
+    host = st.integers(replicated, world - 1)
+    placement = []
+    for hosts in draw(st.lists(st.lists(host, min_size=experts, max_size=experts), min_size=1, max_size=4)):
+        by_rank = [[e for e, rank in enumerate(hosts) if rank == r] for r in range(world)]
+        everywhere = [e for e, rank in enumerate(hosts) if rank == replicated]
+        placement.append(LayerPlacement(experts=by_rank, replicated=everywhere))
+    return Layout(
+        schedule=ScheduleChoice(
+            name=draw(st.sampled_from(schedules)), micro_batches=draw(st.integers(1, 4)), recompute=draw(st.booleans())
+        ),
+        sequences_per_rank=draw(st.lists(st.integers(0, 2), min_size=world, max_size=world).filter(any)),
+        placement=placement,
+    )

@@ -1,0 +1,58 @@
+"""`hetermoe` starts fast: heavy libraries are imported by the commands that need them, when they need them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMMANDS = ("profile", "plan", "simulate", "train")
+HEAVY = ("torch", "pulp", "highspy", "matplotlib", "numpy", "pydantic", "yaml")
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+
+
+def hetermoe(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return python(
+        f"import sys; sys.argv = ['hetermoe', *{arguments!r}]; from hetermoe_cli.cli.main import main; main()"
+    )
+
+
+def test_importing_the_command_line_imports_nothing_heavy() -> None:
+    result = python("import json, sys, hetermoe_cli.cli.main; print(json.dumps(sorted(sys.modules)))")
+    modules = set(json.loads(result.stdout))
+    assert "hetermoe_cli.cli.simulate" in modules
+    assert modules.isdisjoint(HEAVY)
+
+
+def test_help_takes_less_than_0_3_seconds_of_cpu() -> None:
+    # The quickest of three: other processes only ever make it slower.
+    seconds = []
+    for _ in range(3):
+        before = os.times()
+        assert "Usage: hetermoe" in hetermoe("--help").stdout
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(seconds) < 0.3
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command: str) -> None:
+    result = hetermoe(command, "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"Usage: hetermoe {command}" in result.stdout
+
+
+def test_help_names_every_command() -> None:
+    result = hetermoe("--help")
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in COMMANDS)
+
+
+def test_an_unknown_command_is_a_usage_error() -> None:
+    result = hetermoe("fly")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "No such command 'fly'" in result.stderr

@@ -1,0 +1,115 @@
+"""schedule/schedule.py, and golden schedules in golden/*.txt.
+
+After an intended change of the order, regenerate the golden files and read their diff:
+
+    PYTHONPATH=tests .venv/bin/python tests/schedule/test_schedule.py
+"""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+
+from builders import layouts, make_layout
+from hetermoe_cli.errors import UserError
+from hetermoe_cli.schedule.action import parse_action
+from hetermoe_cli.schedule.lower import training_schedule, validation_schedule
+from hetermoe_cli.schedule.schedule import Schedule, inputs, parse_schedule
+from hetermoe_cli.spec.plan import Layout
+
+GOLDEN = Path(__file__).parent / "golden"
+COMMAND = "PYTHONPATH=tests .venv/bin/python tests/schedule/test_schedule.py"
+CASES = {
+    "zebra_1_1": make_layout((1, 0), (0, 2)),
+    "zebra_2_2_experts_on_attending_ranks": make_layout((1, 1, 0, 0), (1, 1, 2, 2)),
+    "zebra_ep_2": make_layout((1, 1), (2, 2)),
+    "sequential_1_1": make_layout((1, 0), (0, 2), schedule="sequential"),
+}
+
+
+def golden_text(layout: Layout) -> str:
+    """What the golden file of `layout` must hold."""
+    schedule, choice = training_schedule(layout), layout.schedule
+    header = (
+        f"# {choice.name}, R = {choice.micro_batches}, {layout.layers} layers, sequences {layout.sequences_per_rank}, "
+        f"experts {layout.placement[0].experts}\n# Regenerate: {COMMAND}\n"
+    )
+    return header + str(schedule)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_schedule(name: str) -> None:
+    assert golden_text(CASES[name]) == (GOLDEN / f"{name}.txt").read_text()
+
+
+def test_no_golden_file_is_left_over() -> None:
+    assert {path.stem for path in GOLDEN.iterdir()} == set(CASES)
+
+
+@given(layouts())
+def test_text_round_trip(layout: Layout) -> None:
+    for schedule in (training_schedule(layout), validation_schedule(layout)):
+        assert parse_schedule(str(schedule)) == schedule
+        assert parse_schedule("# a comment\n\n" + str(schedule)) == schedule
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("rank 0: 0AF0\nrank 2: 0AF0\n", 2),  # rank 1 is missing
+        ("rank x: 0AF0\n", 1),
+        ("rank 0 0AF0\n", 1),
+        ("rang 0: 0AF0\n", 1),
+        ("rank 0: 0AF0\ntransfer 0DF0: 0 1\n", 2),
+        ("rank 0: 0AF0\ntransfer 0DF0: 0 > a\n", 2),
+    ],
+)
+def test_a_line_that_does_not_parse_is_named(text: str, number: int) -> None:
+    with pytest.raises(UserError, match=f"schedule: line {number} does not parse"):
+        parse_schedule(text)
+
+
+def test_a_task_that_does_not_parse_is_named() -> None:
+    with pytest.raises(UserError, match="'0AG0' is no action"):
+        parse_schedule("rank 0: 0AF0 0AG0\n")
+
+
+def test_transfers_of_a_rank_keep_the_order() -> None:
+    schedule = parse_schedule(
+        "rank 0: 0AF0\nrank 1: 0EF0\nrank 2: 0EF0\n"
+        "transfer 0DF0: 0 > 1\ntransfer 0DF1: 0 > 2\ntransfer 0CF0: 1 > 0\ntransfer 0CF1: 2 > 0\n"
+    )
+    names = [[str(t) for t in schedule.transfers_of(rank)] for rank in range(3)]
+    assert names == [["0DF0", "0DF1", "0CF0", "0CF1"], ["0DF0", "0CF0"], ["0DF1", "0CF1"]]
+
+
+@pytest.mark.parametrize(
+    ("action", "needs"),
+    [
+        ("0AF1", ""),
+        ("2AF1", "1CF1"),
+        ("2DF1", "2AF1"),
+        ("2EF1", "2DF1"),
+        ("2CF1", "2EF1"),
+        ("0HB1", "3CF1"),
+        ("0HF1", "3CF1"),
+        ("3CB1", "0HB1"),
+        ("2CB1", "3AB1"),
+        ("2EB1", "2CB1"),
+        ("2DB1", "2EB1"),
+        ("2AB1", "2DB1"),
+        ("0SB0", ""),
+        ("0OB0", ""),
+    ],
+)
+def test_inputs_of_a_task(action: str, needs: str) -> None:
+    assert list(map(str, inputs(parse_action(action), layers=4))) == needs.split()
+
+
+def test_world_size_counts_ranks_without_tasks() -> None:
+    assert Schedule(((), ()), (), {}, {}).world_size == 2
+
+
+if __name__ == "__main__":
+    for case, layout in CASES.items():
+        (GOLDEN / f"{case}.txt").write_text(golden_text(layout))

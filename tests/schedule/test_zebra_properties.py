@@ -1,0 +1,193 @@
+"""Properties of every schedule that zebra.py and lower.py can make, on random layouts."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from builders import layouts, make_cost, make_layout
+from hetermoe_cli.cost import LayoutCost
+from hetermoe_cli.errors import UserError
+from hetermoe_cli.schedule.action import Action, Kind, Pass
+from hetermoe_cli.schedule.lower import training_schedule, validation_schedule
+from hetermoe_cli.schedule.schedule import Schedule, inputs
+from hetermoe_cli.simulator import check_deadlock, simulate
+from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.trace import Span
+
+FORWARD, BACKWARD = Pass.FORWARD, Pass.BACKWARD
+
+
+def expected_compute(layout: Layout, rank: int, passes: tuple[Pass, ...]) -> Counter[Action]:
+    """The tasks of a rank, counted from the layout alone."""
+    micro_batches, attends = range(layout.micro_batches), layout.sequences_per_rank[rank] > 0
+    tasks = [Action(Kind.HEAD, passes[-1], 0, j) for j in micro_batches if attends]
+    for direction in passes:
+        for layer in range(layout.layers):
+            if attends:
+                tasks += [Action(Kind.ATTENTION, direction, layer, j) for j in micro_batches]
+            if layout.local_experts(layer, rank):
+                tasks += [Action(Kind.EXPERT, direction, layer, j) for j in micro_batches]
+    if BACKWARD in passes:
+        tasks += [Action(Kind.SYNCHRONISE, BACKWARD), Action(Kind.OPTIMIZER, BACKWARD)]
+    return Counter(tasks)
+
+
+def travels(layout: Layout, layer: int) -> bool:
+    """Whether any row of the layer leaves its device."""
+    hosts = layout.hosting(layer)
+    return any(host != rank for host in hosts for rank in layout.attending)
+
+
+def expected_transfers(layout: Layout, passes: tuple[Pass, ...]) -> Counter[Action]:
+    return Counter(
+        Action(kind, direction, layer, j)
+        for layer in range(layout.layers)
+        if travels(layout, layer)
+        for kind in (Kind.DISPATCH, Kind.COMBINE)
+        for direction in passes
+        for j in range(layout.micro_batches)
+    )
+
+
+@given(layouts())
+def test_every_task_exactly_once(layout: Layout) -> None:
+    for schedule, passes in (
+        (training_schedule(layout), (FORWARD, BACKWARD)),
+        (validation_schedule(layout), (FORWARD,)),
+    ):
+        for rank, order in enumerate(schedule.compute):
+            assert Counter(order) == expected_compute(layout, rank, passes)
+        assert Counter(schedule.transfers) == expected_transfers(layout, passes)
+
+
+@given(layouts())
+def test_attending_ranks_and_hosts_take_part_in_transfers(layout: Layout) -> None:
+    schedule = training_schedule(layout)
+    for transfer in schedule.transfers:
+        attending, hosts = tuple(layout.attending), tuple(layout.hosting(transfer.layer))
+        ends = (schedule.senders[transfer], schedule.receivers[transfer])
+        assert ends == ((attending, hosts) if transfer.towards_experts else (hosts, attending))
+
+
+@given(layouts(schedules=("zebra",)))
+def test_zebra_is_layer_major_on_every_rank(layout: Layout) -> None:
+    for order in training_schedule(layout).compute:
+        for kind in (Kind.ATTENTION, Kind.EXPERT):
+            forward = [(a.layer, a.micro_batch) for a in order if (a.kind, a.direction) == (kind, FORWARD)]
+            backward = [(-a.layer, a.micro_batch) for a in order if (a.kind, a.direction) == (kind, BACKWARD)]
+            assert forward == sorted(forward)
+            assert backward == sorted(backward)
+
+
+@given(layouts(schedules=("sequential",)))
+def test_sequential_finishes_a_micro_batch_before_the_next(layout: Layout) -> None:
+    for order in training_schedule(layout).compute:
+        numbers = [a.micro_batch for a in order[:-2]]
+        assert numbers == sorted(numbers)
+
+
+@given(layouts())
+def test_all_ranks_pass_the_layers_forwards_then_backwards(layout: Layout) -> None:
+    layers = layout.layers
+    for order in training_schedule(layout).compute:
+        for j in range(layout.micro_batches):
+            chain = [chain_position(a, layers) for a in order[:-2] if a.micro_batch == j]
+            assert chain == sorted(chain)
+        assert [a.kind for a in order[-2:]] == [Kind.SYNCHRONISE, Kind.OPTIMIZER]
+
+
+@given(layouts())
+def test_no_deadlock(layout: Layout) -> None:
+    check_deadlock(training_schedule(layout), layout.layers)
+    check_deadlock(validation_schedule(layout), layout.layers)
+
+
+@given(layouts(), st.integers(1, 3))
+def test_no_deadlock_where_ranks_share_a_nic(layout: Layout, devices: int) -> None:
+    nodes = [("new", min(devices, layout.world_size - first)) for first in range(0, layout.world_size, devices)]
+    cost = make_cost(layout, nodes)
+    assert simulate(cost).seconds > 0
+    assert simulate(cost, validation_schedule(layout)).seconds > 0
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_sequential_validation_with_one_layer_does_not_deadlock(layers: int) -> None:
+    # Regression: with one layer the next micro-batch's dispatch was put before the combine that its head waits for.
+    layout = make_layout((1, 1), (1, 1), layers=layers, schedule="sequential")
+    check_deadlock(validation_schedule(layout), layers)
+    assert simulate(make_cost(layout), validation_schedule(layout)).seconds > 0
+
+
+@given(layouts(), st.data())
+def test_a_removed_transfer_is_found(layout: Layout, data: st.DataObject) -> None:
+    schedule = training_schedule(layout)
+    assume(schedule.transfers)
+    gone = data.draw(st.sampled_from(schedule.transfers))
+    mutant = Schedule(
+        schedule.compute,
+        tuple(t for t in schedule.transfers if t != gone),
+        {t: ranks for t, ranks in schedule.senders.items() if t != gone},
+        {t: ranks for t, ranks in schedule.receivers.items() if t != gone},
+    )
+    with pytest.raises(UserError, match=f"transfer {gone.answer} has no answer {gone}"):
+        check_deadlock(mutant, layout.layers)
+
+
+@given(layouts(), st.data())
+def test_swapped_transfers_of_a_micro_batch_are_found(layout: Layout, data: st.DataObject) -> None:
+    schedule = training_schedule(layout)
+    assume(schedule.transfers)
+    order = list(schedule.transfers)
+    first, second = draw_pair(data, order)
+    order[first], order[second] = order[second], order[first]
+    with pytest.raises(UserError, match="deadlock"):
+        check_deadlock(replace(schedule, transfers=tuple(order)), layout.layers)
+
+
+@given(layouts(), st.data())
+def test_swapped_dependent_tasks_are_found(layout: Layout, data: st.DataObject) -> None:
+    schedule, layers = training_schedule(layout), layout.layers
+    rank = data.draw(st.sampled_from([r for r, order in enumerate(schedule.compute) if len(order) > 2]))
+    order = list(schedule.compute[rank])
+    first, second = draw_pair(data, order[:-2])
+    earlier, later = order[first], order[second]
+    order[first], order[second] = later, earlier
+    mutant = replace(schedule, compute=(*schedule.compute[:rank], tuple(order), *schedule.compute[rank + 1 :]))
+    sends = any(rank in schedule.senders[t] and earlier in inputs(t, layers) for t in schedule.transfers)
+    waits = any(rank in schedule.receivers.get(t, ()) for t in inputs(later, layers))
+    if sends and waits:
+        with pytest.raises(UserError, match="deadlock"):
+            check_deadlock(mutant, layers)
+    else:  # the two depend on each other only through the rank's own order, which the replay takes as given
+        cost = make_cost(layout)
+        assert timeline_or_nothing(cost, mutant) != sorted(simulate(cost, schedule).spans)
+
+
+def timeline_or_nothing(cost: LayoutCost, schedule: Schedule) -> list[Span]:
+    try:
+        return sorted(simulate(cost, schedule).spans)
+    except UserError:
+        return []
+
+
+def draw_pair(data: st.DataObject, order: list[Action]) -> tuple[int, int]:
+    """Indices of two tasks of one micro-batch."""
+    micro_batch = data.draw(st.sampled_from(order)).micro_batch
+    places = [index for index, action in enumerate(order) if action.micro_batch == micro_batch]
+    assume(len(places) > 1)
+    pair = data.draw(st.lists(st.sampled_from(places), min_size=2, max_size=2, unique=True))
+    return min(pair), max(pair)
+
+
+def chain_position(action: Action, layers: int) -> int:
+    """Place of a task in its micro-batch's one chain of dependencies."""
+    if action.kind is Kind.HEAD:
+        return 4 * layers
+    if action.direction is FORWARD:
+        return 4 * action.layer + [Kind.ATTENTION, Kind.DISPATCH, Kind.EXPERT, Kind.COMBINE].index(action.kind)
+    from_last = layers - 1 - action.layer
+    place = [Kind.COMBINE, Kind.EXPERT, Kind.DISPATCH, Kind.ATTENTION].index(action.kind)
+    return 4 * layers + 1 + 4 * from_last + place

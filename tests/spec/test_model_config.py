@@ -1,0 +1,155 @@
+"""spec/model.py: named sizes, YAML and Hugging Face config.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from builders import make_model
+from hetermoe_cli.errors import UserError
+from hetermoe_cli.spec.files import dump
+from hetermoe_cli.spec.model import NAMED_MODELS, load_model
+
+# A config.json in the form that transformers 5 writes for Mixtral-8x7B.
+MIXTRAL: dict[str, Any] = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "head_dim": None,
+    "initializer_range": 0.02,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+
+
+def config_file(folder: Path, **changes: Any) -> str:
+    """Write MIXTRAL with `changes`; a change to ... removes the field."""
+    data = {name: value for name, value in {**MIXTRAL, **changes}.items() if value is not ...}
+    path = folder / "Mixtral-8x7B" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(data))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("mixtral-w1", 2.2),
+        ("mixtral-w2", 4.3),
+        ("mixtral-d1", 2.1),
+        ("mixtral-d2", 1.2),
+        ("mixtral-d3", 3.5),
+    ],
+)
+def test_named_sizes_have_the_papers_parameter_counts(name: str, billions: float) -> None:
+    # The paper's figures count the vocabulary's matrix once; with our untied head d2 is 5.9 % above its 1.2 billion.
+    model = load_model(name)
+    once = model.parameters - model.vocab_size * model.hidden_size
+    assert once == pytest.approx(billions * 1e9, rel=0.05)
+
+
+def test_mixtral_8x7b_has_its_published_parameter_count() -> None:
+    assert load_model("mixtral-8x7b").parameters == 46_702_792_704
+
+
+def test_named_sizes_have_the_papers_shapes() -> None:
+    shapes = {name: (m.layers, m.hidden_size, m.experts, m.top_k) for name, m in NAMED_MODELS.items()}
+    assert shapes["mixtral-w1"] == (4, 2048, 12, 2)
+    assert shapes["mixtral-w2"] == (4, 2048, 24, 2)
+    assert shapes["mixtral-d1"] == (8, 1024, 24, 2)
+    assert shapes["mixtral-d2"] == (6, 1024, 18, 2)
+    assert shapes["mixtral-d3"] == (8, 1024, 40, 2)
+
+
+def test_parameters_count_every_matrix_once() -> None:
+    model = make_model(layers=3, experts=5)
+    attention = 64 * 64 + 64 * 32 * 2 + 64 * 64  # q, k and v, o
+    layer = attention + 64 * 5 + 2 * 64 + 5 * 3 * 64 * 224  # gate, two norms, experts
+    assert model.parameters == 3 * layer + 2 * 256 * 64 + 64  # embedding, head, final norm
+
+
+def test_hugging_face_config_of_transformers_5(tmp_path: Path) -> None:
+    model = load_model(config_file(tmp_path))
+    assert model.rope_theta == 500000.0
+    assert model.head_size == 128
+    assert model.name == "Mixtral-8x7B"
+    assert model.model_copy(update={"name": "mixtral-8x7b", "rope_theta": 1e6}) == NAMED_MODELS["mixtral-8x7b"]
+
+
+def test_hugging_face_config_of_transformers_4(tmp_path: Path) -> None:
+    model = load_model(config_file(tmp_path, rope_parameters=..., rope_theta=250000.0, head_dim=64))
+    assert (model.rope_theta, model.head_size) == (250000.0, 64)
+
+
+def test_hugging_face_default_of_rope_theta(tmp_path: Path) -> None:
+    assert load_model(config_file(tmp_path, rope_parameters=...)).rope_theta == 1e6
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "llama"}, "field model_type: expected 'mixtral', found 'llama'"),
+        ({"hidden_act": "gelu"}, "field hidden_act: the value 'gelu' is not supported"),
+        ({"sliding_window": 4096}, "field sliding_window: the value 4096 is not supported"),
+        ({"tie_word_embeddings": True}, "field tie_word_embeddings: the value True is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "field rope_parameters: the value {'rope_type': 'yarn'}"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "field rope_scaling: the value {'rope_type': 'linear'}"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "field rope_scaling: the value {'type': 'linear'"),
+        ({"num_local_experts": ...}, "field experts: Field required"),
+        ({"num_attention_heads": 0}, "field attention_heads: Input should be greater than 0"),
+        ({"num_key_value_heads": 5}, "attention_heads 32 is not a multiple of kv_heads 5"),
+    ],
+)
+def test_hugging_face_refusals(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    path = config_file(tmp_path, **changes)
+    with pytest.raises(UserError) as caught:
+        load_model(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("{\n 'a': 1}", "line 2: malformed JSON"), ("[]", "expected 'mixtral', found 'list'")]
+)
+def test_json_that_is_no_config(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words):
+        load_model(str(path))
+
+
+def test_yaml_model_round_trip(tmp_path: Path) -> None:
+    model = make_model(layers=7)
+    dump(model, tmp_path / "model.yaml")
+    assert load_model(str(tmp_path / "model.yaml")) == model
+
+
+def test_neither_file_nor_name_lists_the_names() -> None:
+    with pytest.raises(UserError, match=r"'mixtral-w9': neither a file nor a named size \(mixtral-w1, "):
+        load_model("mixtral-w9")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"top_k": 5}, "top_k 5 is larger than experts 4"),
+        ({"kv_heads": 3}, "attention_heads 4 is not a multiple of kv_heads 3"),
+        ({"head_size": 15}, "head_size 15 must be even for RoPE"),
+        ({"layers": 0}, "greater than 0"),
+    ],
+)
+def test_impossible_models_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        make_model(**changes)
