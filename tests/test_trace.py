@@ -58,7 +58,7 @@ def test_chrome_trace_has_a_process_a_rank_and_a_thread_a_lane() -> None:
         "tid": 1,
         "ts": 0.0,
         "dur": 3e6,
-        "args": {"step": 5},
+        "args": {"step": 5, "iteration_start_seconds": 0.0},
     }
 
 
@@ -147,3 +147,16 @@ def test_no_files_are_no_trace() -> None:
 )
 def test_names_and_lanes(text: str, name: str, lane: str) -> None:
     assert (display_name(parse_action(text)), lane_of(parse_action(text))) == (name, lane)
+
+
+def test_iterations_follow_each_other_in_the_chrome_trace_and_read_back_from_zero(tmp_path: Path) -> None:
+    trace = Trace("measured", TWO_STEPS.spans, {5: 1.5, 6: 10.0})
+    trace.write(tmp_path / "rank0.json")
+    event = next(e for e in trace.chrome()["traceEvents"] if e["name"] == "0DF0")
+    assert event["ts"] == 1.5e6
+    back = read_trace([tmp_path / "rank0.json"])
+    assert back.starts == {step: trace.starts[step] for step in {span.step for span in trace.spans}}
+    for span, wanted in zip(back.spans, trace.spans, strict=True):
+        assert span[:3] == wanted[:3]
+        assert span.start == pytest.approx(wanted.start, abs=1e-9)
+        assert span.end == pytest.approx(wanted.end, abs=1e-9)

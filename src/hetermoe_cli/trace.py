@@ -29,10 +29,14 @@ class Span(NamedTuple):
 
 @dataclass
 class Trace:
-    """Spans with their origin, which every output states."""
+    """Spans with their origin, which every output states.
+
+    `starts[step]`: when an iteration started, seconds from the start of the run, equal for all ranks (absent: 0).
+    """
 
     origin: Origin
     spans: list[Span] = field(default_factory=list)
+    starts: dict[int, float] = field(default_factory=dict)
 
     def step_seconds(self) -> dict[int, float]:
         """End of the last span of every step."""
@@ -56,12 +60,13 @@ class Trace:
         return [value / total if total else 0.0 for value in busy]
 
     def chrome(self) -> dict[str, Any]:
-        """Chrome-trace object: a process per rank, a thread per lane, microseconds."""
+        """Chrome-trace object: a process per rank, a thread per lane, microseconds; iterations follow each other."""
         events: list[dict[str, Any]] = []
         for rank in sorted({span.rank for span in self.spans}):
             events.append(_name("process_name", rank, 0, f"rank {rank} ({self.origin})"))
             events += [_name("thread_name", rank, index, lane) for index, lane in enumerate(LANES)]
         for span in self.spans:
+            began = self.starts.get(span.step, 0.0)
             events.append(
                 {
                     "name": span.name,
@@ -69,9 +74,9 @@ class Trace:
                     "ph": "X",
                     "pid": span.rank,
                     "tid": LANES.index(span.lane),
-                    "ts": span.start * 1e6,
+                    "ts": (began + span.start) * 1e6,
                     "dur": (span.end - span.start) * 1e6,
-                    "args": {"step": span.step},
+                    "args": {"step": span.step, "iteration_start_seconds": began},
                 }
             )
         return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"origin": self.origin}}
@@ -87,18 +92,9 @@ def read_trace(paths: Iterable[Path]) -> Trace:
     for path in paths:
         try:
             data = json.loads(read_text(path))
-            spans = [
-                Span(
-                    event["pid"],
-                    LANES[event["tid"]],
-                    event["name"],
-                    event["ts"] / 1e6,
-                    (event["ts"] + event["dur"]) / 1e6,
-                    event["args"]["step"],
-                )
-                for event in data["traceEvents"]
-                if event["ph"] == "X"
-            ]
+            events = [event for event in data["traceEvents"] if event["ph"] == "X"]
+            spans = [_span(event) for event in events]
+            starts = {event["args"]["step"]: event["args"]["iteration_start_seconds"] for event in events}
             origin = data["otherData"]["origin"]
             if origin not in get_args(Origin):
                 raise ValueError(f"origin {origin!r}")
@@ -108,9 +104,16 @@ def read_trace(paths: Iterable[Path]) -> Trace:
         if trace.origin != origin:
             raise UserError(f"{path}: a trace of origin {origin}, the files before it are {trace.origin}")
         trace.spans += spans
+        trace.starts |= starts
     if trace is None:
         raise UserError("no trace files given")
     return trace
+
+
+def _span(event: dict[str, Any]) -> Span:
+    start = event["ts"] / 1e6 - event["args"]["iteration_start_seconds"]
+    end = start + event["dur"] / 1e6
+    return Span(event["pid"], LANES[event["tid"]], event["name"], start, end, event["args"]["step"])
 
 
 def lane_of(action: Action) -> str:

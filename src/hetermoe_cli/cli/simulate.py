@@ -43,9 +43,9 @@ def simulate(
     spec = load(Plan, plan)
     spec.verify(str(plan))
     order = training_schedule(spec.layout)
-    predicted = replay(LayoutCost(CostModel(spec.inputs), spec.layout), order)
-    iteration = summarise(spec, predicted)
     run = read_measured(measured, spec) if measured else None
+    predicted = replay(LayoutCost(CostModel(spec.inputs), spec.layout, run.load if run else None), order)
+    iteration = summarise(spec, predicted)
     comparison = compare(predicted, run.trace) if run else None
     image = _draw(spec, plan.stem, predicted, iteration.origin, run, picture.suffix[1:]) if picture else None
     if trace:

@@ -5,18 +5,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from hetermoe_cli.errors import UserError
+from hetermoe_cli.report.tasks import median_step
 from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.trace import Trace, read_trace
 
 if TYPE_CHECKING:
+    from hetermoe_cli.cost import Load
     from hetermoe_cli.spec.run import RunSpec
 
 
 class Measured(NamedTuple):
-    """A run's trace, and what to know before comparing it with a prediction."""
+    """A run's trace, what to know before comparing it, and the expert load that a prediction should replay."""
 
     trace: Trace
     notes: list[str]
+    load: "Load | None" = None
 
 
 def read_measured(paths: Sequence[Path], plan: Plan) -> Measured:
@@ -34,9 +37,20 @@ def read_measured(paths: Sequence[Path], plan: Plan) -> Measured:
             raise UserError(f"{files[0]}: emulated, but no run.yaml tells its time scale: name the run folder")
         trace = _scaled(trace, run.time_scale)
         notes.append(f"emulated seconds are divided by the run's time scale, {run.time_scale:.4g}")
-    if run and run.router == "learned":
+    load = _recorded(run, trace) if run and run.router == "learned" else None
+    if load:
+        notes.append("the prediction replays the expert rows that the learned router sent in the median traced step")
+    elif run and run.router == "learned":
         notes.append("the run's router is learned, the prediction assumes a balanced one")
-    return Measured(trace, notes)
+    return Measured(trace, notes, load)
+
+
+def _recorded(run: "RunSpec", trace: Trace) -> "Load | None":
+    """The load of the traced step of median length; None if the run folder holds no loads."""
+    from hetermoe_cli.report.run_figures import recorded_load
+
+    steps = median_step(trace).step_seconds()
+    return recorded_load(run, next(iter(steps))) if steps else None
 
 
 def _files(path: Path) -> list[Path]:
@@ -71,4 +85,4 @@ def _run_of(file: Path, plan: Plan) -> "RunSpec | None":
 
 def _scaled(trace: Trace, time_scale: float) -> Trace:
     spans = [span._replace(start=span.start / time_scale, end=span.end / time_scale) for span in trace.spans]
-    return Trace(trace.origin, spans)
+    return Trace(trace.origin, spans, {step: start / time_scale for step, start in trace.starts.items()})

@@ -7,7 +7,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.cost.layout import RecordedLoad
@@ -16,7 +15,6 @@ from hetermoe_cli.runtime.recorder import METRICS, STATUS, load_path
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.files import load, read_text
 from hetermoe_cli.spec.run import RunSpec
-from hetermoe_cli.trace import Trace
 
 WARM_UP_STEPS = 2
 REPLAYED_STEPS = 20
@@ -35,7 +33,7 @@ class RunFigures:
     validation_loss: float | None
     measured_seconds: float
     predicted_seconds: float
-    replayed_seconds: float
+    replayed_seconds: float | None
     tokens_per_second: float
     expert_imbalance: float
     emulated: bool
@@ -60,20 +58,24 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in read_text(path).splitlines()]
 
 
-def recorded_loads(run: RunSpec) -> NDArray[np.int64]:
-    """[steps, world, layers, micro-batches, experts] rows, zero where a rank does not attend."""
+def recorded_load(run: RunSpec, step: int) -> RecordedLoad | None:
+    """The expert rows that were sent in one step of a run; None if they were not kept."""
     layout = run.plan.layout
-    shape = (run.steps, layout.world_size, layout.layers, layout.micro_batches, layout.experts)
-    result = np.zeros(shape, np.int64)
+    counts = np.zeros((layout.world_size, layout.layers, layout.micro_batches, layout.experts), np.int64)
     for rank in layout.attending:
-        result[:, rank] = np.load(load_path(Path(run.folder), rank), mmap_mode="r", allow_pickle=False)
-    return result
+        path = load_path(Path(run.folder), rank)
+        if not path.exists():
+            return None
+        counts[rank] = np.load(path, mmap_mode="r", allow_pickle=False)[step]
+    return RecordedLoad(counts, run.row_scale)
 
 
-def replay(run: RunSpec, counts: NDArray[np.integer[Any]]) -> Trace:
-    """Simulate one step with the rows that were recorded in it; nominal seconds."""
+def replayed_seconds(run: RunSpec, steps: list[int]) -> float | None:
+    """Median over steps of the simulated iteration with the rows recorded in each; nominal seconds."""
     cost = CostModel(run.plan.inputs)
-    return simulate(LayoutCost(cost, run.plan.layout, RecordedLoad(counts, run.row_scale)))
+    loads = [recorded_load(run, step) for step in steps]
+    found = [simulate(LayoutCost(cost, run.plan.layout, load)).seconds for load in loads if load]
+    return median(found) if found else None
 
 
 def figures(folder: Path) -> RunFigures:
@@ -84,9 +86,7 @@ def figures(folder: Path) -> RunFigures:
     if not steps:
         raise UserError(f"{folder / METRICS}: no finished step")
     timed = steps[WARM_UP_STEPS:] or steps
-    loads = recorded_loads(run)
-    chosen = [line["step"] for line in timed][-REPLAYED_STEPS:]
-    replayed = median(replay(run, loads[step]).seconds for step in chosen) * run.time_scale
+    replayed = replayed_seconds(run, [line["step"] for line in timed][-REPLAYED_STEPS:])
     validation = [line["loss"] for line in metrics if line["event"] == "validation"]
     status = json.loads(read_text(folder / STATUS)) if (folder / STATUS).exists() else {}
     measured = median(line["iteration_seconds"] for line in timed)
@@ -97,7 +97,7 @@ def figures(folder: Path) -> RunFigures:
         validation_loss=validation[-1] if validation else None,
         measured_seconds=measured,
         predicted_seconds=run.plan.predicted.iteration_seconds * run.time_scale,
-        replayed_seconds=replayed,
+        replayed_seconds=None if replayed is None else replayed * run.time_scale,
         tokens_per_second=run.tokens_per_step / measured,
         expert_imbalance=median(line["expert_imbalance"] for line in timed),
         emulated=run.emulation is not None,

@@ -59,5 +59,7 @@ def summary_table(found: RunFigures, title: str) -> Table:
     return table
 
 
-def _against(predicted: float, measured: float) -> str:
+def _against(predicted: float | None, measured: float) -> str:
+    if predicted is None:
+        return "not recorded"
     return f"{predicted * 1e3:.1f} ms ({(measured / predicted - 1) * 100:+.1f} %)"

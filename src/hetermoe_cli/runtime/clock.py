@@ -13,14 +13,28 @@ class Clock:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.spans: list[Span] = []
-        self._origin = 0.0
+        self.starts: dict[int, float] = {}
+        self._zero = time.monotonic()
+        self._pending: list[Span] = []
         self._step = 0
         self._recording = False
 
-    def begin_step(self, step: int, record: bool) -> None:
-        """Start an iteration; spans are kept if `record`."""
+    def set_zero(self) -> None:
+        """The run starts now; all ranks call this together."""
+        self._zero = time.monotonic()
+
+    def begin_step(self, step: int, record: bool) -> float:
+        """Start an iteration, whose spans are kept if `record`; seconds since the run's start."""
         self._step, self._recording = step, record
-        self._origin = self.step_start()
+        return self.step_start() - self._zero
+
+    def end_step(self, start: float) -> None:
+        """Close an iteration; `start`: when its first rank began, seconds since the run's start."""
+        origin = self._zero + start
+        self.spans += [span._replace(start=span.start - origin, end=span.end - origin) for span in self._pending]
+        if self._pending:
+            self.starts[self._step] = start
+        self._pending = []
 
     def step_start(self) -> float:
         """When this rank's iteration starts."""
@@ -52,5 +66,4 @@ class Clock:
 
     def _record(self, action: Action, start: float, end: float) -> None:
         if self._recording:
-            span = Span(self.rank, lane_of(action), display_name(action), start - self._origin, end - self._origin)
-            self.spans.append(span._replace(step=self._step))
+            self._pending.append(Span(self.rank, lane_of(action), display_name(action), start, end, self._step))

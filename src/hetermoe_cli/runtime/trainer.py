@@ -79,15 +79,16 @@ class Trainer:
         Only attending ranks need `batches`.
         """
         self.gradients.zero()
-        self.clock.begin_step(step, record)
+        start = self.clock.begin_step(step, record)
         self.engine.run(self._schedule, partial(self._batch, batches, step), 1 / self._tokens, self.clock)
-        result = self._synchronise(step)
+        result, first_start = self._synchronise(step, start)
         began = time.monotonic()
         self.gradients.clip(result.gradient_norm, self.train.gradient_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = result.learning_rate
         self.optimizer.step()
         self.clock.compute(OPTIMIZER, began, 0.0)
+        self.clock.end_step(first_start)
         return result
 
     def validate(self, batches: Batches | None, count: int) -> float:
@@ -100,23 +101,27 @@ class Trainer:
             torch.distributed.all_reduce(total)
         return float(total) / (count * self._tokens)
 
-    def _synchronise(self, step: int) -> StepResult:
+    def _synchronise(self, step: int, start: float) -> tuple[StepResult, float]:
+        """Reduce gradients and figures; the result, and when the first rank began."""
         began = time.monotonic()
         self.clock.synchronising()
-        layers, experts = self.layout.layers, self.layout.experts
-        figures = torch.zeros(2 + layers * experts, dtype=torch.float64)
-        figures[0], figures[1] = self.engine.loss / self._tokens, float(self.stop_requested)
-        figures[2:] = torch.from_numpy(self.engine.counts.sum(axis=1).astype(np.float64)).flatten()
+        layers, experts, world = self.layout.layers, self.layout.experts, self.mesh.world_size
+        starts = torch.zeros(world, dtype=torch.float64)
+        starts[self.mesh.rank] = start
+        rows = torch.from_numpy(self.engine.counts.sum(axis=1).astype(np.float64)).flatten()
+        own = torch.tensor([self.engine.loss / self._tokens, float(self.stop_requested)], dtype=torch.float64)
+        figures = torch.cat([own, rows, starts])
         total, norm = self.gradients.reduce(figures.to(self.mesh.device))
         self.clock.synchronised(SYNCHRONISE, began)
         total = total.cpu()
-        return StepResult(
+        result = StepResult(
             loss=float(total[0]),
             gradient_norm=norm,
             learning_rate=learning_rate(self.train, step),
-            expert_rows=total[2:].numpy().reshape(layers, experts),
+            expert_rows=total[2:-world].numpy().reshape(layers, experts),
             stop=bool(total[1] > 0),
         )
+        return result, float(total[-world:].min())
 
     def _batch(self, batches: Batches | None, step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
         assert batches is not None

@@ -86,6 +86,7 @@ def train(run: RunSpec) -> None:
         trainer.clock = EmulatedClock(run, training_schedule(plan.layout), mesh.rank)
     _handle_signals(trainer)
     barrier()
+    trainer.clock.set_zero()
     _loop(run, trainer, recorder, batches, start)
     dist.destroy_process_group()
 
@@ -129,7 +130,7 @@ def _loop(
             folder = save(run, trainer, step)
             recorder.event("checkpoint", step - 1, folder=str(folder))
             saved = step
-    recorder.trace(Trace("emulated" if run.emulation else "measured", trainer.clock.spans))
+    recorder.trace(Trace("emulated" if run.emulation else "measured", trainer.clock.spans, trainer.clock.starts))
     values = _summary(trainer) | {"saved_step": saved}
     if not stop:
         values["validation_loss"] = trainer.validate(validation, run.validation_batches)
