@@ -15,7 +15,6 @@ from hetermoe_cli.spec.model import NAMED_MODELS, LayerShape
 from hetermoe_cli.spec.profile import BYTES_PER_ELEMENT, Precision
 
 PRECISION: Precision = "fp16"  # what the paper trains in, and the only mixed precision that V100 and T4 have
-TOP_K = 2  # of every named model
 LAUNCH_SECONDS = 5e-6  # one kernel launch, typical of CUDA drivers
 ATTENTION_KERNELS, EXPERT_KERNELS, HEAD_KERNELS = 20, 4, 8  # launches of a forward, counted in model/*.py
 BACKWARD, CORE_BACKWARD = 2.0, 2.5
@@ -66,7 +65,7 @@ def attention_work(shape: LayerShape, length: int, sequences: int) -> Work:
     query, key, experts = attention_widths(shape)
     hidden, tokens, element = shape.hidden_size, length * sequences, BYTES_PER_ELEMENT[PRECISION]
     weights = hidden * (2 * query + 2 * key + experts)
-    combine, norms, residual = (TOP_K + 2) * hidden, 4 * hidden, 3 * hidden
+    combine, norms, residual = (shape.top_k + 2) * hidden, 4 * hidden, 3 * hidden
     rope, repeat = 2 * (query + key), 2 * (key + query)
     moved = tokens * (combine + norms + residual + rope + repeat + 3 * experts) + weights
     causal_core = 2 * sequences * length**2 * query  # QK' and PV, 2 flops each, half of them masked
@@ -83,7 +82,7 @@ def expert_work(shape: LayerShape, tokens: int) -> Work:
 def head_work(shape: LayerShape, tokens: int) -> Work:
     """Combine, final norm, LM head, loss."""
     weights = shape.hidden_size * shape.vocab_size
-    moved = tokens * ((TOP_K + 4) * shape.hidden_size + 2 * shape.vocab_size) + weights
+    moved = tokens * ((shape.top_k + 4) * shape.hidden_size + 2 * shape.vocab_size) + weights
     return Work(2 * tokens * weights, 0, BYTES_PER_ELEMENT[PRECISION] * moved, HEAD_KERNELS)
 
 
@@ -96,8 +95,10 @@ def attention_saved_bytes(shape: LayerShape, length: int, sequences: int, elemen
     Grouped-query attention is assumed (without groups the whole qkv stays alive as value).
     """
     query, _, experts = attention_widths(shape)
-    per_token = element * ((5 + TOP_K) * shape.hidden_size + 5 * query + experts + 2 * TOP_K + 1)
-    per_token += 4 * shape.attention_heads + 8 * TOP_K + 2 * 4 + (0 if fused_norm else 2 * element * shape.hidden_size)
+    per_token = element * ((5 + shape.top_k) * shape.hidden_size + 5 * query + experts + 2 * shape.top_k + 1)
+    per_token += (
+        4 * shape.attention_heads + 8 * shape.top_k + 2 * 4 + (0 if fused_norm else 2 * element * shape.hidden_size)
+    )
     return sequences * length * per_token + element * length * shape.head_size
 
 
@@ -109,5 +110,5 @@ def expert_saved_bytes(shape: LayerShape, tokens: int, element: int) -> int:
 def head_saved_bytes(shape: LayerShape, tokens: int, element: int, fused_norm: bool = True) -> int:
     """Leaves hidden, expert outputs and weights; residual and its norm; log-probabilities, int64 targets."""
     norm = 1 if fused_norm else 2
-    per_token = element * ((2 + TOP_K + norm) * shape.hidden_size + shape.vocab_size + TOP_K)
+    per_token = element * ((2 + shape.top_k + norm) * shape.hidden_size + shape.vocab_size + shape.top_k)
     return tokens * (per_token + 8 + 4)

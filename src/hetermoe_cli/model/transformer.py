@@ -52,7 +52,9 @@ class Transformer(nn.Module):
             counts = routed.experts.flatten().bincount(minlength=self.config.experts).tolist()
             outputs = group(routed.rows[order // self.config.top_k], counts)
             in_token_order = torch.empty_like(outputs).index_copy(0, order, outputs)
-            hidden = combine(routed.hidden, in_token_order.view(len(routed.rows), self.config.top_k, -1), routed.weights)
+            hidden = combine(
+                routed.hidden, in_token_order.view(len(routed.rows), self.config.top_k, -1), routed.weights
+            )
         return self.dense.loss(hidden, targets)
 
 

@@ -12,20 +12,24 @@ from hetermoe_cli.spec.files import load, parse, read_text
 
 
 class LayerShape(Spec):
-    """What a kernel measurement depends on: the widths of one layer and of the head."""
+    """What a kernel measurement depends on: the widths of one layer and of the head, and the rows combined a token.
+
+    The number of experts is not among them: it only enters the gate, less than 1 % of an attention stage's flops.
+    """
 
     hidden_size: PositiveInt
     ffn_size: PositiveInt
     attention_heads: PositiveInt
     kv_heads: PositiveInt
     head_size: PositiveInt
+    top_k: PositiveInt
     vocab_size: PositiveInt
 
     def label(self) -> str:
         """Short text for errors and tables."""
         return (
             f"hidden {self.hidden_size}, ffn {self.ffn_size}, heads {self.attention_heads}/{self.kv_heads}"
-            f"x{self.head_size}, vocab {self.vocab_size}"
+            f"x{self.head_size}, top-{self.top_k}, vocab {self.vocab_size}"
         )
 
 
