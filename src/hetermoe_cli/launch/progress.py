@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hetermoe_cli.runtime.recorder import METRICS
 from hetermoe_cli.spec.run import RunSpec
 
 _POLL_SECONDS = 0.25
+_LINE_SECONDS = 10.0
 
 
 class Follower:
@@ -34,19 +36,20 @@ class Follower:
 
     def _follow(self) -> None:
         console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=not console.is_terminal) as progress:
-            task = progress.add_task("starting workers", total=self._run.steps)
+        view: _Bar | _Lines = (
+            _Bar(console, self._run.steps) if console.is_terminal else _Lines(console, self._run.steps)
+        )
+        with view:
             while not self._done.wait(_POLL_SECONDS):
-                self._show(progress, task)
-            self._show(progress, task)
+                self._show(view)
+            self._show(view)
 
-    def _show(self, progress: Progress, task: Any) -> None:
+    def _show(self, view: "_Bar | _Lines") -> None:
         for line in self._new_lines():
             if line["event"] == "step":
-                progress.update(task, completed=line["step"] + 1, description=describe(line))
+                view.step(line["step"] + 1, describe(line))
             elif line["event"] == "validation":
-                progress.console.print(f"step {line['step'] + 1}: validation loss {line['loss']:.4f} nats a token")
+                view.note(f"step {line['step'] + 1}: validation loss {line['loss']:.4f} nats a token")
 
     def _new_lines(self) -> list[dict[str, Any]]:
         if not self._path.exists():
@@ -60,6 +63,49 @@ class Follower:
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
         return [json.loads(line) for line in whole.splitlines()]
+
+
+class _Bar:
+    """A progress bar, on a terminal."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=console)
+        self._task = self._progress.add_task("starting workers", total=steps)
+
+    def __enter__(self) -> None:
+        self._progress.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def step(self, done: int, text: str) -> None:
+        self._progress.update(self._task, completed=done, description=text)
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(text)
+
+
+class _Lines:
+    """A line now and then, in a log."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self._console, self._steps = console, steps
+        self._next = 0.0
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def step(self, done: int, text: str) -> None:
+        if time.monotonic() >= self._next or done == self._steps:
+            self._next = time.monotonic() + _LINE_SECONDS
+            self.note(f"step {done} of {self._steps}: {text}")
+
+    def note(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)
 
 
 def describe(line: dict[str, Any]) -> str:
