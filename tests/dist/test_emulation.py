@@ -1,0 +1,92 @@
+"""Emulated time is the cost model's time for the rows really sent; it can be longer (overruns), never shorter."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from workers import run_workers
+
+from builders import make_inputs, make_layout, make_model, make_plan, make_profile
+from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import RecordedLoad
+from hetermoe_cli.model.data import Batches
+from hetermoe_cli.simulator import simulate
+from hetermoe_cli.spec.run import Emulation, RunSpec
+from hetermoe_cli.trace import Span, Trace
+
+NOMINAL = make_model(layers=2, experts=4)
+EXECUTED = make_model(layers=2, experts=4, hidden_size=16, ffn_size=16, head_size=4)
+STEPS, LENGTH, SCALE = 3, 32, 20.0
+
+
+def make_run(folder: Path, sequences: tuple[int, ...], hosted: tuple[int, ...]) -> RunSpec:
+    """Tasks of 20 ms and more, so that their small real work fits."""
+    profiles = {
+        name: make_profile(name, model=NOMINAL, attention_seconds=1e-3 * slow, expert_seconds=4e-5 * slow,
+                           head_seconds=2e-5, optimizer_seconds_per_parameter=1e-9)
+        for name, slow in (("new", 1), ("old", 2))
+    }  # fmt: skip
+    layout = make_layout(sequences, hosted, replicated=4 - sum(hosted))
+    inputs = make_inputs(
+        (("new", len(sequences) // 2), ("old", len(sequences) - len(sequences) // 2)),
+        model=NOMINAL,
+        profiles=profiles,
+        global_batch_sequences=sum(sequences) * 2,
+    )
+    return RunSpec(
+        plan=make_plan(inputs, layout),
+        folder=str(folder),
+        corpus_sha256="",
+        precision="fp32",
+        steps=STEPS,
+        emulation=Emulation(executed=EXECUTED, sequence_length=LENGTH, time_scale=SCALE),
+    )
+
+
+def work(rank: int, run: RunSpec) -> tuple[list[Span], list[np.ndarray], int]:
+    from hetermoe_cli.runtime.emulator import EmulatedClock
+    from hetermoe_cli.runtime.mesh import join
+    from hetermoe_cli.runtime.trainer import Trainer
+    from hetermoe_cli.schedule.lower import training_schedule
+
+    layout = run.plan.layout
+    mesh = join(layout, "cpu")
+    train = run.plan.inputs.train
+    trainer = Trainer.build(run.model, layout, train, mesh, sequence_length=LENGTH, precision="fp32")
+    clock = trainer.clock = EmulatedClock(run, training_schedule(layout), rank)
+    tokens = np.random.default_rng(0).integers(0, 256, 4000).astype(np.uint8)
+    batches = Batches(tokens, LENGTH, train.global_batch_sequences, 0)
+    counts = []
+    for step in range(STEPS):
+        trainer.step(batches, step, record=True)
+        counts.append(trainer.engine.counts.copy())
+    return clock.spans, counts, clock.overruns
+
+
+@pytest.mark.parametrize(
+    ("sequences", "hosted"), [((1, 0), (0, 4)), ((2, 1), (1, 2)), ((1, 1, 0, 0), (0, 0, 2, 2))], ids=str
+)
+def test_emulated_tasks_take_the_cost_of_their_rows(
+    tmp_path: Path, sequences: tuple[int, ...], hosted: tuple[int, ...]
+) -> None:
+    run = make_run(tmp_path, sequences, hosted)
+    ranks = run_workers(len(sequences), work, run)
+    emulated = Trace("emulated", [span for spans, _, _ in ranks for span in spans])
+    overruns = sum(count for _, _, count in ranks)
+    cost = CostModel(run.plan.inputs)
+    exact = total = 0
+    for step in range(STEPS):
+        load = RecordedLoad(np.stack([counts[step] for _, counts, _ in ranks]), run.row_scale)
+        simulated = simulate(LayoutCost(cost, run.plan.layout, load))
+        wanted = {(s.rank, s.lane, s.name): (s.end - s.start) * SCALE for s in simulated.spans}
+        found = {(s.rank, s.lane, s.name): s.end - s.start for s in emulated.spans if s.step == step}
+        assert found.keys() == wanted.keys()
+        for key, seconds in wanted.items():
+            assert found[key] >= seconds - 1e-6, key
+            total += 1
+            exact += found[key] <= seconds + 1e-6
+        measured = emulated.step_seconds()[step]
+        assert measured >= simulated.seconds * SCALE - 1e-6
+        if not overruns and step == 0:  # later steps overlap the optimizer of the one before
+            assert measured == pytest.approx(simulated.seconds * SCALE, rel=0.02)
+    assert exact >= total - overruns
