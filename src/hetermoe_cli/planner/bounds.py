@@ -1,0 +1,222 @@
+"""Closed-form lower bounds on the iteration time of many choices at once.
+
+All hold for every device-level placement, with experts as divisible work:
+stream   a device's compute (attention, head, its experts, its copies), the all-reduce and its optimizer step; a device
+         that does not attend also waits for the first attention and dispatch and for the last gradients and attention;
+path     one micro-batch through every layer forward and backward, with the heads of all micro-batches between;
+lane     the transfers that a device receives follow each other; so do those that an attending device sends;
+memory   experts that a device can hold.
+For a given time each of them limits the experts of a device; the bound is the least time at which all experts of all
+layers find a place (bisection). Source of the terms: planner.md and the simulator's edges.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.planner.rates import ClassRates, device_rates
+from hetermoe_cli.spec.cluster import Device
+from hetermoe_cli.spec.plan import ScheduleChoice
+
+FloatArray = NDArray[np.float64]
+STEPS = 24  # bisection steps: 2^-24 of the first interval
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Choices of one schedule: `sequences` and `devices` [choices, slots], `kind` [slots].
+
+    A slot is a number of devices of one kind that attend to the same number of sequences.
+    """
+
+    sequences: NDArray[np.int64]
+    devices: NDArray[np.int64]
+    kind: NDArray[np.int64]
+
+
+class Bounder:
+    """Bounds for all choices of one schedule and micro-batch size."""
+
+    def __init__(self, cost: CostModel, kinds: Sequence[Sequence[int]], schedule: ScheduleChoice, total: int) -> None:
+        self.cost, self.kinds, self.schedule, self.total = cost, kinds, schedule, total
+        self.layers, self.experts, self.count = cost.model.layers, cost.model.experts, schedule.micro_batches
+        self._rates: dict[tuple[int, int], ClassRates] = {}
+
+    def rates(self, kind: int, sequences: int) -> ClassRates:
+        """Rates of a device of `kind`."""
+        key = (kind, sequences)
+        if key not in self._rates:
+            rank = self.kinds[kind][0]
+            self._rates[key] = device_rates(self.cost, rank, sequences, self.schedule, self.total)
+        return self._rates[key]
+
+    def attention_load(self, kind: int, sequences: int) -> float:
+        """Compute seconds of an attending device without experts."""
+        r = self.rates(kind, sequences)
+        return self.count * (self.layers * sum(r.attention) + r.head) + r.optimizer_base
+
+    def fits(self, kind: int, sequences: int) -> bool:
+        """Whether a device holds its part apart from experts."""
+        r = self.rates(kind, sequences)
+        return r.memory_base <= r.memory_limit
+
+    def ceiling(self) -> float:
+        """More than any layout takes: everything on the slowest device, one after another, without end of transfers."""
+        worst = max(
+            self.attention_load(kind, self.total) + self.count * self.layers * self.experts * sum(self.rates(kind, 0).hosted)
+            for kind in range(len(self.kinds))
+        )
+        return 100 * worst
+
+    def bounds(self, slots: Slots, most: float) -> FloatArray:
+        """[choices] lower bound; infinite where it is above `most`."""
+        terms = _Terms(self, slots)
+        low, high = np.zeros(len(slots.sequences)), np.full(len(slots.sequences), most)
+        possible = terms.feasible(high)
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            enough = terms.feasible(middle)
+            low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+        return np.where(possible, low, np.inf)
+
+
+class _Terms:
+    """Coefficients of the choices, [choices, slots] each."""
+
+    def __init__(self, bounder: Bounder, slots: Slots) -> None:
+        self.b, self.slots = bounder, slots
+        cost, layers, count = bounder.cost, bounder.layers, bounder.count
+        used = np.maximum(slots.devices, 0) > 0
+        self.devices = slots.devices
+        self.attends = (slots.sequences > 0) & used
+        table = self._table(slots)
+        first_attention = np.where(self.attends, table["forward"], 0).max(1, keepdims=True)
+        last_attention = np.where(self.attends, table["backward"], 0).max(1, keepdims=True)
+        head = np.where(self.attends, table["head"], 0).max(1, keepdims=True)
+        self.load = np.where(
+            self.attends,
+            count * (layers * (table["forward"] + table["backward"]) + table["head"]),
+            first_attention + last_attention + 2 * table["receive"],
+        )
+        self.step_base, self.step = table["step_base"], table["step"]
+        self.hosted, self.copy = count * table["hosted"], np.where(self.attends, count * table["copy"], 0)
+        sequential = bounder.schedule.name == "sequential"
+        repeats = count if sequential else 1
+        self.path = repeats * layers * (first_attention + last_attention) + count * head
+        self.path_each = repeats * (table["hosted"] + 4 * table["receive"])
+        self.lane_each = 2 * count * table["receive"]
+        self.send_each = 2 * count * np.where(self.attends, table["send"], 0)
+        self.room, self.room_each, self.room_copy = table["room"], table["room_each"], table["room_copy"]
+        self.reduce, self.reduce_each = self._all_reduce(cost)
+        self.everything = float(layers * bounder.experts)
+
+    def _table(self, slots: Slots) -> dict[str, FloatArray]:
+        rows: dict[str, FloatArray] = {}
+        for slot, kind in enumerate(slots.kind):
+            values = np.unique(slots.sequences[:, slot])
+            for value in values:
+                where = slots.sequences[:, slot] == value
+                for name, number in self._numbers(int(kind), int(value)).items():
+                    rows.setdefault(name, np.zeros(slots.sequences.shape))[where, slot] = number
+        return rows
+
+    def _numbers(self, kind: int, sequences: int) -> dict[str, float]:
+        b, r, cost = self.b, self.b.rates(kind, sequences), self.b.cost
+        device = cost.devices[b.kinds[kind][0]]
+        alone, fastest = self._alone(device), self._fastest(device)
+        own, everyone = cost.rows_per_expert(sequences), cost.rows_per_expert(b.total)
+        return {
+            "forward": r.attention[0],
+            "backward": r.attention[1],
+            "head": r.head,
+            "hosted": sum(r.hosted),
+            "copy": sum(r.replicated),
+            "receive": (everyone - own) * cost.row_bytes / fastest,
+            "send": own * cost.row_bytes / fastest if alone else 0.0,
+            "step_base": r.optimizer_base,
+            "step": r.optimizer_per_expert,
+            "room": r.memory_limit - r.memory_base - r.memory_if_any,
+            "room_each": r.memory_per_hosted + r.memory_per_share / b.layers,
+            "room_copy": r.memory_per_replicated,
+        }
+
+    def _alone(self, device: Device) -> bool:
+        """Whether all of the device's messages leave its node."""
+        return sum(other.node == device.node for other in self.b.cost.devices) == 1
+
+    def _fastest(self, device: Device) -> float:
+        """Bytes a second of the fastest link that the device's messages can take."""
+        links = [device.network] if self._alone(device) else [device.network, device.interconnect]
+        return max(link.bandwidth_gigabytes_per_second for link in links) * 1e9
+
+    def _all_reduce(self, cost: CostModel) -> tuple[FloatArray, FloatArray]:
+        """Seconds without copies, and for each copy, over the fastest links that the attending devices have."""
+        slowest = np.zeros(self.slots.sequences.shape)
+        for slot, kind in enumerate(self.slots.kind):
+            device = cost.devices[self.b.kinds[kind][0]]
+            slowest[:, slot] = 1 / self._fastest(device)
+        slowest = np.where(self.attends, slowest, 0).max(1)
+        members = np.where(self.attends, self.devices, 0).sum(1)
+        share = np.where(members > 1, 2 * (members - 1) / np.maximum(members, 1), 0.0) * slowest
+        return share * cost.dense_gradient_bytes, share * cost.expert_gradient_bytes
+
+    def feasible(self, time: FloatArray) -> NDArray[np.bool_]:
+        """[choices] whether all experts find a place within `time`, for some number of copies."""
+        left = time[:, None] - self.reduce[:, None] - self.step_base
+        spare = left - self.load
+        ok = np.where(self.attends, spare >= 0, True).all(1)
+        ok &= np.where(self.attends, self.room >= 0, True).all(1)
+        each = self.hosted + self.step
+        limits = [
+            (left - self.path) / self.path_each,
+            np.where(self.lane_each > 0, time[:, None] / np.where(self.lane_each > 0, self.lane_each, 1), np.inf),
+        ]
+        cap = np.minimum.reduce([np.broadcast_to(limit, spare.shape) for limit in limits])
+        copy_cost = np.where(self.attends, self.copy + self.step, 0) + self.reduce_each[:, None]
+        most = np.where(
+            self.attends, np.minimum(spare / np.maximum(copy_cost, 1e-300), self.room / self.room_copy), np.inf
+        )
+        most_copies = np.clip(most.min(1), 0, self.everything)
+        breaks = self._breaks(spare, cap * each, copy_cost, most_copies)
+        best = np.full(len(time), -np.inf)
+        for copies in breaks:
+            hosted = np.minimum((spare - copies[:, None] * copy_cost) / each, cap)
+            best = np.maximum(best, (self.devices * np.maximum(hosted, 0)).sum(1) + copies)
+        ok &= best >= self.everything
+        ok &= self._fits(most_copies) & self._sends(time, spare, each, cap, copy_cost, most_copies)
+        return ok
+
+    def _breaks(self, spare: FloatArray, used: FloatArray, copy_cost: FloatArray, most: FloatArray) -> list[FloatArray]:
+        """Numbers of copies between which the experts that find a place are linear in the copies."""
+        points = [np.zeros_like(most), most]
+        for slot in range(spare.shape[1]):
+            for value in (spare[:, slot] - used[:, slot], spare[:, slot]):
+                points.append(np.clip(value / np.maximum(copy_cost[:, slot], 1e-300), 0, most))
+        return points
+
+    def _fits(self, most_copies: FloatArray) -> NDArray[np.bool_]:
+        held = np.full(len(most_copies), -np.inf)
+        for copies in (np.zeros_like(most_copies), most_copies):
+            used = np.where(self.attends, copies[:, None] * self.room_copy, 0)
+            hosted = np.maximum(self.room - used, 0) / self.room_each
+            held = np.maximum(held, (self.devices * hosted).sum(1) + copies)
+        return held >= self.everything * (1 - 1e-12)
+
+    def _sends(
+        self,
+        time: FloatArray,
+        spare: FloatArray,
+        each: FloatArray,
+        cap: FloatArray,
+        copy_cost: FloatArray,
+        most: FloatArray,
+    ) -> NDArray[np.bool_]:
+        """Rows for experts elsewhere leave one after another."""
+        kept = np.full(spare.shape, -np.inf)
+        for copies in (np.zeros_like(most), most):
+            hosted = np.maximum(np.minimum((spare - copies[:, None] * copy_cost) / each, cap), 0)
+            kept = np.maximum(kept, hosted + copies[:, None])
+        return ((self.everything - kept) * self.send_each <= time[:, None]).all(1)

@@ -1,0 +1,135 @@
+"""Task graph of one iteration on class level, read from the very schedule that simulator and engine run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from hetermoe_cli.planner.choice import Choice, DeviceClass
+from hetermoe_cli.schedule.action import Action, Kind
+from hetermoe_cli.schedule.lower import training_schedule
+from hetermoe_cli.schedule.schedule import Schedule, inputs
+
+
+class Task(NamedTuple):
+    """A compute task of one device of a class, or (class -1) a transfer."""
+
+    device_class: int
+    action: Action
+
+
+@dataclass(frozen=True, slots=True)
+class Hosts:
+    """Condition: `device_class` hosts experts of `layer`."""
+
+    layer: int
+    device_class: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Condition: transfers from the hosts of one layer and towards those of the other share a port; first <= second."""
+
+    first: int
+    second: int
+
+
+class Edge(NamedTuple):
+    """`after` starts when `before` has ended, where `condition` holds."""
+
+    before: int
+    after: int
+    condition: Hosts | Shares | None
+
+
+@dataclass
+class TaskGraph:
+    """Tasks in an order in which every edge points forward, edges, and the last task of every class."""
+
+    tasks: list[Task] = field(default_factory=list)
+    edges: list[Edge] = field(default_factory=list)
+    last: list[int | None] = field(default_factory=list)
+
+
+def task_graph(choice: Choice, classes: Sequence[DeviceClass], layers: int) -> TaskGraph:
+    """Every task that some placement needs. Where a class hosts nothing its expert task takes no time.
+
+    Why conditions suffice: a transfer without rows takes no time and has no edge to what it would feed, and the
+    other edges of such a task hold anyway (A of the next layer follows A of this one on every attending rank).
+    """
+    schedule = training_schedule(choice.full_layout(layers))
+    graph, index = TaskGraph(), {}
+    for number, device_class in enumerate(classes):
+        order = [a for a in schedule.compute[device_class.ranks[0]] if a.kind not in (Kind.SYNCHRONISE, Kind.OPTIMIZER)]
+        for action in order:
+            index[Task(number, action)] = len(index)
+        graph.edges += _chain([index[Task(number, action)] for action in order])
+        graph.last.append(index[Task(number, order[-1])] if order else None)
+    for action in schedule.transfers:
+        index[Task(-1, action)] = len(index)
+    graph.edges += _data_edges(index, len(classes), layers)
+    graph.edges += _lane_edges(index, schedule)
+    graph.tasks = list(index)
+    return _sorted(graph)
+
+
+def _chain(nodes: list[int]) -> list[Edge]:
+    return [Edge(first, second, None) for first, second in zip(nodes, nodes[1:], strict=False)]
+
+
+def _data_edges(index: dict[Task, int], classes: int, layers: int) -> list[Edge]:
+    edges = []
+    for task, node in index.items():
+        for source in inputs(task.action, layers):
+            if task.action.is_transfer:
+                makers = [Task(number, source) for number in range(classes)]
+            else:
+                makers = [Task(-1, source)]
+            for maker in makers:
+                if maker in index:
+                    edges.append(Edge(index[maker], node, _condition(maker, task)))
+    return edges
+
+
+def _condition(before: Task, after: Task) -> Hosts | None:
+    compute = before if after.action.is_transfer else after
+    return Hosts(compute.action.layer, compute.device_class) if compute.action.kind is Kind.EXPERT else None
+
+
+def _lane_edges(index: dict[Task, int], schedule: Schedule) -> list[Edge]:
+    """Transfers of a lane follow each other; where the lane changes, those that share a port do as well.
+
+    Earlier transfers on the other lane, and those of the same micro-batch, come first by their data.
+    """
+    edges = []
+    last: dict[bool, int] = {}
+    previous: Action | None = None
+    for action in schedule.transfers:
+        node, lane = index[Task(-1, action)], action.towards_experts
+        if lane in last:
+            edges.append(Edge(last[lane], node, None))
+        if previous and previous.towards_experts != lane and previous.micro_batch != action.micro_batch:
+            layers = sorted((previous.layer, action.layer))
+            edges.append(Edge(index[Task(-1, previous)], node, Shares(*layers)))
+        last[lane], previous = node, action
+    return edges
+
+
+def _sorted(graph: TaskGraph) -> TaskGraph:
+    """Renumber so that edges point forward."""
+    after: list[list[int]] = [[] for _ in graph.tasks]
+    waiting = [0] * len(graph.tasks)
+    for edge in graph.edges:
+        after[edge.before].append(edge.after)
+        waiting[edge.after] += 1
+    order = [node for node, count in enumerate(waiting) if not count]
+    for node in order:  # grows while it is read
+        for following in after[node]:
+            waiting[following] -= 1
+            if not waiting[following]:
+                order.append(following)
+    place = {node: position for position, node in enumerate(order)}
+    return TaskGraph(
+        [graph.tasks[node] for node in order],
+        sorted((Edge(place[e.before], place[e.after], e.condition) for e in graph.edges), key=lambda e: e.after),
+        [None if node is None else place[node] for node in graph.last],
+    )

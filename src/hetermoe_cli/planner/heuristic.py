@@ -1,0 +1,156 @@
+"""Good placements of one choice without a solver: rounded shares of the work, improved by moving experts."""
+
+from itertools import product
+
+import numpy as np
+
+from hetermoe_cli.planner.counts import Counts, FloatArray, IntArray, fits, from_totals, seconds
+from hetermoe_cli.planner.graph import TaskGraph
+from hetermoe_cli.planner.master import Mixture
+from hetermoe_cli.planner.rates import Rates
+
+ROUNDS = 60
+
+
+def improve(rates: Rates, graph: TaskGraph, start: IntArray) -> tuple[float, Counts | None]:
+    """Best placement found from `start` [starts, layers, classes + 1] (the last column counts replicated experts).
+
+    Infinite and None where nothing that fits was found.
+    """
+    times = evaluate(rates, graph, start)
+    best = int(times.argmin())
+    current, time = start[best], float(times[best])
+    moves = _moves(rates)
+    for _ in range(ROUNDS):
+        trials = current + moves
+        trials = trials[(trials >= 0).all((1, 2))]
+        if not len(trials):
+            break
+        times = evaluate(rates, graph, trials)
+        best = int(times.argmin())
+        if not times[best] < time * (1 - 1e-9):
+            break
+        current, time = trials[best], float(times[best])
+    return time, (counts_of(rates, current) if np.isfinite(time) else None)
+
+
+def counts_of(rates: Rates, table: IntArray) -> Counts:
+    """Counts of [..., layers, classes + 1]."""
+    return from_totals(table[..., :-1], table[..., -1], [c.count for c in rates.classes])
+
+
+def evaluate(rates: Rates, graph: TaskGraph, table: IntArray) -> FloatArray:
+    """[n] class-level seconds of [n, layers, classes + 1]; infinite where memory does not hold it."""
+    result = np.full(len(table), np.inf)
+    holds = fits(rates, counts_of(rates, table))
+    if holds.any():
+        result[holds] = seconds(rates, graph, counts_of(rates, table[holds]))
+    return result
+
+
+def _moves(rates: Rates) -> IntArray:
+    """Moves of experts in one layer from one place to another: single ones, and whole rows of a class."""
+    sizes = [c.count for c in rates.classes] + [1]
+    moves = []
+    for layer, source, target in product(range(rates.layers), range(len(sizes)), range(len(sizes))):
+        if source == target:
+            continue
+        for amount in {1, sizes[source], sizes[target]}:
+            move = np.zeros((rates.layers, len(sizes)), dtype=np.int64)
+            move[layer, source], move[layer, target] = -amount, amount
+            moves.append(move)
+    return np.array(moves)
+
+
+def starts(rates: Rates, mixture: Mixture | None) -> IntArray:
+    """First placements [n, layers, classes + 1]: the mixture's patterns spread over the layers, and levelled shares."""
+    shares = [_balanced(rates, allowed) for allowed in _allowed(rates)]
+    tables = [spread for share in shares for spread in _rounded(rates, share)]
+    if mixture is not None and len(mixture.tables):
+        tables.append(_spread(rates, mixture))
+        tables += [np.repeat(pattern[None], rates.layers, axis=0) for pattern in mixture.tables]
+    return np.unique(np.array(tables), axis=0)
+
+
+def _spread(rates: Rates, mixture: Mixture) -> IntArray:
+    """Patterns in proportion to their weights, each time the one that lags most."""
+    given = np.zeros(len(mixture.weights))
+    share = mixture.weights / mixture.weights.sum()
+    rows = []
+    for layer in range(rates.layers):
+        lagging = int((share * (layer + 1) - given).argmax())
+        given[lagging] += 1
+        rows.append(mixture.tables[lagging])
+    return np.array(rows)
+
+
+def _allowed(rates: Rates) -> list[list[bool]]:
+    """Which classes may host: all, only those that do not attend, only those that do."""
+    attends = [c.attends for c in rates.classes]
+    options = [[True] * len(attends), [not a for a in attends], attends]
+    return [option for option in options if any(option)]
+
+
+def _balanced(rates: Rates, allowed: list[bool]) -> FloatArray:
+    """Experts per class (all layers together) that level the devices' compute, by bisection; memory respected."""
+    count = rates.choice.schedule.micro_batches
+    base = np.array(
+        [
+            count * (rates.layers * sum(r.attention) + r.head) if c.attends else 0.0
+            for c, r in zip(rates.classes, rates.of, strict=True)
+        ]
+    )
+    each = np.array([count * sum(r.hosted) for r in rates.of])
+    room = np.array(
+        [
+            max(
+                0.0,
+                (r.memory_limit - r.memory_base - r.memory_if_any)
+                / (r.memory_per_hosted + r.memory_per_share / rates.layers),
+            )
+            for r in rates.of
+        ]
+    )
+    sizes = np.array([c.count for c in rates.classes]) * np.array(allowed)
+    wanted = rates.layers * rates.experts
+    low, high = 0.0, float(base.max() + wanted * each.max())
+    for _ in range(50):
+        middle = (low + high) / 2
+        held = (sizes * np.clip((middle - base) / each, 0, room)).sum()
+        low, high = (low, middle) if held >= wanted else (middle, high)
+    return sizes * np.clip((high - base) / each, 0, room)
+
+
+def _rounded(rates: Rates, share: FloatArray) -> list[IntArray]:
+    """Whole experts in every layer whose running sums follow the share, in steps of one or of a class's size."""
+    total = share.sum()
+    if total <= 0:
+        return []
+    share = share * (rates.layers * rates.experts / total)
+    result = []
+    for even in (False, True):
+        table = np.zeros((rates.layers, len(share) + 1), dtype=np.int64)
+        given = np.zeros(len(share))
+        for layer in range(rates.layers):
+            target = share * (layer + 1) / rates.layers - given
+            table[layer, :-1] = _split(target, rates, even)
+            table[layer, -1] = rates.experts - table[layer, :-1].sum()
+            given += table[layer, :-1]
+        result.append(table)
+    return result
+
+
+def _split(target: FloatArray, rates: Rates, even: bool) -> IntArray:
+    """Whole numbers near `target` whose sum is the number of experts (less if only copies can fill it)."""
+    steps = np.array([c.count if even else 1 for c in rates.classes])
+    result = (np.floor(np.maximum(target, 0) / steps + 1e-9) * steps).astype(np.int64)
+    while result.sum() > rates.experts:
+        most = int(np.argmax(np.where(result > 0, result - target, -np.inf)))
+        result[most] = max(0, result[most] - steps[most])
+    while True:
+        left = rates.experts - result.sum()
+        fitting = steps <= left
+        wanted = np.where(fitting & (target > 0), target - result, -np.inf)
+        if not np.isfinite(wanted).any():
+            return result
+        result[int(np.argmax(wanted))] += steps[int(np.argmax(wanted))]

@@ -1,0 +1,124 @@
+"""The MILP of one choice: build, solve, extract (design: planner.md, "One group, fixed order").
+
+Classes share variables. Of an uneven class the `largest` model charges every device as the one with most experts: its
+makespan is never below the simulator's replay. The `mean` model charges the class's mean where several devices add
+up and the largest where one device decides: it is never above any placement's replay, so it gives lower bounds.
+Where every class is even, or has one device, both are exact.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import pulp
+
+from hetermoe_cli.planner.choice import Choice, DeviceClass
+from hetermoe_cli.planner.counts import Counts
+from hetermoe_cli.planner.graph import TaskGraph
+from hetermoe_cli.planner.patterns import Limits
+from hetermoe_cli.planner.rates import Rates
+from hetermoe_cli.planner.solver import Run, SolverOptions, solve_problem
+from hetermoe_cli.schedule.action import Action
+
+Mode = Literal["largest", "mean"]
+
+
+@dataclass
+class Model:
+    """The PuLP problem and its variables by what they mean. `horizon`: a makespan that is known to be reachable."""
+
+    rates: Rates
+    graph: TaskGraph
+    mode: Mode
+    horizon: float
+    limits: Limits
+    problem: pulp.LpProblem
+    hosted: dict[tuple[int, int], Any] = field(default_factory=dict)  # most on one device of a class, [layer, class]
+    spare: dict[tuple[int, int], Any] = field(default_factory=dict)  # devices with one less
+    uneven: dict[tuple[int, int], Any] = field(default_factory=dict)
+    hosts: dict[tuple[int, int], Any] = field(default_factory=dict)  # whether any device of the class hosts
+    all_host: dict[tuple[int, int], Any] = field(default_factory=dict)
+    replicated: list[Any] = field(default_factory=list)
+    total: list[Any] = field(default_factory=list)  # experts of all layers on the fullest device of a class
+    transfer: list[Any] = field(default_factory=list)
+    shares: dict[tuple[int, int], Any] = field(default_factory=dict)
+    start: list[Any] = field(default_factory=list)
+    finish: Any = None
+    optimizer: Any = None
+
+    @cached_property
+    def transfers(self) -> dict[Action, int]:
+        """Node of every transfer."""
+        return {task.action: node for node, task in enumerate(self.graph.tasks) if task.action.is_transfer}
+
+    @property
+    def layers(self) -> range:
+        """Layer numbers."""
+        return range(self.rates.layers)
+
+    @property
+    def classes(self) -> list[tuple[int, DeviceClass]]:
+        """Numbered classes."""
+        return list(enumerate(self.rates.classes))
+
+    def flag(self, layer: int, number: int) -> Any:
+        """The binary that brings a class's expert task into the dependencies."""
+        return (self.hosts if self.mode == "largest" else self.all_host)[layer, number]
+
+    def mean(self, layer: int, number: int) -> Any:
+        """Mean hosted experts of a device of the class."""
+        count = self.rates.classes[number].count
+        hosted = self.hosted[layer, number]
+        return hosted if count == 1 else hosted - self.spare[layer, number] * (1 / count)
+
+    def least(self, layer: int, number: int) -> Any:
+        """Hosted experts of the device with fewest (in the mean model: on average)."""
+        if self.rates.classes[number].count == 1:
+            return self.hosted[layer, number]
+        if self.mode == "mean":
+            return self.mean(layer, number)
+        return self.hosted[layer, number] - self.uneven[layer, number]
+
+
+def build(
+    rates: Rates, graph: TaskGraph, horizon: float, mode: Mode = "largest", limits: Limits | None = None
+) -> Model:
+    """The problem whose makespan is at most `horizon` (infeasible if that cannot be reached)."""
+    from hetermoe_cli.planner import ilp_cuts, ilp_placement, ilp_time
+
+    limits = limits or Limits.of(rates, horizon)
+    model = Model(rates, graph, mode, horizon, limits, pulp.LpProblem("placement", pulp.LpMinimize))
+    ilp_placement.variables(model)
+    ilp_placement.coverage(model)
+    ilp_placement.hosting(model)
+    ilp_placement.unevenness(model)
+    ilp_placement.totals(model)
+    ilp_placement.memory(model)
+    ilp_placement.symmetry(model)
+    ilp_time.variables(model)
+    ilp_time.transfer_lengths(model)
+    ilp_time.port_sharing(model)
+    ilp_time.precedence(model)
+    ilp_time.single_tasks(model)
+    ilp_time.optimizer_steps(model)
+    ilp_time.objective(model)
+    ilp_cuts.cuts(model)
+    return model
+
+
+def solve(model: Model, options: SolverOptions, *, relaxed: bool = False) -> Run:
+    """Minimise the makespan of a built model."""
+    return solve_problem(model.problem, options, relaxed=relaxed)
+
+
+def extract(model: Model) -> Counts:
+    """Counts of the solution found, rounded to the integers that they stand for."""
+    rows = [[round(model.hosted[layer, c].value()) for c, _ in model.classes] for layer in model.layers]
+    spare = [
+        [round(model.spare[layer, c].value()) if (layer, c) in model.spare else 0 for c, _ in model.classes]
+        for layer in model.layers
+    ]
+    replicated = [round(variable.value()) for variable in model.replicated]
+    return Counts(np.array(rows), np.array(spare), np.array(replicated))

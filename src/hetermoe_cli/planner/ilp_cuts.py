@@ -1,0 +1,75 @@
+"""Cuts: what the constraints imply anyway, said without big-M so that the relaxation knows it.
+
+Valid where every layer has hosts. R = micro-batches, h = hosted experts of the fullest device, y = whether it hosts;
+where it does not, each cut says less than a dispatch or combine that exists. The fullest device of a class of several
+has no tasks of its own in the model: its cuts start from transfers, which all devices share.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from hetermoe_cli.planner.ilp import Model
+from hetermoe_cli.schedule.action import Action, Kind, Pass
+
+
+def cuts(model: Model) -> None:
+    """Add all cuts, for zebra with several micro-batches."""
+    schedule = model.rates.choice.schedule
+    if schedule.name != "zebra" or model.limits.most[-1] >= model.rates.experts or not model.transfers:
+        return
+    for number, cut in enumerate(_all(model)):
+        model.problem += cut, f"cut_{number}"
+
+
+def _all(model: Model) -> Iterator[Any]:
+    for layer in model.layers:
+        for c, device_class in model.classes:
+            yield from _streams(model, layer, c)
+            if device_class.attends:
+                yield from _forward(model, layer, c)
+                yield from _backward(model, layer, c)
+
+
+def _time(model: Model, kind: Kind, way: Pass, layer: int, micro_batch: int, *, end: bool) -> Any:
+    """Start or end of a transfer."""
+    start = model.start[model.transfers[Action(kind, way, layer, micro_batch)]]
+    return start + model.transfer[layer] if end else start
+
+
+def _streams(model: Model, layer: int, c: int) -> Iterator[Any]:
+    """From the first transfer of a layer to its hosts, through E of all micro-batches, to the last one back."""
+    last = model.rates.choice.schedule.micro_batches - 1
+    for way, there, back in ((Pass.FORWARD, Kind.DISPATCH, Kind.COMBINE), (Pass.BACKWARD, Kind.COMBINE, Kind.DISPATCH)):
+        each = model.rates.of[c].hosted[int(way is Pass.BACKWARD)] * (last + 1)
+        first = _time(model, there, way, layer, 0, end=True)
+        yield _time(model, back, way, layer, last, end=False) >= first + each * model.hosted[layer, c]
+
+
+def _forward(model: Model, layer: int, c: int) -> Iterator[Any]:
+    """A of one and E of all micro-batches up to the last combine; A of all and E of one up to the first."""
+    n, r = model.rates.choice.schedule.micro_batches, model.rates.of[c]
+    hosted, hosts = model.hosted[layer, c], model.hosts[layer, c]
+    last = _time(model, Kind.COMBINE, Pass.FORWARD, layer, n - 1, end=False)
+    first = _time(model, Kind.COMBINE, Pass.FORWARD, layer, 0, end=False)
+    before_last: Any = (n - 1) * r.attention[0]
+    before_first: Any = 0.0
+    if layer:
+        before_last = _time(model, Kind.COMBINE, Pass.FORWARD, layer - 1, n - 1, end=True)
+        before_first = _time(model, Kind.COMBINE, Pass.FORWARD, layer - 1, 0, end=True)
+    yield last >= before_last + r.attention[0] + n * r.hosted[0] * hosted
+    yield first >= before_first + r.attention[0] + (n - 1) * r.attention[0] * hosts + r.hosted[0] * hosted
+
+
+def _backward(model: Model, layer: int, c: int) -> Iterator[Any]:
+    """E of all and A of one micro-batch from the first combine; E of one and A of all from the last."""
+    n, r = model.rates.choice.schedule.micro_batches, model.rates.of[c]
+    hosted, hosts = model.hosted[layer, c], model.hosts[layer, c]
+    first = _time(model, Kind.COMBINE, Pass.BACKWARD, layer, 0, end=True)
+    last = _time(model, Kind.COMBINE, Pass.BACKWARD, layer, n - 1, end=True)
+    after_first: Any = model.finish - (n - 1) * r.attention[1]
+    after_last: Any = model.finish
+    if layer:
+        after_first = _time(model, Kind.COMBINE, Pass.BACKWARD, layer - 1, 0, end=False)
+        after_last = _time(model, Kind.COMBINE, Pass.BACKWARD, layer - 1, n - 1, end=False)
+    yield after_first >= first + n * r.hosted[1] * hosted + r.attention[1]
+    yield after_last >= last + r.hosted[1] * hosted + r.attention[1] + (n - 1) * r.attention[1] * hosts

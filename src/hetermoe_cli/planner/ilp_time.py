@@ -1,0 +1,162 @@
+"""Constraint families of time: transfer lengths, shared ports, precedence, and the objective."""
+
+from typing import Any
+
+import pulp
+
+from hetermoe_cli.planner.graph import Edge, Hosts, Shares
+from hetermoe_cli.planner.ilp import Model
+from hetermoe_cli.planner.rates import Port
+from hetermoe_cli.schedule.action import Kind, Pass
+
+
+def variables(model: Model) -> None:
+    """Start of every task, length of every layer's transfers, and where transfers share a port."""
+    add = model.problem.add_variable
+    model.start = [add(f"start_{t.device_class + 1}_{t.action}", 0) for t in model.graph.tasks]
+    model.transfer = [add(f"transfer_{layer}", 0) for layer in model.layers]
+    used = {e.condition for e in model.graph.edges if isinstance(e.condition, Shares)} if model.rates.conflicts else ()
+    for shares in sorted(used, key=lambda s: (s.first, s.second)):
+        model.shares[shares.first, shares.second] = add(f"shares_{shares.first}_{shares.second}", 0, 1)
+    model.finish, model.optimizer = add("finish", 0), add("optimizer", 0)
+
+
+def transfer_lengths(model: Model) -> None:
+    """A transfer lasts as long as its slowest port: bytes over bandwidth plus latency, where it is used at all."""
+    for layer in model.layers:
+        for number, port in enumerate(model.rates.ports):
+            load = _load(model, layer, port)
+            flags = [model.flag(layer, c) for c in port.users] if port.latency else []
+            if not flags:
+                model.problem += model.transfer[layer] >= load, f"transfer_{layer}_{number}"
+            for c, flag in zip(port.users, flags, strict=False):
+                model.problem += model.transfer[layer] >= load + port.latency * flag, f"transfer_{layer}_{number}_{c}"
+
+
+def _load(model: Model, layer: int, port: Port) -> Any:
+    """Seconds of the port's bytes."""
+    terms: list[Any] = [port.source_bytes * port.byte_seconds * (model.rates.experts - model.replicated[layer])]
+    for c, weight in enumerate(port.bytes_per_expert):
+        if not weight:
+            continue
+        single = model.mode == "largest" or port.devices == 1
+        amount = model.least(layer, c) if weight < 0 else model.hosted[layer, c] if single else model.mean(layer, c)
+        terms.append(amount * (weight * port.byte_seconds))
+    return pulp.lpSum(terms)
+
+
+def port_sharing(model: Model) -> None:
+    """shares = 1 where hosts of the one layer send, and hosts of the other receive, through one link direction."""
+    for (first, second), shares in model.shares.items():
+        pairs = {(c, d) for c, d in model.rates.conflicts}
+        pairs |= {(d, c) for c, d in pairs}
+        for c, d in sorted(pairs):
+            one, other = model.flag(first, c), model.flag(second, d)
+            both = one if one is other else one + other - 1
+            model.problem += shares >= both, f"shares_{first}_{second}_{c}_{d}"
+
+
+def precedence(model: Model) -> None:
+    """Streams, lanes and data: a task starts when those before it have ended, where the condition holds."""
+    earliest, remaining = windows(model)
+    for number, edge in enumerate(model.graph.edges):
+        end = model.start[edge.before] + length(model, edge.before)
+        if edge.condition is None:
+            model.problem += model.start[edge.after] >= end, f"after_{number}"
+            continue
+        indicator = _indicator(model, edge)
+        slack = model.horizon - remaining[edge.before] - earliest[edge.after]
+        if indicator is not None and slack > 0:
+            model.problem += model.start[edge.after] >= end - slack * (1 - indicator), f"after_{number}"
+
+
+def _indicator(model: Model, edge: Edge) -> Any:
+    if isinstance(edge.condition, Hosts):
+        return model.flag(edge.condition.layer, edge.condition.device_class)
+    if isinstance(edge.condition, Shares):
+        return model.shares.get((edge.condition.first, edge.condition.second))
+    return None
+
+
+def length(model: Model, node: int) -> Any:
+    """Seconds of a task, as an expression."""
+    number, action = model.graph.tasks[node]
+    if action.is_transfer:
+        return model.transfer[action.layer]
+    if action.kind is not Kind.EXPERT:
+        return fixed_length(model, node)
+    r, way = model.rates.of[number], int(action.direction is Pass.BACKWARD)
+    hosted = model.hosted[action.layer, number] if model.mode == "largest" else model.mean(action.layer, number)
+    seconds = hosted * r.hosted[way]
+    if model.rates.classes[number].attends:
+        seconds = seconds + model.replicated[action.layer] * r.replicated[way]
+    return seconds
+
+
+def fixed_length(model: Model, node: int) -> float:
+    """Seconds that a task takes under any placement."""
+    number, action = model.graph.tasks[node]
+    if action.kind is Kind.HEAD:
+        return model.rates.of[number].head
+    if action.kind is Kind.ATTENTION:
+        return model.rates.of[number].attention[int(action.direction is Pass.BACKWARD)]
+    return 0.0
+
+
+def windows(model: Model) -> tuple[list[float], list[float]]:
+    """Per task its earliest start, and the least time from its end to the end of the iteration."""
+    tasks, edges = model.graph.tasks, [e for e in model.graph.edges if e.condition is None]
+    lengths = [fixed_length(model, node) for node in range(len(tasks))]
+    earliest = [0.0] * len(tasks)
+    after_compute = model.rates.synchronise[0] + max(r.optimizer_base for r in model.rates.of)
+    remaining = [after_compute] * len(tasks)
+    for before, after, _ in edges:
+        earliest[after] = max(earliest[after], earliest[before] + lengths[before])
+    for before, after, _ in reversed(edges):
+        remaining[before] = max(remaining[before], remaining[after] + lengths[after])
+    return earliest, remaining
+
+
+def single_tasks(model: Model) -> None:
+    """In the mean model: one combine still waits for the fullest device of a class."""
+    if model.mode == "largest":
+        return
+    earliest, remaining = windows(model)
+    place = {task: node for node, task in enumerate(model.graph.tasks)}
+    for before, after, condition in model.graph.edges:
+        number, action = model.graph.tasks[before]
+        if not isinstance(condition, Hosts) or action.is_transfer or model.rates.classes[number].count == 1:
+            continue
+        partner = Kind.DISPATCH if action.direction is Pass.FORWARD else Kind.COMBINE
+        sent = place[
+            type(model.graph.tasks[before])(
+                -1, type(action)(partner, action.direction, action.layer, action.micro_batch)
+            )
+        ]
+        seconds = (
+            model.hosted[action.layer, number] * model.rates.of[number].hosted[int(action.direction is Pass.BACKWARD)]
+        )
+        slack = model.horizon - remaining[before] - earliest[after]
+        bound = model.start[sent] + model.transfer[action.layer] + seconds
+        model.problem += model.start[after] >= bound - slack * (1 - model.hosts[action.layer, number])
+
+
+def optimizer_steps(model: Model) -> None:
+    """The step takes as long as on the device that holds most."""
+    copies = pulp.lpSum(model.replicated)
+    for c, device_class in model.classes:
+        r = model.rates.of[c]
+        held = model.total[c] + (copies if device_class.attends else 0)
+        model.problem += model.optimizer >= r.optimizer_base + r.optimizer_per_expert * held, f"optimizer_{c}"
+
+
+def objective(model: Model) -> None:
+    """Makespan: compute, all-reduce of dense and replicated gradients, optimizer step."""
+    for node in model.graph.last:
+        if node is not None:
+            model.problem += model.finish >= model.start[node] + length(model, node), f"finish_{node}"
+    base, each = model.rates.synchronise
+    makespan = model.problem.add_variable("makespan", 0, model.horizon)  # no constant in the objective: bounds omit it
+    end = model.finish + model.optimizer + each * pulp.lpSum(model.replicated) + base
+    model.problem += makespan >= end, "makespan_end"
+    model.problem.setObjective(makespan + 0)

@@ -1,0 +1,129 @@
+"""Patterns: every way to share out one layer's experts over the classes, and what each costs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hetermoe_cli.planner.counts import FloatArray, IntArray
+from hetermoe_cli.planner.rates import Port, Rates
+
+MOST_PATTERNS = 40_000
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """`totals` [classes, patterns]: hosted experts of a class together; `replicated` [patterns].
+
+    The quantities below hold for every device-level placement with these totals: lengths are at least so long.
+    """
+
+    rates: Rates
+    totals: IntArray
+    replicated: IntArray
+    caps: tuple[int, ...]  # experts of a layer that one device of a class can take at most
+
+    def subset(self, index: Sequence[int] | IntArray) -> "Patterns":
+        """Some of the patterns."""
+        return Patterns(self.rates, self.totals[:, index], self.replicated[index], self.caps)
+
+    @cached_property
+    def sizes(self) -> IntArray:
+        """[classes, 1] devices."""
+        return np.array([[c.count] for c in self.rates.classes])
+
+    @cached_property
+    def attends(self) -> NDArray[np.bool_]:
+        """[classes, 1]."""
+        return np.array([[c.attends] for c in self.rates.classes])
+
+    @cached_property
+    def fullest(self) -> FloatArray:
+        """[classes, patterns] hosted experts of the fullest device."""
+        return np.ceil(self.mean - 1e-9)
+
+    @cached_property
+    def mean(self) -> FloatArray:
+        """[classes, patterns] hosted experts of a device on average."""
+        result: FloatArray = self.totals / self.sizes
+        return result
+
+    @cached_property
+    def hosts(self) -> NDArray[np.bool_]:
+        """[classes, patterns] whether some device of the class hosts."""
+        return self.totals > 0
+
+    @cached_property
+    def transfer(self) -> FloatArray:
+        """[patterns] seconds of a dispatch or combine."""
+        result = np.zeros(len(self.replicated))
+        for port in self.rates.ports:
+            used = self.hosts[list(port.users)].any(0)
+            result = np.maximum(result, used * (self._bytes(port) * port.byte_seconds + port.latency))
+        return result
+
+    def _bytes(self, port: Port) -> FloatArray:
+        weights = np.array(port.bytes_per_expert)
+        received = self.fullest if port.devices == 1 else self.mean
+        load: FloatArray = np.maximum(weights, 0) @ received + np.minimum(weights, 0) @ self.mean
+        return np.maximum(load + port.source_bytes * (self.rates.experts - self.replicated), 0.0)
+
+    @cached_property
+    def contended(self) -> NDArray[np.bool_]:
+        """[patterns] whether dispatches and combines are sure to share links: an attending device hosts, so do others.
+
+        Claimed only where every device has a link of its own and sends nothing inside a node.
+        """
+        devices = self.rates.cost.devices
+        alone = len({device.node for device in devices}) == len(devices)
+        several = (self.sizes * self.attends).sum() > 1
+        beyond_one = (self.totals > np.array(self.caps)[:, None]) | (self.hosts.sum(0) > 1)
+        result: NDArray[np.bool_] = (self.hosts & self.attends & beyond_one).any(0) & bool(alone and several)
+        return result
+
+
+def all_patterns(rates: Rates, caps: Sequence[int], most_copies: int) -> Patterns | None:
+    """Every pattern within the caps; None where there are too many to look at."""
+    tables = np.zeros((0, 1), dtype=np.int64)
+    for c, cap in zip(rates.classes, caps, strict=True):
+        amounts = np.arange(min(rates.experts, cap * c.count) + 1)
+        if tables.shape[1] * len(amounts) > 20 * MOST_PATTERNS:
+            return None
+        tables = np.vstack([np.repeat(tables, len(amounts), axis=1), np.tile(amounts, tables.shape[1])[None]])
+        tables = tables[:, tables.sum(0) <= rates.experts]
+    copies = rates.experts - tables.sum(0)
+    kept = copies <= most_copies
+    if kept.sum() > MOST_PATTERNS:
+        return None
+    return Patterns(rates, tables[:, kept], copies[kept], tuple(caps))
+
+
+def caps_within(rates: Rates, horizon: float) -> tuple[list[int], int]:
+    """Per class the most experts of a layer on one device, and the most copies, that fit memory and `horizon`."""
+    count, copies, caps = rates.choice.schedule.micro_batches, rates.experts, []
+    for c, r in zip(rates.classes, rates.of, strict=True):
+        room = r.memory_limit - r.memory_base - r.memory_if_any
+        busy = count * (rates.layers * sum(r.attention) + r.head) if c.attends else 0.0
+        left = max(0.0, horizon - busy) * (1 + 1e-9)
+        held = int(max(0.0, room) / (r.memory_per_hosted + r.memory_per_share))
+        caps.append(min(rates.experts, held, int(left / (count * sum(r.hosted)))))
+        if c.attends:
+            copies = min(copies, int(left / (count * sum(r.replicated))))
+    return caps, copies
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What every layer of a placement within the horizon has at least and at most: experts per class, then copies."""
+
+    least: tuple[int, ...]
+    most: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rates: Rates, horizon: float) -> "Limits":
+        """From memory and compute of single devices."""
+        caps, copies = caps_within(rates, horizon)
+        most = [min(rates.experts, cap * c.count) for cap, c in zip(caps, rates.classes, strict=True)]
+        return cls((0,) * (len(caps) + 1), (*most, copies))

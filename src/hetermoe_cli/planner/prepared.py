@@ -1,0 +1,41 @@
+"""A choice made ready: classes, rates, and the task graph when it is asked for."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.planner.choice import Choice, DeviceClass, group
+from hetermoe_cli.planner.counts import Counts
+from hetermoe_cli.planner.deal import deal
+from hetermoe_cli.planner.graph import TaskGraph, task_graph
+from hetermoe_cli.planner.rates import Rates
+from hetermoe_cli.spec.plan import Layout
+
+
+@dataclass
+class Prepared:
+    """Everything that heuristics and MILP read about one choice."""
+
+    choice: Choice
+    classes: list[DeviceClass]
+    rates: Rates
+
+    @classmethod
+    def of(cls, cost: CostModel, choice: Choice, per_device: bool = False) -> "Prepared":
+        """By classes, or with one class per device."""
+        classes = group(cost.devices, choice.sequences, per_device=per_device)
+        return cls(choice, classes, Rates(cost, choice, classes))
+
+    @cached_property
+    def graph(self) -> TaskGraph:
+        """Tasks of one iteration."""
+        return task_graph(self.choice, self.classes, self.rates.layers)
+
+    @property
+    def single(self) -> bool:
+        """Whether every class is one device, so that the model is exact as it is."""
+        return all(c.count == 1 for c in self.classes)
+
+    def layout(self, counts: Counts) -> Layout:
+        """The layout of `counts`."""
+        return self.choice.layout(deal(self.classes, counts, len(self.choice.sequences)))

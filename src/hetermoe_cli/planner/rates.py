@@ -1,0 +1,177 @@
+"""Rates: every coefficient of one choice, class by class, read from the cost model that simulator and engine use."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import STATE_BYTES, CostModel
+from hetermoe_cli.planner.choice import Choice, DeviceClass, symmetry_keys
+from hetermoe_cli.schedule.action import Action, Kind, Pass
+from hetermoe_cli.spec.plan import ScheduleChoice
+
+
+@dataclass(frozen=True)
+class ClassRates:
+    """Seconds and bytes of one device of a class. Pairs are (forward, backward with its recomputation)."""
+
+    attention: tuple[float, float]
+    head: float
+    hosted: tuple[float, float]  # one hosted expert on the rows of a whole micro-batch
+    replicated: tuple[float, float]  # one replicated expert on the device's own rows
+    optimizer_base: float
+    optimizer_per_expert: float
+    memory_base: float  # everything that does not depend on the placement
+    memory_per_hosted: float
+    memory_per_replicated: float
+    memory_if_any: float  # the working set of one expert task, where any expert is held
+    memory_per_share: float  # receive buffers, per expert of the layer with most hosted ones
+    memory_limit: float
+
+
+@dataclass(frozen=True)
+class Port:
+    """Load of one NIC or interconnect direction by a transfer towards the experts of one layer.
+
+    Bytes are source_bytes * (experts - replicated) + sum of bytes_per_expert[c] * (hosted experts of class c); the
+    port is used where a class of `users` hosts. A transfer from the experts is the transposed matrix on the same
+    full-duplex links: it lasts as long.
+    """
+
+    source_bytes: float
+    bytes_per_expert: tuple[float, ...]
+    users: tuple[int, ...]
+    byte_seconds: float
+    latency: float
+    devices: int  # hosting devices behind the port; 0 for a source's port
+
+
+def device_rates(cost: CostModel, rank: int, sequences: int, schedule: ScheduleChoice, total: int) -> ClassRates:
+    """Rates of `rank` attending to `sequences` of a micro-batch of `total` sequences."""
+    model, device, own = cost.model, cost.of(rank), cost.rows_per_expert(sequences)
+    counts = [0] * len(cost.devices)
+    counts[rank] = sequences
+    counts[rank - 1] += total - sequences  # somebody attends to the others
+    layout = Choice(schedule, tuple(counts)).full_layout(1)
+    probe = LayoutCost(cost, layout)
+    rows, alive, recompute = cost.rows_per_expert(total), layout.micro_batches_alive, schedule.recompute
+
+    def pair(kind: Kind, rows: float | None = None) -> tuple[float, float]:
+        forward, backward = Action(kind, Pass.FORWARD), Action(kind, Pass.BACKWARD)
+        if rows is None:
+            return probe.seconds(rank, forward), probe.seconds(rank, backward)
+        return probe.expert_seconds(rank, forward, [rows]), probe.expert_seconds(rank, backward, [rows])
+
+    state = sum(STATE_BYTES[cost.train.precision]) * model.expert_parameters
+    dense = model.dense_parameters if sequences else 0
+    buffers = cost.buffer_bytes(total, sequences, 0.0)
+    kept = cost.attention_activation_bytes(device, sequences, recompute) if sequences else 0.0
+    return ClassRates(
+        attention=pair(Kind.ATTENTION) if sequences else (0.0, 0.0),
+        head=pair(Kind.HEAD)[1] if sequences else 0.0,
+        hosted=pair(Kind.EXPERT, rows),
+        replicated=pair(Kind.EXPERT, own) if sequences else (0.0, 0.0),
+        optimizer_base=cost.optimizer_seconds(device, dense),
+        optimizer_per_expert=cost.optimizer_seconds(device, model.expert_parameters),
+        memory_base=dense * sum(STATE_BYTES[cost.train.precision])
+        + alive * model.layers * kept
+        + cost.transient_bytes(device, sequences)
+        + buffers
+        + device.framework_bytes,
+        memory_per_hosted=state + alive * cost.expert_activation_bytes(device, rows, recompute),
+        memory_per_replicated=state + alive * cost.expert_activation_bytes(device, own, recompute),
+        memory_if_any=device.expert(rows).saved_bytes,
+        memory_per_share=(cost.buffer_bytes(total, sequences, 1.0) - buffers) / model.experts,
+        memory_limit=device.memory_bytes * cost.train.memory_headroom,
+    )
+
+
+class Rates:
+    """All coefficients of `choice` over `classes`."""
+
+    def __init__(self, cost: CostModel, choice: Choice, classes: Sequence[DeviceClass]) -> None:
+        self.cost, self.choice, self.classes = cost, choice, tuple(classes)
+        self.layers, self.experts = cost.model.layers, cost.model.experts
+        self.class_of = {rank: index for index, c in enumerate(self.classes) for rank in c.ranks}
+        total = choice.micro_batch_sequences
+        self.of = [device_rates(cost, c.ranks[0], c.sequences, choice.schedule, total) for c in self.classes]
+
+    @cached_property
+    def synchronise(self) -> tuple[float, float]:
+        """Seconds of the all-reduce: without replicated experts, and for each one."""
+        ranks = [rank for c in self.classes if c.attends for rank in c.ranks]
+        dense, expert = self.cost.dense_gradient_bytes, self.cost.expert_gradient_bytes
+        reduce = self.cost.network.all_reduce_seconds
+        base = reduce(sorted(ranks), dense)
+        return base, reduce(sorted(ranks), dense + expert) - base
+
+    @cached_property
+    def ports(self) -> list[Port]:
+        """Distinct ports that a transfer towards the experts can use."""
+        return list(dict.fromkeys(port for pair in self._port_pairs for port in pair if port is not None))
+
+    @cached_property
+    def conflicts(self) -> list[tuple[int, int]]:
+        """Class pairs (c, d): a transfer from hosts of c and one towards hosts of d share a link direction."""
+        pairs: dict[tuple[int, int], None] = {}
+        for source, target in self._port_pairs:
+            if source and target:
+                pairs |= {(c, d): None for c in target.users for d in source.users}
+        return list(pairs)
+
+    @cached_property
+    def _port_pairs(self) -> list[tuple[Port | None, Port | None]]:
+        """Out and in direction of every link, in the transfers towards the experts."""
+        network, sequences = self.cost.network, self.choice.sequences
+        world = range(len(sequences))
+        outgoing: dict[int, list[tuple[int, int]]] = {}
+        incoming: dict[int, list[tuple[int, int]]] = {}
+        for source in world:
+            for target in world:
+                if sequences[source] and source != target:
+                    outgoing.setdefault(int(network.out_port[source, target]), []).append((source, target))
+                    incoming.setdefault(int(network.in_port[source, target]), []).append((source, target))
+        links = sorted({port // 2 for port in [*outgoing, *incoming]})
+        return [
+            (self._port(2 * link, outgoing.get(2 * link)), self._port(2 * link + 1, incoming.get(2 * link + 1)))
+            for link in links
+        ]
+
+    def _port(self, port: int, messages: list[tuple[int, int]] | None) -> Port | None:
+        if not messages:
+            return None
+        own = [self.cost.rows_per_expert(s) * self.cost.row_bytes for s in self.choice.sequences]
+        per_class = [0.0] * len(self.classes)
+        for source, target in messages:
+            per_class[self.class_of[target]] += own[source]
+        users = tuple(sorted({self.class_of[target] for _, target in messages}))
+        seconds, latency = self.cost.network.link(port)
+        hosts = len({target for _, target in messages})
+        if port % 2 or not self._leaves_node(messages):
+            return Port(0.0, tuple(per_class), users, seconds, latency, hosts)
+        return self._uplink(messages, own, users, seconds, latency)
+
+    def _leaves_node(self, messages: list[tuple[int, int]]) -> bool:
+        source, target = messages[0]
+        return self.cost.devices[source].node != self.cost.devices[target].node
+
+    def _uplink(
+        self, messages: list[tuple[int, int]], own: list[float], users: tuple[int, ...], seconds: float, latency: float
+    ) -> Port:
+        """A NIC's way out: all rows of its sources but those for replicated experts and hosts in the same node."""
+        sources = sorted({source for source, _ in messages})
+        node = self.cost.devices[sources[0]].node
+        total = sum(own[source] for source in sources)
+        per_class = [0.0] * len(self.classes)
+        for device in self.cost.devices:
+            if device.node == node:
+                per_class[self.class_of[device.rank]] -= total
+        return Port(total, tuple(per_class), users, seconds, latency, 0)
+
+    def symmetry(self, number: int) -> object:
+        """Equal for classes whose devices some symmetry of the cluster swaps."""
+        return self._symmetry[self.classes[number].ranks[0]]
+
+    @cached_property
+    def _symmetry(self) -> list[object]:
+        return symmetry_keys(self.cost.devices, self.choice.sequences)

@@ -1,0 +1,160 @@
+"""The one place that talks to PuLP's solvers: silent, bounded, and honest about what a run proved.
+
+PuLP 3.3.2 and 4 build models alike (`add_variable`) but report differently; only this file knows how.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pulp
+
+from hetermoe_cli.errors import ExitCode, UserError
+
+THREADS = 2
+Status = Literal["optimal", "feasible", "infeasible", "unknown"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a solver run proved; `objective` is meaningful for optimal and feasible, `bound` always."""
+
+    status: Status
+    objective: float
+    bound: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """Which solver, and when it may stop."""
+
+    name: str = "highs"
+    time_limit: float = 60.0
+    relative_gap: float = 1e-3
+
+
+def solve_problem(
+    problem: pulp.LpProblem,
+    options: SolverOptions,
+    *,
+    relaxed: bool = False,
+    start: Mapping[Any, float] | None = None,
+) -> Run:
+    """Minimise; `relaxed` drops integrality, `start` is a known solution. UserError (SOLVER) if it cannot run."""
+    solver = _make(options, relaxed, start)
+    began = time.monotonic()
+    try:
+        with silent_stdout():
+            result = problem.solve(solver)
+    except pulp.PulpError as error:
+        raise UserError(f"solver {options.name}: it failed ({error})", ExitCode.SOLVER) from error
+    seconds = time.monotonic() - began
+    status = _status(problem, result)
+    objective = float(pulp.value(problem.objective)) if status in ("optimal", "feasible") else float("inf")
+    return Run(status, objective, _bound(problem, result, status, objective, relaxed, options), seconds)
+
+
+def check_available(name: str) -> None:
+    """UserError (SOLVER) unless PuLP can run the solver `name`."""
+    _make(SolverOptions(name), relaxed=False, start=None)
+
+
+def _make(options: SolverOptions, relaxed: bool, start: Mapping[Any, float] | None) -> Any:
+    settings = {"msg": False, "mip": not relaxed, "timeLimit": options.time_limit, "gapRel": options.relative_gap}
+    if options.name.lower() == "highs":
+        solver = _highs_class()(threads=THREADS, **settings)
+        solver.start = start
+    else:
+        solver = _other(options.name, settings)
+    with silent_stdout():
+        available = solver.available()
+    if not available:
+        raise _unavailable(options.name)
+    return solver
+
+
+def _other(name: str, settings: dict[str, Any]) -> Any:
+    known = {s.lower(): s for s in pulp.listSolvers()} | {"cbc": "PULP_CBC_CMD" if _bundles_cbc() else "COIN_CMD"}
+    if name.lower() not in known:
+        raise _unavailable(name)
+    try:
+        return pulp.getSolver(known[name.lower()], **settings)
+    except (pulp.PulpError, TypeError) as error:
+        raise UserError(f"solver {name}: PuLP cannot set it up ({error})", ExitCode.SOLVER) from error
+
+
+def _bundles_cbc() -> bool:
+    return "PULP_CBC_CMD" in pulp.listSolvers()
+
+
+def _unavailable(name: str) -> UserError:
+    with silent_stdout():
+        usable = pulp.listSolvers(onlyAvailable=True)
+    return UserError(f"solver {name}: not available here; usable: {', '.join(usable) or 'none'}", ExitCode.SOLVER)
+
+
+def _highs_class() -> Any:
+    class StartedHiGHS(pulp.HiGHS):  # type: ignore[misc]
+        """PuLP's HiGHS, which takes no starting solution by itself."""
+
+        start: Mapping[Any, float] | None = None
+
+        def buildSolverModel(self, lp: Any) -> None:
+            super().buildSolverModel(lp)
+            if self.start:
+                import highspy
+
+                solution = highspy.HighsSolution()
+                solution.col_value = [self.start.get(variable, 0.0) for variable in lp.variables()]
+                lp.solverModel.setSolution(solution)
+
+    return StartedHiGHS
+
+
+def _status(problem: Any, result: Any) -> Status:
+    """PuLP 3 calls a run that hit its time limit Optimal: only `sol_status` tells; infeasible runs leave numbers."""
+    code = getattr(result, "sol_status", None)
+    code = problem.sol_status if code is None else code
+    known: dict[int, Status] = {
+        pulp.LpSolutionOptimal: "optimal",
+        pulp.LpSolutionIntegerFeasible: "feasible",
+        pulp.LpSolutionInfeasible: "infeasible",
+    }
+    return known.get(code, "unknown")
+
+
+def _bound(problem: Any, result: Any, status: Status, objective: float, relaxed: bool, options: SolverOptions) -> float:
+    """Proven lower bound on the minimum: the solver's own where it tells, else what its gap promises."""
+    if status == "infeasible":
+        return float("inf")
+    if relaxed:
+        return objective if status == "optimal" else float("-inf")
+    told = getattr(result, "best_bound", None)
+    if told is None and options.name.lower() == "highs":
+        told = problem.solverModel.getInfo().mip_dual_bound
+    if told is not None:
+        return min(float(told), objective)
+    return objective * (1 - options.relative_gap) if status == "optimal" else float("-inf")
+
+
+@contextlib.contextmanager
+def silent_stdout() -> Iterator[None]:
+    """Send file descriptor 1 to nowhere: HiGHS prints a banner from C even when told to be quiet."""
+    sys.stdout.flush()
+    try:
+        saved = os.dup(1)
+    except OSError:  # no descriptor 1: nothing can be printed
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, saved)
+        stack.callback(os.dup2, saved, 1)
+        null = os.open(os.devnull, os.O_WRONLY)
+        stack.callback(os.close, null)
+        os.dup2(null, 1)
+        yield

@@ -1,0 +1,127 @@
+"""The searched space: every schedule, R, recompute and number of sequences per device, up to symmetry."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.planner.baselines import micro_batch_counts, recompute_choices
+from hetermoe_cli.planner.choice import symmetry_keys
+from hetermoe_cli.spec.cluster import Device
+from hetermoe_cli.spec.plan import ScheduleChoice
+
+DEVICE_LEVEL_LIMIT = 8  # up to so many devices the search is over single devices
+
+
+def kinds(devices: Sequence[Device]) -> list[list[int]]:
+    """Ranks by symmetry of the cluster, before any sequences are given out."""
+    members: dict[object, list[int]] = defaultdict(list)
+    for rank, key in enumerate(symmetry_keys(devices, [0] * len(devices))):
+        members[key].append(rank)
+    return list(members.values())
+
+
+def schedules(cost: CostModel, limit: int) -> list[ScheduleChoice]:
+    """Every schedule; with one micro-batch both orders are the same."""
+    return [
+        ScheduleChoice(name=name, micro_batches=count, recompute=recompute)
+        for count in micro_batch_counts(cost.train.global_batch_sequences, limit)
+        for name in (("zebra", "sequential") if count > 1 else ("zebra",))
+        for recompute in recompute_choices(cost)
+    ]
+
+
+def splits(total: int, most: int, devices: int, *, values: int) -> list[tuple[int, ...]]:
+    """Descending sequences per device: at most `total` together, `most` each, `values` distinct numbers."""
+    if values >= devices:
+        return list(_partitions(total, most, devices))
+    found: set[tuple[int, ...]] = set()
+    for high in range(most + 1):
+        for low in range(high + 1):
+            for count in range(1, devices + 1):
+                if high * count + low * (devices - count) <= total:
+                    found.add((high,) * count + (low,) * (devices - count))
+    return sorted(found, reverse=True)
+
+
+def _partitions(total: int, most: int, devices: int) -> Iterator[tuple[int, ...]]:
+    if devices == 0:
+        yield ()
+        return
+    for first in range(min(total, most), -1, -1):
+        for rest in _partitions(total - first, first, devices - 1):
+            yield (first, *rest)
+
+
+def combinations(total: int, options: Sequence[Sequence[tuple[int, ...]]]) -> list[tuple[tuple[int, ...], ...]]:
+    """One option per kind, `total` sequences together."""
+    by_sum: list[dict[int, list[tuple[int, ...]]]] = []
+    for parts in options:
+        table: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+        for part in parts:
+            table[sum(part)].append(part)
+        by_sum.append(table)
+
+    def extend(index: int, left: int) -> Iterator[tuple[tuple[int, ...], ...]]:
+        if index == len(by_sum) - 1:
+            yield from ((part,) for part in by_sum[index].get(left, ()))
+            return
+        for amount, parts in by_sum[index].items():
+            if amount <= left:
+                for rest in extend(index + 1, left - amount):
+                    yield from ((part, *rest) for part in parts)
+
+    return list(extend(0, total))
+
+
+def arrangements(
+    devices: Sequence[Device], members: Sequence[Sequence[int]], parts: Sequence[Sequence[int]]
+) -> list[tuple[int, ...]]:
+    """Sequences per rank for each kind's numbers, in every way that the network tells apart.
+
+    Where every device has a node of its own there is one way. With more than DEVICE_LEVEL_LIMIT devices two ways are
+    tried: neighbours alike, and neighbours apart.
+    """
+    world = sum(map(len, members))
+    flat = len({device.node for device in devices}) == world
+    if flat:
+        return [_assign(members, parts, world)]
+    if world > DEVICE_LEVEL_LIMIT:
+        return list(dict.fromkeys(_assign(order, parts, world) for order in (members, _apart(devices, members))))
+    found: dict[object, tuple[int, ...]] = {}
+    for sequences in _all_ways(members, parts, world):
+        found.setdefault(tuple(sorted(map(repr, symmetry_keys(devices, sequences)))), sequences)
+    return list(found.values())
+
+
+def _assign(members: Sequence[Sequence[int]], parts: Sequence[Sequence[int]], world: int) -> tuple[int, ...]:
+    sequences = [0] * world
+    for ranks, part in zip(members, parts, strict=True):
+        for rank, count in zip(ranks, part, strict=True):
+            sequences[rank] = count
+    return tuple(sequences)
+
+
+def _apart(devices: Sequence[Device], members: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Each kind's ranks in turn over its nodes."""
+    place = {rank: sum(devices[other].node == devices[rank].node for other in ranks if other < rank)
+             for ranks in members for rank in ranks}
+    return [sorted(ranks, key=lambda rank: (place[rank], rank)) for ranks in members]
+
+
+def _all_ways(
+    members: Sequence[Sequence[int]], parts: Sequence[Sequence[int]], world: int
+) -> Iterator[tuple[int, ...]]:
+    ways = [list(_distinct(tuple(part))) for part in parts]
+    for choice in product(*ways):
+        yield _assign(members, choice, world)
+
+
+def _distinct(part: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Distinct permutations."""
+    if not part:
+        yield ()
+    for value in sorted(set(part), reverse=True):
+        rest = list(part)
+        rest.remove(value)
+        yield from ((value, *others) for others in _distinct(tuple(rest)))
