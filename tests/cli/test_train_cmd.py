@@ -110,7 +110,14 @@ def test_resume_under_another_layout(plan_file: Path, text: Path, tmp_path: Path
 def test_emulated_run_is_labelled(tmp_path: Path, text: Path) -> None:
     nominal = make_model(layers=2, experts=4)
     profiles = {
-        name: make_profile(name, model=nominal, attention_seconds=1e-3 * slow, expert_seconds=1e-5 * slow)
+        name: make_profile(
+            name,
+            model=nominal,
+            attention_seconds=1e-3 * slow,
+            expert_seconds=2e-5 * slow,
+            head_seconds=1e-5,
+            optimizer_seconds_per_parameter=1e-9,
+        )
         for name, slow in (("new", 1), ("old", 2))
     }
     plan = make_plan(make_inputs(model=nominal, profiles=profiles), make_layout())

@@ -39,6 +39,7 @@ def test_split_keeps_documents_whole_and_apart(tmp_path: Path) -> None:
     corpus = load_corpus([write_folder(tmp_path / "text", texts)])
     train, validation = texts_of(corpus.train), texts_of(corpus.validation)
     assert sorted(train + validation) == sorted(texts)
+    assert train == [text for text in texts if text in train]  # in the order of the file names
     assert 3 <= len(validation) <= 5
 
 

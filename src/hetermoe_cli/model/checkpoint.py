@@ -78,7 +78,7 @@ def write_shard(folder: Path, rank: int, tensors: Mapping[str, Tensor]) -> None:
     """Write one rank's tensors (possibly none) beside the future `folder`; UserError if the disk refuses."""
     unfinished = _unfinished(folder)
     path = unfinished / f"rank-{rank:05d}.safetensors"
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     with _disk_errors(path):
         unfinished.mkdir(parents=True, exist_ok=True)
         # An interrupted save may have left a sidecar, which must not vouch for a half-written file.

@@ -9,17 +9,22 @@ import numpy as np
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.bounds import Bounder, Slots
 from hetermoe_cli.planner.choice import Choice
-from hetermoe_cli.planner.patterns import Limits
+from hetermoe_cli.planner.master import Mixture
 from hetermoe_cli.planner.space import DEVICE_LEVEL_LIMIT, arrangements, combinations, kinds, schedules, splits
 
 
 @dataclass
 class Candidate:
-    """One choice with the best lower bound known for it, and what its placements have in every layer."""
+    """One choice with the best lower bounds known for it, and what is known of its placements.
+
+    `bound` holds for every placement, `alike` for those in which the devices of a class differ by one expert at most.
+    """
 
     bound: float
     choice: Choice
-    limits: Limits | None = None
+    alike: float = 0.0
+    mixture: Mixture | None = None
+    placed: bool = False
 
 
 def candidates(cost: CostModel, micro_batch_limit: int, seconds: float) -> tuple[list[Candidate], bool]:
@@ -42,13 +47,13 @@ def _bounded(
         most = 0
         while most < total and bounder.fits(kind, most + 1) and bounder.attention_load(kind, most + 1) < seconds:
             most += 1
-        options.append(splits(total, most, len(ranks), values=len(ranks) if whole else 2))
+        options.append(splits(total, most, len(ranks), whole=whole))
     rows = combinations(total, options)
     if not rows:
         return []
     bounds = bounder.bounds(_slots(rows, members), seconds if isfinite(seconds) else bounder.ceiling())
     return [
-        Candidate(float(bound), Choice(bounder.schedule, sequences))
+        Candidate(float(bound), Choice(bounder.schedule, sequences), float(bound))
         for bound, parts in zip(bounds, rows, strict=True)
         if bound < inf
         for sequences in arrangements(bounder.cost.devices, members, parts)

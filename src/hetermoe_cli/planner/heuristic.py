@@ -1,28 +1,39 @@
 """Good placements of one choice without a solver: rounded shares of the work, improved by moving experts."""
 
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 
 from hetermoe_cli.planner.counts import Counts, FloatArray, IntArray, fits, from_totals, seconds
 from hetermoe_cli.planner.graph import TaskGraph
-from hetermoe_cli.planner.master import Mixture
+from hetermoe_cli.planner.master import Mixture, uniform
 from hetermoe_cli.planner.rates import Rates
 
 ROUNDS = 60
+UNIFORM = 12
+CLIMBS = 3
+HOPE = 1.15
 
 
-def improve(rates: Rates, graph: TaskGraph, start: IntArray) -> tuple[float, Counts | None]:
+def improve(rates: Rates, graph: TaskGraph, start: IntArray, known: float) -> Counts | None:
     """Best placement found from `start` [starts, layers, classes + 1] (the last column counts replicated experts).
 
-    Infinite and None where nothing that fits was found.
+    None where nothing that fits was found. Starts far above `known` seconds are not improved.
     """
     times = evaluate(rates, graph, start)
-    best = int(times.argmin())
-    current, time = start[best], float(times[best])
     moves = _moves(rates)
+    best, found = np.inf, start[0]
+    for index in np.argsort(times, kind="stable")[:CLIMBS]:
+        if times[index] < HOPE * min(known, times.min()):
+            time, table = _climb(rates, graph, moves, start[index], float(times[index]))
+            best, found = min((best, found), (time, table), key=lambda pair: pair[0])
+    return counts_of(rates, found) if np.isfinite(best) else None
+
+
+def _climb(rates: Rates, graph: TaskGraph, moves: IntArray, table: IntArray, time: float) -> tuple[float, IntArray]:
+    """Take the best move until none helps."""
     for _ in range(ROUNDS):
-        trials = current + moves
+        trials = np.concatenate([table + moves, _swaps(table)])
         trials = trials[(trials >= 0).all((1, 2))]
         if not len(trials):
             break
@@ -30,8 +41,19 @@ def improve(rates: Rates, graph: TaskGraph, start: IntArray) -> tuple[float, Cou
         best = int(times.argmin())
         if not times[best] < time * (1 - 1e-9):
             break
-        current, time = trials[best], float(times[best])
-    return time, (counts_of(rates, current) if np.isfinite(time) else None)
+        table, time = trials[best], float(times[best])
+    return time, table
+
+
+def _swaps(table: IntArray) -> IntArray:
+    """The same patterns with two different layers exchanged."""
+    result = []
+    for first, second in combinations(range(len(table)), 2):
+        if (table[first] != table[second]).any():
+            swapped = table.copy()
+            swapped[[first, second]] = table[[second, first]]
+            result.append(swapped)
+    return np.array(result, dtype=np.int64).reshape(-1, *table.shape)
 
 
 def counts_of(rates: Rates, table: IntArray) -> Counts:
@@ -62,13 +84,13 @@ def _moves(rates: Rates) -> IntArray:
     return np.array(moves)
 
 
-def starts(rates: Rates, mixture: Mixture | None) -> IntArray:
+def starts(rates: Rates, mixture: Mixture | None, horizon: float) -> IntArray:
     """First placements [n, layers, classes + 1]: the mixture's patterns spread over the layers, and levelled shares."""
     shares = [_balanced(rates, allowed) for allowed in _allowed(rates)]
     tables = [spread for share in shares for spread in _rounded(rates, share)]
     if mixture is not None and len(mixture.tables):
         tables.append(_spread(rates, mixture))
-        tables += [np.repeat(pattern[None], rates.layers, axis=0) for pattern in mixture.tables]
+    tables += [np.repeat(pattern[None], rates.layers, axis=0) for pattern in uniform(rates, horizon, UNIFORM)]
     return np.unique(np.array(tables), axis=0)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pulp
 
 from hetermoe_cli.planner.choice import Choice, DeviceClass
-from hetermoe_cli.planner.counts import Counts
+from hetermoe_cli.planner.counts import Counts, from_totals
 from hetermoe_cli.planner.graph import TaskGraph
 from hetermoe_cli.planner.patterns import Limits
 from hetermoe_cli.planner.rates import Rates
@@ -115,10 +115,14 @@ def solve(model: Model, options: SolverOptions, *, relaxed: bool = False) -> Run
 
 def extract(model: Model) -> Counts:
     """Counts of the solution found, rounded to the integers that they stand for."""
-    rows = [[round(model.hosted[layer, c].value()) for c, _ in model.classes] for layer in model.layers]
-    spare = [
-        [round(model.spare[layer, c].value()) if (layer, c) in model.spare else 0 for c, _ in model.classes]
+    sizes = [c.count for c in model.rates.classes]
+    totals = [
+        [
+            round(model.hosted[layer, c].value()) * size
+            - (round(model.spare[layer, c].value()) if (layer, c) in model.spare else 0)
+            for c, size in enumerate(sizes)
+        ]
         for layer in model.layers
     ]
     replicated = [round(variable.value()) for variable in model.replicated]
-    return Counts(np.array(rows), np.array(spare), np.array(replicated))
+    return from_totals(np.array(totals), np.array(replicated), sizes)

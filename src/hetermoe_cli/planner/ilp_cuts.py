@@ -1,12 +1,14 @@
 """Cuts: what the constraints imply anyway, said without big-M so that the relaxation knows it.
 
-Valid where every layer has hosts. R = micro-batches, h = hosted experts of the fullest device, y = whether it hosts;
+Of layers that have hosts (`empty` = 0). R = micro-batches, h = hosted experts of the fullest device, y = whether it hosts;
 where it does not, each cut says less than a dispatch or combine that exists. The fullest device of a class of several
 has no tasks of its own in the model: its cuts start from transfers, which all devices share.
 """
 
 from collections.abc import Iterator
 from typing import Any
+
+import pulp
 
 from hetermoe_cli.planner.ilp import Model
 from hetermoe_cli.schedule.action import Action, Kind, Pass
@@ -15,19 +17,30 @@ from hetermoe_cli.schedule.action import Action, Kind, Pass
 def cuts(model: Model) -> None:
     """Add all cuts, for zebra with several micro-batches."""
     schedule = model.rates.choice.schedule
-    if schedule.name != "zebra" or model.limits.most[-1] >= model.rates.experts or not model.transfers:
+    if schedule.name != "zebra" or not model.transfers:
         return
-    for number, cut in enumerate(_all(model)):
-        model.problem += cut, f"cut_{number}"
-
-
-def _all(model: Model) -> Iterator[Any]:
     for layer in model.layers:
-        for c, device_class in model.classes:
-            yield from _streams(model, layer, c)
-            if device_class.attends:
-                yield from _forward(model, layer, c)
-                yield from _backward(model, layer, c)
+        relief = model.horizon * _empty(model, layer)
+        for number, (later, earlier) in enumerate(_layer(model, layer)):
+            model.problem += later + relief >= earlier, f"cut_{layer}_{number}"
+
+
+def _empty(model: Model, layer: int) -> Any:
+    """1 where all experts of the layer are replicated."""
+    experts = model.rates.experts
+    if model.limits.most[-1] < experts:
+        return 0.0
+    empty = model.problem.add_variable(f"empty_{layer}", 0, 1, pulp.LpInteger)
+    model.problem += experts * empty <= model.replicated[layer], f"empty_{layer}"
+    return empty
+
+
+def _layer(model: Model, layer: int) -> Iterator[tuple[Any, Any]]:
+    for c, device_class in model.classes:
+        yield from _streams(model, layer, c)
+        if device_class.attends:
+            yield from _forward(model, layer, c)
+            yield from _backward(model, layer, c)
 
 
 def _time(model: Model, kind: Kind, way: Pass, layer: int, micro_batch: int, *, end: bool) -> Any:
@@ -36,16 +49,16 @@ def _time(model: Model, kind: Kind, way: Pass, layer: int, micro_batch: int, *, 
     return start + model.transfer[layer] if end else start
 
 
-def _streams(model: Model, layer: int, c: int) -> Iterator[Any]:
+def _streams(model: Model, layer: int, c: int) -> Iterator[tuple[Any, Any]]:
     """From the first transfer of a layer to its hosts, through E of all micro-batches, to the last one back."""
     last = model.rates.choice.schedule.micro_batches - 1
     for way, there, back in ((Pass.FORWARD, Kind.DISPATCH, Kind.COMBINE), (Pass.BACKWARD, Kind.COMBINE, Kind.DISPATCH)):
         each = model.rates.of[c].hosted[int(way is Pass.BACKWARD)] * (last + 1)
         first = _time(model, there, way, layer, 0, end=True)
-        yield _time(model, back, way, layer, last, end=False) >= first + each * model.hosted[layer, c]
+        yield _time(model, back, way, layer, last, end=False), first + each * model.hosted[layer, c]
 
 
-def _forward(model: Model, layer: int, c: int) -> Iterator[Any]:
+def _forward(model: Model, layer: int, c: int) -> Iterator[tuple[Any, Any]]:
     """A of one and E of all micro-batches up to the last combine; A of all and E of one up to the first."""
     n, r = model.rates.choice.schedule.micro_batches, model.rates.of[c]
     hosted, hosts = model.hosted[layer, c], model.hosts[layer, c]
@@ -56,11 +69,11 @@ def _forward(model: Model, layer: int, c: int) -> Iterator[Any]:
     if layer:
         before_last = _time(model, Kind.COMBINE, Pass.FORWARD, layer - 1, n - 1, end=True)
         before_first = _time(model, Kind.COMBINE, Pass.FORWARD, layer - 1, 0, end=True)
-    yield last >= before_last + r.attention[0] + n * r.hosted[0] * hosted
-    yield first >= before_first + r.attention[0] + (n - 1) * r.attention[0] * hosts + r.hosted[0] * hosted
+    yield last, before_last + r.attention[0] + n * r.hosted[0] * hosted
+    yield first, before_first + r.attention[0] + (n - 1) * r.attention[0] * hosts + r.hosted[0] * hosted
 
 
-def _backward(model: Model, layer: int, c: int) -> Iterator[Any]:
+def _backward(model: Model, layer: int, c: int) -> Iterator[tuple[Any, Any]]:
     """E of all and A of one micro-batch from the first combine; E of one and A of all from the last."""
     n, r = model.rates.choice.schedule.micro_batches, model.rates.of[c]
     hosted, hosts = model.hosted[layer, c], model.hosts[layer, c]
@@ -71,5 +84,5 @@ def _backward(model: Model, layer: int, c: int) -> Iterator[Any]:
     if layer:
         after_first = _time(model, Kind.COMBINE, Pass.BACKWARD, layer - 1, 0, end=False)
         after_last = _time(model, Kind.COMBINE, Pass.BACKWARD, layer - 1, n - 1, end=False)
-    yield after_first >= first + n * r.hosted[1] * hosted + r.attention[1]
-    yield after_last >= last + r.hosted[1] * hosted + r.attention[1] + (n - 1) * r.attention[1] * hosts
+    yield after_first, first + n * r.hosted[1] * hosted + r.attention[1]
+    yield after_last, last + r.hosted[1] * hosted + r.attention[1] + (n - 1) * r.attention[1] * hosts

@@ -1,27 +1,41 @@
 """Constraint families of the placement: coverage, hosting, unevenness, memory, symmetry."""
 
+from typing import Any
+
 import pulp
 
 from hetermoe_cli.planner.ilp import Model
+from hetermoe_cli.planner.patterns import caps_within
 
 
 def variables(model: Model) -> None:
     """Counts of experts per layer and class, and the binaries that follow from them."""
     add, least, most = model.problem.add_variable, model.limits.least, model.limits.most
+    caps = caps_within(model.rates, model.horizon)[0]
     for layer in model.layers:
         model.replicated.append(add(f"replicated_{layer}", least[-1], most[-1], pulp.LpInteger))
         for c, device_class in model.classes:
             key, name, count = (layer, c), f"{layer}_{c}", device_class.count
             low, high = -(-least[c] // count), -(-most[c] // count)
+            if model.mode == "mean":
+                high = max(high, min(caps[c], -(-model.limits.partial[c] // max(1, count - 1))))
             model.hosted[key] = add(f"hosted_{name}", low, high, pulp.LpInteger)
             model.hosts[key] = add(f"hosts_{name}", min(1, low), min(1, high), pulp.LpInteger)
             model.all_host[key] = model.hosts[key]
             if count > 1:
-                model.spare[key] = add(f"spare_{name}", 0, count - 1, pulp.LpInteger)
-                model.uneven[key] = add(f"uneven_{name}", 0, 1, pulp.LpInteger)
-                if model.mode == "mean":
-                    model.all_host[key] = add(f"all_host_{name}", int(least[c] > count - 1), 1, pulp.LpInteger)
+                _uneven_variables(model, key, name)
     model.total = [add(f"total_{c}", 0, None, pulp.LpInteger) for c, _ in model.classes]
+
+
+def _uneven_variables(model: Model, key: tuple[int, int], name: str) -> None:
+    add, others = model.problem.add_variable, model.rates.classes[key[1]].count - 1
+    if model.mode == "mean":
+        model.spare[key] = add(f"spare_{name}", 0, others * (model.hosted[key].upBound or 0), pulp.LpInteger)
+        everyone = model.limits.least[key[1]] > model.limits.partial[key[1]]
+        model.all_host[key] = add(f"all_host_{name}", int(everyone), 1, pulp.LpInteger)
+    else:
+        model.spare[key] = add(f"spare_{name}", 0, others, pulp.LpInteger)
+        model.uneven[key] = add(f"uneven_{name}", 0, 1, pulp.LpInteger)
 
 
 def coverage(model: Model) -> None:
@@ -44,23 +58,25 @@ def hosting(model: Model) -> None:
 
 
 def unevenness(model: Model) -> None:
-    """A device may have one less than the largest of its class, only where there is a larger one."""
+    """How far a class's devices together stay below as many times the largest one.
+
+    In the largest model by less than one each. The mean model does not know how a class deals out its experts: it
+    charges the best way, which is that one, or with an idle device the same over the others.
+    """
     for (layer, c), spare in model.spare.items():
-        count = model.rates.classes[c].count
-        uneven, hosts = model.uneven[layer, c], model.hosts[layer, c]
-        model.problem += spare <= (count - 1) * uneven, f"uneven_{layer}_{c}"
-        model.problem += uneven <= hosts, f"uneven_hosts_{layer}_{c}"
+        others = model.rates.classes[c].count - 1
+        hosted, name = model.hosted[layer, c], f"{layer}_{c}"
         if model.mode == "mean":
-            _all_host(model, layer, c)
-
-
-def _all_host(model: Model, layer: int, c: int) -> None:
-    """Every device of the class hosts: it is even, or the largest has two or more."""
-    everyone, hosted = model.all_host[layer, c], model.hosted[layer, c]
-    most = hosted.upBound or 0
-    model.problem += everyone >= model.hosts[layer, c] - model.uneven[layer, c], f"all_host_even_{layer}_{c}"
-    if most > 1:
-        model.problem += everyone * (most - 1) >= hosted - 1, f"all_host_two_{layer}_{c}"
+            everyone, most = model.all_host[layer, c], hosted.upBound or 0
+            model.problem += spare <= others * hosted, f"spare_{name}"
+            model.problem += spare <= others + most * (1 - everyone), f"spare_all_{name}"
+            model.problem += hosted - spare <= most * everyone, f"all_host_{name}"
+            total = (others + 1) * hosted - spare
+            more = max(0, model.limits.most[c] - model.limits.partial[c])
+            model.problem += total <= model.limits.partial[c] + more * everyone, f"partial_{name}"
+        else:
+            model.problem += spare <= others * model.uneven[layer, c], f"uneven_{name}"
+            model.problem += model.uneven[layer, c] <= model.hosts[layer, c], f"uneven_hosts_{name}"
 
 
 def totals(model: Model) -> None:
@@ -73,24 +89,34 @@ def totals(model: Model) -> None:
 
 
 def memory(model: Model) -> None:
-    """Weights, gradients, states, activations, buffers and framework fit (CostModel.memory, linear here)."""
+    """Weights, gradients, states, activations, buffers and framework fit (CostModel.memory, linear here).
+
+    In the mean model the device that holds most over all layers need not hold most in any one layer.
+    """
     rates, add = model.rates, model.problem.add_variable
     copies = pulp.lpSum(model.replicated)
     any_copy = add("any_replicated", 0, 1, pulp.LpInteger)
     model.problem += copies <= rates.layers * rates.experts * any_copy, "any_replicated"
     for c, device_class in model.classes:
-        r = rates.of[c]
+        r, mean = rates.of[c], model.mode == "mean" and device_class.count > 1
         most, holds = add(f"most_{c}", 0, rates.experts), add(f"holds_{c}", 0, 1, pulp.LpInteger)
         for layer in model.layers:
-            model.problem += most >= model.hosted[layer, c], f"most_{c}_{layer}"
+            widest = model.mean(layer, c) if mean else model.hosted[layer, c]
+            model.problem += most >= widest, f"most_{c}_{layer}"
             model.problem += holds >= model.hosts[layer, c], f"holds_{c}_{layer}"
         # in units of the limit, so that the solver's absolute tolerance means little
-        used = model.total[c] * (r.memory_per_hosted / r.memory_limit) + most * (r.memory_per_share / r.memory_limit)
-        used += holds * (r.memory_if_any / r.memory_limit)
+        each, share = r.memory_per_hosted / r.memory_limit, r.memory_per_share / r.memory_limit
+        limit: Any = 1 - r.memory_base / r.memory_limit
         if device_class.attends:
             model.problem += holds >= any_copy, f"holds_copy_{c}"
-            used += copies * (r.memory_per_replicated / r.memory_limit)
-        model.problem += used <= 1 - r.memory_base / r.memory_limit, f"memory_{c}"
+            limit = limit - copies * (r.memory_per_replicated / r.memory_limit)
+        working = holds * (r.memory_if_any / r.memory_limit)
+        if mean:
+            together = pulp.lpSum(model.mean(layer, c) for layer in model.layers)
+            model.problem += together * each + most * share <= limit, f"memory_mean_{c}"
+            model.problem += model.total[c] * (each + share / rates.layers) + working <= limit, f"memory_{c}"
+        else:
+            model.problem += model.total[c] * each + most * share + working <= limit, f"memory_{c}"
 
 
 def symmetry(model: Model) -> None:

@@ -5,10 +5,11 @@ Any multipliers of the rows prove a bound, so that a run may stop as soon as the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hetermoe_cli.planner.chains import Row, sequential_rows, zebra_rows
 from hetermoe_cli.planner.counts import FloatArray, IntArray
@@ -81,9 +82,9 @@ class Rows:
 
         def used() -> FloatArray:
             p = self.patterns
-            buffers = p.fullest[c] * (r.memory_per_share / self.rates.layers)
+            each = r.memory_per_hosted + r.memory_per_share / self.rates.layers
             copies = p.replicated * (attends * r.memory_per_replicated)
-            result: FloatArray = (p.mean[c] * r.memory_per_hosted + buffers + copies) / r.memory_limit
+            result: FloatArray = (p.mean[c] * each + copies) / r.memory_limit
             return result
 
         return Row("memory", (used,), (used,), r.memory_base / r.memory_limit - 1)
@@ -107,26 +108,57 @@ class Rows:
 def _run(rows: Rows, horizon: float) -> Mixture:
     """Add the patterns that promise most until the bound is within PRECISION of the mixture, or above horizon."""
     layers, base = rows.rates.layers, rows.rates.synchronise[0]
-    master, bound = _Restricted(rows, horizon), -np.inf
+    master, best = _Restricted(rows, horizon), _Proof(rows, np.zeros(len(rows.rows)), -np.inf, 0.0, 0.0)
     master.add(_first(rows))
     for _ in range(ROUNDS):
         value, weights = master.solve()
         every, last = rows.weigh(weights, last=False), rows.weigh(weights, last=True)
-        proven = (layers - 1) * every.min() + last.min() + weights @ rows.constants + base
-        if proven > bound:
-            bound, kept = (
-                float(proven),
-                (every - every.min() < horizon - proven) | (last - last.min() < horizon - proven),
-            )
-        if bound >= horizon or value + base - bound <= PRECISION * value:
+        proven = float((layers - 1) * every.min() + last.min() + weights @ rows.constants + base)
+        if proven > best.bound:
+            best = _Proof(rows, weights, proven, float(every.min()), float(last.min()))
+        if proven >= horizon or value + base - best.bound <= PRECISION * value:
             break
-        master.add(np.union1d(np.argsort(every)[:NEW_COLUMNS], np.argsort(last)[:NEW_COLUMNS]))
+        master.add(np.union1d(_smallest(every, NEW_COLUMNS), _smallest(last, NEW_COLUMNS)))
     chosen, used = master.mixture()
     tables = np.vstack([rows.patterns.totals, rows.patterns.replicated]).T
-    if not kept.any():
-        bound, kept = np.inf, ~kept
-    limits = Limits(tuple(tables[kept].min(0).tolist()), tuple(tables[kept].max(0).tolist()))
-    return Mixture(bound, tables[chosen], used, limits)
+    limits = best.limits(horizon)
+    return Mixture(best.bound if limits else np.inf, tables[chosen], used, limits or Limits.of(rows.rates, horizon))
+
+
+@dataclass(frozen=True)
+class _Proof:
+    """Row weights with the bound that they prove; any layer, and the last one, add at least `every` and `last`."""
+
+    rows: Rows
+    weights: FloatArray
+    bound: float
+    every: float
+    last: float
+
+    def limits(self, horizon: float) -> Limits | None:
+        """What is left of the patterns: others alone lift the bound above `horizon`. None where none is left."""
+        kept = self._kept(self.rows, horizon)
+        if not kept.any():
+            return None
+        patterns = self.rows.patterns
+        tables = np.vstack([patterns.totals, patterns.replicated])[:, kept]
+        partial = [self._partial(c, kept, horizon) for c in range(len(patterns.totals))]
+        return Limits(tuple(tables.min(1).tolist()), tuple(tables.max(1).tolist()), tuple(partial))
+
+    def _kept(self, rows: Rows, horizon: float) -> NDArray[np.bool_]:
+        slack = horizon - self.bound
+        every, last = rows.weigh(self.weights, last=False), rows.weigh(self.weights, last=True)
+        result: NDArray[np.bool_] = (every - self.every < slack) | (last - self.last < slack)
+        return result
+
+    def _partial(self, c: int, kept: NDArray[np.bool_], horizon: float) -> int:
+        """Most experts of class `c` in a layer where one of its devices hosts none."""
+        patterns = self.rows.patterns
+        if patterns.sizes[c, 0] == 1:
+            return 0
+        idle = Rows(replace(patterns.subset(np.flatnonzero(kept)), idle=c))
+        left = self._kept(idle, horizon) & (idle.patterns.fullest[c] <= patterns.caps[c])
+        return int(idle.patterns.totals[c][left].max(initial=0))
 
 
 def _first(rows: Rows) -> IntArray:
@@ -136,7 +168,27 @@ def _first(rows: Rows) -> IntArray:
         [sum(part() for part in row.every) + row.constant / rows.rates.layers for row in streams]
     )
     corners = rows.patterns.totals.argmax(1)
-    return np.union1d(np.argsort(busiest, kind="stable")[:FIRST_COLUMNS], corners)
+    return np.union1d(_smallest(busiest, FIRST_COLUMNS), corners)
+
+
+def _smallest(values: FloatArray, count: int) -> IntArray:
+    """Indices of the smallest values, in no order."""
+    return np.argpartition(values, count)[:count] if count < len(values) else np.arange(len(values))
+
+
+def uniform(rates: Rates, horizon: float, count: int) -> IntArray:
+    """[count, classes + 1] the best patterns that give every device of a class as much, if all layers have them."""
+    caps, copies = caps_within(rates, horizon)
+    patterns = all_patterns(rates, caps, copies, even=True)
+    if patterns is None or not len(patterns.replicated):
+        return np.zeros((0, len(caps) + 1), dtype=np.int64)
+    rows = Rows(patterns)
+    every, last = rows.values
+    value = (rates.layers - 1) * every + last + rows.constants[:, None]
+    times = value[rows.kinds == 0].max(0) + value[rows.kinds == 1].max(0) + rates.layers * rows.price
+    times[(value[rows.kinds == 2] > 0).any(0)] = np.inf
+    tables = np.vstack([patterns.totals, patterns.replicated]).T
+    return tables[_smallest(times, count)]
 
 
 class _Restricted:

@@ -1,7 +1,7 @@
 """Patterns: every way to share out one layer's experts over the classes, and what each costs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -24,6 +24,7 @@ class Patterns:
     totals: IntArray
     replicated: IntArray
     caps: tuple[int, ...]  # experts of a layer that one device of a class can take at most
+    idle: int | None = None  # a class of which one device hosts nothing
 
     def subset(self, index: Sequence[int] | IntArray) -> "Patterns":
         """Some of the patterns."""
@@ -42,7 +43,10 @@ class Patterns:
     @cached_property
     def fullest(self) -> FloatArray:
         """[classes, patterns] hosted experts of the fullest device."""
-        return np.ceil(self.mean - 1e-9)
+        hosting = self.sizes.copy()
+        if self.idle is not None:
+            hosting[self.idle] -= 1
+        return np.ceil(self.totals / hosting - 1e-9)
 
     @cached_property
     def mean(self) -> FloatArray:
@@ -84,11 +88,13 @@ class Patterns:
         return result
 
 
-def all_patterns(rates: Rates, caps: Sequence[int], most_copies: int) -> Patterns | None:
-    """Every pattern within the caps; None where there are too many to look at."""
+def all_patterns(
+    rates: Rates, caps: Sequence[int], most_copies: int, *, even: bool = False
+) -> Patterns | None:
+    """Every pattern (of the even ones) within the caps; None where there are too many to look at."""
     tables = np.zeros((0, 1), dtype=np.int64)
     for c, cap in zip(rates.classes, caps, strict=True):
-        amounts = np.arange(min(rates.experts, cap * c.count) + 1)
+        amounts = np.arange(0, min(rates.experts, cap * c.count) + 1, c.count if even else 1)
         if tables.shape[1] * len(amounts) > 20 * MOST_PATTERNS:
             return None
         tables = np.vstack([np.repeat(tables, len(amounts), axis=1), np.tile(amounts, tables.shape[1])[None]])
@@ -116,14 +122,24 @@ def caps_within(rates: Rates, horizon: float) -> tuple[list[int], int]:
 
 @dataclass(frozen=True)
 class Limits:
-    """What every layer of a placement within the horizon has at least and at most: experts per class, then copies."""
+    """What every layer of a placement within the horizon has at least and at most: experts per class, then copies.
+
+    `partial`: most experts of a class of which some device hosts none.
+    """
 
     least: tuple[int, ...]
     most: tuple[int, ...]
+    partial: tuple[int, ...]
 
     @classmethod
     def of(cls, rates: Rates, horizon: float) -> "Limits":
         """From memory and compute of single devices."""
         caps, copies = caps_within(rates, horizon)
         most = [min(rates.experts, cap * c.count) for cap, c in zip(caps, rates.classes, strict=True)]
-        return cls((0,) * (len(caps) + 1), (*most, copies))
+        partial = [min(rates.experts, cap * (c.count - 1)) for cap, c in zip(caps, rates.classes, strict=True)]
+        return cls((0,) * (len(caps) + 1), (*most, copies), tuple(partial))
+
+    def alike(self, rates: Rates) -> "Limits":
+        """The same where devices of a class differ by at most one expert: an idle one means that none has two."""
+        partial = [min(most, c.count - 1) for most, c in zip(self.partial, rates.classes, strict=True)]
+        return replace(self, partial=tuple(partial))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.planner.rates import device_rates
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.plan import Layout, Memory
@@ -59,25 +60,18 @@ def busy_bound(cost: LayoutCost) -> float:
 
     In sequential order every transfer lies between two tasks of each attending rank.
     """
-    layout = cost.layout
+    layout, known = cost.layout, {}
+    hosted = [sum(len(placement.experts[rank]) for placement in layout.placement) for rank in range(layout.world_size)]
     transfers = 0.0
     if layout.schedule.name == "sequential":
-        transfers = sum(
-            4 * cost.transfer(Action(Kind.DISPATCH, Pass.FORWARD, layer)).seconds for layer in range(layout.layers)
-        )
-    busy = [
-        _busy(cost, rank) + (transfers if layout.sequences_per_rank[rank] else 0.0) for rank in range(layout.world_size)
-    ]
-    return layout.micro_batches * max(busy) + cost.synchronise_seconds
-
-
-def _busy(cost: LayoutCost, rank: int) -> float:
-    """Compute seconds of one micro-batch on `rank`."""
-    attends = bool(cost.layout.sequences_per_rank[rank])
-    total = cost.seconds(rank, Action(Kind.HEAD, Pass.BACKWARD)) if attends else 0.0
-    for layer in range(cost.layout.layers):
-        for way in Pass:
-            if attends:
-                total += cost.seconds(rank, Action(Kind.ATTENTION, way, layer))
-            total += cost.seconds(rank, Action(Kind.EXPERT, way, layer))
-    return total
+        there = [cost.transfer(Action(Kind.DISPATCH, Pass.FORWARD, layer)).seconds for layer in range(layout.layers)]
+        transfers = 4 * sum(there)
+    busiest = 0.0
+    for rank, sequences in enumerate(layout.sequences_per_rank):
+        key = (cost.cost.devices[rank].type, sequences)
+        if key not in known:
+            known[key] = device_rates(cost.cost, rank, sequences, layout.schedule, layout.sequences_per_micro_batch)
+        r = known[key]
+        attention = layout.layers * sum(r.attention) + r.head + transfers if sequences else 0.0
+        busiest = max(busiest, attention + hosted[rank] * sum(r.hosted))
+    return layout.micro_batches * busiest + cost.synchronise_seconds

@@ -11,18 +11,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
+from typing import Literal
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner import heuristic, ilp
 from hetermoe_cli.planner.candidates import Candidate, candidates
-from hetermoe_cli.planner.master import Mixture, mixture
+from hetermoe_cli.planner.master import mixture
+from hetermoe_cli.planner.patterns import Limits
 from hetermoe_cli.planner.prepared import Prepared
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.solver import SolverOptions
-from hetermoe_cli.planner.space import DEVICE_LEVEL_LIMIT
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.plan import Layout
+
+
+ExactOver = Literal["devices", "classes", "not solved"]
+NEAR = 1.01  # a bound this close to the lowest one so far makes a choice worth placing at once
+MISSES = 5
 
 
 @dataclass
@@ -32,7 +38,7 @@ class Found:
     layout: Layout | None
     seconds: float
     bound: float
-    exact_over: str
+    exact_over: ExactOver
     status: str
     candidates: int
     solved: int
@@ -50,7 +56,6 @@ class Search:
     seconds: float = inf
     solved: int = 0
     open: list[Candidate] = field(default_factory=list)
-    mixtures: dict[int, Mixture] = field(default_factory=dict)
 
     @property
     def target(self) -> float:
@@ -70,57 +75,97 @@ class Search:
         if overflow(layout_cost) is None and (seconds := simulate(layout_cost).seconds) < self.seconds:
             self.best, self.seconds = layout, seconds
 
-    def place(self) -> None:
-        """Step 2."""
+    def bound(self) -> None:
+        """Step 2: pattern bounds in order of the closed-form ones; placements at once where a bound is among the best."""
+        lowest = inf
         for candidate in self.open:
             if candidate.bound >= self.target or self.left < 0:
                 continue
             ready = Prepared.of(self.cost, candidate.choice)
-            found = mixture(ready.rates, self.target)
-            if found is not None:
-                candidate.bound, candidate.limits = max(candidate.bound, min(found.bound, self.target)), found.limits
-                if candidate.bound >= self.target:
-                    continue
-            self._heuristic(ready, found)
+            self._bound(candidate, ready)
+            if candidate.bound < min(self.target, NEAR * lowest):
+                lowest = min(lowest, candidate.bound)
+                self._place(candidate, ready)
 
-    def _heuristic(self, ready: Prepared, found: Mixture | None) -> None:
-        starts = heuristic.starts(ready.rates, found)
-        _, counts = heuristic.improve(ready.rates, ready.graph, starts)
+    def _bound(self, candidate: Candidate, ready: Prepared) -> None:
+        horizon = self.target
+        found = mixture(ready.rates, horizon)
+        if found is not None:
+            candidate.bound = max(candidate.bound, min(found.bound, horizon))
+            candidate.mixture = found
+        candidate.alike = max(candidate.alike, candidate.bound)
+
+    def place(self) -> None:
+        """Step 3: more placements, the most promising choice first, while that helps."""
+        misses = 0
+        for candidate in sorted(self.open, key=lambda c: c.bound):
+            if candidate.placed or candidate.bound >= self.target or self.left < 0:
+                continue
+            before = self.seconds
+            self._place(candidate, Prepared.of(self.cost, candidate.choice))
+            misses = misses + 1 if self.seconds == before else 0
+            if misses == MISSES:
+                break
+
+    def _place(self, candidate: Candidate, ready: Prepared) -> None:
+        candidate.placed = True
+        starts = heuristic.starts(ready.rates, candidate.mixture, self.seconds)
+        counts = heuristic.improve(ready.rates, ready.graph, starts, self.seconds)
         if counts is not None:
             self.offer(ready.layout(counts))
 
     def prove(self) -> None:
-        """Step 3."""
-        for candidate in sorted(self.open, key=lambda c: c.bound):
-            if candidate.bound >= self.target or self.left < 0:
+        """Step 4: MILPs with devices of a class alike, the most promising choice first."""
+        for candidate in sorted(self.open, key=lambda c: c.alike):
+            if candidate.alike >= self.target or self.left < 0:
                 continue
             ready = Prepared.of(self.cost, candidate.choice)
-            self._solve(candidate, ready, "mean")
-            if candidate.bound >= self.target or ready.single:
-                continue
-            if len(self.cost.devices) <= DEVICE_LEVEL_LIMIT:
-                candidate.limits = None
-                self._solve(candidate, Prepared.of(self.cost, candidate.choice, per_device=True), "mean")
-            else:
-                self._solve(candidate, ready, "largest")
+            bound = self._solve(candidate, ready, "mean", alike=True)
+            candidate.alike = max(candidate.alike, bound)
+            if ready.single:
+                candidate.bound = max(candidate.bound, bound)
+            elif candidate.alike < self.target:
+                self._solve(candidate, ready, "largest", alike=True)
 
-    def _solve(self, candidate: Candidate, ready: Prepared, mode: ilp.Mode) -> None:
-        """One MILP for what beats the best by the tolerance; its bound counts unless it is pessimistic."""
+    def prove_devices(self) -> None:
+        """Step 5: MILPs over all placements, by classes, and where that leaves a doubt with one class per device."""
+        for candidate in sorted(self.open, key=lambda c: c.bound):
+            for per_device in (False, True):
+                if candidate.bound < self.target and self.left > 0:
+                    ready = Prepared.of(self.cost, candidate.choice, per_device)
+                    candidate.bound = max(candidate.bound, self._solve(candidate, ready, "mean", alike=False))
+            candidate.alike = max(candidate.alike, candidate.bound)
+
+    def _solve(self, candidate: Candidate, ready: Prepared, mode: ilp.Mode, *, alike: bool) -> float:
+        """One MILP for what beats the best by the tolerance; the lower bound that it proves."""
         horizon = self.target
-        if candidate.limits is None:
-            found = mixture(ready.rates, horizon)
-            if found is not None:
-                candidate.bound, candidate.limits = max(candidate.bound, min(found.bound, horizon)), found.limits
-                if candidate.bound >= horizon:
-                    return
-        model = ilp.build(ready.rates, ready.graph, horizon, mode, candidate.limits)
+        found = mixture(ready.rates, horizon)  # limits get tighter as the target falls
+        if found is not None and found.bound >= horizon:
+            return horizon
+        limits = found.limits if found else Limits.of(ready.rates, horizon)
+        if alike:
+            limits = limits.alike(ready.rates)
+        model = ilp.build(ready.rates, ready.graph, horizon, mode, limits)
         options = SolverOptions(self.options.name, max(0.1, self.left), self.options.relative_gap / 4)
         run = ilp.solve(model, options)
         self.solved += 1
         if run.status in ("optimal", "feasible"):
             self.offer(ready.layout(ilp.extract(model)))
-        if mode == "mean":
-            candidate.bound = max(candidate.bound, min(run.bound, horizon))
+        return min(run.bound, horizon)
+
+    def found(self, whole: bool) -> Found:
+        """What the search has shown so far."""
+        exact: ExactOver
+        devices = min([c.bound for c in self.open] + [self.seconds])
+        classes = min([c.alike for c in self.open] + [self.seconds])
+        if devices >= self.target and whole:
+            exact, bound = "devices", devices
+        elif classes >= self.target:
+            exact, bound = "classes", classes
+        else:
+            exact, bound = "not solved", devices if whole else classes
+        status = "feasible" if exact == "not solved" else "optimal"
+        return Found(self.best, self.seconds, bound, exact, status, len(self.open), self.solved)
 
 
 def search(
@@ -136,10 +181,11 @@ def search(
         state.offer(layout)
     progress("bounding")
     state.open, whole = candidates(cost, micro_batch_limit, state.seconds)
-    total = len(state.open)
+    state.bound()
+    progress("placing")
     state.place()
+    progress("proving")
     state.prove()
-    bound = min([c.bound for c in state.open] + [state.seconds])
-    proven = bound >= state.target
-    exact = ("devices" if whole else "classes") if proven else "not solved"
-    return Found(state.best, state.seconds, bound, exact, "optimal" if proven else "feasible", total, state.solved)
+    if whole:
+        state.prove_devices()
+    return state.found(whole)

@@ -31,13 +31,16 @@ def schedules(cost: CostModel, limit: int) -> list[ScheduleChoice]:
     ]
 
 
-def splits(total: int, most: int, devices: int, *, values: int) -> list[tuple[int, ...]]:
-    """Descending sequences per device: at most `total` together, `most` each, `values` distinct numbers."""
-    if values >= devices:
+def splits(total: int, most: int, devices: int, *, whole: bool) -> list[tuple[int, ...]]:
+    """Descending sequences per device of one kind: at most `total` together, `most` each.
+
+    All of them if `whole`; else the kind is split in at most two, that differ by one sequence or of which one attends.
+    """
+    if whole:
         return list(_partitions(total, most, devices))
     found: set[tuple[int, ...]] = set()
     for high in range(most + 1):
-        for low in range(high + 1):
+        for low in {0, max(0, high - 1)}:
             for count in range(1, devices + 1):
                 if high * count + low * (devices - count) <= total:
                     found.add((high,) * count + (low,) * (devices - count))
