@@ -1,7 +1,7 @@
 """Checkpoint files: one safetensors shard per rank and a JSON manifest, keyed by layout-independent names.
 
 A save has three phases with a barrier between them, which the caller provides: every rank calls `write_shard`, then
-rank 0 calls `finish`. Until `finish` renames the folder, as its last act, no reader sees it.
+rank 0 calls `finish`. No reader sees the folder before `finish` has renamed it into place.
 """
 
 import hashlib
