@@ -1,40 +1,35 @@
-"""Does the reference model learn real text? Validation loss against a bigram model, on the default corpus.
+"""Does the model learn real text? Validation loss against a bigram model, on the default corpus.
 
-One process, no distributed engine: a run of the engine is held against the same figures.
+Twice the same steps: `hetermoe profile`, `plan` and `train` on two CPU workers, and the reference model in one process.
 
     python scripts/bench_learning.py --json > learning.json
 """
 
-import argparse
-import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import bars
+from demo import ROOT, hetermoe
 from hetermoe_cli.model.bigram import bigram_loss, fit_bigram
 from hetermoe_cli.model.data import Batches, load_corpus
 from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
 from hetermoe_cli.model.transformer import Transformer, initialise
-from hetermoe_cli.spec.model import NAMED_MODELS, ModelConfig, load_model
+from hetermoe_cli.spec.files import load
+from hetermoe_cli.spec.model import ModelConfig, load_model
 from hetermoe_cli.spec.train import TrainSpec
 
 NATS_PER_BYTE = 1.6
-MODEL = NAMED_MODELS["small"].model_copy(update={"name": "learner", "layers": 2, "initializer_range": 0.05})
-TRAIN = TrainSpec(
-    sequence_length=128,
-    global_batch_sequences=8,
-    precision="fp32",
-    steps=2000,
-    learning_rate=2e-3,
-    minimum_learning_rate_ratio=0.05,
-    warmup_steps=100,
-    weight_decay=0.1,
-)
+ENGINE_TOLERANCE = 0.02  # nats; single precision free-running
+MODEL_FILE, TRAIN_FILE = ROOT / "plans/models/learner.yaml", ROOT / "plans/train/learner.yaml"
+CLUSTER_FILE = ROOT / "plans/clusters/cpu2.yaml"
 VALIDATION_SEQUENCES = 256
 
 Windows = tuple[Tensor, Tensor]
@@ -100,76 +95,50 @@ def learn(config: ModelConfig, train: TrainSpec, batches: Batches, windows: list
     return samples
 
 
-def bench(config: ModelConfig, train: TrainSpec, every: int) -> dict[str, Any]:
+def engine(folder: Path, train: TrainSpec) -> dict[str, Any]:
+    """Profile this CPU, plan for two workers and train; the run's figures."""
+    shutil.rmtree(folder, ignore_errors=True)
+    profiles, plan = folder / "profiles", folder / "plan.yaml"
+    hetermoe(
+        "profile", "--quick", "--model", MODEL_FILE, "--sequence-lengths", train.sequence_length, "--output", profiles
+    )
+    inputs = ("--model", MODEL_FILE, "--cluster", CLUSTER_FILE, "--train", TRAIN_FILE, "--profiles", profiles)
+    hetermoe("plan", *inputs, "--output", plan)
+    batches = VALIDATION_SEQUENCES // train.global_batch_sequences  # the same windows as `validation_windows`
+    return hetermoe("train", plan, "--run-folder", folder / "run", "--validation-batches", batches)
+
+
+def bench(config: ModelConfig, train: TrainSpec, every: int) -> tuple[list[bars.Bar], dict[str, Any]]:
     """The bars and everything that they were computed from."""
     corpus = load_corpus(None)
     held_out = Batches(corpus.validation, train.sequence_length, VALIDATION_SEQUENCES, train.seed, corpus.source)
-    windows = list(validation_windows(held_out, min(VALIDATION_SEQUENCES, held_out.windows)))
+    windows = list(validation_windows(held_out, VALIDATION_SEQUENCES))
     tokens, targets = (torch.cat(part).numpy() for part in zip(*windows, strict=True))
     bigram = bigram_loss(fit_bigram(corpus.train), tokens, targets)
     print(f"bigram model: {bigram:.3f} nats a byte on {targets.size} validation bytes", file=sys.stderr)
+    run = engine(ROOT / "runs" / "bench-learning", train)
     batches = Batches(corpus.train, train.sequence_length, train.global_batch_sequences, train.seed, corpus.source)
     samples = learn(config, train, batches, windows, every)
-    final = samples[-1].validation_loss
-    return {
-        "bars": [
-            {
-                "name": "validation loss below the bigram model's",
-                "value": final,
-                "bar": bigram,
-                "holds": final < bigram,
-            },
-            {
-                "name": "validation loss in nats a byte",
-                "value": final,
-                "bar": NATS_PER_BYTE,
-                "holds": final < NATS_PER_BYTE,
-            },
-        ],
-        "seconds": samples[-1].seconds,
-        "process_seconds": time.process_time(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "corpus": {
-            "sha256": corpus.digest,
-            "training_bytes": len(corpus.train),
-            "validation_bytes_scored": targets.size,
-        },
+    single, final = samples[-1].validation_loss, run["validation_loss"]
+    found = [
+        bars.at_most("engine: validation loss over the bigram model's", final / bigram, 1.0),
+        bars.at_most("engine: validation loss, nats a byte", final, NATS_PER_BYTE),
+        bars.at_most(
+            "engine against one process, fp32, difference of validation losses", abs(final - single), ENGINE_TOLERANCE
+        ),
+        bars.at_most("one process: validation loss, nats a byte", single, NATS_PER_BYTE),
+    ]
+    return found, {
+        "bigram": bigram,
+        "engine": run,
+        "one_process": [asdict(sample) for sample in samples],
+        "corpus_sha256": corpus.digest,
         "model": config.model_dump(),
         "train": train.model_dump(),
-        "samples": [asdict(sample) for sample in samples],
+        "torch": torch.__version__,
     }
-
-
-def main() -> int:
-    """Exit code 0 if every bar holds."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--model", help="a named size or a model file; without it two layers of small")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--every", type=int, default=250, help="validate every so many steps")
-    parser.add_argument("--steps", type=int, default=TRAIN.steps)
-    parser.add_argument("--sequence-length", type=int, default=TRAIN.sequence_length)
-    parser.add_argument("--batch", type=int, default=TRAIN.global_batch_sequences, help="sequences of a step")
-    parser.add_argument("--learning-rate", type=float, default=TRAIN.learning_rate)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    changed = {
-        "steps": options.steps,
-        "warmup_steps": min(TRAIN.warmup_steps, options.steps),
-        "sequence_length": options.sequence_length,
-        "global_batch_sequences": options.batch,
-        "learning_rate": options.learning_rate,
-    }
-    config = load_model(options.model) if options.model else MODEL
-    result = bench(config, TRAIN.model_copy(update=changed), options.every)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        for bar in result["bars"]:
-            print(f"{'holds' if bar['holds'] else 'FAILS'}: {bar['name']}: {bar['value']:.3f} (bar {bar['bar']:.3f})")
-    return 0 if all(bar["holds"] for bar in result["bars"]) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    torch.set_num_threads(1)
+    bars.report(__doc__, lambda: bench(load_model(str(MODEL_FILE)), load(TrainSpec, TRAIN_FILE), every=250))

@@ -91,7 +91,8 @@ def test_run_then_resume_is_bit_exact(plan_file: Path, text: Path, tmp_path: Pat
     (half / "checkpoints").mkdir(parents=True)
     shutil.copytree(whole / "checkpoints/step-00000006", half / "checkpoints/step-00000006")
     (half / "checkpoints/latest").write_text("step-00000006\n")
-    hetermoe("train", plan_file, "--run-folder", half, *common, "--resume")
+    resumed = hetermoe("train", plan_file, "--run-folder", half, *common, "--resume")
+    assert "note:" not in resumed.stderr
     assert [line["loss"] for line in metrics(half)] == [line["loss"] for line in steps[6:]]
     for rank in (0, 1):
         shard = f"checkpoints/step-00000012/rank-{rank:05d}.safetensors"
@@ -103,7 +104,8 @@ def test_resume_under_another_layout(plan_file: Path, text: Path, tmp_path: Path
     hetermoe("train", plan_file, "--run-folder", folder, "--data", text, "--steps", 4)
     other = tmp_path / "other.yaml"
     dump(cpu_plan(hosted=(2, 2), sequences=(1, 1), replicated=0, schedule="sequential"), other)
-    hetermoe("train", other, "--run-folder", folder, "--data", text, "--resume", "--steps", 6)
+    done = hetermoe("train", other, "--run-folder", folder, "--data", text, "--resume", "--steps", 6)
+    assert "note: resuming with another steps" in done.stderr
     assert [line["step"] for line in metrics(folder)] == list(range(6))
 
 

@@ -70,6 +70,11 @@ def train(
     from hetermoe_cli.launch.local import launch
     from hetermoe_cli.launch.progress import Follower
 
+    if run.resume_from:
+        from hetermoe_cli.runtime.saving import resume_note
+
+        if note := resume_note(run):
+            typer.echo(f"hetermoe: note: {note}", err=True)
     with Follower(run):
         launch(run)
     print_summary(Path(run.folder), json_output)

@@ -28,7 +28,7 @@ def save(run: RunSpec, trainer: Trainer, step: int) -> Path:
             data_digest=run.corpus_sha256,
             model=run.model,
             world_size=trainer.mesh.world_size,
-            extra=_identity(run),
+            extra=_identity(run) | _learning_rate(run),
         )
         finish(folder, state, run.keep_checkpoints)
     barrier()
@@ -63,6 +63,22 @@ def check_resumable(run: RunSpec, folder: Path) -> int:
     if manifest.step >= run.steps:
         raise UserError(f"{folder}: already at step {manifest.step} of {run.steps}: raise --steps to go on")
     return manifest.step
+
+
+def resume_note(run: RunSpec) -> str | None:
+    """What makes a resumed run differ from one that had not stopped, though it can go on."""
+    if not run.resume_from:
+        return None
+    extra = read_manifest(Path(run.resume_from)).extra
+    changed = [name for name, value in _learning_rate(run).items() if extra.get(name) != value]
+    return f"resuming with another {', '.join(changed)}: not as if the run had never stopped" if changed else None
+
+
+def _learning_rate(run: RunSpec) -> dict[str, object]:
+    """What may be changed on resuming."""
+    train = run.plan.inputs.train
+    names = ("learning_rate", "minimum_learning_rate_ratio", "warmup_steps", "weight_decay", "gradient_clip")
+    return {"steps": run.steps, **{name: getattr(train, name) for name in names}}
 
 
 def _identity(run: RunSpec) -> dict[str, object]:
