@@ -22,6 +22,7 @@ from hetermoe_cli.spec.cluster import Device
 from hetermoe_cli.spec.plan import ScheduleChoice
 
 FloatArray = NDArray[np.float64]
+TINY = 1e-30  # seconds; instead of dividing by zero
 STEPS = 24  # bisection steps: 2^-24 of the first interval
 
 
@@ -177,7 +178,7 @@ class _Terms:
         cap = np.minimum.reduce([np.broadcast_to(limit, spare.shape) for limit in limits])
         copy_cost = np.where(self.attends, self.copy + self.step, 0) + self.reduce_each[:, None]
         most = np.where(
-            self.attends, np.minimum(spare / np.maximum(copy_cost, 1e-300), self.room / self.room_copy), np.inf
+            self.attends, np.minimum(spare / np.maximum(copy_cost, TINY), self.room / self.room_copy), np.inf
         )
         most_copies = np.clip(most.min(1), 0, self.everything)
         breaks = self._breaks(spare, cap * each, copy_cost, most_copies)
@@ -194,7 +195,7 @@ class _Terms:
         points = [np.zeros_like(most), most]
         for slot in range(spare.shape[1]):
             for value in (spare[:, slot] - used[:, slot], spare[:, slot]):
-                points.append(np.clip(value / np.maximum(copy_cost[:, slot], 1e-300), 0, most))
+                points.append(np.clip(value / np.maximum(copy_cost[:, slot], TINY), 0, most))
         return points
 
     def _fits(self, most_copies: FloatArray) -> NDArray[np.bool_]:

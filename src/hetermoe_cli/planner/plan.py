@@ -4,16 +4,17 @@ import datetime
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel, find_table
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.baselines import RIVALS, Rival
-from hetermoe_cli.planner.search import Found, search
-from hetermoe_cli.planner.solver import SolverOptions, check_available
+from hetermoe_cli.planner.explain import does_not_fit, notes
+from hetermoe_cli.planner.search import search
+from hetermoe_cli.planner.solver import SolverOptions
+from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.simulator import simulate
-from hetermoe_cli.spec.plan import Assignment, Bound, Inputs, Layout, Plan, Prediction, SolverReport
+from hetermoe_cli.spec.plan import Assignment, Bound, Inputs, Plan, Prediction, SolverReport
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def make_plan(
     found = search(cost, options.solver, options.max_micro_batches, [r.layout for r in rivals.values()], progress)
     layout = found.layout if options.assignment == "optimal" else rivals[options.assignment].layout
     if layout is None:
-        raise UserError("does not fit", ExitCode.DOES_NOT_FIT)
+        raise _no_layout(cost, rivals, options)
     layout_cost = LayoutCost(cost, layout)
     trace = simulate(layout_cost)
     world = layout.world_size
@@ -52,7 +53,11 @@ def make_plan(
             tokens_per_second=tokens / trace.seconds,
             busy_share_per_rank=trace.busy_share(world),
         ),
-        bound=Bound(iteration_seconds=found.bound, work_iteration_seconds=0.0, exact_over=found.exact_over),
+        bound=Bound(
+            iteration_seconds=found.bound,
+            work_iteration_seconds=work_bound(cost, options.max_micro_batches),
+            exact_over=found.exact_over,
+        ),
         gap=max(0.0, 1 - found.bound / trace.seconds),
         memory=[layout_cost.memory(rank) for rank in range(world)],
         baselines={name: rival.baseline() for name, rival in rivals.items()},
@@ -63,9 +68,18 @@ def make_plan(
             candidates=found.candidates,
             solved=found.solved,
         ),
+        notes=notes(cost, layout, rivals, trace.seconds),
         inputs=embedded,
         inputs_sha256=embedded.hashes(),
     )
+
+
+def _no_layout(cost: CostModel, rivals: dict[str, Rival], options: PlanOptions) -> UserError:
+    """Why there is no plan: nothing fits, or the wanted rival does not."""
+    if options.assignment in rivals:
+        reason = f"assignment {options.assignment}: {rivals[options.assignment].reason}"
+        return UserError(reason, ExitCode.DOES_NOT_FIT)
+    return does_not_fit(cost, rivals, options.max_micro_batches)
 
 
 def embed(inputs: Inputs) -> Inputs:

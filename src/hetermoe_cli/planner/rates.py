@@ -106,6 +106,20 @@ class Rates:
         return base, reduce(sorted(ranks), dense + expert) - base
 
     @cached_property
+    def serial(self) -> float:
+        """More seconds than any placement takes: every task and transfer after one another, as large as can be."""
+        base, each = self.synchronise
+        everything = self.layers * self.experts
+        total = base + each * everything
+        for r in self.of:
+            tasks = self.layers * sum(r.attention) + r.head + everything * (sum(r.hosted) + sum(r.replicated))
+            total += self.choice.schedule.micro_batches * tasks
+            total += r.optimizer_base + everything * r.optimizer_per_expert
+        rows = self.experts * self.cost.rows_per_expert(self.choice.micro_batch_sequences) * self.cost.row_bytes
+        longest = max((2 * rows * port.byte_seconds + port.latency for port in self.ports), default=0.0)
+        return total + 4 * self.choice.schedule.micro_batches * self.layers * longest
+
+    @cached_property
     def ports(self) -> list[Port]:
         """Distinct ports that a transfer towards the experts can use."""
         return list(dict.fromkeys(port for pair in self._port_pairs for port in pair if port is not None))

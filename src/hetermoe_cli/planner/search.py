@@ -87,11 +87,20 @@ class Search:
                 lowest = min(lowest, candidate.bound)
                 self._place(candidate, ready)
 
+    def _horizon(self, ready: Prepared) -> float:
+        return min(self.target, ready.rates.serial)
+
+    def _capped(self, bound: float, horizon: float) -> float:
+        """What a bound on placements within `horizon` says of all of them; infinite if there are none at all."""
+        if bound < horizon:
+            return bound
+        return horizon if horizon == self.target else inf
+
     def _bound(self, candidate: Candidate, ready: Prepared) -> None:
-        horizon = self.target
+        horizon = self._horizon(ready)
         found = mixture(ready.rates, horizon)
         if found is not None:
-            candidate.bound = max(candidate.bound, min(found.bound, horizon))
+            candidate.bound = max(candidate.bound, self._capped(found.bound, horizon))
             candidate.mixture = found
         candidate.alike = max(candidate.alike, candidate.bound)
 
@@ -109,7 +118,7 @@ class Search:
 
     def _place(self, candidate: Candidate, ready: Prepared) -> None:
         candidate.placed = True
-        starts = heuristic.starts(ready.rates, candidate.mixture, self.seconds)
+        starts = heuristic.starts(ready.rates, candidate.mixture, self._horizon(ready))
         counts = heuristic.improve(ready.rates, ready.graph, starts, self.seconds)
         if counts is not None:
             self.offer(ready.layout(counts))
@@ -138,10 +147,10 @@ class Search:
 
     def _solve(self, candidate: Candidate, ready: Prepared, mode: ilp.Mode, *, alike: bool) -> float:
         """One MILP for what beats the best by the tolerance; the lower bound that it proves."""
-        horizon = self.target
+        horizon = self._horizon(ready)
         found = mixture(ready.rates, horizon)  # limits get tighter as the target falls
         if found is not None and found.bound >= horizon:
-            return horizon
+            return self._capped(found.bound, horizon)
         limits = found.limits if found else Limits.of(ready.rates, horizon)
         if alike:
             limits = limits.alike(ready.rates)
@@ -149,9 +158,10 @@ class Search:
         options = SolverOptions(self.options.name, max(0.1, self.left), self.options.relative_gap / 4)
         run = ilp.solve(model, options)
         self.solved += 1
+        bound = self._capped(run.bound, horizon)  # before the target moves
         if run.status in ("optimal", "feasible"):
             self.offer(ready.layout(ilp.extract(model)))
-        return min(run.bound, horizon)
+        return bound
 
     def found(self, whole: bool) -> Found:
         """What the search has shown so far."""
