@@ -7,7 +7,7 @@ Where every class is even, or has one device, both are exact.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -27,8 +27,12 @@ Mode = Literal["largest", "mean"]
 
 @dataclass
 class Model:
-    """The PuLP problem and its variables by what they mean. `horizon`: a makespan that is known to be reachable."""
+    """The PuLP problem and its variables by what they mean; times are in units of `unit` seconds.
 
+    `horizon`: what the makespan may be at most.
+    """
+
+    unit: float
     rates: Rates
     graph: TaskGraph
     mode: Mode
@@ -85,11 +89,15 @@ class Model:
 def build(
     rates: Rates, graph: TaskGraph, horizon: float, mode: Mode = "largest", limits: Limits | None = None
 ) -> Model:
-    """The problem whose makespan is at most `horizon` (infeasible if that cannot be reached)."""
+    """The problem whose makespan is at most `horizon` seconds (infeasible if that cannot be reached).
+
+    Its unit of time is the horizon, so that the solver's absolute tolerances are relative ones.
+    """
     from hetermoe_cli.planner import ilp_cuts, ilp_placement, ilp_time
 
     limits = limits or Limits.of(rates, horizon)
-    model = Model(rates, graph, mode, horizon, limits, pulp.LpProblem("placement", pulp.LpMinimize))
+    problem = pulp.LpProblem("placement", pulp.LpMinimize)
+    model = Model(horizon, rates.scaled(horizon), graph, mode, 1.0, limits, problem)
     ilp_placement.variables(model)
     ilp_placement.coverage(model)
     ilp_placement.hosting(model)
@@ -109,8 +117,9 @@ def build(
 
 
 def solve(model: Model, options: SolverOptions, *, relaxed: bool = False) -> Run:
-    """Minimise the makespan of a built model."""
-    return solve_problem(model.problem, options, relaxed=relaxed)
+    """Minimise the makespan of a built model; objective and bound in seconds."""
+    run = solve_problem(model.problem, options, relaxed=relaxed)
+    return replace(run, objective=run.objective * model.unit, bound=run.bound * model.unit)
 
 
 def extract(model: Model) -> Counts:

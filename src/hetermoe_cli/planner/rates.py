@@ -1,7 +1,8 @@
 """Rates: every coefficient of one choice, class by class, read from the cost model that simulator and engine use."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from hetermoe_cli.cost.layout import LayoutCost
@@ -27,6 +28,18 @@ class ClassRates:
     memory_if_any: float  # the working set of one expert task, where any expert is held
     memory_per_share: float  # receive buffers, per expert of the layer with most hosted ones
     memory_limit: float
+
+    def scaled(self, unit: float) -> "ClassRates":
+        """The same with all times in units of `unit` seconds."""
+        return replace(
+            self,
+            attention=(self.attention[0] / unit, self.attention[1] / unit),
+            head=self.head / unit,
+            hosted=(self.hosted[0] / unit, self.hosted[1] / unit),
+            replicated=(self.replicated[0] / unit, self.replicated[1] / unit),
+            optimizer_base=self.optimizer_base / unit,
+            optimizer_per_expert=self.optimizer_per_expert / unit,
+        )
 
 
 @dataclass(frozen=True)
@@ -104,6 +117,16 @@ class Rates:
         reduce = self.cost.network.all_reduce_seconds
         base = reduce(sorted(ranks), dense)
         return base, reduce(sorted(ranks), dense + expert) - base
+
+    def scaled(self, unit: float) -> "Rates":
+        """The same with all times in units of `unit` seconds."""
+        result = copy(self)
+        result.of = [r.scaled(unit) for r in self.of]
+        result.ports = [
+            replace(port, byte_seconds=port.byte_seconds / unit, latency=port.latency / unit) for port in self.ports
+        ]
+        result.synchronise = (self.synchronise[0] / unit, self.synchronise[1] / unit)
+        return result
 
     @cached_property
     def serial(self) -> float:

@@ -125,6 +125,8 @@ def _status(problem: Any, result: Any) -> Status:
         pulp.LpSolutionIntegerFeasible: "feasible",
         pulp.LpSolutionInfeasible: "infeasible",
     }
+    if code == pulp.LpSolutionNoSolutionFound and problem.status == pulp.LpStatusInfeasible:
+        return "infeasible"  # CBC's presolve; it says "or unbounded", which a makespan is not
     return known.get(code, "unknown")
 
 
