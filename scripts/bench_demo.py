@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 import bars
-from demo import ROOT, STEPS, demo, speed_up
+from demo import ROOT, STEPS, demo, predicted_speed_up, speed_up
 
 
 def measure() -> tuple[list[bars.Bar], dict[str, Any]]:
@@ -22,7 +22,7 @@ def measure() -> tuple[list[bars.Bar], dict[str, Any]]:
         error = abs(nominal["measured"] / nominal[key] - 1)
         found.append(bars.at_most(f"{name}: emulated iteration against {key}, relative error", error, 0.05))
     gain = speed_up(result, "balanced")
-    expected = speed_up(result, "balanced", "predicted")
+    expected = predicted_speed_up(result)
     learned = result["learned"]
     found += [
         bars.at_least("speed over EP, balanced router, emulated", gain, 1.2),

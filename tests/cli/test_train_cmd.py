@@ -22,7 +22,7 @@ MODEL = make_model(layers=2, experts=4, hidden_size=16, ffn_size=24, head_size=4
 def cpu_plan(steps: int = 12, **layout: object) -> Plan:
     profile = make_profile("cpu", model=MODEL, precision="fp32", source="measured", sequence_lengths=(32,))
     inputs = make_inputs(
-        (("cpu", 1), ("cpu", 1)), model=MODEL, profiles={"cpu": profile}, sequence_length=32,
+        (("cpu", 2),), model=MODEL, profiles={"cpu": profile}, sequence_length=32,
         global_batch_sequences=4, precision="fp32",
     )  # fmt: skip
     train = inputs.train.model_copy(update={"steps": steps, "warmup_steps": 2, "learning_rate": 3e-3})
@@ -184,13 +184,45 @@ def test_corrupt_checkpoint(plan_file: Path, text: Path, tmp_path: Path) -> None
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    before = (folder / "metrics.jsonl").read_text()
-    done = hetermoe(*options, "--steps", 5, "--resume", check=3)
-    assert "corrupt" in done.stderr
-    assert str(shard) in done.stderr
-    assert (folder / "metrics.jsonl").read_text() == before
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    message = refused(*options, "--steps", 5, "--resume")
+    assert "corrupt" in message
+    assert str(shard) in message
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     shard.unlink()
-    assert "missing" in hetermoe(*options, "--steps", 5, "--resume", check=3).stderr
+    assert "missing" in refused(*options, "--steps", 5, "--resume")
+
+
+def test_a_torn_last_line_of_the_metrics_does_not_stop_a_resume(plan_file: Path, text: Path, tmp_path: Path) -> None:
+    options = ("train", plan_file, "--run-folder", tmp_path / "run", "--data", text)
+    hetermoe(*options, "--steps", 2)
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"event": "step", "st')
+    hetermoe(*options, "--steps", 3, "--resume")
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1, 2]
+
+
+def test_divergence_ends_the_run_in_one_line_and_keeps_good_checkpoints(text: Path, tmp_path: Path) -> None:
+    plan = cpu_plan()
+    train = plan.inputs.train.model_copy(update={"learning_rate": 1e30, "warmup_steps": 0})
+    inputs = plan.inputs.model_copy(update={"train": train})
+    dump(plan.model_copy(update={"inputs": inputs, "inputs_sha256": inputs.hashes()}), tmp_path / "plan.yaml")
+    options = ("--run-folder", tmp_path / "run", "--data", text, "--checkpoint-every", 1)
+    done = hetermoe("train", tmp_path / "plan.yaml", *options, check=3)
+    assert "diverged" in done.stderr
+    assert (tmp_path / "run/checkpoints/latest").exists()
+    assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
+
+
+def test_a_save_that_fails_after_an_interrupt_is_told(plan_file: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = start(plan_file, folder, text)
+    (folder / "checkpoints").write_text("in the way")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 3
+    assert "not saved" in errors
+    assert "checkpoints" in errors
 
 
 def test_bad_plans(plan_file: Path, text: Path, tmp_path: Path) -> None:

@@ -67,6 +67,9 @@ CASES = {
     "EP 2": Case([2, 2], hosts([0, 1, 2], [3, 4, 5]), 2),
     "EP 4 uneven": Case([1, 1, 1, 1], hosts([0, 1], [2, 3], [4], [5]), 2),
     "EP 2 sequential": Case([2, 2], hosts([0, 1, 2], [3, 4, 5]), 2, schedule="sequential"),
+    "replicated on ranks that host nothing": Case([2, 2, 0], hosts([], [], [0, 1, 2, 3], replicated=(4, 5)), 2),
+    "replicated, recompute, one attends": Case([4, 0], hosts([], [0, 1, 2, 3], replicated=(4, 5)), 2, recompute=True),
+    "one rank": Case([4], hosts(list(range(6))), 2),
     "left out": Case([4, 0, 0], hosts([], list(range(6)), []), 2),
 }  # fmt: skip
 TRAIN = TrainSpec(

@@ -260,3 +260,9 @@ def test_named_tensors_are_the_parameters_and_cover_them() -> None:
     parameter, index = parameter_slices(model)["layers.1.experts.2.down"]
     assert parameter is model.experts[1].down
     assert index == 2
+
+
+def test_a_gate_with_one_choice_learns() -> None:
+    model = make(config=MODEL.model_copy(update={"top_k": 1}), scale=5.0)
+    model(*text(0)).backward()
+    assert all(float(block.gate.weight.grad.abs().max()) > 1e-6 for block in model.dense.layers)

@@ -5,12 +5,11 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.runtime.recorder import STATUS
+from hetermoe_cli.runtime.recorder import CHECKPOINTS, STATUS
 from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.run import RunSpec
 
@@ -79,7 +78,7 @@ def launch(run: RunSpec) -> dict[str, Any]:
 def _status(folder: Path) -> dict[str, Any]:
     path = folder / STATUS
     if not path.exists():
-        raise UserError(f"interrupted before anything was saved; logs in {folder / 'logs'}", ExitCode.INTERRUPTED)
+        raise _unsaved(folder)
     status: dict[str, Any] = json.loads(path.read_text())
     if status["state"] == "interrupted":
         raise UserError(
@@ -89,20 +88,41 @@ def _status(folder: Path) -> dict[str, Any]:
     return status
 
 
+def _unsaved(folder: Path) -> UserError:
+    """An interrupted run without a last word: the save failed, or there was nothing to save yet."""
+    from hetermoe_cli.model.checkpoint import find_latest
+
+    for log in _logs(folder):
+        for line in _errors(log):
+            if not line.startswith(("lost a peer", "the launcher is gone")):
+                return UserError(f"interrupted, and not saved: {line}")
+    latest = find_latest(folder / CHECKPOINTS)
+    found = f"the newest checkpoint is {latest.name}" if latest else "before anything was saved"
+    return UserError(f"interrupted: {found}; logs in {folder / 'logs'}", ExitCode.INTERRUPTED)
+
+
 def _failure(folder: Path, failures: dict[int, Any]) -> UserError:
     """The worker that failed first, with the tail of its log."""
     followers = (ExitCode.WORKER_DIED, -signal.SIGTERM)  # lost a peer, or were ended by the launcher
-    first = min(failures.values(), key=lambda f: (f.exitcode in followers, f.timestamp, f.local_rank))
-    log = _newest(folder.glob(f"logs/*/attempt_0/{first.local_rank}/stderr.log"))
-    lines = log.read_text(errors="replace").splitlines() if log else []
-    ours = [line for line in lines if line.startswith("hetermoe: error: ")]
-    if first.exitcode in (ExitCode.BAD_INPUT, ExitCode.DOES_NOT_FIT) and ours:
-        return UserError(ours[-1].removeprefix("hetermoe: error: "), ExitCode(first.exitcode))
+    told = (ExitCode.BAD_INPUT, ExitCode.DOES_NOT_FIT)
+    first = min(failures.values(), key=lambda f: (f.exitcode in followers, f.exitcode not in told, f.local_rank))
+    log = next(iter(_logs(folder, str(first.local_rank))), None)
+    if first.exitcode in told and log and (errors := _errors(log)):
+        return UserError(errors[-1], ExitCode(first.exitcode))
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log else []
     print("\n".join(lines[-_LOG_TAIL_LINES:]), file=sys.stderr)
     how = f"signal {signal.Signals(-first.exitcode).name}" if first.exitcode < 0 else f"exit code {first.exitcode}"
     last = lines[-1] if lines else "its log is empty"
     return UserError(f"worker of rank {first.local_rank} died ({how}): {last}; log: {log}", ExitCode.WORKER_DIED)
 
 
-def _newest(paths: Iterable[Path]) -> Path | None:
-    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
+def _logs(folder: Path, rank: str = "*") -> list[Path]:
+    """Error logs of the newest start, by rank."""
+    starts = sorted((folder / "logs").glob("*/"), key=lambda path: path.stat().st_mtime)
+    return sorted(starts[-1].glob(f"attempt_0/{rank}/stderr.log")) if starts else []
+
+
+def _errors(log: Path) -> list[str]:
+    prefix = "hetermoe: error: "
+    lines = log.read_text(errors="replace").splitlines()
+    return [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]

@@ -1,7 +1,10 @@
 """Checks of the machine against the plan, before anything starts."""
 
+from functools import cache
+
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.plan import Plan
+from hetermoe_cli.spec.profile import Profile
 
 
 def check_precision(precision: str) -> None:
@@ -14,22 +17,36 @@ def check_precision(precision: str) -> None:
 
 
 def check_devices(plan: Plan) -> None:
-    """UserError if a local device is not the one that the plan's profile was measured on."""
-    for name, profile in plan.inputs.profiles.items():
-        if profile.source == "modelled":
-            raise UserError(
-                f"profile {name}: modelled, not measured on this machine: run `hetermoe profile` here and plan again, "
-                "or pass --emulate"
-            )
-        found = _product(profile.accelerator)
-        if profile.facts.product is not None and found != profile.facts.product:
-            raise UserError(
-                f"profile {name}: field facts.product: measured on {profile.facts.product!r}, this machine has "
-                f"{found!r}: run `hetermoe profile` here and plan again"
-            )
+    """UserError if this machine does not have the device of every rank, as its profile was measured."""
+    devices = plan.inputs.devices()
+    if any(device.node for device in devices):
+        raise UserError(
+            f"cluster {plan.inputs.cluster.name}: field nodes: {devices[-1].node + 1} nodes; workers start on one "
+            "machine only: plan for one node, or pass --emulate"
+        )
+    profiles = plan.inputs.profiles
+    if len({profiles[device.type].accelerator for device in devices}) > 1:
+        raise UserError(f"cluster {plan.inputs.cluster.name}: CPU and CUDA devices in one run are not supported yet")
+    for device in devices:
+        _check_device(profiles[device.type], device.rank)
 
 
-def _product(accelerator: str) -> str | None:
+def _check_device(profile: Profile, index: int) -> None:
+    if profile.source == "modelled":
+        raise UserError(
+            f"profile {profile.device}: modelled, not measured on this machine: run `hetermoe profile` here and plan "
+            "again, or pass --emulate"
+        )
+    found = _product(profile.accelerator, index)
+    if profile.facts.product is not None and found != profile.facts.product:
+        raise UserError(
+            f"profile {profile.device}: field facts.product: measured on {profile.facts.product!r}, this machine's "
+            f"device {index} is {found!r}: run `hetermoe profile` here and plan again"
+        )
+
+
+@cache
+def _product(accelerator: str, index: int) -> str | None:
     from hetermoe_cli.profiler.nvml import cpu_facts, gpu_facts
 
-    return (cpu_facts() if accelerator == "cpu" else gpu_facts(0)).product
+    return (cpu_facts() if accelerator == "cpu" else gpu_facts(index)).product

@@ -71,7 +71,7 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
     if run.resume_from:
         from hetermoe_cli.runtime.saving import check_resumable  # loads torch
 
-        check_resumable(run, Path(run.resume_from))
+        run = run.model_copy(update={"start_step": check_resumable(run)})
     return run
 
 

@@ -1,6 +1,7 @@
 """The progress line of a run: follows metrics.jsonl, so that it shows what is on disk and nothing else."""
 
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from hetermoe_cli.spec.run import RunSpec
 
 _POLL_SECONDS = 0.25
 _LINE_SECONDS = 10.0
+_TAIL_BYTES = 65536
 
 
 class Follower:
@@ -21,8 +23,8 @@ class Follower:
 
     def __init__(self, run: RunSpec) -> None:
         self._path = Path(run.folder) / METRICS
-        self._offset = self._path.stat().st_size if self._path.exists() else 0
         self._run = run
+        self._shown: set[tuple[str, int]] = set()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -52,17 +54,22 @@ class Follower:
                 view.note(f"step {line['step'] + 1}: validation loss {line['loss']:.4f} nats a token")
 
     def _new_lines(self) -> list[dict[str, Any]]:
+        """Events of this run that have not been shown yet (a resumed run rewrites the file)."""
+        lines = [line for line in self._last_lines() if line["step"] >= self._run.start_step]
+        fresh = [line for line in lines if (line["event"], line["step"]) not in self._shown]
+        self._shown |= {(line["event"], line["step"]) for line in fresh}
+        return fresh
+
+    def _last_lines(self) -> list[dict[str, Any]]:
+        """Whole lines near the end of the file: more than are written between two looks."""
         if not self._path.exists():
             return []
-        size = self._path.stat().st_size
-        if size < self._offset:  # a resumed run rewrote the file
-            self._offset = 0
         with self._path.open("rb") as file:
-            file.seek(self._offset)
+            start = max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES)
+            file.seek(start)
             data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        whole = data[: data.rfind(b"\n") + 1].splitlines()
+        return [json.loads(line) for line in (whole[1:] if start else whole)]
 
 
 class _Bar:

@@ -71,6 +71,8 @@ class AttentionBlock(nn.Module):
             top = scores.gather(1, experts)
         else:
             top, experts = scores.topk(c.top_k, dim=-1)
+        if c.top_k == 1:  # renormalised, a single weight would be 1 and the gate would never learn (Switch)
+            return top, experts
         return top / top.sum(dim=-1, keepdim=True), experts
 
 

@@ -156,22 +156,34 @@ def load_tensors(folder: Path, names: set[str]) -> dict[str, Tensor]:
 
 
 def _read_shard(path: Path, shard: Shard, names: set[str]) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"{path}: missing: {_OTHER_CHECKPOINT}")
-    with _disk_errors(path, _OTHER_CHECKPOINT):
-        size = path.stat().st_size
-        if size != shard.size_bytes:
-            raise UserError(f"{path}: truncated ({size} bytes, {shard.size_bytes} were written): {_OTHER_CHECKPOINT}")
-        if _file_sha256(path) != shard.sha256:
-            raise UserError(f"{path}: corrupt (its sha256 is not the manifest's): {_OTHER_CHECKPOINT}")
-        with safe_open(path, framework="pt") as file:
-            if set(file.keys()) != shard.tensors.keys():
-                raise UserError(f"{path}: holds other tensors than the manifest says: {_OTHER_CHECKPOINT}")
-            result = {name: file.get_tensor(name) for name in sorted(names)}
+    _verify(path, shard)
+    with _disk_errors(path, _OTHER_CHECKPOINT), safe_open(path, framework="pt") as file:
+        if set(file.keys()) != shard.tensors.keys():
+            raise UserError(f"{path}: holds other tensors than the manifest says: {_OTHER_CHECKPOINT}")
+        result = {name: file.get_tensor(name) for name in sorted(names)}
     for name, tensor in result.items():
         if TensorInfo(shape=tuple(tensor.shape), dtype=_dtype_name(tensor)) != shard.tensors[name]:
             raise UserError(f"{path}: {name} has another shape or dtype than the manifest says: {_OTHER_CHECKPOINT}")
     return result
+
+
+def verify(folder: Path) -> Manifest:
+    """Check every file of a finished checkpoint against its manifest; UserError names the first damaged one."""
+    manifest = read_manifest(folder)
+    for shard in manifest.files:
+        _verify(folder / shard.file, shard)
+    return manifest
+
+
+def _verify(path: Path, shard: Shard) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: missing: {_OTHER_CHECKPOINT}")
+    with _disk_errors(path, _OTHER_CHECKPOINT):
+        size, found = path.stat().st_size, _file_sha256(path)
+    if size != shard.size_bytes:
+        raise UserError(f"{path}: truncated ({size} bytes, {shard.size_bytes} were written): {_OTHER_CHECKPOINT}")
+    if found != shard.sha256:
+        raise UserError(f"{path}: corrupt (its sha256 is not the manifest's): {_OTHER_CHECKPOINT}")
 
 
 def _read_sidecar(unfinished: Path, rank: int) -> Shard:

@@ -24,7 +24,7 @@ class ExpertGroup(nn.Module):
         weights = zip(self.gate_up.unbind(), self.down.unbind(), strict=True)
         parts = [
             self._expert(part, gate_up, down)
-            for part, (gate_up, down) in zip(rows.split(list(counts)), weights, strict=True)
+            for part, (gate_up, down) in zip(torch.split(rows, list(counts)), weights, strict=True)
             if len(part)
         ]
         return torch.cat(parts) if parts else rows

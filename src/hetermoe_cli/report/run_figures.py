@@ -11,7 +11,7 @@ import numpy as np
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.cost.layout import RecordedLoad
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.runtime.recorder import METRICS, STATUS, load_path
+from hetermoe_cli.runtime.recorder import METRICS, STATUS, load_path, read_metrics
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.files import load, read_text
 from hetermoe_cli.spec.run import RunSpec
@@ -22,7 +22,8 @@ REPLAYED_STEPS = 20
 
 @dataclass(frozen=True)
 class RunFigures:
-    """Seconds are the run's own (an emulated run's are nominal x time_scale); medians over steps after the warm-up.
+    """Seconds are the run's own (an emulated run's are nominal x time_scale); medians over the steps
+    since the last start, after the warm-up. Tokens/s of an emulated run are nominal.
 
     `predicted_seconds` assumes a balanced router; `replayed_seconds` replays the expert rows that were recorded.
     """
@@ -52,12 +53,6 @@ def read_run(folder: Path) -> RunSpec:
     return load(RunSpec, folder / "run.yaml")
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All lines of metrics.jsonl; UserError if there is none."""
-    path = folder / METRICS
-    return [json.loads(line) for line in read_text(path).splitlines()]
-
-
 def recorded_load(run: RunSpec, step: int) -> RecordedLoad | None:
     """The expert rows that were sent in one step of a run; None if they were not kept."""
     layout = run.plan.layout
@@ -85,7 +80,8 @@ def figures(folder: Path) -> RunFigures:
     steps = [line for line in metrics if line["event"] == "step"]
     if not steps:
         raise UserError(f"{folder / METRICS}: no finished step")
-    timed = steps[WARM_UP_STEPS:] or steps
+    recent = [line for line in steps if line["step"] >= run.start_step] or steps  # an earlier part had another plan
+    timed = recent[WARM_UP_STEPS:] or recent
     replayed = replayed_seconds(run, [line["step"] for line in timed][-REPLAYED_STEPS:])
     validation = [line["loss"] for line in metrics if line["event"] == "validation"]
     status = json.loads(read_text(folder / STATUS)) if (folder / STATUS).exists() else {}
@@ -98,7 +94,7 @@ def figures(folder: Path) -> RunFigures:
         measured_seconds=measured,
         predicted_seconds=run.plan.predicted.iteration_seconds * run.time_scale,
         replayed_seconds=None if replayed is None else replayed * run.time_scale,
-        tokens_per_second=run.tokens_per_step / measured,
+        tokens_per_second=run.tokens_per_second(measured),
         expert_imbalance=median(line["expert_imbalance"] for line in timed),
         emulated=run.emulation is not None,
         emulation_valid=status.get("emulation_valid"),

@@ -51,7 +51,7 @@ def summary_table(found: RunFigures, title: str) -> Table:
     table.add_row(
         "iteration, predicted from the recorded loads", _against(found.replayed_seconds, found.measured_seconds)
     )
-    table.add_row(f"tokens/s, {kind}", f"{found.tokens_per_second:,.0f}")
+    table.add_row(f"tokens/s, {kind}{' (nominal)' if found.emulated else ''}", f"{found.tokens_per_second:,.0f}")
     table.add_row("expert load, hottest over mean", f"{found.expert_imbalance:.2f}")
     if found.emulated:
         valid = "valid" if found.emulation_valid else "INVALID: real work did not keep up with the targets"

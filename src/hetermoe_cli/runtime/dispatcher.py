@@ -47,15 +47,15 @@ class LayerMap:
         order = keys.argsort(stable=True)
         counts = keys.bincount(minlength=self._bounds[-1]).tolist()
         per_target = [counts[low:high] for low, high in zip(self._bounds, self._bounds[1:], strict=False)]
-        return Routing(order, experts.shape[1], per_target)
+        return Routing(order, experts.shape[1], per_target, [counts[key] for key in self._key.tolist()])
 
-    def arrivals(self, counts_by_source: dict[int, list[int]]) -> "Arrivals":
+    def arrivals(self, counts_by_source: dict[int, list[int]], device: torch.device | str = "cpu") -> "Arrivals":
         """Plan the grouping by expert of rows that come source by source."""
         table = [
             (counts + [0] * (len(self.local) - len(counts)))
             for counts in (counts_by_source.get(source, []) for source in range(self.world_size))
         ]
-        return Arrivals.of(table, len(self.local))
+        return Arrivals.of(table, len(self.local), device)
 
 
 @dataclass
@@ -65,6 +65,7 @@ class Routing:
     order: Tensor
     top_k: int
     counts: list[list[int]]  # [target][local expert there]
+    by_expert: list[int]
     sizes: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -97,12 +98,12 @@ class Arrivals:
     sizes: list[int]
 
     @classmethod
-    def of(cls, table: list[list[int]], experts: int) -> "Arrivals":
+    def of(cls, table: list[list[int]], experts: int, device: torch.device | str = "cpu") -> "Arrivals":
         """table[source][local expert] = rows."""
         matrix = torch.tensor(table, dtype=torch.int64).view(len(table), experts)
         labels = torch.arange(experts).repeat(len(table)).repeat_interleave(matrix.flatten())
         return cls(
-            grouping=labels.argsort(stable=True),
+            grouping=labels.argsort(stable=True).to(device),
             counts=matrix.sum(dim=0).tolist(),
             sizes=matrix.sum(dim=1).tolist(),
         )

@@ -103,10 +103,17 @@ class EmulatedClock(Clock):
 
     def _end(self, action: Action) -> float:
         """When `action` is released; every rank computes the same from the board."""
-        if action not in self._ends:
-            ready = self._board.wait(self._step, action, self._schedule.senders[action])
-            free = max((self._end(earlier) for earlier in self._before[action]), default=0.0)
-            self._ends[action] = max(ready, free) + self._cost.transfer(action).seconds * self._time_scale
+        waiting = [action]
+        while waiting:
+            current = waiting[-1]
+            unknown = [earlier for earlier in self._before[current] if earlier not in self._ends]
+            if unknown:
+                waiting += unknown
+                continue
+            ready = self._board.wait(self._step, current, self._schedule.senders[current])
+            free = max((self._ends[earlier] for earlier in self._before[current]), default=0.0)
+            self._ends[current] = max(ready, free) + self._cost.transfer(current).seconds * self._time_scale
+            waiting.pop()
         return self._ends[action]
 
     def synchronising(self) -> None:

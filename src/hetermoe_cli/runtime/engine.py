@@ -53,7 +53,7 @@ class Engine:
         }
         self._arrivals: dict[Place, Arrivals] = {}
         self._kept: dict[Action, Tensor] = {}  # rows that stay on this rank
-        self.loss = 0.0
+        self.loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         self.counts: NDArray[np.int32] = np.zeros(
             (self.layout.layers, self.layout.micro_batches, self.layout.experts), np.int32
         )
@@ -84,13 +84,12 @@ class Engine:
         began = time.monotonic()
         dense = self._dense()
         stage = AttentionStage.forward(dense, layer, inputs, self.layout.schedule.recompute)
-        routing = self._maps[layer].route(stage.routed.experts)
-        rows = routing.gather(stage.routed.rows.detach())
+        routing = self._maps[layer].route(stage.outputs().experts)
+        rows = routing.gather(stage.take_rows())
         self._attention[place], self._routings[place] = stage, routing
         self._routed[place].set_result(None)
-        counts = stage.routed.experts.flatten().bincount(minlength=self.layout.experts).tolist()
-        self.counts[layer, j] = counts
-        self._clock.counted(layer, j, counts)
+        self.counts[layer, j] = routing.by_expert
+        self._clock.counted(layer, j, routing.by_expert)
         self._clock.compute(action, began, arrived)
         self._send(Action(Kind.DISPATCH, Pass.FORWARD, layer, j), rows, routing.sizes)
 
@@ -101,7 +100,7 @@ class Engine:
         arrivals = self._arrivals[place]
         parts = self.parts.experts_of(layer)
         stage = ExpertStage.forward(parts, arrivals.group(rows), arrivals.counts, self.layout.schedule.recompute)
-        outputs = arrivals.ungroup(stage.outputs.detach())
+        outputs = arrivals.ungroup(stage.take_outputs())
         if torch.is_grad_enabled():
             self._experts[place] = stage
         self._clock.compute(action, began, arrived, arrivals.counts)
@@ -113,7 +112,7 @@ class Engine:
         began = time.monotonic()
         assert isinstance(border, Border)
         loss = self._dense().loss(border.combined(), self._batch(j)[1].to(self.mesh.device))
-        self.loss += float(loss.detach())
+        self.loss += loss.detach()
         if action.direction is Pass.FORWARD:
             self._clock.compute(action, began, arrived)
             return
@@ -158,17 +157,20 @@ class Engine:
         """Inputs of the stage after layer - 1, and when they arrived: tokens for the first stage."""
         if layer == 0:
             return self._batch(j)[0].to(self.mesh.device), 0.0
-        rows, arrived = self._receive(Action(Kind.COMBINE, Pass.FORWARD, layer - 1, j))
-        routed = self._attention[layer - 1, j].routed
-        outputs = self._routings[layer - 1, j].to_tokens(rows)
-        return Border.of(routed, outputs, torch.is_grad_enabled()), arrived
+        before = layer - 1, j
+        rows, arrived = self._receive(Action(Kind.COMBINE, Pass.FORWARD, *before))
+        border = self._attention[before].border_after(self._routings[before].to_tokens(rows))
+        if not torch.is_grad_enabled():
+            del self._attention[before], self._routings[before]
+        return border, arrived
 
     def _send(self, action: Action, rows: Tensor, sizes: list[int]) -> None:
         """Hand rows (sorted by target rank, `sizes` each) to the lane; this rank's own stay here."""
-        start = sum(sizes[: self.mesh.rank])
-        self._kept[action] = rows[start : start + sizes[self.mesh.rank]]
+        start, own = sum(sizes[: self.mesh.rank]), sizes[self.mesh.rank]
+        # an empty slice would keep all rows alive
+        self._kept[action] = rows[start : start + own] if own else rows.new_empty((0, rows.shape[1]))
         self._clock.sent(action)
-        self._lanes.put(action, rows)
+        self._lanes.put(action, rows, sizes)
 
     def _receive(self, action: Action) -> tuple[Tensor, float]:
         """Rows of `action` by source rank, this rank's own among them, and when they arrived."""
@@ -189,7 +191,8 @@ class Engine:
         place = action.layer, action.micro_batch
         if action.kind is Kind.DISPATCH and action.direction is Pass.FORWARD and place not in self._arrivals:
             rank = self.mesh.rank
-            self._arrivals[place] = self._maps[action.layer].arrivals({rank: self._routings[place].counts[rank]})
+            counts = {rank: self._routings[place].counts[rank]}
+            self._arrivals[place] = self._maps[action.layer].arrivals(counts, self.mesh.device)
 
     def _incoming(self, action: Action) -> list[int]:
         """Rows per source rank. A lane may ask for a combine's before the gate has decided: then it waits."""
@@ -201,17 +204,16 @@ class Engine:
 
     # Called by the lanes.
 
-    def _carry(self, action: Action, rows: Tensor | None) -> Handoff:
-        """Move one transfer: send `rows` to their ranks, receive what comes."""
+    def _carry(self, action: Action, rows: Tensor | None, sent: list[int]) -> Handoff:
+        """Move one transfer: send `rows`, `sent[r]` of them to rank r; receive what comes."""
         began = time.monotonic()
         group = self.mesh.to_experts if action.towards_experts else self.mesh.from_experts
-        place, rank = (action.layer, action.micro_batch), self.mesh.rank
+        rank = self.mesh.rank
         if action.kind is Kind.DISPATCH and action.direction is Pass.FORWARD:
             self._exchange_counts(action)
         sends: dict[int, Tensor] = {}
         if rows is not None:
-            sizes = self._routings[place].sizes if action.towards_experts else self._arrivals[place].sizes
-            sends = {peer: part for peer, part in enumerate(torch.split(rows, sizes)) if peer != rank}
+            sends = {peer: part for peer, part in enumerate(torch.split(rows, sent)) if peer != rank}
         buffer = torch.empty(0, device=self.mesh.device)
         receives: dict[int, Tensor] = {}
         if rank in self._schedule.receivers[action]:
@@ -248,7 +250,7 @@ class Engine:
             table = {peer: counts.tolist() for peer, counts in receives.items()}
             if place in self._routings:
                 table[rank] = self._routings[place].counts[rank]
-            self._arrivals[place] = layer_map.arrivals(table)
+            self._arrivals[place] = layer_map.arrivals(table, device)
 
     def _dense(self) -> DenseModel:
         assert self.parts.dense is not None

@@ -2,10 +2,11 @@
 
 Nothing is tagged: every message has its exact size, and all ranks post the messages of a lane in one order, which is
 what NCCL demands and gloo allows. On CUDA each lane has a stream of its own; events order it against the compute
-stream, which never waits for a token count.
+stream.
 """
 
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -46,41 +47,51 @@ class Handoff:
         return self.rows
 
 
-Carrier = Callable[[Action, Tensor | None], Handoff]
+@dataclass
+class Outgoing:
+    """Rows for one transfer, sorted by target rank, `sizes` for each."""
+
+    handoff: Handoff
+    sizes: list[int]
+
+
+Carrier = Callable[[Action, Tensor | None, list[int]], Handoff]
+Job = tuple[Action, "Future[Outgoing] | None", "Future[Handoff]"]
 
 
 class Lanes:
-    """Runs one schedule's transfers in the background; the compute thread puts what it sends and gets what came."""
+    """Runs one schedule's transfers in the background; the compute thread puts what it sends and gets what came.
+
+    A message is dropped as soon as it is sent or taken: memory holds those in flight, not those of the iteration.
+    """
 
     def __init__(self, mesh: Mesh) -> None:
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="lane")
         self._streams = [_stream(mesh.device) for _ in range(2)]
         self._rank = mesh.rank
-        self._outbox: dict[Action, Future[Handoff]] = {}
+        self._outbox: dict[Action, Future[Outgoing]] = {}
         self._inbox: dict[Action, Future[Handoff]] = {}
         self._running: list[Future[None]] = []
 
     def start(self, schedule: Schedule, carrier: Carrier) -> None:
-        """Begin a pass. `carrier` moves one transfer: (action, rows to send or None) -> what came."""
+        """Begin a pass. `carrier` moves one transfer: (action, rows to send or None, their sizes) -> what came."""
         mine = schedule.transfers_of(self._rank)
         self._outbox = {action: Future() for action in mine if self._rank in schedule.senders[action]}
-        self._inbox = {action: Future() for action in mine}
-        lanes = [[a for a in mine if a.towards_experts], [a for a in mine if not a.towards_experts]]
-        self._running = [
-            self._pool.submit(self._work, lane, stream, carrier)
-            for lane, stream in zip(lanes, self._streams, strict=True)
-        ]
+        self._inbox = {action: Future() for action in mine if self._rank in schedule.receivers[action]}
+        self._running = []
+        for direction, stream in zip((True, False), self._streams, strict=True):
+            actions = [action for action in mine if action.towards_experts is direction]
+            jobs = deque((a, self._outbox.get(a), self._inbox.get(a, Future())) for a in actions)
+            self._running.append(self._pool.submit(self._work, jobs, stream, carrier))
 
-    def put(self, action: Action, rows: Tensor) -> bool:
-        """Send rows when the lane gets to `action`; False if the schedule has no such transfer for this rank."""
-        if action not in self._outbox:
-            return False
-        self._outbox[action].set_result(Handoff.of(rows))
-        return True
+    def put(self, action: Action, rows: Tensor, sizes: list[int]) -> None:
+        """Send rows when the lane gets to `action`; nothing happens if this rank sends nothing in it."""
+        if action in self._outbox:
+            self._outbox.pop(action).set_result(Outgoing(Handoff.of(rows), sizes))
 
     def get(self, action: Action) -> Handoff | None:
-        """Wait for what `action` brought to this rank; None if the schedule has no such transfer for it."""
-        return self._inbox[action].result() if action in self._inbox else None
+        """Wait for what `action` brings to this rank; None if this rank receives nothing in it."""
+        return self._inbox.pop(action).result() if action in self._inbox else None
 
     def finish(self) -> None:
         """Wait for both lanes, so that every sent tensor is out; raises what a lane raised."""
@@ -90,21 +101,25 @@ class Lanes:
     def abort(self, error: BaseException) -> None:
         """Wake lanes that wait for rows which will never come."""
         for future in self._outbox.values():
-            if not future.done():
-                future.set_exception(error)
+            future.set_exception(error)
+        self._outbox = {}
 
-    def _work(self, actions: Iterable[Action], stream: "torch.cuda.Stream | None", carrier: Carrier) -> None:
+    @staticmethod
+    def _work(jobs: "deque[Job]", stream: "torch.cuda.Stream | None", carrier: Carrier) -> None:
         context: Any = torch.cuda.stream(stream) if stream is not None else nullcontext()
         with context:
-            for action in actions:
+            while jobs:
+                action, outgoing, incoming = jobs.popleft()
                 try:
-                    outgoing = self._outbox[action].result() if action in self._outbox else None
-                    self._inbox[action].set_result(carrier(action, outgoing.take() if outgoing else None))
+                    out = outgoing.result() if outgoing else None
+                    incoming.set_result(
+                        carrier(action, out.handoff.take(), out.sizes) if out else carrier(action, None, [])
+                    )
                 except BaseException as error:
-                    for future in self._inbox.values():
-                        if not future.done():
-                            future.set_exception(error)
+                    for future in (incoming, *(job[2] for job in jobs)):  # nobody else sets this lane's futures
+                        future.set_exception(error)
                     raise
+                del outgoing, incoming, out
 
 
 def _stream(device: torch.device) -> "torch.cuda.Stream | None":

@@ -64,11 +64,8 @@ def join(layout: Layout, accelerator: str) -> Mesh:
     if accelerator == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    everyone = list(range(world_size))
-    to_experts, from_experts = dist.new_group(everyone), dist.new_group(everyone)
-    attending = dist.new_group(layout.attending)
+    with peer_errors():
+        to_experts, from_experts, attending = _groups(layout, device)
     rank = dist.get_rank()
     return Mesh(
         rank=rank,
@@ -78,3 +75,15 @@ def join(layout: Layout, accelerator: str) -> Mesh:
         from_experts=from_experts,
         attending=attending if rank in layout.attending else None,
     )
+
+
+def _groups(layout: Layout, device: torch.device) -> tuple[dist.ProcessGroup, dist.ProcessGroup, dist.ProcessGroup]:
+    cuda = device.type == "cuda"
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None)
+    everyone = list(range(layout.world_size))
+    lanes = dist.new_group(everyone), dist.new_group(everyone)
+    attending = dist.new_group(layout.attending)
+    for lane in lanes:  # NCCL wants all ranks in a group's first call, and a first transfer may leave some out
+        dist.all_reduce(torch.zeros(1, device=device), group=lane)
+    return *lanes, attending

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hetermoe_cli.spec.files import write_atomic
+from hetermoe_cli.errors import UserError
+from hetermoe_cli.spec.files import read_text, write_atomic
 from hetermoe_cli.spec.run import RunSpec
 from hetermoe_cli.trace import Trace, read_trace
 
@@ -25,6 +26,12 @@ def load_path(folder: Path, rank: int) -> Path:
     return folder / "loads" / f"rank{rank}.npy"
 
 
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl; a last line cut off by a crash is left out. UserError if the file cannot be read."""
+    text = read_text(folder / METRICS)
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
 def run_trace(folder: Path, world_size: int) -> Trace:
     """All ranks' spans of a finished run."""
     return read_trace(trace_path(folder, rank) for rank in range(world_size))
@@ -33,14 +40,14 @@ def run_trace(folder: Path, world_size: int) -> Trace:
 class Recorder:
     """Rank 0 writes metrics and status; every rank its trace; attending ranks their loads."""
 
-    def __init__(self, run: RunSpec, rank: int, start_step: int) -> None:
+    def __init__(self, run: RunSpec, rank: int) -> None:
         self._run, self._rank = run, rank
         self._folder = Path(run.folder)
         self._metrics = self._folder / METRICS
         self._loads = self._open_loads()
         self.labels = {"emulated": run.emulation is not None, "time_scale": run.time_scale, "router": run.router}
         if rank == 0:
-            self._keep_until(start_step)
+            self._keep_until(run.start_step)
 
     def _open_loads(self) -> NDArray[np.int32] | None:
         layout = self._run.plan.layout
@@ -51,8 +58,8 @@ class Recorder:
         shape = (self._run.steps, layout.layers, layout.micro_batches, layout.experts)
         old = np.load(path, mmap_mode="r", allow_pickle=False) if path.exists() else np.zeros((0, *shape[1:]))
         fresh = np.lib.format.open_memmap(path.with_suffix(".new"), mode="w+", dtype=np.int32, shape=shape)
-        if old.shape[1:] == shape[1:]:
-            kept = min(len(old), len(fresh))
+        if old.shape[1:] == shape[1:]:  # earlier steps of the same layout
+            kept = min(len(old), self._run.start_step)
             fresh[:kept] = old[:kept]
         path.with_suffix(".new").replace(path)
         return fresh
@@ -60,8 +67,8 @@ class Recorder:
     def _keep_until(self, step: int) -> None:
         """Drop metrics of steps that a resumed run does again."""
         if self._metrics.exists():
-            lines = self._metrics.read_text().splitlines(keepends=True)
-            write_atomic(self._metrics, "".join(line for line in lines if json.loads(line)["step"] < step))
+            kept = [line for line in read_metrics(self._folder) if line["step"] < step]
+            write_atomic(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def load(self, step: int, counts: NDArray[np.int32]) -> None:
         """Rows per (layer, micro-batch, expert) that this rank sent in `step`."""
@@ -72,8 +79,11 @@ class Recorder:
         """Append one line to metrics.jsonl (rank 0)."""
         if self._rank == 0:
             line = {"event": kind, "step": step, "time": time.time(), **values, **self.labels}
-            with self._metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with self._metrics.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise UserError(f"{self._metrics}: cannot be written ({error.strerror}): free space, resume") from error
 
     def trace(self, trace: Trace) -> None:
         """Write this rank's trace."""

@@ -3,7 +3,15 @@
 from pathlib import Path
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.model.checkpoint import CheckpointState, finish, load_tensors, read_manifest, step_folder, write_shard
+from hetermoe_cli.model.checkpoint import (
+    CheckpointState,
+    finish,
+    load_tensors,
+    read_manifest,
+    step_folder,
+    verify,
+    write_shard,
+)
 from hetermoe_cli.model.training_state import restore_training, training_names, training_tensors
 from hetermoe_cli.model.transformer import parameter_slices
 from hetermoe_cli.runtime.mesh import barrier
@@ -35,22 +43,21 @@ def save(run: RunSpec, trainer: Trainer, step: int) -> Path:
     return folder
 
 
-def restore(run: RunSpec, trainer: Trainer) -> int:
-    """Load run.resume_from into this rank's parts, whatever layout wrote it; the number of finished steps.
+def restore(run: RunSpec, trainer: Trainer) -> None:
+    """Load run.resume_from into this rank's parts, whatever layout wrote it; UserError if it is damaged."""
+    assert run.resume_from is not None
+    tensors = load_tensors(Path(run.resume_from), training_names(trainer.parts))
+    restore_training(trainer.parts, trainer.optimizer, tensors, run.start_step)
 
-    UserError if the checkpoint is damaged or belongs to another model, text or batch order.
+
+def check_resumable(run: RunSpec) -> int:
+    """Finished steps of the checkpoint run.resume_from, which `run` can continue; UserError otherwise.
+
+    It must be undamaged and of the same model, text and batch order.
     """
     assert run.resume_from is not None
     folder = Path(run.resume_from)
-    step = check_resumable(run, folder)
-    tensors = load_tensors(folder, training_names(trainer.parts))
-    restore_training(trainer.parts, trainer.optimizer, tensors, step)
-    return step
-
-
-def check_resumable(run: RunSpec, folder: Path) -> int:
-    """Finished steps of a checkpoint that `run` can continue bit-exactly; UserError otherwise."""
-    manifest = read_manifest(folder)
+    manifest = verify(folder)
     if manifest.model != run.model:
         raise UserError(f"{folder}: field model: made with model {manifest.model.name!r} of another shape")
     if manifest.data_digest != run.corpus_sha256:

@@ -50,7 +50,7 @@ class AttentionStage:
     """One attention stage of one micro-batch: its way in, and its outputs while the graph lives."""
 
     inputs: Border | Tensor  # tokens [B, S] for the first layer
-    routed: Routed
+    routed: Routed | None
     run: Callable[[], Routed]
     kept: bool
 
@@ -67,6 +67,25 @@ class AttentionStage:
             routed = run()
         return cls(inputs, routed, run, kept)
 
+    def outputs(self) -> Routed:
+        """What the stage computed."""
+        assert self.routed is not None
+        return self.routed
+
+    def take_rows(self) -> Tensor:
+        """Rows [T, H] to dispatch; not kept where backward does not need them."""
+        rows = self.outputs().rows.detach()
+        if not self.kept:
+            self.routed = self.outputs()._replace(rows=rows.new_empty(0))
+        return rows
+
+    def border_after(self, outputs: Tensor) -> Border:
+        """Leaves of the next stage, from this stage's residual and weights and the experts' outputs [T, k, H]."""
+        border = Border.of(self.outputs(), outputs, torch.is_grad_enabled())
+        if not self.kept:
+            self.routed = None
+        return border
+
     @property
     def border(self) -> Border:
         """The border that this stage read (not of the first layer)."""
@@ -78,7 +97,7 @@ class AttentionStage:
 
         Returns the gradient of the previous layer's expert outputs [T, k, H], None for the first layer.
         """
-        routed = self.routed if self.kept else self.run()
+        routed = self.outputs() if self.kept else self.run()
         torch.autograd.backward([routed.hidden, routed.rows, routed.weights], [hidden, rows, weights])
         return self.inputs.gradients()[1] if isinstance(self.inputs, Border) else None
 
@@ -105,7 +124,7 @@ class ExpertStage:
     """One expert stage of one micro-batch."""
 
     rows: Tensor
-    outputs: Tensor
+    outputs: Tensor | None
     run: Callable[[], Tensor]
     kept: bool
 
@@ -122,11 +141,19 @@ class ExpertStage:
             outputs = run()
         return cls(leaf, outputs, run, kept)
 
+    def take_outputs(self) -> Tensor:
+        """Outputs [M, H] to combine; not kept where backward does not need them."""
+        assert self.outputs is not None
+        outputs = self.outputs.detach()
+        if not self.kept:
+            self.outputs = None
+        return outputs
+
     def backward(self, gradient: Tensor) -> Tensor:
         """Gradient of the outputs [M, H] -> gradient of the rows [M, H]."""
         if not len(self.rows):
             return gradient
-        outputs = self.outputs if self.kept else self.run()
+        outputs = self.outputs if self.outputs is not None else self.run()
         torch.autograd.backward([outputs], [gradient])
         assert self.rows.grad is not None
         return self.rows.grad

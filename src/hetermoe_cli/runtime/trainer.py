@@ -1,5 +1,6 @@
 """Trainer: one optimizer step of the whole world, seen from one rank: engine, gradients, optimizer, validation."""
 
+import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hetermoe_cli.errors import UserError
 from hetermoe_cli.model.attention import Router
 from hetermoe_cli.model.data import Batches
 from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
@@ -76,12 +78,18 @@ class Trainer:
     def step(self, batches: Batches | None, step: int, record: bool = False) -> StepResult:
         """One iteration: forward, backward, synchronisation, clipping, AdamW. `record` keeps its spans.
 
-        Only attending ranks need `batches`.
+        Only attending ranks need `batches`. UserError, with weights untouched, if loss or gradients are not finite.
         """
         self.gradients.zero()
         start = self.clock.begin_step(step, record)
         self.engine.run(self._schedule, partial(self._batch, batches, step), 1 / self._tokens, self.clock)
         result, first_start = self._synchronise(step, start)
+        if not (math.isfinite(result.loss) and math.isfinite(result.gradient_norm)):
+            # all ranks see the same figures, so all leave here together, before anything is updated or saved
+            raise UserError(
+                f"step {step}: loss {result.loss}, gradient norm {result.gradient_norm}: training diverged: "
+                "lower learning_rate or gradient_clip, then go on with --resume"
+            )
         began = time.monotonic()
         self.gradients.clip(result.gradient_norm, self.train.gradient_clip)
         for group in self.optimizer.param_groups:
@@ -109,7 +117,7 @@ class Trainer:
         starts = torch.zeros(world, dtype=torch.float64)
         starts[self.mesh.rank] = start
         rows = torch.from_numpy(self.engine.counts.sum(axis=1).astype(np.float64)).flatten()
-        own = torch.tensor([self.engine.loss / self._tokens, float(self.stop_requested)], dtype=torch.float64)
+        own = torch.tensor([float(self.engine.loss) / self._tokens, float(self.stop_requested)], dtype=torch.float64)
         figures = torch.cat([own, rows, starts])
         total, norm = self.gradients.reduce(figures.to(self.mesh.device))
         self.clock.synchronised(SYNCHRONISE, began)

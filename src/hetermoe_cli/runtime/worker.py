@@ -18,7 +18,7 @@ import torch.distributed as dist
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.model.data import Batches, load_corpus
 from hetermoe_cli.runtime.emulator import EmulatedClock
-from hetermoe_cli.runtime.mesh import PeerLost, barrier, join
+from hetermoe_cli.runtime.mesh import PeerLost, barrier, join, peer_errors
 from hetermoe_cli.runtime.recorder import Recorder
 from hetermoe_cli.runtime.saving import restore, save
 from hetermoe_cli.runtime.trainer import StepResult, Trainer
@@ -67,8 +67,7 @@ def train(run: RunSpec) -> None:
     """The whole run of one rank."""
     torch.set_num_threads(run.threads_per_rank)
     plan = run.plan
-    accelerator = "cpu" if run.emulation else plan.inputs.profiles[plan.inputs.cluster.device_types[0]].accelerator
-    mesh = join(plan.layout, accelerator)
+    mesh = join(plan.layout, "cpu" if run.emulation else _accelerator(run))
     spec = plan.inputs.train.model_copy(update={"steps": run.steps})
     trainer = Trainer.build(
         run.model,
@@ -80,15 +79,23 @@ def train(run: RunSpec) -> None:
         router=run.router,
     )
     batches = _batches(run) if mesh.rank in plan.layout.attending else (None, None)
-    start = restore(run, trainer) if run.resume_from else 0
-    recorder = Recorder(run, mesh.rank, start)
+    if run.resume_from:
+        restore(run, trainer)
+    recorder = Recorder(run, mesh.rank)
     if run.emulation:
         trainer.clock = EmulatedClock(run, training_schedule(plan.layout), mesh.rank)
     _handle_signals(trainer)
     barrier()
     trainer.clock.set_zero()
-    _loop(run, trainer, recorder, batches, start)
+    _loop(run, trainer, recorder, batches)
     dist.destroy_process_group()
+
+
+def _accelerator(run: RunSpec) -> str:
+    """Of this rank's device type."""
+    inputs, rank = run.plan.inputs, int(os.environ.get("RANK", "0"))
+    devices = inputs.devices()
+    return inputs.profiles[devices[min(rank, len(devices) - 1)].type].accelerator
 
 
 def _batches(run: RunSpec) -> tuple[Batches, Batches]:
@@ -108,14 +115,12 @@ def _handle_signals(trainer: Trainer) -> None:
     def request(number: int, frame: FrameType | None) -> None:
         trainer.stop_requested = True
 
-    signal.signal(signal.SIGINT, request)
-    signal.signal(signal.SIGTERM, request)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, request)
 
 
-def _loop(
-    run: RunSpec, trainer: Trainer, recorder: Recorder, batches: tuple[Batches | None, Batches | None], start: int
-) -> None:
-    training, validation = batches
+def _loop(run: RunSpec, trainer: Trainer, recorder: Recorder, batches: tuple[Batches | None, Batches | None]) -> None:
+    (training, validation), start = batches, run.start_step
     traced = range(start + WARM_UP_STEPS, start + WARM_UP_STEPS + run.trace_steps)
     saved, step, stop = start, start, False
     while step < run.steps and not stop:
@@ -148,7 +153,7 @@ def _report(run: RunSpec, recorder: Recorder, step: int, result: StepResult, sec
         gradient_norm=result.gradient_norm,
         iteration_seconds=seconds,
         predicted_iteration_seconds=run.plan.predicted.iteration_seconds * run.time_scale,
-        tokens_per_second=run.tokens_per_step / seconds,
+        tokens_per_second=run.tokens_per_second(seconds),
         expert_imbalance=float((rows.max(axis=1) / rows.mean(axis=1)).mean()),
     )
 
@@ -161,7 +166,8 @@ def _summary(trainer: Trainer) -> dict[str, object]:
     figures = torch.tensor(
         [clock.tasks, clock.overruns, clock.overrun_seconds, clock.stretched_seconds], dtype=torch.float64
     )
-    dist.all_reduce(figures)
+    with peer_errors():
+        dist.all_reduce(figures)
     tasks, overruns, late, total = figures.tolist()
     return {
         "emulated_tasks": int(tasks),

@@ -36,7 +36,7 @@ class LayerShape(Spec):
 class ModelConfig(Spec):
     """Decoder with GQA attention (RoPE), RMSNorm, SwiGLU experts and a top-k softmax gate.
 
-    The gate takes the softmax over all experts, keeps the top k and renormalises them (Mixtral).
+    The gate takes the softmax over all experts, keeps the top k and renormalises them (Mixtral; not for k = 1).
     """
 
     kind: Literal["model"] = "model"

@@ -35,6 +35,7 @@ class RunSpec(Spec):
     router: Literal["learned", "balanced"] = "learned"
     steps: PositiveInt
     resume_from: str | None = None
+    start_step: NonNegativeInt = 0
     checkpoint_every: NonNegativeInt = 0
     keep_checkpoints: PositiveInt = 2
     validate_every: NonNegativeInt = 0
@@ -65,10 +66,10 @@ class RunSpec(Spec):
         """The sequence length that is really trained."""
         return self.emulation.sequence_length if self.emulation else self.plan.inputs.train.sequence_length
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens really trained on per step."""
-        return self.plan.inputs.train.global_batch_sequences * self.sequence_length
+    def tokens_per_second(self, iteration_seconds: float) -> float:
+        """Tokens/s of an iteration that took so long here; of an emulated run, nominal tokens a nominal second."""
+        train = self.plan.inputs.train
+        return train.global_batch_sequences * train.sequence_length * self.time_scale / iteration_seconds
 
     @property
     def row_scale(self) -> float:
