@@ -45,7 +45,7 @@ def make_run(folder: Path, sequences: tuple[int, ...], hosted: tuple[int, ...]) 
 
 def work(rank: int, run: RunSpec) -> tuple[list[Span], list[np.ndarray], int]:
     from hetermoe_cli.runtime.emulator import EmulatedClock
-    from hetermoe_cli.runtime.mesh import join
+    from hetermoe_cli.runtime.mesh import barrier, join
     from hetermoe_cli.runtime.trainer import Trainer
     from hetermoe_cli.schedule.lower import training_schedule
 
@@ -57,6 +57,8 @@ def work(rank: int, run: RunSpec) -> tuple[list[Span], list[np.ndarray], int]:
     tokens = np.random.default_rng(0).integers(0, 256, 4000).astype(np.uint8)
     batches = Batches(tokens, LENGTH, train.global_batch_sequences, 0)
     counts = []
+    barrier()
+    clock.set_zero()
     for step in range(STEPS):
         trainer.step(batches, step, record=True)
         counts.append(trainer.engine.counts.copy())
@@ -86,7 +88,7 @@ def test_emulated_tasks_take_the_cost_of_their_rows(
             total += 1
             exact += found[key] <= seconds + 1e-6
         measured = emulated.step_seconds()[step]
-        assert measured >= simulated.seconds * SCALE - 1e-6
+        assert measured >= simulated.seconds * SCALE - 0.01  # ranks leave the barrier some milliseconds apart
         if not overruns and step == 0:  # later steps overlap the optimizer of the one before
             assert measured == pytest.approx(simulated.seconds * SCALE, rel=0.02)
     assert exact >= total - overruns
