@@ -50,9 +50,9 @@ class Gradients:
         square = torch.zeros(1, dtype=torch.float64, device=self._mesh.device)
         attends = self._mesh.attending is not None
         if attends and dist.get_rank(self._mesh.attending) == 0:  # one copy of what all attending ranks share
-            square += self._flat.double().square().sum()
+            square += _square(self._flat)
         for gradient in self._own_gradients:
-            square += gradient.double().square().sum()
+            square += _square(gradient)
         total = torch.cat([square, figures])
         with peer_errors():
             dist.all_reduce(total)
@@ -65,3 +65,9 @@ class Gradients:
             self._flat.mul_(scale)
             if self._own_gradients:
                 torch._foreach_mul_(self._own_gradients, scale)
+
+
+def _square(gradient: Tensor) -> Tensor:
+    """Sum of squares in float64."""
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+    return norm.square()
