@@ -20,7 +20,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 HETERMOE = str(Path(sys.executable).parent / "hetermoe")
-STEPS, SHORT_STEPS = 45, 6
+STEPS, SHORT_STEPS = 42, 5
 EXECUTED_SEQUENCE_LENGTH = 96
 stderr = Console(stderr=True)
 
