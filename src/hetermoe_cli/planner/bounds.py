@@ -3,7 +3,8 @@
 All hold for every device-level placement, with experts as divisible work:
 stream   a device's compute (attention, head, its experts, its copies), the all-reduce and its optimizer step; a device
          that does not attend also waits for the first attention and dispatch and for the last gradients and attention;
-path     one micro-batch through every layer forward and backward, with the heads of all micro-batches between;
+path     one micro-batch through every layer forward and backward, by one attending device and the experts of a host,
+         with the heads of all micro-batches between;
 lane     the transfers that a device receives follow each other; so do those that an attending device sends;
 memory   experts that a device can hold.
 For a given time each of them limits the experts of a device; the bound is the least time at which all experts of all
@@ -17,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.planner.arrays import BoolArray, FloatArray
 from hetermoe_cli.planner.rates import ClassRates, device_rates
 from hetermoe_cli.spec.cluster import Device
 from hetermoe_cli.spec.plan import ScheduleChoice
 
-FloatArray = NDArray[np.float64]
 TINY = 1e-30  # seconds; instead of dividing by zero
 STEPS = 24  # bisection steps: 2^-24 of the first interval
 
@@ -67,7 +68,8 @@ class Bounder:
     def ceiling(self) -> float:
         """More than any layout takes: everything on the slowest device, one after another, without end of transfers."""
         worst = max(
-            self.attention_load(kind, self.total) + self.count * self.layers * self.experts * sum(self.rates(kind, 0).hosted)
+            self.attention_load(kind, self.total)
+            + self.count * self.layers * self.experts * sum(self.rates(kind, 0).hosted)
             for kind in range(len(self.kinds))
         )
         return 100 * worst
@@ -96,7 +98,6 @@ class _Terms:
         table = self._table(slots)
         first_attention = np.where(self.attends, table["forward"], 0).max(1, keepdims=True)
         last_attention = np.where(self.attends, table["backward"], 0).max(1, keepdims=True)
-        head = np.where(self.attends, table["head"], 0).max(1, keepdims=True)
         self.load = np.where(
             self.attends,
             count * (layers * (table["forward"] + table["backward"]) + table["head"]),
@@ -106,7 +107,8 @@ class _Terms:
         self.hosted, self.copy = count * table["hosted"], np.where(self.attends, count * table["copy"], 0)
         sequential = bounder.schedule.name == "sequential"
         repeats = count if sequential else 1
-        self.path = repeats * layers * (first_attention + last_attention) + count * head
+        alone = repeats * layers * (table["forward"] + table["backward"]) + count * table["head"]
+        self.path = np.where(self.attends, alone, 0).max(1, keepdims=True)
         self.path_each = repeats * (table["hosted"] + 4 * table["receive"])
         self.lane_each = 2 * count * table["receive"]
         self.send_each = 2 * count * np.where(self.attends, table["send"], 0)
@@ -220,4 +222,5 @@ class _Terms:
         for copies in (np.zeros_like(most), most):
             hosted = np.maximum(np.minimum((spare - copies[:, None] * copy_cost) / each, cap), 0)
             kept = np.maximum(kept, hosted + copies[:, None])
-        return ((self.everything - kept) * self.send_each <= time[:, None]).all(1)
+        result: BoolArray = ((self.everything - kept) * self.send_each <= time[:, None]).all(1)
+        return result

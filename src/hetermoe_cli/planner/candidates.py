@@ -39,9 +39,7 @@ def candidates(cost: CostModel, micro_batch_limit: int, seconds: float) -> tuple
     return sorted(found, key=lambda c: c.bound), whole
 
 
-def _bounded(
-    bounder: Bounder, members: list[list[int]], total: int, seconds: float, whole: bool
-) -> list[Candidate]:
+def _bounded(bounder: Bounder, members: list[list[int]], total: int, seconds: float, whole: bool) -> list[Candidate]:
     options = []
     for kind, ranks in enumerate(members):
         most = 0

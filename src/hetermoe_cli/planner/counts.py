@@ -6,12 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hetermoe_cli.planner.arrays import FloatArray, IntArray, largest
 from hetermoe_cli.planner.graph import Hosts, Shares, TaskGraph
 from hetermoe_cli.planner.rates import Port, Rates
 from hetermoe_cli.schedule.action import Kind, Pass
-
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,8 @@ class Counts:
 
     def totals(self, sizes: Sequence[int]) -> IntArray:
         """Experts of a class together, [..., layers, classes], for classes of `sizes` devices."""
-        return self.hosted * np.array(sizes) - self.spare
+        result: IntArray = self.hosted * np.array(sizes) - self.spare
+        return result
 
 
 def from_totals(totals: IntArray, replicated: IntArray, sizes: Sequence[int]) -> Counts:
@@ -63,7 +62,7 @@ def seconds(rates: Rates, graph: TaskGraph, counts: Counts) -> FloatArray:
         end = starts[before] + lengths[before]
         starts[after] = np.maximum(starts[after], end if condition is None else end * conditions[condition])
     ends = [starts[node] + lengths[node] for node in graph.last if node is not None]
-    return np.maximum.reduce(ends) + _after_compute(rates, counts)
+    return largest(ends) + _after_compute(rates, counts)
 
 
 def transfer_seconds(rates: Rates, counts: Counts) -> FloatArray:

@@ -7,14 +7,20 @@ from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.baselines import Rival
 from hetermoe_cli.planner.candidates import candidates
+from hetermoe_cli.planner.search import ExactOver
 from hetermoe_cli.spec.plan import Inputs, Layout
 
 MOST_ADDED = 64  # devices
 
 
-def notes(cost: CostModel, layout: Layout, rivals: dict[str, Rival], seconds: float) -> list[str]:
-    """Modelled figures, extended curves, devices left out, and where nothing can be gained."""
-    return [*_sources(cost), *_extended(cost, layout), *_left_out(cost, layout), *_no_gain(cost, rivals, seconds)]
+def notes(
+    cost: CostModel, layout: Layout, rivals: dict[str, Rival], seconds: float, exact_over: ExactOver
+) -> list[str]:
+    """Modelled figures, extended curves, devices left out, where nothing can be gained, and a search cut short."""
+    result = [*_sources(cost), *_extended(cost, layout), *_left_out(cost, layout), *_no_gain(cost, rivals, seconds)]
+    if exact_over == "not solved":
+        result.append("the search did not close the gap: a longer --time-limit may find a better plan")
+    return result
 
 
 def _sources(cost: CostModel) -> Iterator[str]:
@@ -97,4 +103,3 @@ def _with_more(inputs: Inputs, device: str, count: int) -> Inputs:
 def _possible(inputs: Inputs, limit: int) -> bool:
     """Whether memory leaves any choice open (a relaxation: placements are not tried)."""
     return bool(candidates(CostModel(inputs), limit, inf)[0])
-

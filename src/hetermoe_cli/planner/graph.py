@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 from hetermoe_cli.planner.choice import Choice, DeviceClass
@@ -57,7 +58,8 @@ def task_graph(choice: Choice, classes: Sequence[DeviceClass], layers: int) -> T
     other edges of such a task hold anyway (A of the next layer follows A of this one on every attending rank).
     """
     schedule = training_schedule(choice.full_layout(layers))
-    graph, index = TaskGraph(), {}
+    graph = TaskGraph()
+    index: dict[Task, int] = {}
     for number, device_class in enumerate(classes):
         order = [a for a in schedule.compute[device_class.ranks[0]] if a.kind not in (Kind.SYNCHRONISE, Kind.OPTIMIZER)]
         for action in order:
@@ -73,7 +75,7 @@ def task_graph(choice: Choice, classes: Sequence[DeviceClass], layers: int) -> T
 
 
 def _chain(nodes: list[int]) -> list[Edge]:
-    return [Edge(first, second, None) for first, second in zip(nodes, nodes[1:], strict=False)]
+    return [Edge(first, second, None) for first, second in pairwise(nodes)]
 
 
 def _data_edges(index: dict[Task, int], classes: int, layers: int) -> list[Edge]:

@@ -4,7 +4,8 @@ from itertools import combinations, product
 
 import numpy as np
 
-from hetermoe_cli.planner.counts import Counts, FloatArray, IntArray, fits, from_totals, seconds
+from hetermoe_cli.planner.arrays import FloatArray, IntArray
+from hetermoe_cli.planner.counts import Counts, fits, from_totals, seconds
 from hetermoe_cli.planner.graph import TaskGraph
 from hetermoe_cli.planner.master import Mixture, uniform
 from hetermoe_cli.planner.rates import Rates
@@ -140,7 +141,8 @@ def _balanced(rates: Rates, allowed: list[bool]) -> FloatArray:
         middle = (low + high) / 2
         held = (sizes * np.clip((middle - base) / each, 0, room)).sum()
         low, high = (low, middle) if held >= wanted else (middle, high)
-    return sizes * np.clip((high - base) / each, 0, room)
+    share: FloatArray = sizes * np.clip((high - base) / each, 0, room)
+    return share
 
 
 def _rounded(rates: Rates, share: FloatArray) -> list[IntArray]:
@@ -165,7 +167,7 @@ def _rounded(rates: Rates, share: FloatArray) -> list[IntArray]:
 def _split(target: FloatArray, rates: Rates, even: bool) -> IntArray:
     """Whole numbers near `target` whose sum is the number of experts (less if only copies can fill it)."""
     steps = np.array([c.count if even else 1 for c in rates.classes])
-    result = (np.floor(np.maximum(target, 0) / steps + 1e-9) * steps).astype(np.int64)
+    result: IntArray = (np.floor(np.maximum(target, 0) / steps + 1e-9) * steps).astype(np.int64)
     while result.sum() > rates.experts:
         most = int(np.argmax(np.where(result > 0, result - target, -np.inf)))
         result[most] = max(0, result[most] - steps[most])

@@ -6,7 +6,6 @@ up and the largest where one device decides: it is never above any placement's r
 Where every class is even, or has one device, both are exact.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pulp
 
-from hetermoe_cli.planner.choice import Choice, DeviceClass
+from hetermoe_cli.planner.choice import DeviceClass
 from hetermoe_cli.planner.counts import Counts, from_totals
 from hetermoe_cli.planner.graph import TaskGraph
 from hetermoe_cli.planner.patterns import Limits

@@ -1,6 +1,6 @@
 """Cuts: what the constraints imply anyway, said without big-M so that the relaxation knows it.
 
-Of layers that have hosts (`empty` = 0). R = micro-batches, h = hosted experts of the fullest device, y = whether it hosts;
+Of layers that have hosts (`empty` = 0). h = hosted experts of the fullest device of a class, y = whether it hosts;
 where it does not, each cut says less than a dispatch or combine that exists. The fullest device of a class of several
 has no tasks of its own in the model: its cuts start from transfers, which all devices share.
 """

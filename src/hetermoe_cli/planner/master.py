@@ -4,17 +4,17 @@ A multiset of patterns stands for every placement; its order over the layers is 
 Any multipliers of the rows prove a bound, so that a run may stop as soon as the bound is good enough.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hetermoe_cli.planner.arrays import FloatArray, IntArray, largest, total
 from hetermoe_cli.planner.chains import Row, sequential_rows, zebra_rows
-from hetermoe_cli.planner.counts import FloatArray, IntArray
 from hetermoe_cli.planner.patterns import Limits, Patterns, all_patterns, caps_within
 from hetermoe_cli.planner.rates import Rates
+from hetermoe_cli.planner.sides import Side
 
 ROUNDS = 80
 PRECISION = 5e-4
@@ -32,10 +32,10 @@ class Mixture:
     limits: Limits
 
 
-def mixture(rates: Rates, horizon: float) -> Mixture | None:
+def mixture(rates: Rates, horizon: float, *, mixed: bool = False) -> Mixture | None:
     """Bound on every placement of the choice that is faster than `horizon`; None where it has too many patterns.
 
-    The bound is infinite where no placement can be that fast.
+    The bound is infinite where no placement can be that fast. `mixed` takes longer and bounds a little better.
     """
     caps, copies = caps_within(rates, horizon)
     patterns = all_patterns(rates, caps, copies)
@@ -44,36 +44,52 @@ def mixture(rates: Rates, horizon: float) -> Mixture | None:
     if not len(patterns.replicated):
         nothing = np.zeros((0, len(caps) + 1), dtype=np.int64)
         return Mixture(np.inf, nothing, np.zeros(0), Limits.of(rates, horizon))
-    return _run(Rows(patterns), horizon)
+    sides = Side(patterns, 0), Side(patterns, 1)
+    found = _run(Rows(*sides, mixed=False), horizon)
+    if found.bound >= horizon or not mixed or rates.choice.schedule.name == "sequential":
+        return found
+    better = _run(Rows(*sides, mixed=True), horizon)
+    return better if better.bound > found.bound else found
 
 
 class Rows:
-    """All rows of `patterns`: chains, then optimizer steps and memory of every class.
+    """All rows of some patterns: chains, then optimizer steps and memory of every class.
 
     A row says: variable >= constant + sum over layers; the variable is the makespan without all-reduce and optimizer,
     the optimizer step, or nothing.
     """
 
-    def __init__(self, patterns: Patterns) -> None:
-        self.patterns, self.rates = patterns, patterns.rates
+    def __init__(self, forward: Side, backward: Side, mixed: bool) -> None:
+        self.sides, self.mixed, self.patterns = (forward, backward), mixed, forward.patterns
+        self.rates = self.patterns.rates
         sequential = self.rates.choice.schedule.name == "sequential"
-        chains = sequential_rows(patterns) if sequential else zebra_rows(patterns)
+        chains = sequential_rows(*self.sides) if sequential else zebra_rows(*self.sides, mixed)
         classes = range(len(self.rates.classes))
         self.rows = [*chains, *map(self._step, classes), *map(self._memory, classes)]
         self.kinds = np.repeat([0, 1, 2], [len(chains), len(classes), len(classes)])
         self.constants = np.array([row.constant for row in self.rows])
 
+    def of(self, patterns: Patterns) -> "Rows":
+        """The same rows of other patterns."""
+        return Rows(Side(patterns, 0), Side(patterns, 1), self.mixed)
+
+    @property
+    def busiest(self) -> FloatArray:
+        """[patterns] compute of the class that has most in a layer."""
+        return largest([*(self.sides[0].stream + self.sides[1].stream)])
+
     @property
     def price(self) -> FloatArray:
         """[patterns] seconds that a layer's copies add to the all-reduce."""
-        result: FloatArray = self.rates.synchronise[1] * self.patterns.replicated
-        return result
+        return np.asarray(self.rates.synchronise[1] * self.patterns.replicated, dtype=np.float64)
 
     def _step(self, c: int) -> Row:
         r, attends = self.rates.of[c], self.rates.classes[c].attends
 
         def held() -> FloatArray:
-            return r.optimizer_per_expert * (self.patterns.mean[c] + self.patterns.replicated * attends)
+            p = self.patterns
+            result: FloatArray = r.optimizer_per_expert * (p.mean[c] + p.replicated * attends)
+            return result
 
         return Row("step", (held,), (held,), r.optimizer_base)
 
@@ -101,8 +117,8 @@ class Rows:
     @cached_property
     def values(self) -> tuple[FloatArray, FloatArray]:
         """[rows, patterns] of any layer, and of the last."""
-        every = [sum(part() for part in row.every) for row in self.rows]
-        return np.array(every), np.array([sum(part() for part in row.last) for row in self.rows])
+        every = [total(part() for part in row.every) for row in self.rows]
+        return np.array(every), np.array([total(part() for part in row.last) for row in self.rows])
 
 
 def _run(rows: Rows, horizon: float) -> Mixture:
@@ -156,19 +172,14 @@ class _Proof:
         patterns = self.rows.patterns
         if patterns.sizes[c, 0] == 1:
             return 0
-        idle = Rows(replace(patterns.subset(np.flatnonzero(kept)), idle=c))
+        idle = self.rows.of(replace(patterns.subset(np.flatnonzero(kept)), idle=c))
         left = self._kept(idle, horizon) & (idle.patterns.fullest[c] <= patterns.caps[c])
         return int(idle.patterns.totals[c][left].max(initial=0))
 
 
 def _first(rows: Rows) -> IntArray:
     """Patterns whose busiest class has least to do."""
-    streams = [row for row in rows.rows if row.name.startswith("stream")]
-    busiest = np.maximum.reduce(
-        [sum(part() for part in row.every) + row.constant / rows.rates.layers for row in streams]
-    )
-    corners = rows.patterns.totals.argmax(1)
-    return np.union1d(_smallest(busiest, FIRST_COLUMNS), corners)
+    return np.union1d(_smallest(rows.busiest, FIRST_COLUMNS), rows.patterns.totals.argmax(1))
 
 
 def _smallest(values: FloatArray, count: int) -> IntArray:
@@ -182,7 +193,7 @@ def uniform(rates: Rates, horizon: float, count: int) -> IntArray:
     patterns = all_patterns(rates, caps, copies, even=True)
     if patterns is None or not len(patterns.replicated):
         return np.zeros((0, len(caps) + 1), dtype=np.int64)
-    rows = Rows(patterns)
+    rows = Rows(Side(patterns, 0), Side(patterns, 1), mixed=False)
     every, last = rows.values
     value = (rates.layers - 1) * every + last + rows.constants[:, None]
     times = value[rows.kinds == 0].max(0) + value[rows.kinds == 1].max(0) + rates.layers * rows.price
@@ -201,7 +212,7 @@ class _Restricted:
 
         self.rows, self.columns = rows, np.zeros(0, dtype=np.int64)
         with silent_stdout():
-            self.highs = highspy.Highs()
+            self.highs = highspy.Highs()  # type: ignore[no-untyped-call]
         self.highs.setOptionValue("output_flag", False)
         self.highs.setOptionValue("threads", THREADS)  # one pool per process, of one size
         nothing, infinity = np.array([], dtype=np.int32), highspy.kHighsInf
@@ -219,7 +230,7 @@ class _Restricted:
         new = np.setdiff1d(patterns, self.columns)
         if not len(new):
             return
-        part = Rows(self.rows.patterns.subset(new))
+        part = self.rows.of(self.rows.patterns.subset(new))
         count = len(part.rows)
         for last, values in enumerate(part.values):
             index = np.append(np.arange(count), count + 1 - last if last == 0 else count + 1).astype(np.int32)

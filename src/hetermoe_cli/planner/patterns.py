@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from hetermoe_cli.planner.counts import FloatArray, IntArray
+from hetermoe_cli.planner.arrays import FloatArray, IntArray
 from hetermoe_cli.planner.rates import Port, Rates
 
 MOST_PATTERNS = 40_000
@@ -88,9 +88,7 @@ class Patterns:
         return result
 
 
-def all_patterns(
-    rates: Rates, caps: Sequence[int], most_copies: int, *, even: bool = False
-) -> Patterns | None:
+def all_patterns(rates: Rates, caps: Sequence[int], most_copies: int, *, even: bool = False) -> Patterns | None:
     """Every pattern (of the even ones) within the caps; None where there are too many to look at."""
     tables = np.zeros((0, 1), dtype=np.int64)
     for c, cap in zip(rates.classes, caps, strict=True):

@@ -3,15 +3,16 @@
 import datetime
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import inf
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel, find_table
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.baselines import RIVALS, Rival
 from hetermoe_cli.planner.explain import does_not_fit, notes
-from hetermoe_cli.planner.search import search
-from hetermoe_cli.planner.solver import SolverOptions
+from hetermoe_cli.planner.search import Found, search
+from hetermoe_cli.planner.solver import SolverOptions, check_available
 from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.plan import Assignment, Bound, Inputs, Plan, Prediction, SolverReport
@@ -22,7 +23,7 @@ class PlanOptions:
     """How to plan."""
 
     assignment: Assignment = "optimal"
-    solver: SolverOptions = SolverOptions()
+    solver: SolverOptions = field(default_factory=SolverOptions)
     max_micro_batches: int = 16
 
 
@@ -31,12 +32,14 @@ def make_plan(
 ) -> Plan:
     """The plan for `inputs`. UserError DOES_NOT_FIT if no layout fits, SOLVER if the solver cannot run."""
     options, began = options or PlanOptions(), time.monotonic()
+    check_available(options.solver.name)
     cost = CostModel(inputs)
+    progress("rivals")
     rivals = {name: rival(cost, options.max_micro_batches) for name, rival in RIVALS.items()}
     found = search(cost, options.solver, options.max_micro_batches, [r.layout for r in rivals.values()], progress)
     layout = found.layout if options.assignment == "optimal" else rivals[options.assignment].layout
     if layout is None:
-        raise _no_layout(cost, rivals, options)
+        raise _no_layout(cost, rivals, options, found)
     layout_cost = LayoutCost(cost, layout)
     trace = simulate(layout_cost)
     world = layout.world_size
@@ -68,17 +71,23 @@ def make_plan(
             candidates=found.candidates,
             solved=found.solved,
         ),
-        notes=notes(cost, layout, rivals, trace.seconds),
+        notes=notes(cost, layout, rivals, trace.seconds, found.exact_over),
         inputs=embedded,
         inputs_sha256=embedded.hashes(),
     )
 
 
-def _no_layout(cost: CostModel, rivals: dict[str, Rival], options: PlanOptions) -> UserError:
-    """Why there is no plan: nothing fits, or the wanted rival does not."""
+def _no_layout(cost: CostModel, rivals: dict[str, Rival], options: PlanOptions, found: Found) -> UserError:
+    """Why there is no plan: nothing fits, the wanted rival does not, or the time limit came first."""
     if options.assignment in rivals:
         reason = f"assignment {options.assignment}: {rivals[options.assignment].reason}"
         return UserError(reason, ExitCode.DOES_NOT_FIT)
+    if found.bound < inf:
+        return UserError(
+            f"solver {options.solver.name}: no plan found within {options.solver.time_limit:g} s, and none ruled out: "
+            "raise --time-limit",
+            ExitCode.SOLVER,
+        )
     return does_not_fit(cost, rivals, options.max_micro_batches)
 
 

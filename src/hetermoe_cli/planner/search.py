@@ -25,7 +25,6 @@ from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.plan import Layout
 
-
 ExactOver = Literal["devices", "classes", "not solved"]
 NEAR = 1.01  # a bound this close to the lowest one so far makes a choice worth placing at once
 MISSES = 5
@@ -76,7 +75,7 @@ class Search:
             self.best, self.seconds = layout, seconds
 
     def bound(self) -> None:
-        """Step 2: pattern bounds in order of the closed-form ones; placements at once where a bound is among the best."""
+        """Step 2: pattern bounds in order of the closed-form ones, and placements where a bound is among the best."""
         lowest = inf
         for candidate in self.open:
             if candidate.bound >= self.target or self.left < 0:
@@ -136,19 +135,23 @@ class Search:
             elif candidate.alike < self.target:
                 self._solve(candidate, ready, "largest", alike=True)
 
-    def prove_devices(self) -> None:
-        """Step 5: MILPs over all placements, by classes, and where that leaves a doubt with one class per device."""
-        for candidate in sorted(self.open, key=lambda c: c.bound):
-            for per_device in (False, True):
-                if candidate.bound < self.target and self.left > 0:
+    def prove_devices(self, whole: bool) -> None:
+        """Step 5: MILPs over all placements, by classes (if `whole`), and with one class per device.
+
+        Otherwise only of choices whose classes' means leave a doubt.
+        """
+        for candidate in sorted(self.open, key=lambda c: c.bound if whole else c.alike):
+            for per_device in (False, True) if whole else (True,):
+                known = candidate.bound if whole else candidate.alike
+                if known < self.target and self.left > 0:
                     ready = Prepared.of(self.cost, candidate.choice, per_device)
                     candidate.bound = max(candidate.bound, self._solve(candidate, ready, "mean", alike=False))
-            candidate.alike = max(candidate.alike, candidate.bound)
+                    candidate.alike = max(candidate.alike, candidate.bound)
 
     def _solve(self, candidate: Candidate, ready: Prepared, mode: ilp.Mode, *, alike: bool) -> float:
         """One MILP for what beats the best by the tolerance; the lower bound that it proves."""
         horizon = self._horizon(ready)
-        found = mixture(ready.rates, horizon)  # limits get tighter as the target falls
+        found = mixture(ready.rates, horizon, mixed=True)  # limits get tighter as the target falls
         if found is not None and found.bound >= horizon:
             return self._capped(found.bound, horizon)
         limits = found.limits if found else Limits.of(ready.rates, horizon)
@@ -196,6 +199,5 @@ def search(
     state.place()
     progress("proving")
     state.prove()
-    if whole:
-        state.prove_devices()
+    state.prove_devices(whole)
     return state.found(whole)

@@ -7,8 +7,8 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pulp
@@ -16,6 +16,8 @@ import pulp
 from hetermoe_cli.errors import ExitCode, UserError
 
 THREADS = 2
+# of constraints that are of the order of one (ilp.build): a makespan must not undercut its replay by what adds up
+HIGHS_TOLERANCES = {"primal_feasibility_tolerance": 1e-9, "mip_feasibility_tolerance": 1e-9}
 Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 
 
@@ -38,15 +40,18 @@ class SolverOptions:
     relative_gap: float = 1e-3
 
 
-def solve_problem(
-    problem: pulp.LpProblem,
-    options: SolverOptions,
-    *,
-    relaxed: bool = False,
-    start: Mapping[Any, float] | None = None,
-) -> Run:
-    """Minimise; `relaxed` drops integrality, `start` is a known solution. UserError (SOLVER) if it cannot run."""
-    solver = _make(options, relaxed, start)
+def solve_problem(problem: pulp.LpProblem, options: SolverOptions, *, relaxed: bool = False) -> Run:
+    """Minimise; `relaxed` drops integrality. UserError (SOLVER) if the solver cannot run."""
+    began = time.monotonic()
+    run = _attempt(problem, options, relaxed)
+    if run.status == "unknown" and options.name.lower() == "highs" and run.seconds < options.time_limit / 2:
+        # presolve can end just outside HiGHS' tolerances, where the optimum lies on the horizon: try without
+        run = _attempt(problem, options, relaxed, presolve="off")
+    return replace(run, seconds=time.monotonic() - began)
+
+
+def _attempt(problem: pulp.LpProblem, options: SolverOptions, relaxed: bool, **more: str) -> Run:
+    solver = _make(options, relaxed, **more)
     began = time.monotonic()
     try:
         with silent_stdout():
@@ -61,14 +66,13 @@ def solve_problem(
 
 def check_available(name: str) -> None:
     """UserError (SOLVER) unless PuLP can run the solver `name`."""
-    _make(SolverOptions(name), relaxed=False, start=None)
+    _make(SolverOptions(name), relaxed=False)
 
 
-def _make(options: SolverOptions, relaxed: bool, start: Mapping[Any, float] | None) -> Any:
+def _make(options: SolverOptions, relaxed: bool, **more: str) -> Any:
     settings = {"msg": False, "mip": not relaxed, "timeLimit": options.time_limit, "gapRel": options.relative_gap}
     if options.name.lower() == "highs":
-        solver = _highs_class()(threads=THREADS, **settings)
-        solver.start = start
+        solver = pulp.HiGHS(threads=THREADS, **settings, **HIGHS_TOLERANCES, **more)
     else:
         solver = _other(options.name, settings)
     with silent_stdout():
@@ -96,24 +100,6 @@ def _unavailable(name: str) -> UserError:
     with silent_stdout():
         usable = pulp.listSolvers(onlyAvailable=True)
     return UserError(f"solver {name}: not available here; usable: {', '.join(usable) or 'none'}", ExitCode.SOLVER)
-
-
-def _highs_class() -> Any:
-    class StartedHiGHS(pulp.HiGHS):  # type: ignore[misc]
-        """PuLP's HiGHS, which takes no starting solution by itself."""
-
-        start: Mapping[Any, float] | None = None
-
-        def buildSolverModel(self, lp: Any) -> None:
-            super().buildSolverModel(lp)
-            if self.start:
-                import highspy
-
-                solution = highspy.HighsSolution()
-                solution.col_value = [self.start.get(variable, 0.0) for variable in lp.variables()]
-                lp.solverModel.setSolution(solution)
-
-    return StartedHiGHS
 
 
 def _status(problem: Any, result: Any) -> Status:

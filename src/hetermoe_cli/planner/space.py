@@ -107,8 +107,11 @@ def _assign(members: Sequence[Sequence[int]], parts: Sequence[Sequence[int]], wo
 
 def _apart(devices: Sequence[Device], members: Sequence[Sequence[int]]) -> list[list[int]]:
     """Each kind's ranks in turn over its nodes."""
-    place = {rank: sum(devices[other].node == devices[rank].node for other in ranks if other < rank)
-             for ranks in members for rank in ranks}
+    place = {
+        rank: sum(devices[other].node == devices[rank].node for other in ranks if other < rank)
+        for ranks in members
+        for rank in ranks
+    }
     return [sorted(ranks, key=lambda rank: (place[rank], rank)) for ranks in members]
 
 

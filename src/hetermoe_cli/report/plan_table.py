@@ -31,8 +31,8 @@ def headline(plan: Plan) -> Iterator[str]:
     yield f"predicted, not measured; profiles: {', '.join(sources)}"
     recompute = "with recomputation" if plan.schedule.recompute else "without recomputation"
     yield (
-        f"assignment {plan.assignment}, schedule {plan.schedule.name}, R = {plan.schedule.micro_batches} micro-batches, "
-        f"{recompute}: {seconds_text(plan.predicted.iteration_seconds)} an iteration, "
+        f"assignment {plan.assignment}, schedule {plan.schedule.name}, R = {plan.schedule.micro_batches} "
+        f"micro-batches, {recompute}: {seconds_text(plan.predicted.iteration_seconds)} an iteration, "
         f"{plan.predicted.tokens_per_second:,.0f} tokens/s"
     )
 
