@@ -44,8 +44,9 @@ def recompute_choices(cost: CostModel) -> list[bool]:
 
 
 def ep(cost: CostModel, limit: int) -> Rival:
-    """Expert parallelism over all devices."""
-    return _best(cost, _ep_layouts(cost, limit))
+    """Expert parallelism over all devices: each attends to a sequence at least, if some such layout fits."""
+    everyone = _best(cost, _ep_layouts(cost, limit, everyone=True))
+    return everyone if everyone.layout else _best(cost, _ep_layouts(cost, limit, everyone=False))
 
 
 def dist_ep(cost: CostModel, limit: int) -> Rival:
@@ -71,11 +72,13 @@ def gather_squeeze(cost: CostModel, limit: int) -> Rival:
 RIVALS = {"ep": ep, "dist_ep": dist_ep, "gather_squeeze": gather_squeeze}
 
 
-def _ep_layouts(cost: CostModel, limit: int) -> Iterator[Layout]:
+def _ep_layouts(cost: CostModel, limit: int, *, everyone: bool) -> Iterator[Layout]:
     world, model, batch = len(cost.devices), cost.model, cost.train.global_batch_sequences
     placement = [number(share, 0) for share in rotate([model.experts] * model.layers, world)]
     names: tuple[ScheduleName, ...] = ("zebra", "sequential")
     for count in micro_batch_counts(batch, limit):
+        if everyone and batch // count < world:
+            continue
         for name in names[: 1 if count == 1 else 2]:  # with one micro-batch both are the same order
             for recompute in recompute_choices(cost):
                 schedule = ScheduleChoice(name=name, micro_batches=count, recompute=recompute)

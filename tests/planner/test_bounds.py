@@ -1,0 +1,79 @@
+"""Every bound against replays of random device-level placements: closed forms, chains, patterns, limits."""
+
+import random
+
+import numpy as np
+import pytest
+from instances import random_choice, random_counts, random_inputs
+
+from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.planner.bounds import Bounder
+from hetermoe_cli.planner.candidates import _slots
+from hetermoe_cli.planner.deal import number
+from hetermoe_cli.planner.master import Rows, mixture
+from hetermoe_cli.planner.patterns import Patterns, caps_within
+from hetermoe_cli.planner.prepared import Prepared
+from hetermoe_cli.planner.sides import Side
+from hetermoe_cli.planner.space import kinds
+from hetermoe_cli.planner.work import work_bound
+from hetermoe_cli.simulator import simulate
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_bounds_hold_for_every_device_level_placement(seed: int) -> None:
+    rng = random.Random(seed)
+    devices, layers, experts = rng.randint(1, 6), rng.randint(1, 4), rng.randint(1, 7)
+    choice = random_choice(rng, devices)
+    batch = sum(choice.sequences) * choice.schedule.micro_batches
+    cost = CostModel(
+        random_inputs(rng, devices=devices, layers=layers, experts=experts, batch=batch, flat=seed % 3 > 0)
+    )
+    ready = Prepared.of(cost, choice)
+    members = kinds(cost.devices)
+    parts = tuple(tuple(sorted((choice.sequences[rank] for rank in ranks), reverse=True)) for ranks in members)
+    bounder = Bounder(cost, members, choice.schedule, choice.micro_batch_sequences)
+    closed = float(bounder.bounds(_slots([parts], members), 1e12)[0])
+    for _ in range(6):
+        counts = random_counts(rng, devices, layers, experts)
+        layout = choice.layout([number(row[:-1], row[-1]) for row in counts])
+        replay = simulate(LayoutCost(cost, layout)).seconds
+        assert closed <= replay * (1 + 1e-9)
+        if not choice.schedule.recompute:
+            assert work_bound(cost, 16) <= replay * (1 + 1e-9)
+        totals = np.array([[sum(row[rank] for rank in c.ranks) for row in counts] for c in ready.classes])
+        copies = np.array([row[-1] for row in counts])
+        _check_chains(ready, totals, copies, layout_cost=LayoutCost(cost, layout), replay=replay)
+        _check_mixture(ready, counts, totals, copies, replay)
+
+
+def _check_chains(
+    ready: Prepared, totals: np.ndarray, copies: np.ndarray, layout_cost: LayoutCost, replay: float
+) -> None:
+    """Every row's sum over the layers is at most the replay."""
+    caps, _ = caps_within(ready.rates, replay)
+    patterns = Patterns(ready.rates, totals, copies, tuple(caps))
+    rows = Rows(Side(patterns, 0), Side(patterns, 1), mixed=True)
+    every, last = rows.values
+    sums = every[:, :-1].sum(1) + last[:, -1] + rows.constants
+    model = layout_cost.cost
+    step = max(
+        model.optimizer_seconds(model.of(rank), layout_cost.parameters(rank)) for rank in range(len(model.devices))
+    )
+    assert sums[rows.kinds == 1].max() <= step * (1 + 1e-9)
+    assert sums[rows.kinds == 0].max() + layout_cost.synchronise_seconds + step <= replay * (1 + 1e-9)
+
+
+def _check_mixture(
+    ready: Prepared, counts: list[list[int]], totals: np.ndarray, copies: np.ndarray, replay: float
+) -> None:
+    """The mixture's bound holds, and its limits leave room for the placement itself."""
+    found = mixture(ready.rates, replay * (1 + 1e-9), mixed=True)
+    assert found is not None
+    assert found.bound <= replay * (1 + 1e-6)
+    table = np.vstack([totals, copies])
+    assert (table.min(1) >= found.limits.least).all()
+    assert (table.max(1) <= found.limits.most).all()
+    for index, device_class in enumerate(ready.classes):
+        for row, total in zip(counts, totals[index], strict=True):
+            if device_class.count > 1 and total and min(row[rank] for rank in device_class.ranks) == 0:
+                assert total <= found.limits.partial[index]

@@ -1,0 +1,67 @@
+"""The planner against brute force on random instances: several nodes, shared NICs, latencies, memory that binds."""
+
+import random
+from itertools import product
+from math import inf
+
+import pytest
+from instances import random_inputs
+
+from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.errors import ExitCode, UserError
+from hetermoe_cli.planner.deal import number
+from hetermoe_cli.planner.plan import PlanOptions, make_plan
+from hetermoe_cli.planner.solver import SolverOptions
+from hetermoe_cli.simulator import simulate
+from hetermoe_cli.spec.plan import Inputs, LayerPlacement, Layout, ScheduleChoice
+
+GAP = 1e-5
+
+
+def compositions(total: int, parts: int) -> list[tuple[int, ...]]:
+    if parts == 1:
+        return [(total,)]
+    return [(first, *rest) for first in range(total + 1) for rest in compositions(total - first, parts - 1)]
+
+
+def brute_force(inputs: Inputs) -> float:
+    """Seconds of the fastest layout that fits; recomputation only where the layout does not fit without."""
+    cost, batch = CostModel(inputs), inputs.train.global_batch_sequences
+    world = len(cost.devices)
+    rows: list[LayerPlacement] = [number(row[:-1], row[-1]) for row in compositions(inputs.model.experts, world + 1)]
+    best = inf
+    for count, name in product([r for r in range(1, batch + 1) if batch % r == 0], ("zebra", "sequential")):
+        for sequences in compositions(batch // count, world):
+            for placement in product(rows, repeat=inputs.model.layers):
+                for recompute in (False, True):
+                    schedule = ScheduleChoice(name=name, micro_batches=count, recompute=recompute)  # type: ignore[arg-type]
+                    layout = Layout.model_construct(
+                        schedule=schedule, sequences_per_rank=list(sequences), placement=list(placement)
+                    )
+                    found = LayoutCost(cost, layout)
+                    memories = [found.memory(rank) for rank in range(world)]
+                    limit = inputs.train.memory_headroom
+                    if all(m.total_bytes <= m.capacity_bytes * limit for m in memories):
+                        best = min(best, simulate(found).seconds)
+                        break
+    return best
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_equals_brute_force_on_random_instances(seed: int) -> None:
+    rng = random.Random(seed)
+    devices, layers = rng.choice([(2, 2), (2, 1), (3, 1), (3, 1)])
+    inputs = random_inputs(
+        rng, devices=devices, layers=layers, experts=rng.choice([2, 3]), batch=rng.choice([2, 3, 4]), tight=True
+    )
+    best = brute_force(inputs)
+    options = PlanOptions(solver=SolverOptions(relative_gap=GAP))
+    if best == inf:
+        with pytest.raises(UserError, match="does not fit") as caught:
+            make_plan(inputs, options)
+        assert caught.value.code is ExitCode.DOES_NOT_FIT
+        return
+    plan = make_plan(inputs, options)
+    assert best * (1 - 1e-9) <= plan.predicted.iteration_seconds <= best * (1 + 2 * GAP)
+    assert plan.bound.iteration_seconds <= best * (1 + 1e-9)
+    assert plan.bound.exact_over == "devices"
