@@ -102,6 +102,8 @@ CASES = {
     "2 new behind one NIC + 1 old": instance((("new", 2), ("old", 1)), experts=3, batch=4, bandwidth=0.02),
     "2 new + 2 old": instance((("new", 2), ("old", 2)), experts=3, batch=4, old=8.0),
     "3 types": instance((("new", 1), ("old", 1), ("older", 1)), experts=3, batch=4),
+    "4 new + 4 old": instance((("new", 4), ("old", 4)), experts=2, batch=2, old=2.0),
+    "3 new + 3 old, a NIC each": instance((("new", 1),) * 3 + (("old", 1),) * 3, experts=2, batch=2, old=1.5),
     "memory binds": instance((("new", 1), ("old", 1)), experts=4, batch=4, memory={"new": int(PARAMETERS * 0.75)}),
 }
 
