@@ -25,9 +25,9 @@ def measure() -> tuple[list[bars.Bar], dict[str, Any]]:
     expected = predicted_speed_up(result)
     learned = result["learned"]
     found += [
-        bars.at_least("speed over EP, balanced router, emulated", gain, 1.2),
+        bars.at_least("speed over EP, balanced router, emulated", gain, 1.5),
         bars.at_most("speed over EP against predicted, relative error", abs(gain / expected - 1), 0.05),
-        bars.at_least("speed over EP, learned router, emulated", speed_up(result, "learned"), 1.2),
+        bars.at_least("speed over EP, learned router, emulated", speed_up(result, "learned"), 1.5),
         bars.at_most("training loss, last step over first", learned["last_loss"] / learned["first_loss"], 0.65),
         bars.at_most("validation loss after the demo, nats a byte", learned["validation_loss"], 3.1),
         bars.is_true(
