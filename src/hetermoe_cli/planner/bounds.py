@@ -5,7 +5,8 @@ stream   a device's compute (attention, head, its experts, its copies), the all-
          that does not attend also waits for the first attention and dispatch and for the last gradients and attention;
 path     one micro-batch through every layer forward and backward, by one attending device and the experts of a host,
          with the heads of all micro-batches between;
-lane     the transfers that a device receives follow each other; so do those that an attending device sends;
+lane     the transfers that a device receives follow each other; so do those that an attending device sends, and those
+         through the NIC of a node;
 memory   experts that a device can hold.
 For a given time each of them limits the experts of a device; the bound is the least time at which all experts of all
 layers find a place (bisection). Source of the terms: planner.md and the simulator's edges.
@@ -189,6 +190,7 @@ class _Terms:
             hosted = np.minimum((spare - copies[:, None] * copy_cost) / each, cap)
             best = np.maximum(best, (self.devices * np.maximum(hosted, 0)).sum(1) + copies)
         ok &= best >= self.everything
+        ok &= self._crosses(time, np.maximum(np.minimum(spare / each, cap), 0), most_copies)
         ok &= self._fits(most_copies) & self._sends(time, spare, each, cap, copy_cost, most_copies)
         return ok
 
@@ -199,6 +201,47 @@ class _Terms:
             for value in (spare[:, slot] - used[:, slot], spare[:, slot]):
                 points.append(np.clip(value / np.maximum(copy_cost[:, slot], TINY), 0, most))
         return points
+
+    def _crosses(self, time: FloatArray, most: FloatArray, copies: FloatArray) -> BoolArray:
+        """Whether shared NICs let enough rows through: into the nodes that host, and out of those that attend.
+
+        `most` [choices, slots]: hosted experts of a device without copies. Only of kinds whose nodes they fill, with
+        one NIC each; on average over these nodes.
+        """
+        place, ok = copies.copy(), np.ones(len(time), dtype=bool)
+        for kind, ranks in enumerate(self.b.kinds):
+            slots = self.slots.kind == kind
+            hosted = (self.devices[:, slots] * most[:, slots]).sum(1)
+            if nodes := self._filled_nodes(ranks):
+                device = self.b.cost.devices[ranks[0]]
+                room = time * nodes * device.network.bandwidth_gigabytes_per_second * 1e9 / (2 * self.b.count)
+                own, top = self._sequences(slots, len(ranks) // nodes)
+                each = self.b.cost.rows_per_expert(1) * self.b.cost.row_bytes
+                others = np.maximum((self.b.total - top) * each, TINY)
+                hosted = np.minimum(hosted, room / others)
+                kept = hosted * top / np.maximum(own, 1) + copies
+                ok &= (own == 0) | (self.everything - kept <= room / np.maximum(own * each, TINY))
+            place += hosted
+        result: BoolArray = ok & (place >= self.everything * (1 - 1e-12))
+        return result
+
+    def _filled_nodes(self, ranks: Sequence[int]) -> int:
+        """Number of nodes that devices of one kind fill, if each has a single NIC; else 0."""
+        devices = self.b.cost.devices
+        nodes = {devices[rank].node for rank in ranks}
+        inside = [device for device in devices if device.node in nodes]
+        filled = len(inside) == len(ranks) and len({device.nic for device in inside}) == len(nodes)
+        return len(nodes) if filled else 0
+
+    def _sequences(self, slots: BoolArray, devices: int) -> tuple[FloatArray, FloatArray]:
+        """[choices] sequences of a kind, and the most that `devices` of its devices attend to."""
+        counts, values = self.devices[:, slots], self.slots.sequences[:, slots]
+        taken, top = np.zeros(len(counts)), np.zeros(len(counts))
+        for slot in range(counts.shape[1]):  # slots of a kind are sorted by falling numbers
+            more = np.minimum(counts[:, slot], devices - taken)
+            top += more * values[:, slot]
+            taken += more
+        return (counts * values).sum(1).astype(np.float64), top
 
     def _fits(self, most_copies: FloatArray) -> NDArray[np.bool_]:
         held = np.full(len(most_copies), -np.inf)

@@ -1,7 +1,7 @@
 """Candidates: all choices of the searched space that closed-form bounds leave open."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite
 
 import numpy as np
@@ -10,7 +10,7 @@ from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.bounds import Bounder, Slots
 from hetermoe_cli.planner.choice import Choice
 from hetermoe_cli.planner.master import Mixture
-from hetermoe_cli.planner.space import DEVICE_LEVEL_LIMIT, arrangements, combinations, kinds, schedules, splits
+from hetermoe_cli.planner.space import DEVICE_LEVEL_LIMIT, arrangements, assign, combinations, kinds, schedules, splits
 
 
 @dataclass
@@ -23,12 +23,16 @@ class Candidate:
     bound: float
     choice: Choice
     alike: float = 0.0
+    uniform: bool = False  # devices of a kind attend to equal sequences
     mixture: Mixture | None = None
     placed: bool = False
 
 
 def candidates(cost: CostModel, micro_batch_limit: int, seconds: float) -> tuple[list[Candidate], bool]:
-    """Choices that may be faster than `seconds`, best bound first; and whether all device-level ones were looked at."""
+    """Choices that may be faster than `seconds`, and whether all device-level ones were looked at.
+
+    Uniform ones come first, then those with the best bound: the best plan is often among the former.
+    """
     members = kinds(cost.devices)
     whole = len(cost.devices) <= DEVICE_LEVEL_LIMIT
     found: list[Candidate] = []
@@ -36,7 +40,7 @@ def candidates(cost: CostModel, micro_batch_limit: int, seconds: float) -> tuple
         total = cost.train.global_batch_sequences // schedule.micro_batches
         bounder = Bounder(cost, members, schedule, total)
         found += _bounded(bounder, members, total, seconds, whole)
-    return sorted(found, key=lambda c: c.bound), whole
+    return sorted(found, key=lambda c: (not c.uniform, c.bound)), whole
 
 
 def _bounded(bounder: Bounder, members: list[list[int]], total: int, seconds: float, whole: bool) -> list[Candidate]:
@@ -50,12 +54,23 @@ def _bounded(bounder: Bounder, members: list[list[int]], total: int, seconds: fl
     if not rows:
         return []
     bounds = bounder.bounds(_slots(rows, members), seconds if isfinite(seconds) else bounder.ceiling())
+    world = len(bounder.cost.devices)
     return [
-        Candidate(float(bound), Choice(bounder.schedule, sequences), float(bound))
+        Candidate(
+            float(bound),
+            Choice(bounder.schedule, assign(members, parts, world)),
+            float(bound),
+            uniform=all(len(set(part)) == 1 for part in parts),
+        )
         for bound, parts in zip(bounds, rows, strict=True)
         if bound < inf
-        for sequences in arrangements(bounder.cost.devices, members, parts)
     ]
+
+
+def arranged(cost: CostModel, candidate: Candidate) -> list[Candidate]:
+    """The candidate in every way to give its numbers to devices of one kind that the network tells apart."""
+    ways = arrangements(cost.devices, candidate.choice.sequences)
+    return [replace(candidate, choice=replace(candidate.choice, sequences=sequences)) for sequences in ways]
 
 
 def _slots(rows: Sequence[tuple[tuple[int, ...], ...]], members: list[list[int]]) -> Slots:

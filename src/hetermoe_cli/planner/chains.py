@@ -55,13 +55,17 @@ def zebra_rows(forward: Side, backward: Side, mixed: bool) -> list[Row]:
     head = {c: r.head for c, r in enumerate(rates.of) if rates.classes[c].attends}
     n = forward.n
     others, start = (n - 1) * min(head.values()), (n - 1) * forward.fastest
-    meet = partial(_meet, backward, mixed)
-    last, first = lambda: forward.forward_last, lambda: forward.forward_first
-    rows = list(meet(last, partial(forward.forward_end, others), start, head))
-    rows += meet(first, first, 0.0, {c: n * seconds for c, seconds in head.items()})
+    rows: list[Row] = []
+    for every, end, begin in (
+        (_of(forward, "forward_last"), partial(forward.last_end, others), start),
+        (_of(forward, "forward_lane"), partial(forward.lane_end, others), min(start, forward.slowest)),
+    ):
+        rows += _meet(backward, mixed, every, end, begin, head)
+    first = _of(forward, "forward_first")
+    rows += _meet(backward, mixed, first, first, 0.0, {c: n * seconds for c, seconds in head.items()})
     for c, seconds in head.items():
         stream = _stream(forward, c)
-        rows += meet(stream, stream, 0.0, {c: n * seconds})
+        rows += _meet(backward, mixed, stream, stream, 0.0, {c: n * seconds})
     if mixed:
         rows += _forward_mixed(forward, backward, head)
     return rows + list(_expert_streams(forward, backward, head))
@@ -69,10 +73,10 @@ def zebra_rows(forward: Side, backward: Side, mixed: bool) -> list[Row]:
 
 def _forward_mixed(forward: Side, backward: Side, head: dict[int, float]) -> Iterator[Row]:
     n = forward.n
-    others, start = (n - 1) * min(head.values()), (n - 1) * forward.fastest
-    for premium in (share * start for share in SHARES):
+    others = (n - 1) * min(head.values())
+    for premium in (share * (n - 1) * forward.fastest for share in SHARES):
         end = partial(forward_either, forward, premium, others)
-        yield from _meet(backward, True, partial(forward_either, forward, premium), end, start, head)
+        yield from _meet(backward, True, partial(forward_either, forward, premium), end, premium, head)
     for c, e, share in product(head, _experts(forward.patterns), SHARES):
         premium = float(forward.attention[c, 0]) * (1 + share * (n - 2))
         switch = partial(forward_switch, forward, c, e, premium)
@@ -83,6 +87,11 @@ def _forward_mixed(forward: Side, backward: Side, head: dict[int, float]) -> Ite
 def _experts(patterns: Patterns) -> list[int]:
     """Classes that do not attend."""
     return [int(c) for c in np.flatnonzero(~patterns.attends[:, 0])]
+
+
+def _of(side: Side, chain: str) -> Part:
+    """One of the side's chains, computed when it is asked for."""
+    return lambda: getattr(side, chain)
 
 
 def _stream(side: Side, c: int) -> Part:
@@ -108,12 +117,11 @@ def _meet(
     behind = side.slowest - float(side.attention[classes[0], 0]) if len(classes) == 1 else 0.0
     meeting: Part = partial(_where, side, longest - least, 0.0)
     staying: Part = partial(_where, side, 0.0, -behind)
-    last, early = (ahead, lambda: side.backward_last), (ahead, lambda: side.backward_early)
-    last_end = (ahead_end, lambda: side.backward_end, meeting, staying)
-    yield Row("last", last, last_end, start + least + side.slowest)
-    yield Row("early", early, (ahead_end, lambda: side.backward_early, meeting), start + least)
-    first = (ahead, lambda: side.backward_first)
-    yield Row("first", first, (ahead_end, lambda: side.turn(classes)), start + least + rest)
+    last, early, first = (_of(side, f"backward_{name}") for name in ("last", "early", "first"))
+    end = (ahead_end, _of(side, "backward_end"), meeting, staying)
+    yield Row("last", (ahead, last), end, start + least + side.slowest)
+    yield Row("early", (ahead, early), (ahead_end, early, meeting), start + least)
+    yield Row("first", (ahead, first), (ahead_end, partial(side.turn, classes)), start + least + rest)
     for premium in (share * rest for share in SHARES if mixed):
         either = (ahead, partial(backward_either, side, premium))
         turn = (ahead_end, partial(either_turn, side, classes, premium), staying)
@@ -147,7 +155,7 @@ def _expert_streams(forward: Side, backward: Side, head: dict[int, float]) -> It
         behind = _stream(backward, c)
         stream = (_stream(forward, c), behind)
         yield Row(f"stream {c}", stream, stream, both)
-        first = (lambda: forward.forward_first, behind)
+        first = (_of(forward, "forward_first"), behind)
         yield Row(f"turn {c}", first, (*first, meeting), least)
         for a, seconds in head.items():
             more = backward.slowest - own[a]

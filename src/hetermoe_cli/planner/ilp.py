@@ -115,9 +115,9 @@ def build(
     return model
 
 
-def solve(model: Model, options: SolverOptions, *, relaxed: bool = False) -> Run:
+def solve(model: Model, options: SolverOptions) -> Run:
     """Minimise the makespan of a built model; objective and bound in seconds."""
-    run = solve_problem(model.problem, options, relaxed=relaxed)
+    run = solve_problem(model.problem, options)
     return replace(run, objective=run.objective * model.unit, bound=run.bound * model.unit)
 
 

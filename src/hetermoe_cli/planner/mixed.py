@@ -18,7 +18,7 @@ def forward_either(side: Side, premium: float, heads: float | None = None) -> Fl
     through = side.most(hosts, side.slowest + 2 * d + n * side.expert)
     own = side.most(side.both, n * side.attention + n * side.expert + d)
     at_first = largest([side.forward_first + worth, through, own]) - premium
-    at_last = largest([side.forward_last, side.shared(side.back + worth)])
+    at_last = largest([side.forward_lane, side.shared(side.back + worth)])
     return choose(side.any, -largest([-at_first, -at_last]), 0.0)
 
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
-from hetermoe_cli.planner.arrays import FloatArray, IntArray
+from hetermoe_cli.planner.arrays import BoolArray, FloatArray, IntArray
 from hetermoe_cli.planner.rates import Port, Rates
 
 MOST_PATTERNS = 40_000
@@ -36,7 +35,7 @@ class Patterns:
         return np.array([[c.count] for c in self.rates.classes])
 
     @cached_property
-    def attends(self) -> NDArray[np.bool_]:
+    def attends(self) -> BoolArray:
         """[classes, 1]."""
         return np.array([[c.attends] for c in self.rates.classes])
 
@@ -55,7 +54,7 @@ class Patterns:
         return result
 
     @cached_property
-    def hosts(self) -> NDArray[np.bool_]:
+    def hosts(self) -> BoolArray:
         """[classes, patterns] whether some device of the class hosts."""
         return self.totals > 0
 
@@ -75,16 +74,41 @@ class Patterns:
         return np.maximum(load + port.source_bytes * (self.rates.experts - self.replicated), 0.0)
 
     @cached_property
-    def contended(self) -> NDArray[np.bool_]:
-        """[patterns] whether dispatches and combines are sure to share links: an attending device hosts, so do others.
+    def contended(self) -> BoolArray:
+        """[patterns] whether dispatches and combines are sure to share links, within the layer and with the one before.
 
-        Claimed only where every device has a link of its own and sends nothing inside a node.
+        That is where a device hosts behind a NIC that an attending device sends through, others attend in another
+        node, and others host in another node. Claimed only where each node has one NIC.
         """
         devices = self.rates.cost.devices
-        alone = len({device.node for device in devices}) == len(devices)
-        several = (self.sizes * self.attends).sum() > 1
-        beyond_one = (self.totals > np.array(self.caps)[:, None]) | (self.hosts.sum(0) > 1)
-        result: NDArray[np.bool_] = (self.hosts & self.attends & beyond_one).any(0) & bool(alone and several)
+        result = np.zeros(len(self.replicated), dtype=bool)
+        if len({(device.node, device.nic) for device in devices}) > len({device.node for device in devices}):
+            return result
+        for c in range(len(self.sizes)):
+            if self._meets(c):
+                result |= self.hosts[c] & self._elsewhere(c)
+        return result
+
+    def _meets(self, c: int) -> bool:
+        """Whether attending devices share the nodes of class c, and others attend in other nodes."""
+        devices, sequences = self.rates.cost.devices, self.rates.choice.sequences
+        attending = {device.node for device in devices if sequences[device.rank]}
+        node = devices[self.rates.classes[c].ranks[0]].node
+        return node in attending and len(attending) > 1
+
+    def _elsewhere(self, c: int) -> BoolArray:
+        """[patterns] whether a device in another node than that of any host of class c is sure to host."""
+        devices, classes = self.rates.cost.devices, self.rates.classes
+        nodes = [{devices[rank].node for rank in device_class.ranks} for device_class in classes]
+        first = devices[classes[c].ranks[0]].node
+        inside = sum(
+            cap * sum(devices[rank].node == first for rank in d.ranks)
+            for cap, d in zip(self.caps, classes, strict=True)
+        )
+        result: BoolArray = self.rates.experts - self.replicated > inside
+        for d, others in enumerate(nodes):
+            if not others & nodes[c]:
+                result = result | self.hosts[d]
         return result
 
 

@@ -1,9 +1,11 @@
 """Outer search over schedule, R, recompute and sequences: bound all, place well where promising, solve few exactly.
 
 1. Closed-form bounds of every choice (bounds.py); those that cannot beat the best layout so far are dropped.
-2. In order of their bounds: a bound from patterns (master.py), and where that leaves hope a heuristic placement.
-3. In order of the better bounds: the MILP, first with classes' means (a bound for every device-level placement), then
-   as it stands, and with few devices one class per device. Each may only find what beats the best by the tolerance.
+2. A bound from patterns (master.py), and where that is among the best a heuristic placement.
+3. More placements, in order of the better bounds, while that helps.
+4. MILPs, most promising first: with classes' means (a bound), then as it stands; devices of a class alike.
+5. MILPs over all placements, by classes and with one class per device.
+Each MILP may only find what beats the best layout so far by the solver's tolerance.
 Every step keeps the lower bound of every choice, so that the smallest one bounds the searched space.
 """
 
@@ -16,7 +18,7 @@ from typing import Literal
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner import heuristic, ilp
-from hetermoe_cli.planner.candidates import Candidate, candidates
+from hetermoe_cli.planner.candidates import Candidate, arranged, candidates
 from hetermoe_cli.planner.master import mixture
 from hetermoe_cli.planner.patterns import Limits
 from hetermoe_cli.planner.prepared import Prepared
@@ -50,7 +52,6 @@ class Search:
     cost: CostModel
     options: SolverOptions
     deadline: float
-    progress: Callable[[str], None]
     best: Layout | None = None
     seconds: float = inf
     solved: int = 0
@@ -75,16 +76,20 @@ class Search:
             self.best, self.seconds = layout, seconds
 
     def bound(self) -> None:
-        """Step 2: pattern bounds in order of the closed-form ones, and placements where a bound is among the best."""
-        lowest = inf
-        for candidate in self.open:
-            if candidate.bound >= self.target or self.left < 0:
-                continue
-            ready = Prepared.of(self.cost, candidate.choice)
-            self._bound(candidate, ready)
-            if candidate.bound < min(self.target, NEAR * lowest):
-                lowest = min(lowest, candidate.bound)
-                self._place(candidate, ready)
+        """Step 2: pattern bounds, and placements where a bound is among the best so far."""
+        lowest, looked = inf, []
+        for coarse in self.open:
+            dropped = coarse.bound >= self.target or self.left < 0
+            for candidate in [coarse] if dropped else arranged(self.cost, coarse):
+                looked.append(candidate)
+                if candidate.bound >= self.target or self.left < 0:
+                    continue
+                ready = Prepared.of(self.cost, candidate.choice)
+                self._bound(candidate, ready)
+                if candidate.bound < min(self.target, NEAR * lowest):
+                    lowest = min(lowest, candidate.bound)
+                    self._place(candidate, ready)
+        self.open = looked
 
     def _horizon(self, ready: Prepared) -> float:
         return min(self.target, ready.rates.serial)
@@ -189,15 +194,18 @@ def search(
     progress: Callable[[str], None] = lambda text: None,
 ) -> Found:
     """The fastest layout; never slower than any incumbent that fits."""
-    state = Search(cost, options, time.monotonic() + options.time_limit, progress)
+    end = time.monotonic() + options.time_limit
+    state = Search(cost, options, end)
     for layout in incumbents:
         state.offer(layout)
     progress("bounding")
     state.open, whole = candidates(cost, micro_batch_limit, state.seconds)
-    state.bound()
-    progress("placing")
-    state.place()
+    for doing, step in (("bounding", state.bound), ("placing", state.place)):
+        progress(doing)
+        state.deadline = (time.monotonic() + end) / 2  # leave time for the next step
+        step()
     progress("proving")
+    state.deadline = end
     state.prove()
     state.prove_devices(whole)
     return state.found(whole)

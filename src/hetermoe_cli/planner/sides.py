@@ -71,7 +71,13 @@ class Side:
     def forward_last(self) -> FloatArray:
         """From the last combine of the layer before to the last combine: A of one, E of all micro-batches."""
         own = self.most(self.both, self.attention + self.n * self.expert + self.d)
-        return self.or_replicated([self.one, own, self.contended], self.attention + self.n * self.copies)
+        return self.or_replicated([self.one, own], self.attention + self.n * self.copies)
+
+    @cached_property
+    def forward_lane(self) -> FloatArray:
+        """The same, or through the lanes: all combines, and where links are shared all dispatches before them."""
+        lanes = [self.forward_last, self.n * self.d, self.contended]
+        return choose(self.any, largest(lanes), self.forward_last)
 
     @cached_property
     def back(self) -> FloatArray:
@@ -79,13 +85,13 @@ class Side:
         one = self.most(self.patterns.hosts, 2 * self.d + self.expert)
         return self.shared(largest([one, (self.n + 1) * self.d]))
 
-    def forward_end(self, heads: float) -> FloatArray:
-        """The last layer's part of `forward_last`: up to the last combine, or the first one and `heads` more seconds.
+    def last_end(self, heads: float) -> FloatArray:
+        """The last layer's part of `forward_last`, if `heads` seconds of other heads follow on an own stream."""
+        return self.forward_last + choose(self.any, 0.0, heads)
 
-        These are the heads of the other micro-batches.
-        """
-        own = self.attention + self.n * self.copies + heads
-        return self.or_replicated([self.forward_last, self.shared(self.back + heads)], own)
+    def lane_end(self, heads: float) -> FloatArray:
+        """The last layer's part of `forward_lane`: up to the last combine, or to the first one and `heads` seconds."""
+        return largest([self.forward_lane, self.shared(self.back + heads), self.last_end(heads)])
 
     @cached_property
     def forward_first(self) -> FloatArray:
@@ -97,7 +103,7 @@ class Side:
     @cached_property
     def backward_last(self) -> FloatArray:
         """From the last dispatch of the layer after to the last dispatch."""
-        return self.or_replicated([self.one, self.contended], self.attention + self.n * self.copies)
+        return self.or_replicated([self.one, self.n * self.d, self.contended], self.attention + self.n * self.copies)
 
     @cached_property
     def backward_end(self) -> FloatArray:

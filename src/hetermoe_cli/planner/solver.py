@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -40,18 +41,18 @@ class SolverOptions:
     relative_gap: float = 1e-3
 
 
-def solve_problem(problem: pulp.LpProblem, options: SolverOptions, *, relaxed: bool = False) -> Run:
-    """Minimise; `relaxed` drops integrality. UserError (SOLVER) if the solver cannot run."""
+def solve_problem(problem: pulp.LpProblem, options: SolverOptions) -> Run:
+    """Minimise. UserError (SOLVER) if the solver cannot run."""
     began = time.monotonic()
-    run = _attempt(problem, options, relaxed)
+    run = _attempt(problem, options)
     if run.status == "unknown" and options.name.lower() == "highs" and run.seconds < options.time_limit / 2:
         # presolve can end just outside HiGHS' tolerances, where the optimum lies on the horizon: try without
-        run = _attempt(problem, options, relaxed, presolve="off")
+        run = _attempt(problem, options, presolve="off")
     return replace(run, seconds=time.monotonic() - began)
 
 
-def _attempt(problem: pulp.LpProblem, options: SolverOptions, relaxed: bool, **more: str) -> Run:
-    solver = _make(options, relaxed, **more)
+def _attempt(problem: pulp.LpProblem, options: SolverOptions, **more: str) -> Run:
+    solver = _make(options, **more)
     began = time.monotonic()
     try:
         with silent_stdout():
@@ -61,16 +62,16 @@ def _attempt(problem: pulp.LpProblem, options: SolverOptions, relaxed: bool, **m
     seconds = time.monotonic() - began
     status = _status(problem, result)
     objective = float(pulp.value(problem.objective)) if status in ("optimal", "feasible") else float("inf")
-    return Run(status, objective, _bound(problem, result, status, objective, relaxed, options), seconds)
+    return Run(status, objective, _bound(problem, result, status, objective, options), seconds)
 
 
 def check_available(name: str) -> None:
     """UserError (SOLVER) unless PuLP can run the solver `name`."""
-    _make(SolverOptions(name), relaxed=False)
+    _make(SolverOptions(name))
 
 
-def _make(options: SolverOptions, relaxed: bool, **more: str) -> Any:
-    settings = {"msg": False, "mip": not relaxed, "timeLimit": options.time_limit, "gapRel": options.relative_gap}
+def _make(options: SolverOptions, **more: str) -> Any:
+    settings = {"msg": False, "timeLimit": options.time_limit, "gapRel": options.relative_gap}
     if options.name.lower() == "highs":
         solver = pulp.HiGHS(threads=THREADS, **settings, **HIGHS_TOLERANCES, **more)
     else:
@@ -87,7 +88,9 @@ def _other(name: str, settings: dict[str, Any]) -> Any:
     if name.lower() not in known:
         raise _unavailable(name)
     try:
-        return pulp.getSolver(known[name.lower()], **settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # PuLP 4 bundles CBC no more
+            return pulp.getSolver(known[name.lower()], **settings)
     except (pulp.PulpError, TypeError) as error:
         raise UserError(f"solver {name}: PuLP cannot set it up ({error})", ExitCode.SOLVER) from error
 
@@ -116,12 +119,10 @@ def _status(problem: Any, result: Any) -> Status:
     return known.get(code, "unknown")
 
 
-def _bound(problem: Any, result: Any, status: Status, objective: float, relaxed: bool, options: SolverOptions) -> float:
+def _bound(problem: Any, result: Any, status: Status, objective: float, options: SolverOptions) -> float:
     """Proven lower bound on the minimum: the solver's own where it tells, else what its gap promises."""
     if status == "infeasible":
         return float("inf")
-    if relaxed:
-        return objective if status == "optimal" else float("-inf")
     told = getattr(result, "best_bound", None)
     if told is None and options.name.lower() == "highs":
         told = problem.solverModel.getInfo().mip_dual_bound

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import combinations as selections
 from itertools import product
 
 from hetermoe_cli.cost.model import CostModel
@@ -77,32 +78,70 @@ def combinations(total: int, options: Sequence[Sequence[tuple[int, ...]]]) -> li
     return list(extend(0, total))
 
 
-def arrangements(
-    devices: Sequence[Device], members: Sequence[Sequence[int]], parts: Sequence[Sequence[int]]
-) -> list[tuple[int, ...]]:
-    """Sequences per rank for each kind's numbers, in every way that the network tells apart.
-
-    Where every device has a node of its own there is one way. With more than DEVICE_LEVEL_LIMIT devices two ways are
-    tried: neighbours alike, and neighbours apart.
-    """
-    world = sum(map(len, members))
-    flat = len({device.node for device in devices}) == world
-    if flat:
-        return [_assign(members, parts, world)]
-    if world > DEVICE_LEVEL_LIMIT:
-        return list(dict.fromkeys(_assign(order, parts, world) for order in (members, _apart(devices, members))))
-    found: dict[object, tuple[int, ...]] = {}
-    for sequences in _all_ways(members, parts, world):
-        found.setdefault(tuple(sorted(map(repr, symmetry_keys(devices, sequences)))), sequences)
-    return list(found.values())
-
-
-def _assign(members: Sequence[Sequence[int]], parts: Sequence[Sequence[int]], world: int) -> tuple[int, ...]:
+def assign(members: Sequence[Sequence[int]], parts: Sequence[Sequence[int]], world: int) -> tuple[int, ...]:
+    """Sequences per rank, each kind's numbers in the order of its ranks."""
     sequences = [0] * world
     for ranks, part in zip(members, parts, strict=True):
         for rank, count in zip(ranks, part, strict=True):
             sequences[rank] = count
     return tuple(sequences)
+
+
+def arrangements(devices: Sequence[Device], sequences: Sequence[int]) -> list[tuple[int, ...]]:
+    """The same numbers given to devices of one kind in every way that the network tells apart.
+
+    Where every device has a node of its own there is one way. With more than DEVICE_LEVEL_LIMIT devices two ways are
+    tried: neighbours alike, and neighbours apart.
+    """
+    if len({device.node for device in devices}) == len(devices):
+        return [tuple(sequences)]
+    members = kinds(devices)
+    parts = [sorted((sequences[rank] for rank in ranks), reverse=True) for ranks in members]
+    if len(devices) > DEVICE_LEVEL_LIMIT:
+        return list(dict.fromkeys(assign(order, parts, len(devices)) for order in (members, _apart(devices, members))))
+    found: dict[object, tuple[int, ...]] = {}
+    on_nics = [
+        [[rank for rank in ranks if devices[rank].nic == nic] for nic in _nics(devices, ranks)] for ranks in members
+    ]
+    ways = [
+        list(_shares(tuple(part), [len(group) for group in groups]))
+        for part, groups in zip(parts, on_nics, strict=True)
+    ]
+    for way in product(*ways):
+        groups = [group for kind in on_nics for group in kind]
+        shares = [share for kind in way for share in kind]
+        arranged = assign(groups, shares, len(devices))
+        found.setdefault(_canonical(devices, arranged), arranged)
+    return list(found.values())
+
+
+def _nics(devices: Sequence[Device], ranks: Sequence[int]) -> list[int]:
+    return list(dict.fromkeys(devices[rank].nic for rank in ranks))
+
+
+def _shares(part: tuple[int, ...], sizes: Sequence[int]) -> Iterator[tuple[tuple[int, ...], ...]]:
+    """Every way to split `part` into groups of `sizes`; the order within a group does not count."""
+    if not sizes:
+        yield ()
+        return
+    for share in sorted(set(selections(part, sizes[0])), reverse=True):
+        rest = list(part)
+        for number in share:
+            rest.remove(number)
+        yield from ((share, *others) for others in _shares(tuple(rest), sizes[1:]))
+
+
+def _canonical(devices: Sequence[Device], sequences: Sequence[int]) -> object:
+    """Equal for arrangements that some renumbering of equal nodes, NICs and devices maps onto each other."""
+    nics: dict[tuple[int, int], list[object]] = defaultdict(list)
+    for device in devices:
+        nics[device.node, device.nic].append(
+            (repr(device.network), repr(device.interconnect), device.type, sequences[device.rank])
+        )
+    nodes: dict[int, list[object]] = defaultdict(list)
+    for (node, _), inside in nics.items():
+        nodes[node].append(tuple(sorted(inside)))  # type: ignore[type-var]
+    return tuple(sorted(tuple(sorted(inside)) for inside in nodes.values()))  # type: ignore[type-var]
 
 
 def _apart(devices: Sequence[Device], members: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -113,21 +152,3 @@ def _apart(devices: Sequence[Device], members: Sequence[Sequence[int]]) -> list[
         for rank in ranks
     }
     return [sorted(ranks, key=lambda rank: (place[rank], rank)) for ranks in members]
-
-
-def _all_ways(
-    members: Sequence[Sequence[int]], parts: Sequence[Sequence[int]], world: int
-) -> Iterator[tuple[int, ...]]:
-    ways = [list(_distinct(tuple(part))) for part in parts]
-    for choice in product(*ways):
-        yield _assign(members, choice, world)
-
-
-def _distinct(part: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Distinct permutations."""
-    if not part:
-        yield ()
-    for value in sorted(set(part), reverse=True):
-        rest = list(part)
-        rest.remove(value)
-        yield from ((value, *others) for others in _distinct(tuple(rest)))
