@@ -77,14 +77,18 @@ class Bounder:
 
     def bounds(self, slots: Slots, most: float) -> FloatArray:
         """[choices] lower bound; infinite where it is above `most`."""
-        terms = _Terms(self, slots)
-        low, high = np.zeros(len(slots.sequences)), np.full(len(slots.sequences), most)
-        possible = terms.feasible(high)
+        result = np.full(len(slots.sequences), np.inf)
+        possible = np.flatnonzero(_Terms(self, slots).feasible(np.full(len(result), most)))
+        if not len(possible):
+            return result
+        terms = _Terms(self, Slots(slots.sequences[possible], slots.devices[possible], slots.kind))
+        low, high = np.zeros(len(possible)), np.full(len(possible), most)
         for _ in range(STEPS):
             middle = (low + high) / 2
             enough = terms.feasible(middle)
             low, high = np.where(enough, low, middle), np.where(enough, middle, high)
-        return np.where(possible, low, np.inf)
+        result[possible] = low
+        return result
 
 
 class _Terms:

@@ -1,16 +1,34 @@
 """Candidates: all choices of the searched space that closed-form bounds leave open."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import inf, isfinite
+from math import isfinite
+from typing import Literal
 
 import numpy as np
 
 from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.planner.arrays import IntArray
 from hetermoe_cli.planner.bounds import Bounder, Slots
 from hetermoe_cli.planner.choice import Choice
 from hetermoe_cli.planner.master import Mixture
-from hetermoe_cli.planner.space import DEVICE_LEVEL_LIMIT, arrangements, assign, combinations, kinds, schedules, splits
+from hetermoe_cli.planner.space import (
+    DEVICE_LEVEL_LIMIT,
+    MOST_COMBINATIONS,
+    arrangements,
+    assign,
+    combinations,
+    count_combinations,
+    count_whole,
+    kinds,
+    schedules,
+    splits,
+)
+
+ExactOver = Literal["devices", "classes", "not solved"]
+SCOPES: list[ExactOver] = ["devices", "classes", "not solved"]
+Options = list[list[tuple[int, ...]]]
 
 
 @dataclass
@@ -28,43 +46,64 @@ class Candidate:
     placed: bool = False
 
 
-def candidates(cost: CostModel, micro_batch_limit: int, seconds: float) -> tuple[list[Candidate], bool]:
-    """Choices that may be faster than `seconds`, and whether all device-level ones were looked at.
+def candidates(cost: CostModel, micro_batch_limit: int, seconds: float) -> tuple[list[Candidate], ExactOver]:
+    """Choices that may be faster than `seconds`, and over what they are all ("not solved": not even over classes).
 
     Uniform ones come first, then those with the best bound: the best plan is often among the former.
     """
     members = kinds(cost.devices)
-    whole = len(cost.devices) <= DEVICE_LEVEL_LIMIT
     found: list[Candidate] = []
+    scope: ExactOver = "devices" if len(cost.devices) <= DEVICE_LEVEL_LIMIT else "classes"
     for schedule in schedules(cost, micro_batch_limit):
         total = cost.train.global_batch_sequences // schedule.micro_batches
         bounder = Bounder(cost, members, schedule, total)
-        found += _bounded(bounder, members, total, seconds, whole)
-    return sorted(found, key=lambda c: (not c.uniform, c.bound)), whole
+        limits = [_most(bounder, kind, seconds) for kind in range(len(members))]
+        sizes = list(zip(limits, map(len, members), strict=True))
+        whole = len(cost.devices) <= DEVICE_LEVEL_LIMIT and count_whole(total, sizes) <= MOST_COMBINATIONS
+        options, level = _options(total, sizes, whole)
+        scope = max(scope, level, key=SCOPES.index)
+        found += _bounded(bounder, members, options, seconds)
+    return sorted(found, key=lambda c: (not c.uniform, c.bound)), scope
 
 
-def _bounded(bounder: Bounder, members: list[list[int]], total: int, seconds: float, whole: bool) -> list[Candidate]:
-    options = []
-    for kind, ranks in enumerate(members):
-        most = 0
-        while most < total and bounder.fits(kind, most + 1) and bounder.attention_load(kind, most + 1) < seconds:
-            most += 1
-        options.append(splits(total, most, len(ranks), whole=whole))
-    rows = combinations(total, options)
-    if not rows:
-        return []
-    bounds = bounder.bounds(_slots(rows, members), seconds if isfinite(seconds) else bounder.ceiling())
-    world = len(bounder.cost.devices)
-    return [
-        Candidate(
-            float(bound),
-            Choice(bounder.schedule, assign(members, parts, world)),
-            float(bound),
-            uniform=all(len(set(part)) == 1 for part in parts),
-        )
-        for bound, parts in zip(bounds, rows, strict=True)
-        if bound < inf
+def _most(bounder: Bounder, kind: int, seconds: float) -> int:
+    """Most sequences that a device of the kind can attend to in memory and in less than `seconds`."""
+    most = 0
+    while most < bounder.total and bounder.fits(kind, most + 1) and bounder.attention_load(kind, most + 1) < seconds:
+        most += 1
+    return most
+
+
+def _options(total: int, sizes: list[tuple[int, int]], whole: bool) -> tuple[Options, ExactOver]:
+    """Splits of every kind; of kinds with too many combinations only the undivided ones."""
+    capacity = sum(most * devices for most, devices in sizes)
+    options = [
+        splits(total, total - (capacity - most * devices), most, devices, whole=whole) for most, devices in sizes
     ]
+    if whole or count_combinations(total, _sums(options)) <= 10 * MOST_COMBINATIONS:
+        return options, "devices" if whole else "classes"
+    return [[part for part in parts if len(set(part)) == 1] for parts in options], "not solved"
+
+
+def _sums(options: Options) -> list[IntArray]:
+    return [np.array([sum(part) for part in parts], dtype=np.int64) for parts in options]
+
+
+def _bounded(bounder: Bounder, members: list[list[int]], options: Options, seconds: float) -> list[Candidate]:
+    if not all(options):
+        return []
+    rows = combinations(bounder.total, _sums(options))
+    if not len(rows):
+        return []
+    ceiling = seconds if isfinite(seconds) else bounder.ceiling()
+    bounds = bounder.bounds(_slots(rows, options), ceiling)
+    world = len(bounder.cost.devices)
+    result = []
+    for row in np.flatnonzero(np.isfinite(bounds)):
+        parts = [option[index] for option, index in zip(options, rows[row], strict=True)]
+        choice, bound = Choice(bounder.schedule, assign(members, parts, world)), float(bounds[row])
+        result.append(Candidate(bound, choice, bound, uniform=all(len(set(part)) == 1 for part in parts)))
+    return result
 
 
 def arranged(cost: CostModel, candidate: Candidate) -> list[Candidate]:
@@ -73,15 +112,16 @@ def arranged(cost: CostModel, candidate: Candidate) -> list[Candidate]:
     return [replace(candidate, choice=replace(candidate.choice, sequences=sequences)) for sequences in ways]
 
 
-def _slots(rows: Sequence[tuple[tuple[int, ...], ...]], members: list[list[int]]) -> Slots:
-    """One slot per distinct number of sequences in a kind."""
-    width = [max(len(set(parts[kind])) for parts in rows) for kind in range(len(members))]
-    sequences = np.zeros((len(rows), sum(width)), dtype=np.int64)
-    devices = np.zeros_like(sequences)
-    for row, parts in enumerate(rows):
-        column = 0
-        for kind, part in enumerate(parts):
-            for offset, value in enumerate(sorted(set(part), reverse=True)):
-                sequences[row, column + offset], devices[row, column + offset] = value, part.count(value)
-            column += width[kind]
-    return Slots(sequences, devices, np.repeat(np.arange(len(members)), width))
+def _slots(rows: IntArray, options: Sequence[Sequence[tuple[int, ...]]]) -> Slots:
+    """One slot per distinct number of sequences in a kind, by falling numbers."""
+    sequences, devices, widths = [], [], []
+    for kind, parts in enumerate(options):
+        counted = [Counter(part) for part in parts]
+        width = max(map(len, counted))
+        values, counts = (np.zeros((len(parts), width), dtype=np.int64) for _ in range(2))
+        for index, part in enumerate(counted):
+            values[index, : len(part)], counts[index, : len(part)] = list(part), list(part.values())
+        sequences.append(values[rows[:, kind]])
+        devices.append(counts[rows[:, kind]])
+        widths.append(width)
+    return Slots(np.hstack(sequences), np.hstack(devices), np.repeat(np.arange(len(options)), widths))

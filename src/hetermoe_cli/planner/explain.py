@@ -6,8 +6,7 @@ from math import inf
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.baselines import Rival
-from hetermoe_cli.planner.candidates import candidates
-from hetermoe_cli.planner.search import ExactOver
+from hetermoe_cli.planner.candidates import ExactOver, candidates
 from hetermoe_cli.spec.plan import Inputs, Layout
 
 MOST_ADDED = 64  # devices

@@ -13,12 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Literal
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner import heuristic, ilp
-from hetermoe_cli.planner.candidates import Candidate, arranged, candidates
+from hetermoe_cli.planner.candidates import Candidate, ExactOver, arranged, candidates
 from hetermoe_cli.planner.master import mixture
 from hetermoe_cli.planner.patterns import Limits
 from hetermoe_cli.planner.prepared import Prepared
@@ -27,7 +26,6 @@ from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.plan import Layout
 
-ExactOver = Literal["devices", "classes", "not solved"]
 NEAR = 1.01  # a bound this close to the lowest one so far makes a choice worth placing at once
 MISSES = 5
 
@@ -171,17 +169,17 @@ class Search:
             self.offer(ready.layout(ilp.extract(model)))
         return bound
 
-    def found(self, whole: bool) -> Found:
+    def found(self, scope: ExactOver) -> Found:
         """What the search has shown so far."""
         exact: ExactOver
         devices = min([c.bound for c in self.open] + [self.seconds])
         classes = min([c.alike for c in self.open] + [self.seconds])
-        if devices >= self.target and whole:
+        if devices >= self.target and scope == "devices":
             exact, bound = "devices", devices
-        elif classes >= self.target:
+        elif classes >= self.target and scope != "not solved":
             exact, bound = "classes", classes
         else:
-            exact, bound = "not solved", devices if whole else classes
+            exact, bound = "not solved", devices if scope == "devices" else classes
         status = "feasible" if exact == "not solved" else "optimal"
         return Found(self.best, self.seconds, bound, exact, status, len(self.open), self.solved)
 
@@ -199,7 +197,7 @@ def search(
     for layout in incumbents:
         state.offer(layout)
     progress("bounding")
-    state.open, whole = candidates(cost, micro_batch_limit, state.seconds)
+    state.open, scope = candidates(cost, micro_batch_limit, state.seconds)
     for doing, step in (("bounding", state.bound), ("placing", state.place)):
         progress(doing)
         state.deadline = (time.monotonic() + end) / 2  # leave time for the next step
@@ -207,5 +205,5 @@ def search(
     progress("proving")
     state.deadline = end
     state.prove()
-    state.prove_devices(whole)
-    return state.found(whole)
+    state.prove_devices(scope == "devices")
+    return state.found(scope)

@@ -5,13 +5,17 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations as selections
 from itertools import product
 
+import numpy as np
+
 from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.planner.arrays import FloatArray, IntArray
 from hetermoe_cli.planner.baselines import micro_batch_counts, recompute_choices
 from hetermoe_cli.planner.choice import symmetry_keys
 from hetermoe_cli.spec.cluster import Device
 from hetermoe_cli.spec.plan import ScheduleChoice
 
 DEVICE_LEVEL_LIMIT = 8  # up to so many devices the search is over single devices
+MOST_COMBINATIONS = 40_000  # of one schedule; beyond that over classes
 
 
 def kinds(devices: Sequence[Device]) -> list[list[int]]:
@@ -32,50 +36,71 @@ def schedules(cost: CostModel, limit: int) -> list[ScheduleChoice]:
     ]
 
 
-def splits(total: int, most: int, devices: int, *, whole: bool) -> list[tuple[int, ...]]:
-    """Descending sequences per device of one kind: at most `total` together, `most` each.
+def splits(total: int, least: int, most: int, devices: int, *, whole: bool) -> list[tuple[int, ...]]:
+    """Descending sequences per device of one kind: `least` to `total` together, `most` each.
 
     All of them if `whole`; else the kind is split in at most two, that differ by one sequence or of which one attends.
     """
     if whole:
-        return list(_partitions(total, most, devices))
+        return list(_partitions(total, least, most, devices))
     found: set[tuple[int, ...]] = set()
     for high in range(most + 1):
         for low in {0, max(0, high - 1)}:
             for count in range(1, devices + 1):
-                if high * count + low * (devices - count) <= total:
+                if least <= high * count + low * (devices - count) <= total:
                     found.add((high,) * count + (low,) * (devices - count))
     return sorted(found, reverse=True)
 
 
-def _partitions(total: int, most: int, devices: int) -> Iterator[tuple[int, ...]]:
+def _partitions(total: int, least: int, most: int, devices: int) -> Iterator[tuple[int, ...]]:
     if devices == 0:
         yield ()
         return
     for first in range(min(total, most), -1, -1):
-        for rest in _partitions(total - first, first, devices - 1):
+        if first * devices < least:
+            return
+        for rest in _partitions(total - first, least - first, first, devices - 1):
             yield (first, *rest)
 
 
-def combinations(total: int, options: Sequence[Sequence[tuple[int, ...]]]) -> list[tuple[tuple[int, ...], ...]]:
-    """One option per kind, `total` sequences together."""
-    by_sum: list[dict[int, list[tuple[int, ...]]]] = []
-    for parts in options:
-        table: dict[int, list[tuple[int, ...]]] = defaultdict(list)
-        for part in parts:
-            table[sum(part)].append(part)
-        by_sum.append(table)
+def count_whole(total: int, kinds: Sequence[tuple[int, int]]) -> float:
+    """How many combinations of whole splits there are; `kinds`: (most sequences of a device, devices)."""
+    return _count(total, [_count_partitions(total, most, devices) for most, devices in kinds])
 
-    def extend(index: int, left: int) -> Iterator[tuple[tuple[int, ...], ...]]:
-        if index == len(by_sum) - 1:
-            yield from ((part,) for part in by_sum[index].get(left, ()))
-            return
-        for amount, parts in by_sum[index].items():
-            if amount <= left:
-                for rest in extend(index + 1, left - amount):
-                    yield from ((part, *rest) for part in parts)
 
-    return list(extend(0, total))
+def count_combinations(total: int, sums: Sequence[IntArray]) -> float:
+    """How many rows `combinations` would look at, at its largest."""
+    tables = [np.bincount(amounts, minlength=total + 1)[: total + 1].astype(np.float64) for amounts in sums]
+    return max(_count(total, [*tables[:kind], np.ones(total + 1)]) for kind in range(1, len(tables) + 1))
+
+
+def _count(total: int, tables: Sequence[FloatArray]) -> float:
+    ways = np.eye(1, total + 1)[0]
+    for table in tables:
+        ways = np.convolve(ways, table)[: total + 1]
+    return float(ways[total])
+
+
+def _count_partitions(total: int, most: int, devices: int) -> FloatArray:
+    """[total + 1] partitions of each sum into at most `devices` parts of at most `most`."""
+    ways = np.zeros((devices + 1, total + 1))
+    ways[0, 0] = 1
+    for part in range(1, most + 1):
+        for used in range(1, devices + 1):
+            ways[used, part:] += ways[used - 1, : total + 1 - part]
+    result: FloatArray = ways.sum(0)
+    return result
+
+
+def combinations(total: int, sums: Sequence[IntArray]) -> IntArray:
+    """[rows, kinds] one option per kind, by its number, `total` sequences together; `sums` of the options, by kind."""
+    rows, reached = np.zeros((1, 0), dtype=np.int64), np.zeros(1, dtype=np.int64)
+    for kind, amounts in enumerate(sums):
+        added = reached[:, None] + amounts[None, :]
+        wanted = added == total if kind == len(sums) - 1 else added <= total
+        before, option = np.nonzero(wanted)
+        rows, reached = np.hstack([rows[before], option[:, None]]), added[before, option]
+    return rows
 
 
 def assign(members: Sequence[Sequence[int]], parts: Sequence[Sequence[int]], world: int) -> tuple[int, ...]:
