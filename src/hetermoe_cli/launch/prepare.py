@@ -7,6 +7,8 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.launch.preflight import check_devices, check_precision
 from hetermoe_cli.model.data import VOCAB_SIZE, Batches, Corpus, load_corpus
 from hetermoe_cli.runtime.recorder import CHECKPOINTS, METRICS
+from hetermoe_cli.schedule.lower import training_schedule, validation_schedule
+from hetermoe_cli.simulator import check_deadlock
 from hetermoe_cli.spec.files import load
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.plan import Plan
@@ -46,6 +48,8 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
     """Check everything that can be checked without workers; UserError names the first problem. Writes nothing."""
     plan = load(Plan, plan_path)
     plan.verify(str(plan_path))
+    for schedule in (training_schedule(plan.layout), validation_schedule(plan.layout)):
+        check_deadlock(schedule, plan.layout.layers)
     emulation = _emulation(plan, options.emulate) if options.emulate else None
     precision = options.emulate.precision if options.emulate else plan.inputs.train.precision
     check_precision(precision)

@@ -117,9 +117,9 @@ class _Lines:
 
 def describe(line: dict[str, Any]) -> str:
     """One step as text."""
-    emulated = "emulated " if line["emulated"] else ""
+    emulated, nominal = ("emulated ", "nominal ") if line["emulated"] else ("", "")
     measured, predicted = line["iteration_seconds"], line["predicted_iteration_seconds"]
     return (
-        f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s  "
+        f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} {nominal}tokens/s  "
         f"{emulated}iteration {measured * 1e3:.0f} ms (predicted {predicted * 1e3:.0f})"
     )

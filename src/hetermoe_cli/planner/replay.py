@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 
 from hetermoe_cli.cost.layout import LayoutCost
-from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.rates import device_rates
 from hetermoe_cli.schedule.action import Action, Kind, Pass
-from hetermoe_cli.simulator import simulate
-from hetermoe_cli.spec.plan import Layout, Memory
+from hetermoe_cli.spec.plan import Memory
 
 
 @dataclass(frozen=True)
@@ -48,11 +46,6 @@ def overflow(cost: LayoutCost) -> Overflow | None:
         if memory.total_bytes > limit and (worst is None or found.ratio > worst.ratio):
             worst = found
     return worst
-
-
-def replay_seconds(cost: CostModel, layout: Layout) -> float:
-    """The simulator's iteration time."""
-    return simulate(LayoutCost(cost, layout)).seconds
 
 
 def busy_bound(cost: LayoutCost) -> float:

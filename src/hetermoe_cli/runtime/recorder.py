@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.files import read_text, write_atomic
 from hetermoe_cli.spec.run import RunSpec
-from hetermoe_cli.trace import Trace, read_trace
+from hetermoe_cli.trace import Trace
 
 METRICS, STATUS, CHECKPOINTS = "metrics.jsonl", "status.json", "checkpoints"
 
@@ -30,11 +30,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl; a last line cut off by a crash is left out. UserError if the file cannot be read."""
     text = read_text(folder / METRICS)
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def run_trace(folder: Path, world_size: int) -> Trace:
-    """All ranks' spans of a finished run."""
-    return read_trace(trace_path(folder, rank) for rank in range(world_size))
 
 
 class Recorder:
