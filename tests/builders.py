@@ -7,7 +7,7 @@ plan = make_plan(inputs, layout)
 
 from collections.abc import Mapping, Sequence
 from datetime import date
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from hypothesis import strategies as st
 
@@ -17,6 +17,7 @@ from hetermoe_cli.spec.cluster import ClusterSpec, Link, NodeGroup
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.plan import (
     Bound,
+    ExpertOrder,
     Inputs,
     LayerPlacement,
     Layout,
@@ -35,7 +36,7 @@ from hetermoe_cli.spec.profile import (
     Precision,
     Profile,
 )
-from hetermoe_cli.spec.train import TrainSpec
+from hetermoe_cli.spec.train import Recompute, TrainSpec
 
 DAY = date(2026, 11, 24)
 BACKWARD = 2.0  # every backward takes this many forwards
@@ -156,6 +157,17 @@ def make_inputs(
     return Inputs(model=model, cluster=cluster, links={}, profiles=dict(profiles), train=train)
 
 
+def make_schedule(
+    name: ScheduleName, micro_batches: int, *, experts: ExpertOrder = "after", recompute: Recompute = "none"
+) -> ScheduleChoice:
+    """A schedule by name; windows of the largest size that leaves several."""
+    widths = {"zebra": micro_batches, "sequential": 1}
+    widths["windowed"] = max(
+        w for w in range(1, micro_batches + 1) if not micro_batches % w and w < max(2, micro_batches)
+    )
+    return ScheduleChoice(micro_batches=micro_batches, window=widths[name], experts=experts, recompute=recompute)
+
+
 def make_layout(
     sequences: Sequence[int] = (1, 0),
     hosted: Sequence[int] = (0, 4),
@@ -164,7 +176,8 @@ def make_layout(
     layers: int = 2,
     micro_batches: int = 2,
     schedule: ScheduleName = "zebra",
-    recompute: bool = False,
+    expert_order: ExpertOrder = "after",
+    recompute: Recompute = "none",
 ) -> Layout:
     """Sequences and hosted experts per rank, equal in all layers; expert numbers follow the ranks, replicated last."""
     experts: list[list[int]] = []
@@ -174,7 +187,7 @@ def make_layout(
     total = sum(hosted)
     placement = LayerPlacement(experts=experts, replicated=list(range(total, total + replicated)))
     return Layout(
-        schedule=ScheduleChoice(name=schedule, micro_batches=micro_batches, recompute=recompute),
+        schedule=make_schedule(schedule, micro_batches, experts=expert_order, recompute=recompute),
         sequences_per_rank=list(sequences),
         placement=[placement] * layers,
     )
@@ -216,7 +229,11 @@ def make_plan(inputs: Inputs | None = None, layout: Layout | None = None) -> Pla
 
 
 @st.composite
-def layouts(draw: st.DrawFn, schedules: Sequence[ScheduleName] = ("zebra", "sequential")) -> Layout:
+def layouts(
+    draw: st.DrawFn,
+    schedules: Sequence[ScheduleName] = ("zebra", "windowed", "sequential"),
+    orders: Sequence[ExpertOrder] = ("after", "between"),
+) -> Layout:
     """Any legal layout of up to 5 ranks, 4 layers, 4 micro-batches and 5 experts."""
     world = draw(st.integers(1, 5))
     experts = draw(st.integers(1, 5))
@@ -228,8 +245,11 @@ def layouts(draw: st.DrawFn, schedules: Sequence[ScheduleName] = ("zebra", "sequ
         everywhere = [e for e, rank in enumerate(hosts) if rank == replicated]
         placement.append(LayerPlacement(experts=by_rank, replicated=everywhere))
     return Layout(
-        schedule=ScheduleChoice(
-            name=draw(st.sampled_from(schedules)), micro_batches=draw(st.integers(1, 4)), recompute=draw(st.booleans())
+        schedule=make_schedule(
+            draw(st.sampled_from(schedules)),
+            draw(st.integers(1, 4)),
+            experts=draw(st.sampled_from(orders)),
+            recompute=draw(st.sampled_from(get_args(Recompute))),
         ),
         sequences_per_rank=draw(st.lists(st.integers(0, 2), min_size=world, max_size=world).filter(any)),
         placement=placement,

@@ -34,7 +34,7 @@ def test_seconds_of_every_kind(inputs: Inputs, layout: Layout) -> None:
 
 
 def test_recompute_adds_a_forward_to_backward(inputs: Inputs) -> None:
-    cost = LayoutCost(CostModel(inputs), make_layout(recompute=True))
+    cost = LayoutCost(CostModel(inputs), make_layout(recompute="all"))
     assert cost.seconds(0, action("1AF0")) == pytest.approx(1.0)
     assert cost.seconds(0, action("1AB0")) == pytest.approx(3.0)
     assert cost.seconds(1, action("1EB0")) == pytest.approx(3 * 4 * ROWS * 0.02)
@@ -174,7 +174,7 @@ def test_memory_by_kind(inputs: Inputs, layout: Layout) -> None:
 
 
 def test_recompute_keeps_only_the_inputs_of_stages(inputs: Inputs) -> None:
-    cost = LayoutCost(CostModel(inputs), make_layout(recompute=True))
+    cost = LayoutCost(CostModel(inputs), make_layout(recompute="all"))
     tokens = 64 * ROW_BYTES
     assert cost.memory(0).activations_bytes == 2 * 2 * 3 * tokens + 64 * 100
     assert cost.memory(1).activations_bytes == 2 * 2 * 4 * ROWS * ROW_BYTES + ROWS * 100

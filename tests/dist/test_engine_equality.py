@@ -5,14 +5,15 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from builders import make_schedule
 from workers import run_workers
 
 from hetermoe_cli.model.data import Batches
 from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
 from hetermoe_cli.model.transformer import Transformer, initialise, named_tensors, parameter_slices
 from hetermoe_cli.spec.model import ModelConfig
-from hetermoe_cli.spec.plan import LayerPlacement, Layout, ScheduleChoice
-from hetermoe_cli.spec.train import TrainSpec
+from hetermoe_cli.spec.plan import ExpertOrder, LayerPlacement, Layout, ScheduleName
+from hetermoe_cli.spec.train import Recompute, TrainSpec
 
 STEPS, LENGTH = 3, 12
 MODEL = ModelConfig(
@@ -28,13 +29,14 @@ class Case:
     sequences: list[int]
     placement: list[LayerPlacement]
     micro_batches: int = 2
-    schedule: str = "zebra"
-    recompute: bool = False
+    schedule: ScheduleName = "zebra"
+    expert_order: ExpertOrder = "after"
+    recompute: Recompute = "none"
     router: str = "learned"
 
     @property
     def layout(self) -> Layout:
-        choice = ScheduleChoice(name=self.schedule, micro_batches=self.micro_batches, recompute=self.recompute)
+        choice = make_schedule(self.schedule, self.micro_batches, experts=self.expert_order, recompute=self.recompute)
         return Layout(schedule=choice, sequences_per_rank=self.sequences, placement=self.placement)
 
 
@@ -51,7 +53,7 @@ CASES = {
     "1+1 R=1": Case([8, 0], hosts([], list(range(6))), 1),
     "1+1 R=2": Case([4, 0], hosts([], list(range(6))), 2),
     "1+1 R=4": Case([2, 0], hosts([], list(range(6))), 4),
-    "1+1 recompute": Case([4, 0], hosts([], list(range(6))), 2, recompute=True),
+    "1+1 recompute": Case([4, 0], hosts([], list(range(6))), 2, recompute="all"),
     "1+1 sequential": Case([4, 0], hosts([], list(range(6))), 2, schedule="sequential"),
     "1+1 balanced router": Case([4, 0], hosts([], list(range(6))), 2, router="balanced"),
     "1+1 all replicated": Case([4, 0], hosts([], [], replicated=tuple(range(6))), 2),
@@ -62,13 +64,21 @@ CASES = {
     "2+2 R=2": Case([2, 2, 0, 0], hosts([], [], [0, 1, 2], [3, 4, 5]), 2),
     "2+2 R=4": Case([1, 1, 0, 0], hosts([], [], [4, 1, 2], [3, 0, 5]), 4),
     "2+2 experts on attending ranks": Case([2, 2, 0, 0], hosts([0], [1], [2, 3], [4, 5]), 2),
-    "2+2 mixed, replicated, recompute": Case([3, 1, 0, 0], MIXED, 2, recompute=True),
+    "2+2 mixed, replicated, recompute": Case([3, 1, 0, 0], MIXED, 2, recompute="all"),
     "2+2 old device attends": Case([2, 1, 1, 0], MIXED, 2),
     "EP 2": Case([2, 2], hosts([0, 1, 2], [3, 4, 5]), 2),
     "EP 4 uneven": Case([1, 1, 1, 1], hosts([0, 1], [2, 3], [4], [5]), 2),
+    "2+2 windows": Case([1, 1, 0, 0], hosts([], [], [4, 1, 2], [3, 0, 5]), 4, schedule="windowed"),
+    "2+2 experts between": Case([1, 1, 0, 0], hosts([0], [1], [2, 3], [4, 5]), 4, expert_order="between"),
+    "mixed, windows, between, recompute": Case(
+        [1, 1, 0, 0], MIXED, 4, schedule="windowed", expert_order="between", recompute="all"
+    ),
+    "recompute attention": Case([2, 2, 0, 0], MIXED, 2, recompute="attention"),
+    "recompute experts": Case([2, 2, 0, 0], MIXED, 2, recompute="experts"),
+    "EP 2 between": Case([1, 1], hosts([0, 1, 2], [3, 4, 5]), 4, expert_order="between"),
     "EP 2 sequential": Case([2, 2], hosts([0, 1, 2], [3, 4, 5]), 2, schedule="sequential"),
     "replicated on ranks that host nothing": Case([2, 2, 0], hosts([], [], [0, 1, 2, 3], replicated=(4, 5)), 2),
-    "replicated, recompute, one attends": Case([4, 0], hosts([], [0, 1, 2, 3], replicated=(4, 5)), 2, recompute=True),
+    "replicated, recompute, one attends": Case([4, 0], hosts([], [0, 1, 2, 3], replicated=(4, 5)), 2, recompute="all"),
     "one rank": Case([4], hosts(list(range(6))), 2),
     "left out": Case([4, 0, 0], hosts([], list(range(6)), []), 2),
 }  # fmt: skip

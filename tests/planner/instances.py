@@ -2,10 +2,10 @@
 
 import random
 
-from builders import make_inputs, make_model, make_profile
+from builders import make_inputs, make_model, make_profile, make_schedule
 from hetermoe_cli.planner.choice import Choice
 from hetermoe_cli.spec.cluster import Link
-from hetermoe_cli.spec.plan import Inputs, ScheduleChoice
+from hetermoe_cli.spec.plan import Inputs
 
 
 def random_inputs(
@@ -51,8 +51,9 @@ def random_choice(rng: random.Random, devices: int) -> Choice:
     sequences = [rng.choice([0, 0, 1, 1, 2]) for _ in range(devices)]
     if not any(sequences):
         sequences[rng.randrange(devices)] = 1
-    name = rng.choice(["zebra", "zebra", "sequential"])
-    schedule = ScheduleChoice(name=name, micro_batches=rng.randint(1, 4), recompute=rng.random() < 0.3)
+    name = rng.choice(["zebra", "zebra", "windowed", "sequential"])
+    recompute = rng.choice(["none", "none", "none", "attention", "experts", "all"])
+    schedule = make_schedule(name, rng.randint(1, 4), recompute=recompute)
     return Choice(schedule, tuple(sequences))
 
 

@@ -43,7 +43,7 @@ def test_dist_ep_splits_roles_and_overlaps_nothing() -> None:
     cost = CostModel(inputs(2, 2, experts=4, batch=8))
     rival = dist_ep(cost, 16)
     assert rival.layout is not None
-    assert rival.layout.schedule == ScheduleChoice(name="sequential", micro_batches=1, recompute=False)
+    assert rival.layout.schedule == ScheduleChoice.sequential(1)
     assert rival.layout.sequences_per_rank == [4, 4, 0, 0]
     assert [len(experts) for experts in rival.layout.placement[0].experts] == [0, 0, 2, 2]
     assert rival.seconds == simulate(LayoutCost(cost, rival.layout)).seconds
@@ -54,12 +54,12 @@ def test_algorithm_1_by_hand() -> None:
     # T_A = 2 sequences x 1 s = 2; T_EE = 4 experts x 32 x 0.02 = 2.56; T_EA = 1.28; T_gather = 0.56.
     # T_squeeze = (2.56 + 1.28) x 2 / 8 = 0.96: t = 0.56, 1.12, 0.72, 1.28 -> chunks 0, 1, 0, 1 of 1 x N experts.
     cost = CostModel(inputs(2, 2, experts=8, batch=8))
-    schedule = ScheduleChoice(name="zebra", micro_batches=2, recompute=False)
+    schedule = ScheduleChoice.zebra(2)
     assert offloaded(cost, Roles([0, 1], [2, 3]), schedule) == [0, 2, 0, 2]
 
 
 def test_nothing_is_offloaded_where_counts_do_not_divide_or_attention_is_slower() -> None:
-    schedule = ScheduleChoice(name="zebra", micro_batches=2, recompute=False)
+    schedule = ScheduleChoice.zebra(2)
     uneven = CostModel(inputs(2, 3, experts=8, batch=8))
     assert offloaded(uneven, Roles([0, 1], [2, 3, 4]), schedule) == [0] * 4
     slow = CostModel(inputs(2, 2, experts=8, batch=8, attention=7.0))

@@ -38,7 +38,7 @@ def test_bounds_hold_for_every_device_level_placement(seed: int) -> None:
         layout = choice.layout([number(row[:-1], row[-1]) for row in counts])
         replay = simulate(LayoutCost(cost, layout)).seconds
         assert closed <= replay * (1 + 1e-9)
-        if not choice.schedule.recompute:
+        if choice.schedule.recompute == "none":
             assert work_bound(cost, 16) <= replay * (1 + 1e-9)
         totals = np.array([[sum(row[rank] for rank in c.ranks) for row in counts] for c in ready.classes])
         copies = np.array([row[-1] for row in counts])

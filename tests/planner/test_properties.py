@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builders import make_inputs, make_model, make_profile
+from builders import make_inputs, make_model, make_profile, make_schedule
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner import ilp, search
@@ -14,7 +14,7 @@ from hetermoe_cli.planner.prepared import Prepared
 from hetermoe_cli.planner.solver import Run, SolverOptions
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
-from hetermoe_cli.spec.plan import Inputs, LayerPlacement, ScheduleChoice
+from hetermoe_cli.spec.plan import Inputs, LayerPlacement
 
 OPTIONS = PlanOptions(solver=SolverOptions(time_limit=10.0))
 GAP = OPTIONS.solver.relative_gap
@@ -123,7 +123,7 @@ def test_replay_is_never_above_the_milp_and_equal_where_classes_are_even(
     inputs = build(**instance)  # type: ignore[arg-type]
     cost = CostModel(inputs)
     sequences = (1,) * int(instance["news"]) + (int(old_attends),) * int(instance["olds"])
-    schedule = ScheduleChoice(name=name, micro_batches=2)  # type: ignore[arg-type]
+    schedule = make_schedule(name, 2)
     ready = Prepared.of(cost, Choice(schedule, sequences), per_device)
     attending = [rank for rank, count in enumerate(sequences) if count]
     start = ready.choice.layout([spread(cost.model.experts, attending, len(sequences))] * cost.model.layers)

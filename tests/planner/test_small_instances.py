@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator
 from itertools import product
+from typing import get_args
 
 import pytest
 
-from builders import make_inputs, make_model, make_profile
+from builders import make_inputs, make_model, make_profile, make_schedule
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
-from hetermoe_cli.spec.plan import Inputs, LayerPlacement, Layout, ScheduleChoice
+from hetermoe_cli.spec.plan import Inputs, LayerPlacement, Layout
+from hetermoe_cli.spec.train import Recompute
 
 TIGHT = PlanOptions(solver=SolverOptions(relative_gap=1e-5))
 
@@ -41,11 +43,11 @@ def brute_force(inputs: Inputs) -> float:
     cost, model, train = CostModel(inputs), inputs.model, inputs.train
     world, batch = inputs.cluster.world_size, inputs.train.global_batch_sequences
     placements = layer_placements(world, model.experts)
-    recomputes = {"auto": (False, True), "on": (True,), "off": (False,)}[train.recompute]
+    recomputes = get_args(Recompute) if train.recompute == "auto" else (train.recompute,)
     best = float("inf")
     for micro_batches in (r for r in range(1, batch + 1) if batch % r == 0):
         for name, recompute in product(("zebra", "sequential"), recomputes):
-            choice = ScheduleChoice(name=name, micro_batches=micro_batches, recompute=recompute)
+            choice = make_schedule(name, micro_batches, recompute=recompute)
             for sequences in compositions(batch // micro_batches, world):
                 for layers in product(placements, repeat=model.layers):
                     layout = Layout(schedule=choice, sequences_per_rank=sequences, placement=list(layers))
@@ -69,7 +71,7 @@ def instance(
     memory: dict[str, int] | None = None,
     latency: float = 0.0,
     bandwidth: float = 0.1,
-    recompute: str = "off",
+    recompute: str = "none",
 ) -> Inputs:
     model = make_model(layers=layers, experts=experts, top_k=1)
     link = Link(bandwidth_gigabytes_per_second=bandwidth, latency_microseconds=latency)

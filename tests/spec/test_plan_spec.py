@@ -12,7 +12,7 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.plan import LayerPlacement, Layout, Plan, ScheduleChoice
 
-ZEBRA = ScheduleChoice(name="zebra", micro_batches=2)
+ZEBRA = ScheduleChoice.zebra(2)
 
 
 def layout_of(*placement: LayerPlacement, sequences: tuple[int, ...] = (1, 0)) -> Layout:

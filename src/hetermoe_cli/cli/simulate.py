@@ -72,7 +72,7 @@ def _draw(plan: "Plan", name: str, predicted: "Trace", origin: str, run: "Measur
 
 def _headline(plan: "Plan") -> str:
     schedule, inputs = plan.schedule, plan.inputs
-    return f"{inputs.model.name} on {inputs.cluster.name}, {schedule.name}, R = {schedule.micro_batches}"
+    return f"{inputs.model.name} on {inputs.cluster.name}, {schedule}"
 
 
 def _print_json(

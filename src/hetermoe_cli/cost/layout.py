@@ -87,7 +87,7 @@ class LayoutCost:
         forward = sum(c.forward for c in costs)
         if action.direction is Pass.FORWARD:
             return forward
-        return sum(c.backward for c in costs) + (forward if self.layout.schedule.recompute else 0.0)
+        return sum(c.backward for c in costs) + (forward if self.layout.schedule.recompute_experts else 0.0)
 
     def _dense_seconds(self, rank: int, action: Action) -> float:
         device, sequences = self.cost.of(rank), self.layout.sequences_per_rank[rank]
@@ -99,7 +99,7 @@ class LayoutCost:
         attention = device.attention(sequences)
         if action.direction is Pass.FORWARD:
             return attention.forward
-        return attention.backward + (attention.forward if self.layout.schedule.recompute else 0.0)
+        return attention.backward + (attention.forward if self.layout.schedule.recompute_attention else 0.0)
 
     def transfer(self, action: Action) -> TransferCost:
         """Seconds of a dispatch or combine, and the ports that the layout lets it use.
@@ -144,8 +144,7 @@ class LayoutCost:
             self.cost.of(rank),
             sequences=layout.sequences_per_rank[rank],
             sequences_per_micro_batch=layout.sequences_per_micro_batch,
-            alive=layout.micro_batches_alive,
-            recompute=layout.schedule.recompute,
+            schedule=layout.schedule,
             hosted=[len(placement.experts[rank]) for placement in layout.placement],
             replicated=[len(placement.replicated) for placement in layout.placement],
         )

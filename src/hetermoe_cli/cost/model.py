@@ -7,7 +7,7 @@ from hetermoe_cli.cost.curves import AttentionCurve, Cost, Curve
 from hetermoe_cli.cost.ports import Network
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.model import ModelConfig
-from hetermoe_cli.spec.plan import Inputs, Memory
+from hetermoe_cli.spec.plan import Inputs, Memory, ScheduleChoice
 from hetermoe_cli.spec.profile import BYTES_PER_ELEMENT, KernelTable, Profile
 
 # Bytes a parameter of (weights, gradients, optimizer): mixed precision keeps an fp32 master copy with both AdamW
@@ -129,31 +129,30 @@ class CostModel:
         *,
         sequences: int,
         sequences_per_micro_batch: int,
-        alive: int,
-        recompute: bool,
+        schedule: ScheduleChoice,
         hosted: list[int],
         replicated: list[int],
     ) -> Memory:
         """Bytes of one rank under a balanced router.
 
-        `alive`: micro-batches between forward and backward at once; `hosted` and `replicated`: experts per layer.
+        `hosted` and `replicated`: experts per layer.
         """
         held = sum(hosted) + (sum(replicated) if sequences else 0)
         parameters = held * self.model.expert_parameters + (self.model.dense_parameters if sequences else 0)
         weights, gradients, optimizer = (parameters * size for size in STATE_BYTES[self.train.precision])
         rows = self.rows_per_expert(sequences_per_micro_batch)
-        kept = sum(hosted) * self.expert_activation_bytes(device, rows, recompute)
+        kept = sum(hosted) * self.expert_activation_bytes(device, rows, schedule.recompute_experts)
         if sequences:
             own = self.rows_per_expert(sequences)
-            kept += sum(replicated) * self.expert_activation_bytes(device, own, recompute)
-            kept += self.model.layers * self.attention_activation_bytes(device, sequences, recompute)
+            kept += sum(replicated) * self.expert_activation_bytes(device, own, schedule.recompute_experts)
+            kept += self.model.layers * self.attention_activation_bytes(device, sequences, schedule.recompute_attention)
         peak = self.transient_bytes(device, sequences) + device.expert(rows).saved_bytes * bool(held)
         share = max(hosted, default=0) / self.model.experts
         return Memory(
             weights_bytes=weights,
             gradients_bytes=gradients,
             optimizer_bytes=optimizer,
-            activations_bytes=int(alive * kept + peak),
+            activations_bytes=int(schedule.window * kept + peak),
             buffers_bytes=int(self.buffer_bytes(sequences_per_micro_batch, sequences, share)),
             framework_bytes=device.framework_bytes,
             capacity_bytes=device.memory_bytes,

@@ -8,6 +8,7 @@ gather_squeeze: the same roles, zebra, Algorithm 1 moves experts back; best R an
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, inf
+from typing import get_args
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
@@ -15,7 +16,8 @@ from hetermoe_cli.planner.deal import number, rotate
 from hetermoe_cli.planner.rates import ClassRates, device_rates
 from hetermoe_cli.planner.replay import Overflow, busy_bound, overflow
 from hetermoe_cli.simulator import simulate
-from hetermoe_cli.spec.plan import Baseline, LayerPlacement, Layout, ScheduleChoice, ScheduleName
+from hetermoe_cli.spec.plan import Baseline, LayerPlacement, Layout, ScheduleChoice
+from hetermoe_cli.spec.train import Recompute
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,10 @@ def micro_batch_counts(batch: int, limit: int) -> list[int]:
     return [count for count in range(1, min(batch, limit) + 1) if batch % count == 0]
 
 
-def recompute_choices(cost: CostModel) -> list[bool]:
+def recompute_choices(cost: CostModel) -> list[Recompute]:
     """What the training spec allows, cheapest first."""
-    return {"auto": [False, True], "on": [True], "off": [False]}[cost.train.recompute]
+    wanted = cost.train.recompute
+    return list(get_args(Recompute)) if wanted == "auto" else [wanted]
 
 
 def ep(cost: CostModel, limit: int) -> Rival:
@@ -53,7 +56,7 @@ def dist_ep(cost: CostModel, limit: int) -> Rival:
     """Attention and experts on different devices, nothing overlapped."""
     if (roles := _roles(cost)) is None:
         return _no_roles()
-    schedules = [ScheduleChoice(name="sequential", micro_batches=1, recompute=r) for r in recompute_choices(cost)]
+    schedules = [ScheduleChoice.sequential(1, recompute=r) for r in recompute_choices(cost)]
     return _best(cost, (_split_layout(cost, roles, schedule, [0] * cost.model.layers) for schedule in schedules))
 
 
@@ -62,7 +65,7 @@ def gather_squeeze(cost: CostModel, limit: int) -> Rival:
     if (roles := _roles(cost)) is None:
         return _no_roles()
     schedules = [
-        ScheduleChoice(name="zebra", micro_batches=count, recompute=recompute)
+        ScheduleChoice.zebra(count, recompute=recompute)
         for count in micro_batch_counts(cost.train.global_batch_sequences, limit)
         for recompute in recompute_choices(cost)
     ]
@@ -75,13 +78,13 @@ RIVALS = {"ep": ep, "dist_ep": dist_ep, "gather_squeeze": gather_squeeze}
 def _ep_layouts(cost: CostModel, limit: int, *, everyone: bool) -> Iterator[Layout]:
     world, model, batch = len(cost.devices), cost.model, cost.train.global_batch_sequences
     placement = [number(share, 0) for share in rotate([model.experts] * model.layers, world)]
-    names: tuple[ScheduleName, ...] = ("zebra", "sequential")
+    orders = (ScheduleChoice.zebra, ScheduleChoice.sequential)
     for count in micro_batch_counts(batch, limit):
         if everyone and batch // count < world:
             continue
-        for name in names[: 1 if count == 1 else 2]:  # with one micro-batch both are the same order
+        for order in orders[: 1 if count == 1 else 2]:  # with one micro-batch both are the same order
             for recompute in recompute_choices(cost):
-                schedule = ScheduleChoice(name=name, micro_batches=count, recompute=recompute)
+                schedule = order(count, recompute=recompute)
                 sequences = rotate([batch // count], world)[0]
                 yield Layout(schedule=schedule, sequences_per_rank=sequences, placement=placement)
 

@@ -3,8 +3,8 @@
 All hold for every device-level placement, with experts as divisible work:
 stream   a device's compute (attention, head, its experts, its copies), the all-reduce and its optimizer step; a device
          that does not attend also waits for the first attention and dispatch and for the last gradients and attention;
-path     one micro-batch through every layer forward and backward, by one attending device and the experts of a host,
-         with the heads of all micro-batches between;
+path     one micro-batch of each window through every layer forward and backward, by one attending device and the
+         experts of a host, with the heads of the window's micro-batches between;
 lane     the transfers that a device receives follow each other; so do those that an attending device sends, and those
          through the NIC of a node;
 memory   experts that a device can hold.
@@ -110,8 +110,7 @@ class _Terms:
         )
         self.step_base, self.step = table["step_base"], table["step"]
         self.hosted, self.copy = count * table["hosted"], np.where(self.attends, count * table["copy"], 0)
-        sequential = bounder.schedule.name == "sequential"
-        repeats = count if sequential else 1
+        repeats = count // bounder.schedule.window
         alone = repeats * layers * (table["forward"] + table["backward"]) + count * table["head"]
         self.path = np.where(self.attends, alone, 0).max(1, keepdims=True)
         self.path_each = repeats * (table["hosted"] + 4 * table["receive"])

@@ -12,7 +12,7 @@ stream tasks of one class                         early  start of the last combi
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 
@@ -37,19 +37,45 @@ Part = Callable[[], FloatArray]
 class Row:
     """Iteration >= constant + the sum of `every` over all layers but the last, and of `last` (parts are [patterns]).
 
-    Without the all-reduce and the optimizer step. Parts are computed when they are asked for.
+    Without the all-reduce and the optimizer step. Parts are computed when they are asked for. `begins`, `ends`: the
+    class whose own stream the chain starts or ends on; None: it starts with the first dispatch, which all attending
+    classes must have made ready, and ends with some class's last attention.
     """
 
     name: str
     every: tuple[Part, ...]
     last: tuple[Part, ...]
     constant: float
+    begins: int | None = None
+    ends: int | None = None
+
+    def repeated(self, windows: int, apart: float) -> "Row":
+        """The same chain through `windows` windows; what ends one may start the next up to `apart` seconds earlier."""
+
+        def times(part: Part) -> Part:
+            return lambda: windows * part()
+
+        constant = windows * self.constant - (0.0 if self.begins is not None else (windows - 1) * apart)
+        return replace(self, every=tuple(map(times, self.every)), last=tuple(map(times, self.last)), constant=constant)
 
 
 SHARES = (0.0, 0.5, 1.0)  # premiums to try, from one extreme to the other
 
 
-def zebra_rows(forward: Side, backward: Side, mixed: bool) -> list[Row]:
+def rows_of(forward: Side, backward: Side, mixed: bool) -> list[Row]:
+    """Chains through all windows, one after another: on an attending class windows never overlap.
+
+    With several attending classes, only chains that end on the class that the next one starts with, or wait for all.
+    """
+    rows, windows = _window_rows(forward, backward, mixed), forward.windows
+    if windows == 1:
+        return rows
+    if sum(c.attends for c in forward.patterns.rates.classes) > 1:
+        rows = [row for row in rows if row.begins is None or row.begins == row.ends]
+    return [row.repeated(windows, forward.slowest - forward.fastest) for row in rows]
+
+
+def _window_rows(forward: Side, backward: Side, mixed: bool) -> list[Row]:
     """All pairs of a forward and a backward chain that meet at the heads; `mixed`: also those that change lanes."""
     rates = forward.patterns.rates
     head = {c: r.head for c, r in enumerate(rates.of) if rates.classes[c].attends}
@@ -65,7 +91,7 @@ def zebra_rows(forward: Side, backward: Side, mixed: bool) -> list[Row]:
     rows += _meet(backward, mixed, first, first, 0.0, {c: n * seconds for c, seconds in head.items()})
     for c, seconds in head.items():
         stream = _stream(forward, c)
-        rows += _meet(backward, mixed, stream, stream, 0.0, {c: n * seconds})
+        rows += _begin(c, _meet(backward, mixed, stream, stream, 0.0, {c: n * seconds}))
     if mixed:
         rows += _forward_mixed(forward, backward, head)
     return rows + list(_expert_streams(forward, backward, head))
@@ -81,7 +107,11 @@ def _forward_mixed(forward: Side, backward: Side, head: dict[int, float]) -> Ite
         premium = float(forward.attention[c, 0]) * (1 + share * (n - 2))
         switch = partial(forward_switch, forward, c, e, premium)
         until = min(n * head[c], premium + head[c])
-        yield from _meet(backward, True, switch, switch, 0.0, {c: until})
+        yield from _begin(c, _meet(backward, True, switch, switch, 0.0, {c: until}))
+
+
+def _begin(c: int, rows: Iterator[Row]) -> Iterator[Row]:
+    return (replace(row, begins=c) for row in rows)
 
 
 def _experts(patterns: Patterns) -> list[int]:
@@ -128,7 +158,7 @@ def _meet(
         yield Row("either", either, turn, start + least + min(rest - premium, side.slowest))
     for c, until in heads.items():
         stream = _stream(side, c)
-        yield Row(f"stream {c}", (ahead, stream), (ahead_end, stream), start + until)
+        yield Row(f"stream {c}", (ahead, stream), (ahead_end, stream), start + until, ends=c)
         if mixed:
             yield from _switches(side, c, ahead, ahead_end, start + until)
 
@@ -139,7 +169,7 @@ def _switches(side: Side, c: int, ahead: Part, ahead_end: Part, start: float) ->
         premium = max(0.0, share * (side.n - 2) * one)
         every = (ahead, partial(backward_switch, side, c, e, premium))
         turn = (ahead_end, partial(switch_turn, side, c, e, premium))
-        yield Row("switch", every, turn, start + min((side.n - 1) * one - premium, one))
+        yield Row("switch", every, turn, start + min((side.n - 1) * one - premium, one), ends=c)
 
 
 def _expert_streams(forward: Side, backward: Side, head: dict[int, float]) -> Iterator[Row]:
@@ -154,25 +184,11 @@ def _expert_streams(forward: Side, backward: Side, head: dict[int, float]) -> It
     for c in _experts(forward.patterns):
         behind = _stream(backward, c)
         stream = (_stream(forward, c), behind)
-        yield Row(f"stream {c}", stream, stream, both)
+        yield Row(f"stream {c}", stream, stream, both, begins=c, ends=c)
         first = (_of(forward, "forward_first"), behind)
         yield Row(f"turn {c}", first, (*first, meeting), least)
         for a, seconds in head.items():
             more = backward.slowest - own[a]
             waiting: Part = partial(_where, backward, more, 0.0)
             turn = (_stream(forward, a), behind)
-            yield Row(f"turn {a} {c}", turn, (*turn, waiting), seconds + own[a])
-
-
-def sequential_rows(forward: Side, backward: Side) -> list[Row]:
-    """One micro-batch after another, each through all layers; and every device's own tasks."""
-    n, head = forward.n, np.array([r.head for r in forward.patterns.rates.of])
-    attends = forward.patterns.attends
-    both = float((forward.attention + backward.attention)[attends].max())
-    apart = forward.slowest + backward.slowest - both  # the same device goes on with the next micro-batch
-    every = (lambda: n * forward.alone, lambda: n * backward.alone)
-    rows = [Row("sequential", every, every, n * (float(head[attends[:, 0]].min()) - apart))]
-    for c in range(len(head)):
-        stream = (_stream(forward, c), _stream(backward, c))
-        rows.append(Row(f"stream {c}", stream, stream, float(n * head[c])))
-    return rows
+            yield Row(f"turn {a} {c}", turn, (*turn, waiting), seconds + own[a], begins=a)

@@ -73,7 +73,7 @@ def does_not_fit(cost: CostModel, rivals: dict[str, Rival], micro_batch_limit: i
 
 def _smallest_change(inputs: Inputs, limit: int) -> str:
     """The fewest devices of one type to add so that memory no longer rules everything out."""
-    if inputs.train.recompute == "off":
+    if inputs.train.recompute != "auto":
         train = inputs.train.model_copy(update={"recompute": "auto"})
         if _possible(inputs.model_copy(update={"train": train}), limit):
             return "with recompute: auto it would take no more devices"

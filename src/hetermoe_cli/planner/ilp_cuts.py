@@ -15,13 +15,16 @@ from hetermoe_cli.schedule.action import Action, Kind, Pass
 
 
 def cuts(model: Model) -> None:
-    """Add all cuts, for zebra with several micro-batches."""
+    """Add all cuts, window by window."""
     schedule = model.rates.choice.schedule
-    if schedule.name != "zebra" or not model.transfers:
+    if not model.transfers:
         return
+    firsts = range(0, schedule.micro_batches, schedule.window)
+    windows = [range(first, first + schedule.window) for first in firsts]
     for layer in model.layers:
         relief = model.horizon * _empty(model, layer)
-        for number, (later, earlier) in enumerate(_layer(model, layer)):
+        found = [cut for window in windows for cut in _layer(model, layer, window)]
+        for number, (later, earlier) in enumerate(found):
             model.problem += later + relief >= earlier, f"cut_{layer}_{number}"
 
 
@@ -35,12 +38,14 @@ def _empty(model: Model, layer: int) -> Any:
     return empty
 
 
-def _layer(model: Model, layer: int) -> Iterator[tuple[Any, Any]]:
+def _layer(model: Model, layer: int, window: range) -> Iterator[tuple[Any, Any]]:
     for c, device_class in model.classes:
-        yield from _streams(model, layer, c)
+        yield from _streams(model, layer, c, window)
         if device_class.attends:
-            yield from _forward(model, layer, c)
-            yield from _backward(model, layer, c)
+            if layer or not window[0]:
+                yield from _forward(model, layer, c, window)
+            if layer or window.stop == model.rates.choice.schedule.micro_batches:
+                yield from _backward(model, layer, c, window)
 
 
 def _time(model: Model, kind: Kind, way: Pass, layer: int, micro_batch: int, *, end: bool) -> Any:
@@ -49,40 +54,39 @@ def _time(model: Model, kind: Kind, way: Pass, layer: int, micro_batch: int, *, 
     return start + model.transfer[layer] if end else start
 
 
-def _streams(model: Model, layer: int, c: int) -> Iterator[tuple[Any, Any]]:
+def _streams(model: Model, layer: int, c: int, window: range) -> Iterator[tuple[Any, Any]]:
     """From the first transfer of a layer to its hosts, through E of all micro-batches, to the last one back."""
-    last = model.rates.choice.schedule.micro_batches - 1
     for way, there, back in ((Pass.FORWARD, Kind.DISPATCH, Kind.COMBINE), (Pass.BACKWARD, Kind.COMBINE, Kind.DISPATCH)):
-        each = model.rates.of[c].hosted[int(way is Pass.BACKWARD)] * (last + 1)
-        first = _time(model, there, way, layer, 0, end=True)
-        yield _time(model, back, way, layer, last, end=False), first + each * model.hosted[layer, c]
+        each = model.rates.of[c].hosted[int(way is Pass.BACKWARD)] * len(window)
+        first = _time(model, there, way, layer, window[0], end=True)
+        yield _time(model, back, way, layer, window[-1], end=False), first + each * model.hosted[layer, c]
 
 
-def _forward(model: Model, layer: int, c: int) -> Iterator[tuple[Any, Any]]:
+def _forward(model: Model, layer: int, c: int, window: range) -> Iterator[tuple[Any, Any]]:
     """A of one and E of all micro-batches up to the last combine; A of all and E of one up to the first."""
-    n, r = model.rates.choice.schedule.micro_batches, model.rates.of[c]
+    n, r = len(window), model.rates.of[c]
     hosted, hosts = model.hosted[layer, c], model.hosts[layer, c]
-    last = _time(model, Kind.COMBINE, Pass.FORWARD, layer, n - 1, end=False)
-    first = _time(model, Kind.COMBINE, Pass.FORWARD, layer, 0, end=False)
+    last = _time(model, Kind.COMBINE, Pass.FORWARD, layer, window[-1], end=False)
+    first = _time(model, Kind.COMBINE, Pass.FORWARD, layer, window[0], end=False)
     before_last: Any = (n - 1) * r.attention[0]
     before_first: Any = 0.0
     if layer:
-        before_last = _time(model, Kind.COMBINE, Pass.FORWARD, layer - 1, n - 1, end=True)
-        before_first = _time(model, Kind.COMBINE, Pass.FORWARD, layer - 1, 0, end=True)
+        before_last = _time(model, Kind.COMBINE, Pass.FORWARD, layer - 1, window[-1], end=True)
+        before_first = _time(model, Kind.COMBINE, Pass.FORWARD, layer - 1, window[0], end=True)
     yield last, before_last + r.attention[0] + n * r.hosted[0] * hosted
     yield first, before_first + r.attention[0] + (n - 1) * r.attention[0] * hosts + r.hosted[0] * hosted
 
 
-def _backward(model: Model, layer: int, c: int) -> Iterator[tuple[Any, Any]]:
+def _backward(model: Model, layer: int, c: int, window: range) -> Iterator[tuple[Any, Any]]:
     """E of all and A of one micro-batch from the first combine; E of one and A of all from the last."""
-    n, r = model.rates.choice.schedule.micro_batches, model.rates.of[c]
+    n, r = len(window), model.rates.of[c]
     hosted, hosts = model.hosted[layer, c], model.hosts[layer, c]
-    first = _time(model, Kind.COMBINE, Pass.BACKWARD, layer, 0, end=True)
-    last = _time(model, Kind.COMBINE, Pass.BACKWARD, layer, n - 1, end=True)
+    first = _time(model, Kind.COMBINE, Pass.BACKWARD, layer, window[0], end=True)
+    last = _time(model, Kind.COMBINE, Pass.BACKWARD, layer, window[-1], end=True)
     after_first: Any = model.finish - (n - 1) * r.attention[1]
     after_last: Any = model.finish
     if layer:
-        after_first = _time(model, Kind.COMBINE, Pass.BACKWARD, layer - 1, 0, end=False)
-        after_last = _time(model, Kind.COMBINE, Pass.BACKWARD, layer - 1, n - 1, end=False)
+        after_first = _time(model, Kind.COMBINE, Pass.BACKWARD, layer - 1, window[0], end=False)
+        after_last = _time(model, Kind.COMBINE, Pass.BACKWARD, layer - 1, window[-1], end=False)
     yield after_first, first + n * r.hosted[1] * hosted + r.attention[1]
     yield after_last, last + r.hosted[1] * hosted + r.attention[1] + (n - 1) * r.attention[1] * hosts

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetermoe_cli.planner.arrays import FloatArray, IntArray, largest, total
-from hetermoe_cli.planner.chains import Row, sequential_rows, zebra_rows
+from hetermoe_cli.planner.chains import Row, rows_of
 from hetermoe_cli.planner.patterns import Limits, Patterns, all_patterns, caps_within
 from hetermoe_cli.planner.rates import Rates
 from hetermoe_cli.planner.sides import Side
@@ -46,7 +46,7 @@ def mixture(rates: Rates, horizon: float, *, mixed: bool = False) -> Mixture | N
         return Mixture(np.inf, nothing, np.zeros(0), Limits.of(rates, horizon))
     sides = Side(patterns, 0), Side(patterns, 1)
     found = _run(Rows(*sides, mixed=False), horizon)
-    if found.bound >= horizon or not mixed or rates.choice.schedule.name == "sequential":
+    if found.bound >= horizon or not mixed or rates.choice.schedule.window == 1:
         return found
     better = _run(Rows(*sides, mixed=True), horizon)
     return better if better.bound > found.bound else found
@@ -62,8 +62,7 @@ class Rows:
     def __init__(self, forward: Side, backward: Side, mixed: bool) -> None:
         self.sides, self.mixed, self.patterns = (forward, backward), mixed, forward.patterns
         self.rates = self.patterns.rates
-        sequential = self.rates.choice.schedule.name == "sequential"
-        chains = sequential_rows(*self.sides) if sequential else zebra_rows(*self.sides, mixed)
+        chains = rows_of(*self.sides, mixed)
         classes = range(len(self.rates.classes))
         self.rows = [*chains, *map(self._step, classes), *map(self._memory, classes)]
         self.kinds = np.repeat([0, 1, 2], [len(chains), len(classes), len(classes)])

@@ -67,7 +67,8 @@ def device_rates(cost: CostModel, rank: int, sequences: int, schedule: ScheduleC
     counts[rank - 1] += total - sequences  # somebody attends to the others
     layout = Choice(schedule, tuple(counts)).full_layout(1)
     probe = LayoutCost(cost, layout)
-    rows, alive, recompute = cost.rows_per_expert(total), layout.micro_batches_alive, schedule.recompute
+    rows, alive = cost.rows_per_expert(total), schedule.window
+    attention_again, experts_again = schedule.recompute_attention, schedule.recompute_experts
 
     def pair(kind: Kind, rows: float | None = None) -> tuple[float, float]:
         forward, backward = Action(kind, Pass.FORWARD), Action(kind, Pass.BACKWARD)
@@ -78,7 +79,7 @@ def device_rates(cost: CostModel, rank: int, sequences: int, schedule: ScheduleC
     state = sum(STATE_BYTES[cost.train.precision]) * model.expert_parameters
     dense = model.dense_parameters if sequences else 0
     buffers = cost.buffer_bytes(total, sequences, 0.0)
-    kept = cost.attention_activation_bytes(device, sequences, recompute) if sequences else 0.0
+    kept = cost.attention_activation_bytes(device, sequences, attention_again) if sequences else 0.0
     return ClassRates(
         attention=pair(Kind.ATTENTION) if sequences else (0.0, 0.0),
         head=pair(Kind.HEAD)[1] if sequences else 0.0,
@@ -91,8 +92,8 @@ def device_rates(cost: CostModel, rank: int, sequences: int, schedule: ScheduleC
         + cost.transient_bytes(device, sequences)
         + buffers
         + device.framework_bytes,
-        memory_per_hosted=state + alive * cost.expert_activation_bytes(device, rows, recompute),
-        memory_per_replicated=state + alive * cost.expert_activation_bytes(device, own, recompute),
+        memory_per_hosted=state + alive * cost.expert_activation_bytes(device, rows, experts_again),
+        memory_per_replicated=state + alive * cost.expert_activation_bytes(device, own, experts_again),
         memory_if_any=device.expert(rows).saved_bytes,
         memory_per_share=(cost.buffer_bytes(total, sequences, 1.0) - buffers) / model.experts,
         memory_limit=device.memory_bytes * cost.train.memory_headroom,

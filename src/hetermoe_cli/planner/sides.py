@@ -1,7 +1,7 @@
 """Sides: the forward or the backward pass as chains of layers (see chains.py), every chain as seconds per pattern.
 
-R = micro-batches (`n`), d = transfer, A, E = tasks of one micro-batch. Where all of a layer is replicated there are no
-transfers, and the boundary is when an attending device's own stream gets there.
+n = micro-batches of a window, d = transfer, A, E = tasks of one micro-batch. Where all of a layer is replicated there are
+no transfers, and the boundary is when an attending device's own stream gets there.
 """
 
 from functools import cached_property
@@ -17,7 +17,9 @@ class Side:
 
     def __init__(self, patterns: Patterns, way: int) -> None:
         of = patterns.rates.of
-        self.patterns, self.n = patterns, patterns.rates.choice.schedule.micro_batches
+        schedule = patterns.rates.choice.schedule
+        self.patterns, self.n = patterns, schedule.window
+        self.windows = schedule.micro_batches // schedule.window
         self.attention = np.array([[r.attention[way]] for r in of])
         hosted = np.array([[r.hosted[way]] for r in of])
         copy = np.array([[r.replicated[way]] for r in of]) * patterns.attends
@@ -134,9 +136,3 @@ class Side:
     def _joined(self) -> FloatArray:
         joined = self.most(self.both, self.d + self.expert + self.attention)
         return largest([joined, np.full_like(joined, self.fastest)])
-
-    @cached_property
-    def alone(self) -> FloatArray:
-        """One micro-batch through a layer, with nothing overlapped."""
-        own: FloatArray = choose(self.patterns.attends, self.attention + self.copies, 0.0).max(0)
-        return self.or_replicated([self.one, own], self.attention + self.copies)

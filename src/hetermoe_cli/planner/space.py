@@ -27,13 +27,18 @@ def kinds(devices: Sequence[Device]) -> list[list[int]]:
 
 
 def schedules(cost: CostModel, limit: int) -> list[ScheduleChoice]:
-    """Every schedule; with one micro-batch both orders are the same."""
+    """Every R, window and recompute, with experts after the layer."""
     return [
-        ScheduleChoice(name=name, micro_batches=count, recompute=recompute)
+        ScheduleChoice(micro_batches=count, window=window, recompute=recompute)
         for count in micro_batch_counts(cost.train.global_batch_sequences, limit)
-        for name in (("zebra", "sequential") if count > 1 else ("zebra",))
+        for window in divisors(count)
         for recompute in recompute_choices(cost)
     ]
+
+
+def divisors(number: int) -> list[int]:
+    """Largest first."""
+    return [d for d in range(number, 0, -1) if number % d == 0]
 
 
 def splits(total: int, least: int, most: int, devices: int, *, whole: bool) -> list[tuple[int, ...]]:

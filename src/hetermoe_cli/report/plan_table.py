@@ -29,10 +29,9 @@ def headline(plan: Plan) -> Iterator[str]:
     )
     sources = [f"{name} {profile.source}" for name, profile in plan.inputs.profiles.items()]
     yield f"predicted, not measured; profiles: {', '.join(sources)}"
-    recompute = "with recomputation" if plan.schedule.recompute else "without recomputation"
     yield (
-        f"assignment {plan.assignment}, schedule {plan.schedule.name}, R = {plan.schedule.micro_batches} "
-        f"micro-batches, {recompute}: {seconds_text(plan.predicted.iteration_seconds)} an iteration, "
+        f"assignment {plan.assignment}, {plan.schedule}: "
+        f"{seconds_text(plan.predicted.iteration_seconds)} an iteration, "
         f"{plan.predicted.tokens_per_second:,.0f} tokens/s"
     )
 
@@ -101,10 +100,7 @@ def rivals_table(plan: Plan) -> Table:
         if rival.iteration_seconds is None:
             table.add_row(label, "-", "-", rival.reason)
             continue
-        how = ""
-        if rival.schedule:
-            how = f"{rival.schedule.name}, R = {rival.schedule.micro_batches}"
-            how += ", recomputation" if rival.schedule.recompute else ""
+        how = str(rival.schedule or "")
         ratio = rival.iteration_seconds / plan.predicted.iteration_seconds
         table.add_row(label, seconds_text(rival.iteration_seconds), f"{ratio:.2f}x", how)
     return table

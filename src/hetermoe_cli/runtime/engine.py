@@ -83,7 +83,7 @@ class Engine:
         inputs, arrived = self._border_before(layer, j)
         began = time.monotonic()
         dense = self._dense()
-        stage = AttentionStage.forward(dense, layer, inputs, self.layout.schedule.recompute)
+        stage = AttentionStage.forward(dense, layer, inputs, self.layout.schedule.recompute_attention)
         routing = self._maps[layer].route(stage.outputs().experts)
         rows = routing.gather(stage.take_rows())
         self._attention[place], self._routings[place] = stage, routing
@@ -99,7 +99,8 @@ class Engine:
         began = time.monotonic()
         arrivals = self._arrivals[place]
         parts = self.parts.experts_of(layer)
-        stage = ExpertStage.forward(parts, arrivals.group(rows), arrivals.counts, self.layout.schedule.recompute)
+        recompute = self.layout.schedule.recompute_experts
+        stage = ExpertStage.forward(parts, arrivals.group(rows), arrivals.counts, recompute)
         outputs = arrivals.ungroup(stage.take_outputs())
         if torch.is_grad_enabled():
             self._experts[place] = stage

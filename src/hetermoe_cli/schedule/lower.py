@@ -5,7 +5,7 @@ from collections.abc import Callable
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.schedule import Schedule
 from hetermoe_cli.schedule.zebra import training_order, validation_order
-from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.spec.plan import ExpertOrder, Layout
 
 
 def training_schedule(layout: Layout) -> Schedule:
@@ -24,7 +24,7 @@ def _lower(layout: Layout, order: Callable[[Layout, int], tuple[Action, ...]]) -
     transfers: list[Action] = []
     senders: dict[Action, tuple[int, ...]] = {}
     receivers: dict[Action, tuple[int, ...]] = {}
-    for action in _transfer_order(compute[attending[0]], layout.layers):
+    for action in _transfer_order(compute[attending[0]], layout.layers, layout.schedule.experts):
         hosting = tuple(layout.hosting(action.layer))
         if not hosting or (hosting == attending and len(attending) == 1):
             continue  # every row stays on its device
@@ -33,27 +33,37 @@ def _lower(layout: Layout, order: Callable[[Layout, int], tuple[Action, ...]]) -
     return Schedule(compute, tuple(transfers), senders, receivers)
 
 
-def _transfer_order(order: tuple[Action, ...], layers: int) -> list[Action]:
+def _transfer_order(order: tuple[Action, ...], layers: int, experts: ExpertOrder) -> list[Action]:
     """Transfers in the order of the attending ranks' stages.
 
     All dispatches of a layer's micro-batches go before their combines: an attending rank that hosts experts runs
-    them after the layer's attention, so a combine placed earlier would hold up the dispatches behind it. The last
+    them after the layer's attention, so a combine placed earlier would hold up the dispatches behind it. With experts
+    between micro-batches, forward answers follow one micro-batch behind and backward answers come one ahead. The last
     stages (head of a validation, backward of layer 0) send nothing, so that every answer is in before they end.
     """
     result: list[Action] = []
-    pending: list[Action] = []  # answers to the transfers sent since the last change of layer
+    waited: list[Action] = []  # answers that the stages of this layer wait for
+    sent: list[Action] = []  # answers to what they sent
     key: tuple[Kind, Pass, int] | None = None
     for action in order:
         if action.kind not in (Kind.ATTENTION, Kind.HEAD):
             continue
+        between = experts == "between" and action.kind is Kind.ATTENTION
+        backward = action.direction is Pass.BACKWARD
+        due = 1 if between and backward else len(waited)
         if (action.kind, action.direction, action.layer) != key:
-            result += pending
-            pending = []
             key = (action.kind, action.direction, action.layer)
+            waited, sent = waited + sent, []
+            due = 2 if between and backward else len(waited)
+        result += waited[:due]
+        del waited[:due]
         out = _sent_by(action, layers)
         if out:
             result.append(out)
-            pending.append(out.answer)
+            sent.append(out.answer)
+        if between and not backward:
+            result += sent[:-1]
+            del sent[:-1]
     return result
 
 

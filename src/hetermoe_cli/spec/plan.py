@@ -10,18 +10,66 @@ from hetermoe_cli.spec.base import NonNegativeFloat, NonNegativeInt, PositiveFlo
 from hetermoe_cli.spec.cluster import ClusterSpec, Device, Link, devices
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.profile import Profile
-from hetermoe_cli.spec.train import TrainSpec
+from hetermoe_cli.spec.train import Recompute, TrainSpec
 
-ScheduleName = Literal["zebra", "sequential"]
+ScheduleName = Literal["zebra", "windowed", "sequential"]
+ExpertOrder = Literal["after", "between"]
 Assignment = Literal["optimal", "gather_squeeze", "ep", "dist_ep", "manual"]
 
 
 class ScheduleChoice(Spec):
-    """Which order to run: R micro-batches, with or without recomputing stages in backward."""
+    """Which order to run: R micro-batches in windows that go forward and backward one after another.
 
-    name: ScheduleName
+    `window` micro-batches are in flight together: all of them is zebra, one is sequential. `experts`: attending ranks
+    run their experts after the layer's attention of all micro-batches in the window, or between them.
+    `recompute`: which stages run again in backward instead of keeping their activations.
+    """
+
     micro_batches: PositiveInt
-    recompute: bool = False
+    window: PositiveInt
+    experts: ExpertOrder = "after"
+    recompute: Recompute = "none"
+
+    @model_validator(mode="after")
+    def _check(self) -> "ScheduleChoice":
+        if self.micro_batches % self.window:
+            raise ValueError(f"window {self.window} does not divide micro_batches {self.micro_batches}")
+        return self
+
+    @classmethod
+    def zebra(cls, micro_batches: int, *, recompute: Recompute = "none") -> "ScheduleChoice":
+        """All micro-batches in flight together."""
+        return cls(micro_batches=micro_batches, window=micro_batches, recompute=recompute)
+
+    @classmethod
+    def sequential(cls, micro_batches: int, *, recompute: Recompute = "none") -> "ScheduleChoice":
+        """One micro-batch after another, nothing overlapped."""
+        return cls(micro_batches=micro_batches, window=1, recompute=recompute)
+
+    @property
+    def name(self) -> ScheduleName:
+        """zebra, windowed or sequential."""
+        if self.window == self.micro_batches:
+            return "zebra"
+        return "sequential" if self.window == 1 else "windowed"
+
+    @property
+    def recompute_attention(self) -> bool:
+        """Whether attention stages run again in backward."""
+        return self.recompute in ("attention", "all")
+
+    @property
+    def recompute_experts(self) -> bool:
+        """Whether expert stages run again in backward."""
+        return self.recompute in ("experts", "all")
+
+    def __str__(self) -> str:
+        parts = [self.name, f"R = {self.micro_batches}"]
+        parts += [f"windows of {self.window}"] * (self.name == "windowed")
+        parts += ["experts between micro-batches"] * (self.experts == "between")
+        again = {"all": ["recomputation"], "none": []}.get(self.recompute, [f"recomputation of {self.recompute}"])
+        parts += again
+        return ", ".join(parts)
 
 
 class LayerPlacement(Spec):
@@ -79,8 +127,8 @@ class Layout(Spec):
 
     @property
     def micro_batches_alive(self) -> int:
-        """Micro-batches whose activations are kept at once: all of them, or one where they follow each other."""
-        return 1 if self.schedule.name == "sequential" else self.micro_batches
+        """Micro-batches whose activations are kept at once."""
+        return self.schedule.window
 
     @property
     def sequences_per_micro_batch(self) -> int:

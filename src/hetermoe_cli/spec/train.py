@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 from hetermoe_cli.spec.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec
 from hetermoe_cli.spec.profile import Precision
 
+# Stages that run again in backward instead of keeping their activations; a head never does.
+Recompute = Literal["none", "attention", "experts", "all"]
+
 
 class TrainSpec(Spec):
     """Batch, precision and optimizer of a run. The learning rate warms up linearly, then follows a cosine."""
@@ -16,7 +19,7 @@ class TrainSpec(Spec):
     sequence_length: PositiveInt
     global_batch_sequences: PositiveInt
     precision: Precision = "fp16"
-    recompute: Literal["auto", "on", "off"] = "auto"
+    recompute: Recompute | Literal["auto"] = "auto"
     steps: PositiveInt = 100
     learning_rate: PositiveFloat = 1e-3
     minimum_learning_rate_ratio: NonNegativeFloat = Field(default=0.1, le=1)

@@ -1,0 +1,131 @@
+"""Run folders as `hetermoe train` leaves them, with traces that the simulator makes from profiles known to the test.
+
+plan = measured_plan()
+write_run(folder, plan, truth=scaled_inputs(plan.inputs, {"new": {"head": 2.0}}))
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from builders import make_inputs, make_layout, make_model, make_plan, make_profile
+from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import RecordedLoad
+from hetermoe_cli.runtime.recorder import load_path, trace_path
+from hetermoe_cli.simulator import simulate
+from hetermoe_cli.spec.files import dump
+from hetermoe_cli.spec.plan import Inputs, Layout, Plan
+from hetermoe_cli.spec.profile import KernelTable, Profile
+from hetermoe_cli.spec.run import Emulation, RunSpec
+from hetermoe_cli.trace import Trace
+
+FIRST_STEP = 2  # of the traced ones; the engine traces none before it
+WARM_UP = 3.0  # times as slow is the first traced step
+
+
+def measured_plan(
+    layout: Layout | None = None, nodes: Sequence[tuple[str, int]] = (("new", 2),), **inputs: Any
+) -> Plan:
+    """A plan with measured profiles in fp32; every rank attends and hosts unless a layout is given."""
+    layout = layout or make_layout((1, 1), (2, 2))
+    model = make_model(layers=layout.layers, experts=layout.experts)
+    rates = {"new": 1.0, "old": 3.0}
+    profiles = {
+        name: make_profile(
+            name, model=model, precision="fp32", source="measured", attention_seconds=slow, expert_seconds=0.01 * slow
+        )
+        for name, slow in rates.items()
+        if name in dict(nodes)
+    }
+    batch = layout.sequences_per_micro_batch * layout.micro_batches
+    given = {"model": model, "profiles": profiles, "precision": "fp32", "global_batch_sequences": batch, **inputs}
+    return make_plan(make_inputs(nodes, **given), layout)
+
+
+def scaled_profile(profile: Profile, ratios: Mapping[str, float]) -> Profile:
+    """`profile` with the seconds of every kind of task multiplied."""
+
+    def points(table: KernelTable, field: str, forward: str, backward: str) -> list[Any]:
+        return [
+            point.model_copy(
+                update={
+                    "forward_seconds": point.forward_seconds * ratios.get(forward, 1.0),
+                    "backward_seconds": point.backward_seconds * ratios.get(backward, 1.0),
+                }
+            )
+            for point in getattr(table, field)
+        ]
+
+    tables = [
+        table.model_copy(
+            update={
+                "attention": points(table, "attention", "attention forward", "attention backward"),
+                "expert": points(table, "expert", "expert forward", "expert backward"),
+                "head": points(table, "head", "head", "head"),
+                "optimizer_seconds_per_parameter": table.optimizer_seconds_per_parameter * ratios.get("optimizer", 1.0),
+            }
+        )
+        for table in profile.tables
+    ]
+    return profile.model_copy(update={"tables": tables})
+
+
+def scaled_inputs(inputs: Inputs, ratios: Mapping[str, Mapping[str, float]]) -> Inputs:
+    """`inputs` whose devices are really slower, by device type and kind of task."""
+    profiles = {name: scaled_profile(profile, ratios.get(name, {})) for name, profile in inputs.profiles.items()}
+    return inputs.model_copy(update={"profiles": profiles})
+
+
+def write_run(
+    folder: Path,
+    plan: Plan,
+    truth: Inputs | None = None,
+    *,
+    steps: int = 4,
+    emulated_scale: float | None = None,
+    loads: bool = True,
+    router: Literal["learned", "balanced"] = "learned",
+) -> Path:
+    """A finished run of `plan` whose devices are those of `truth` and whose router is skewed by a fixed seed.
+
+    With `emulated_scale` an emulated one, all of whose seconds are multiplied by it.
+    """
+    executed: dict[str, Any] = {"executed": plan.inputs.model, "sequence_length": plan.inputs.train.sequence_length}
+    run = RunSpec(
+        plan=plan,
+        folder=str(folder),
+        corpus_sha256="0",
+        precision="fp32",
+        steps=FIRST_STEP + steps,
+        router=router,
+        emulation=Emulation(**executed, time_scale=emulated_scale) if emulated_scale else None,
+    )
+    dump(run, folder / "run.yaml")
+    counts = _counts(plan, run.steps)
+    if loads:
+        for rank in plan.layout.attending:
+            path = load_path(folder, rank)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, counts[rank])
+    cost, scale = CostModel(truth or plan.inputs), emulated_scale or 1.0
+    origin: Any = "emulated" if emulated_scale else "measured"
+    traces = [Trace(origin) for _ in range(plan.layout.world_size)]
+    for step in range(FIRST_STEP, run.steps):
+        slow = scale * (WARM_UP if step == FIRST_STEP and steps > 1 else 1.0)
+        for span in simulate(LayoutCost(cost, plan.layout, RecordedLoad(counts[:, step], 1.0))).spans:
+            traces[span.rank].spans.append(span._replace(start=slow * span.start, end=slow * span.end, step=step))
+    for rank, trace in enumerate(traces):
+        trace.write(trace_path(folder, rank))
+    return folder
+
+
+def _counts(plan: Plan, steps: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """[world, steps, layers, micro-batches, experts] rows that a skewed router sends."""
+    layout, train, model = plan.layout, plan.inputs.train, plan.inputs.model
+    random = np.random.default_rng(0)
+    rows = [count * train.sequence_length * model.top_k for count in layout.sequences_per_rank]
+    places = (steps, layout.layers, layout.micro_batches)
+    shares = random.dirichlet(np.ones(layout.experts), size=places)
+    return np.array([random.multinomial(count, shares) for count in rows], np.int32)
