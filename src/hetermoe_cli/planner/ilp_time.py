@@ -51,7 +51,9 @@ def port_sharing(model: Model) -> None:
         pairs = {(c, d) for c, d in model.rates.conflicts}
         pairs |= {(d, c) for c, d in pairs}
         for c, d in sorted(pairs):
-            one, other = model.flag(first, c), model.flag(second, d)
+            sure = model.mode == "largest" or model.rates.sure_conflict(c, d)
+            flags = model.hosts if sure else model.all_host
+            one, other = flags[first, c], flags[second, d]
             both = one if one is other else one + other - 1
             model.problem += shares >= both, f"shares_{first}_{second}_{c}_{d}"
 

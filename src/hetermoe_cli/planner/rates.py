@@ -59,8 +59,14 @@ class Port:
     devices: int  # hosting devices behind the port; 0 for a source's port
 
 
-def device_rates(cost: CostModel, rank: int, sequences: int, schedule: ScheduleChoice, total: int) -> ClassRates:
-    """Rates of `rank` attending to `sequences` of a micro-batch of `total` sequences."""
+def device_rates(
+    cost: CostModel, rank: int, sequences: int, schedule: ScheduleChoice, total: int, attending: int | None = None
+) -> ClassRates:
+    """Rates of `rank` attending to `sequences` of a micro-batch of `total` sequences.
+
+    A sharded dense part is shared by `attending` ranks; without it by as many as there can be, which bounds them all.
+    """
+    attending = attending or min(len(cost.devices), total)
     model, device, own = cost.model, cost.of(rank), cost.rows_per_expert(sequences)
     counts = [0] * len(cost.devices)
     counts[rank] = sequences
@@ -77,7 +83,7 @@ def device_rates(cost: CostModel, rank: int, sequences: int, schedule: ScheduleC
         return probe.expert_seconds(rank, forward, [rows]), probe.expert_seconds(rank, backward, [rows])
 
     state = sum(STATE_BYTES[cost.train.precision]) * model.expert_parameters
-    dense = model.dense_parameters if sequences else 0
+    dense = cost.dense_updates(schedule, attending) if sequences else 0
     buffers = cost.buffer_bytes(total, sequences, 0.0)
     kept = cost.attention_activation_bytes(device, sequences, attention_again) if sequences else 0.0
     return ClassRates(
@@ -87,7 +93,7 @@ def device_rates(cost: CostModel, rank: int, sequences: int, schedule: ScheduleC
         replicated=pair(Kind.EXPERT, own) if sequences else (0.0, 0.0),
         optimizer_base=cost.optimizer_seconds(device, dense),
         optimizer_per_expert=cost.optimizer_seconds(device, model.expert_parameters),
-        memory_base=dense * sum(STATE_BYTES[cost.train.precision])
+        memory_base=(sum(cost.dense_state_bytes(schedule, attending)) if sequences else 0)
         + alive * model.layers * kept
         + cost.transient_bytes(device, sequences)
         + buffers
@@ -108,16 +114,15 @@ class Rates:
         self.layers, self.experts = cost.model.layers, cost.model.experts
         self.class_of = {rank: index for index, c in enumerate(self.classes) for rank in c.ranks}
         total = choice.micro_batch_sequences
-        self.of = [device_rates(cost, c.ranks[0], c.sequences, choice.schedule, total) for c in self.classes]
+        attending = sum(c.count for c in self.classes if c.attends)
+        self.of = [device_rates(cost, c.ranks[0], c.sequences, choice.schedule, total, attending) for c in self.classes]
 
     @cached_property
     def synchronise(self) -> tuple[float, float]:
         """Seconds of the all-reduce: without replicated experts, and for each one."""
-        ranks = [rank for c in self.classes if c.attends for rank in c.ranks]
-        dense, expert = self.cost.dense_gradient_bytes, self.cost.expert_gradient_bytes
-        reduce = self.cost.network.all_reduce_seconds
-        base = reduce(sorted(ranks), dense)
-        return base, reduce(sorted(ranks), dense + expert) - base
+        ranks = sorted(rank for c in self.classes if c.attends for rank in c.ranks)
+        base, more = (self.cost.synchronise_seconds(self.choice.schedule, ranks, copies) for copies in (0, 1))
+        return base, more - base
 
     def scaled(self, unit: float) -> "Rates":
         """The same with all times in units of `unit` seconds."""
@@ -156,6 +161,18 @@ class Rates:
             if source and target:
                 pairs |= {(c, d): None for c in target.users for d in source.users}
         return list(pairs)
+
+    def sure_conflict(self, c: int, d: int) -> bool:
+        """Whether any host of one class and any of the other conflict: the nodes of one attend, the other is elsewhere.
+
+        Claimed only where each node has one NIC and others attend in other nodes.
+        """
+        devices, sequences = self.cost.devices, self.choice.sequences
+        if len({(device.node, device.nic) for device in devices}) > len({device.node for device in devices}):
+            return False
+        first, second = ({devices[rank].node for rank in self.classes[i].ranks} for i in (c, d))
+        attending = {device.node for device in devices if sequences[device.rank]}
+        return not first & second and len(attending) > 1 and (first <= attending or second <= attending)
 
     @cached_property
     def _port_pairs(self) -> list[tuple[Port | None, Port | None]]:
