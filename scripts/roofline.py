@@ -5,27 +5,33 @@ A plain sum, nothing overlaps inside a kernel group:
     seconds = GEMM flops / GEMM rate + attention-core flops / core rate + bytes / bandwidth + kernels x launch
 
 `bytes` are what element-wise kernels read and write, each operation once, and the weights that the GEMMs read.
-Backward: GEMM x2 (gradients of inputs and of weights), attention core x2.5 (FlashAttention 2, Dao 2023, recomputes
-the scores: 5 products against 2), everything else x2.
+Backward: GEMM x2 (gradients of inputs and of weights), everything else x2, but for the attention core: FlashAttention 2
+(Dao 2023) recomputes the scores, so its products are 3 as wide as keys and 2 as wide as values against 1 and 1 of
+forward. That is x2.5 where keys and values have one width and x2.6 for DeepSeek-V3's 192 and 128.
+
+An attention stage of a model with shared experts runs them on its own tokens. Latent attention is counted as training
+runs it: keys and values of all heads are projected up from the latents and go through the same core, values in their
+own width (a kernel that pads them to the keys' width takes up to 20 % longer).
 """
 
 from dataclasses import dataclass
 
-from hetermoe_cli.spec.model import NAMED_MODELS, LayerShape
-from hetermoe_cli.spec.profile import BYTES_PER_ELEMENT, Precision
+from hetermoe_cli.spec.model import NAMED_MODELS, LatentAttention, LayerShape
 
-PRECISION: Precision = "fp16"  # what the paper trains in, and the only mixed precision that V100 and T4 have
+ELEMENT_BYTES = 2  # fp16 and bf16
 LAUNCH_SECONDS = 5e-6  # one kernel launch, typical of CUDA drivers
 ATTENTION_KERNELS, EXPERT_KERNELS, HEAD_KERNELS = 20, 4, 8  # launches of a forward, counted in model/*.py
-BACKWARD, CORE_BACKWARD = 2.0, 2.5
+LATENT_KERNELS = 8  # more than ATTENTION_KERNELS: three projections, two norms, copies that join the parts of a head
+BACKWARD = 2.0
 
 
 @dataclass(frozen=True)
 class Work:
-    """One forward: GEMM flops, attention-core flops, bytes moved, kernels launched."""
+    """One forward: GEMM flops, attention-core flops (and those of its backward), bytes moved, kernels launched."""
 
     gemm: float
     core: float
+    core_backward: float
     traffic: float
     kernels: int
 
@@ -44,62 +50,128 @@ class Rates:
 
     def backward(self, work: Work) -> float:
         """Seconds."""
-        return CORE_BACKWARD * work.core / self.core + BACKWARD * self._rest(work)
+        return work.core_backward / self.core + BACKWARD * self._rest(work)
 
     def _rest(self, work: Work) -> float:
         return work.gemm / self.gemm + work.traffic / self.bandwidth + work.kernels * LAUNCH_SECONDS
 
 
-def attention_widths(shape: LayerShape) -> tuple[int, int, int]:
-    """Widths of all queries and of all keys, and the number of experts that the gate scores.
+@dataclass(frozen=True)
+class Part:
+    """What one way to attend, or the shared experts, add to an attention stage.
 
-    A LayerShape does not name the experts: the largest count of the named models of that shape stands in (the gate
-    is less than 1 % of the flops).
+    `weights` are all read once; `moved` and `saved` count elements a token, `saved_bytes` other bytes a token,
+    `norms` the elements a token that a norm which is not fused keeps besides.
     """
-    experts = max((m.experts for m in NAMED_MODELS.values() if m.shape == shape), default=8)
-    return shape.attention_heads * shape.head_size, shape.kv_heads * shape.head_size, experts
+
+    weights: int
+    moved: int
+    saved: int
+    saved_bytes: int = 0
+    norms: int = 0
+    kernels: int = 0
+
+
+def grouped(shape: LayerShape) -> Part:
+    """GQA: projections, RoPE, keys and values repeated for their queries.
+
+    Saved: rotated query, repeated key and value, attention output and its copy in token order. Groups are assumed
+    (without them the whole qkv stays alive as value).
+    """
+    query, key = shape.attention_heads * shape.head_size, shape.kv_heads * shape.head_size
+    rope = repeat = 2 * (query + key)
+    return Part(weights=2 * shape.hidden_size * (query + key), moved=rope + repeat, saved=5 * query)
+
+
+def latent(shape: LayerShape, sizes: LatentAttention) -> Part:
+    """MLA: norms of both latents, RoPE on its part of the queries and on the shared key, heads joined from two parts.
+
+    Saved: both latents and their norms, joined query and key, the up-projection that the values are a part of,
+    attention output and its copy in token order; two inverse norms in fp32.
+    """
+    heads, ranks = shape.attention_heads, sizes.query_rank + sizes.key_value_rank
+    rope, join = 2 * (heads + 1) * sizes.rope_size, 2 * 2 * heads * shape.head_size
+    up = heads * (sizes.nope_size + sizes.value_size)
+    return Part(
+        weights=sizes.matrix_parameters(shape.hidden_size, heads),
+        moved=2 * ranks + rope + join,
+        saved=2 * ranks + sizes.rope_size + 2 * heads * shape.head_size + up + 2 * heads * sizes.value_size,
+        saved_bytes=2 * 4,
+        norms=ranks,
+        kernels=LATENT_KERNELS,
+    )
+
+
+def shared(shape: LayerShape) -> Part:
+    """Shared experts as one SwiGLU network of their widths together, added to the residual.
+
+    Saved: gate and up, silu(gate), their product; the rows are the norm's output.
+    """
+    width = shape.shared_experts * shape.ffn_size
+    if not width:
+        return Part(0, 0, 0)
+    hidden = shape.hidden_size
+    return Part(weights=3 * hidden * width, moved=3 * width + 3 * hidden, saved=4 * width, kernels=EXPERT_KERNELS + 1)
+
+
+def parts(shape: LayerShape) -> tuple[Part, Part]:
+    """How the shape attends, and its shared experts."""
+    return latent(shape, shape.latent) if shape.latent else grouped(shape), shared(shape)
+
+
+def gate_experts(shape: LayerShape) -> int:
+    """The number of experts that the gate scores.
+
+    A LayerShape does not name it: the largest count of the named models of that shape stands in (the gate is less than
+    1 % of the flops).
+    """
+    return max((m.experts for m in NAMED_MODELS.values() if m.shape == shape), default=8)
 
 
 def attention_work(shape: LayerShape, length: int, sequences: int) -> Work:
-    """Combine of the layer before, norms, projections, RoPE, causal attention, gate."""
-    query, key, experts = attention_widths(shape)
-    hidden, tokens, element = shape.hidden_size, length * sequences, BYTES_PER_ELEMENT[PRECISION]
-    weights = hidden * (2 * query + 2 * key + experts)
+    """Combine of the layer before, norms, projections, RoPE, causal attention, gate, shared experts."""
+    hidden, experts, tokens = shape.hidden_size, gate_experts(shape), length * sequences
+    added = parts(shape)
+    weights = hidden * experts + sum(part.weights for part in added)
     combine, norms, residual = (shape.top_k + 2) * hidden, 4 * hidden, 3 * hidden
-    rope, repeat = 2 * (query + key), 2 * (key + query)
-    moved = tokens * (combine + norms + residual + rope + repeat + 3 * experts) + weights
-    causal_core = 2 * sequences * length**2 * query  # QK' and PV, 2 flops each, half of them masked
-    return Work(2 * tokens * weights, causal_core, element * moved, ATTENTION_KERNELS)
+    moved = tokens * (combine + norms + residual + 3 * experts + sum(part.moved for part in added)) + weights
+    key = shape.attention_heads * shape.head_size
+    value = shape.attention_heads * (shape.latent.value_size if shape.latent else shape.head_size)
+    pairs = sequences * length**2  # of query and key; half of them masked, 2 flops for each product
+    kernels = ATTENTION_KERNELS + sum(part.kernels for part in added)
+    return Work(
+        2 * tokens * weights, pairs * (key + value), pairs * (3 * key + 2 * value), ELEMENT_BYTES * moved, kernels
+    )
 
 
 def expert_work(shape: LayerShape, tokens: int) -> Work:
     """One SwiGLU expert."""
     weights = 3 * shape.hidden_size * shape.ffn_size
     moved = tokens * 3 * shape.ffn_size + weights
-    return Work(2 * tokens * weights, 0, BYTES_PER_ELEMENT[PRECISION] * moved, EXPERT_KERNELS)
+    return Work(2 * tokens * weights, 0, 0, ELEMENT_BYTES * moved, EXPERT_KERNELS)
 
 
 def head_work(shape: LayerShape, tokens: int) -> Work:
     """Combine, final norm, LM head, loss."""
     weights = shape.hidden_size * shape.vocab_size
     moved = tokens * ((shape.top_k + 4) * shape.hidden_size + 2 * shape.vocab_size) + weights
-    return Work(2 * tokens * weights, 0, BYTES_PER_ELEMENT[PRECISION] * moved, HEAD_KERNELS)
+    return Work(2 * tokens * weights, 0, 0, ELEMENT_BYTES * moved, HEAD_KERNELS)
 
 
 def attention_saved_bytes(shape: LayerShape, length: int, sequences: int, element: int, fused_norm: bool = True) -> int:
     """What autograd and the stage keep of model/attention.py and combine, `element` bytes each; no parameters.
 
-    Leaves hidden, expert outputs and weights; both residuals and both norms' outputs; rotated query, repeated key and
-    value, attention output and its copy in token order (fp32 log-sum-exp beside it); gate scores, top k and their sum,
-    int64 choices, inverse norms; once: cos and sin. Without a fused RMSNorm (the CPU) each norm keeps one tensor more.
-    Grouped-query attention is assumed (without groups the whole qkv stays alive as value).
+    Leaves hidden, expert outputs and weights; both residuals and both norms' outputs; what the parts keep (fp32
+    log-sum-exp beside it); gate scores, top k and their sum, int64 choices, inverse norms; once: cos and sin. Without a
+    fused RMSNorm (the CPU) each norm keeps one tensor more.
     """
-    query, _, experts = attention_widths(shape)
-    per_token = element * ((5 + shape.top_k) * shape.hidden_size + 5 * query + experts + 2 * shape.top_k + 1)
-    per_token += (
-        4 * shape.attention_heads + 8 * shape.top_k + 2 * 4 + (0 if fused_norm else 2 * element * shape.hidden_size)
-    )
-    return sequences * length * per_token + element * length * shape.head_size
+    hidden, k, added = shape.hidden_size, shape.top_k, parts(shape)
+    elements = (5 + k) * hidden + gate_experts(shape) + 2 * k + 1 + sum(part.saved for part in added)
+    if not fused_norm:
+        elements += 2 * hidden + sum(part.norms for part in added)
+    others = 4 * shape.attention_heads + 8 * k + 2 * 4 + sum(part.saved_bytes for part in added)
+    rope = shape.latent.rope_size if shape.latent else shape.head_size
+    return sequences * length * (element * elements + others) + element * length * rope
 
 
 def expert_saved_bytes(shape: LayerShape, tokens: int, element: int) -> int:

@@ -18,6 +18,7 @@ from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.plan import (
     Bound,
     ExpertOrder,
+    Group,
     Inputs,
     LayerPlacement,
     Layout,
@@ -26,6 +27,7 @@ from hetermoe_cli.spec.plan import (
     ScheduleChoice,
     ScheduleName,
     SolverReport,
+    TransferOrder,
 )
 from hetermoe_cli.spec.profile import (
     AttentionPoint,
@@ -158,14 +160,19 @@ def make_inputs(
 
 
 def make_schedule(
-    name: ScheduleName, micro_batches: int, *, experts: ExpertOrder = "after", recompute: Recompute = "none"
+    name: ScheduleName,
+    micro_batches: int,
+    *,
+    experts: ExpertOrder = "after",
+    transfers: TransferOrder = "layered",
+    recompute: Recompute = "none",
 ) -> ScheduleChoice:
     """A schedule by name; windows of the largest size that leaves several."""
     widths = {"zebra": micro_batches, "sequential": 1}
-    widths["windowed"] = max(
-        w for w in range(1, micro_batches + 1) if not micro_batches % w and w < max(2, micro_batches)
+    widths["windowed"] = max([w for w in range(1, micro_batches) if not micro_batches % w], default=1)
+    return ScheduleChoice(
+        micro_batches=micro_batches, window=widths[name], experts=experts, transfers=transfers, recompute=recompute
     )
-    return ScheduleChoice(micro_batches=micro_batches, window=widths[name], experts=experts, recompute=recompute)
 
 
 def make_layout(
@@ -210,9 +217,7 @@ def make_plan(inputs: Inputs | None = None, layout: Layout | None = None) -> Pla
     return Plan(
         date=DAY,
         assignment="manual",
-        schedule=layout.schedule,
-        sequences_per_rank=layout.sequences_per_rank,
-        placement=layout.placement,
+        groups=[Group.of(layout, [list(range(layout.world_size))])],
         predicted=Prediction(
             iteration_seconds=trace.seconds,
             tokens_per_second=tokens / trace.seconds,
@@ -249,6 +254,7 @@ def layouts(
             draw(st.sampled_from(schedules)),
             draw(st.integers(1, 4)),
             experts=draw(st.sampled_from(orders)),
+            transfers=draw(st.sampled_from(get_args(TransferOrder))),
             recompute=draw(st.sampled_from(get_args(Recompute))),
         ),
         sequences_per_rank=draw(st.lists(st.integers(0, 2), min_size=world, max_size=world).filter(any)),

@@ -2,22 +2,25 @@
 
 import itertools
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from builders import layouts, make_cost, make_inputs, make_layout, make_model, make_profile
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.cost.layout import RecordedLoad
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.schedule.action import parse_action
+from hetermoe_cli.schedule.action import Action, parse_action
 from hetermoe_cli.schedule.lower import training_schedule, validation_schedule
-from hetermoe_cli.schedule.schedule import inputs, parse_schedule
+from hetermoe_cli.schedule.schedule import Schedule, inputs, parse_schedule
 from hetermoe_cli.simulator import check_deadlock, simulate
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.plan import Inputs, LayerPlacement, Layout
 from hetermoe_cli.trace import Span, Trace, display_name
+from reference_simulator import reference_spans
 
 ROWS = 4 * 32  # of one micro-batch: 64 tokens, top-2
 ROW_BYTES = 128
@@ -244,6 +247,63 @@ def test_a_faster_network_is_never_slower(layout: Layout) -> None:
     slow, fast = (Link(bandwidth_gigabytes_per_second=b, latency_microseconds=0) for b in (1e-5, 1e-3))
     seconds = [simulate(make_cost(layout, network=link, interconnect=link)).seconds for link in (slow, fast)]
     assert seconds[1] <= seconds[0]
+
+
+@given(layouts(), st.integers(1, 3), st.integers(1, 2), st.booleans(), st.data())
+def test_every_span_is_that_of_the_plainest_replay(
+    layout: Layout, per_node: int, nics: int, balanced: bool, data: st.DataObject
+) -> None:
+    """Shared NICs, recorded loads, and orders that are not the layout's own."""
+    world = layout.world_size
+    nodes = [(data.draw(devices), min(per_node, world - first)) for first in range(0, world, per_node)]
+    link = Link(bandwidth_gigabytes_per_second=1e-5, latency_microseconds=10)
+    cost = make_cost(layout, nodes, nics=nics, network=link, interconnect=link)
+    if not balanced:
+        size = (world, layout.layers, layout.micro_batches, layout.experts)
+        counts = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 50, size)
+        counts[np.array(layout.sequences_per_rank) == 0] = 0
+        cost = LayoutCost(cost.cost, layout, RecordedLoad(counts, 1.5))
+    schedule = training_schedule(layout)
+    rank = data.draw(st.integers(0, world - 1))
+    order = swapped(schedule.compute[rank], data) if data.draw(st.booleans()) else schedule.compute[rank]
+    schedule = replace(schedule, compute=(*schedule.compute[:rank], order, *schedule.compute[rank + 1 :]))
+    expected = reference_spans(cost, schedule)
+    if expected is None:
+        with pytest.raises(UserError, match="deadlock"):
+            simulate(cost, schedule)
+        return
+    trace = simulate(cost, schedule)
+    assert sorted(trace.spans) == expected
+    plain = Trace("simulated", expected)
+    assert trace.seconds == plain.seconds
+    assert trace.step_seconds() == plain.step_seconds()
+    assert trace.busy_share(world) == pytest.approx(plain.busy_share(world))
+
+
+def test_an_answer_waits_for_its_senders_only() -> None:
+    # Rank 0 runs its replica of the third expert after both attention tasks; the hosts' answer goes out before.
+    layout = make_layout((1, 0), (0, 2), replicated=1)
+    cost = make_cost(layout, model=make_model(experts=3))
+    spans = simulate(cost).spans
+    ends = {s.rank: s.end for s in spans if s.name == "0EF0"}
+    assert {s.start for s in spans if s.name == "0CF0"} == {ends[1]}
+    assert ends[1] < ends[0]
+
+
+devices = st.sampled_from(["new", "old"])
+
+
+def swapped(order: tuple[Action, ...], data: st.DataObject) -> tuple[Action, ...]:
+    """Two neighbours in each other's place."""
+    if len(order) < 2:
+        return order
+    first = data.draw(st.integers(0, len(order) - 2))
+    return (*order[:first], order[first + 1], order[first], *order[first + 2 :])
+
+
+def test_a_schedule_without_tasks_takes_no_time() -> None:
+    trace = simulate(make_cost(make_layout()), Schedule(((), ()), (), {}, {}))
+    assert (trace.seconds, trace.spans, trace.busy_share(2)) == (0.0, [], [0.0, 0.0])
 
 
 DEADLOCK = """

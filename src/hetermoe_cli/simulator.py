@@ -1,70 +1,38 @@
-"""Event simulator: Schedule + costs -> Trace. With unit costs it is the deadlock check."""
+"""Simulator: Schedule + costs -> Trace. Without costs it is the deadlock check."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
 
 from hetermoe_cli.cost.layout import LayoutCost
-from hetermoe_cli.cost.ports import TransferCost
+from hetermoe_cli.cost.ports import Matrix
+from hetermoe_cli.dataflow import Compute, Dataflow, dataflow
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import Action, Kind
 from hetermoe_cli.schedule.lower import training_schedule
-from hetermoe_cli.schedule.schedule import Schedule, inputs
-from hetermoe_cli.trace import Span, Trace, display_name, lane_of
+from hetermoe_cli.schedule.schedule import Schedule
+from hetermoe_cli.trace import LANES, Span, Trace, display_name, lane_of
 
 
-@dataclass
-class _Graph:
-    """Tasks as numbers: durations, edges and the number of open dependencies."""
+class Times(NamedTuple):
+    """When the iteration ends, and when tasks start and end: compute tasks on each of their ranks, transfers once."""
 
-    tasks: list[tuple[int, Action]]  # rank -1: a task of several ranks
-    seconds: list[float]
-    after: list[list[int]]
-    waiting: list[int]
-
-    def add(self, rank: int, action: Action, seconds: float) -> int:
-        self.tasks.append((rank, action))
-        self.seconds.append(seconds)
-        self.after.append([])
-        self.waiting.append(0)
-        return len(self.tasks) - 1
-
-    def edge(self, first: int, second: int) -> None:
-        self.after[first].append(second)
-        self.waiting[second] += 1
-
-    def run(self) -> tuple[list[float], list[float]]:
-        """Start and end of every task; a task starts when all that it waits for have ended."""
-        starts, ends = [0.0] * len(self.tasks), [0.0] * len(self.tasks)
-        ready = [task for task, count in enumerate(self.waiting) if not count]
-        done = 0
-        for task in ready:  # grows while it is read
-            end = ends[task] = starts[task] + self.seconds[task]
-            done += 1
-            for following in self.after[task]:
-                if end > starts[following]:
-                    starts[following] = end
-                self.waiting[following] -= 1
-                if not self.waiting[following]:
-                    ready.append(following)
-        if done < len(self.tasks):
-            stuck = [
-                f"rank {rank} {action}" if rank >= 0 else f"transfer {action}"
-                for (rank, action), count in zip(self.tasks, self.waiting, strict=True)
-                if count
-            ]
-            raise UserError(f"schedule: deadlock: {len(stuck)} tasks never start, the first is {stuck[0]}")
-        return starts, ends
+    iteration: float
+    compute_starts: list[Matrix]
+    compute_ends: list[Matrix]
+    transfer_starts: list[float]
+    transfer_ends: list[float]
 
 
-def simulate(cost: LayoutCost, schedule: Schedule | None = None) -> Trace:
+def simulate(cost: LayoutCost, schedule: Schedule | None = None) -> "SimulatedTrace":
     """Replay one iteration of the layout (its training schedule unless another is given)."""
-    return _replay(
-        schedule or training_schedule(cost.layout),
-        cost.layout.layers,
-        cost.seconds,
-        cost.transfer,
-        cost.synchronise_seconds,
-    )
+    schedule = schedule or training_schedule(cost.layout)
+    transfers = [cost.transfer(action) for action in schedule.transfers]
+    flow = dataflow(schedule, cost.layout.layers, [transfer.ports for transfer in transfers])
+    times = replay(flow, compute_seconds(flow, cost), [transfer.seconds for transfer in transfers])
+    return SimulatedTrace(schedule, flow, times)
 
 
 def check_deadlock(schedule: Schedule, layers: int) -> None:
@@ -76,89 +44,101 @@ def check_deadlock(schedule: Schedule, layers: int) -> None:
     for transfer in schedule.transfers:
         if transfer.answer not in schedule.senders:
             raise UserError(f"schedule: transfer {transfer} has no answer {transfer.answer}")
-    _replay(
-        schedule,
-        layers,
-        lambda rank, action: 1.0,
-        lambda action: TransferCost(1.0, tuple(_participants(schedule, action))),
-        1.0,
-    )
-
-
-def _replay(
-    schedule: Schedule,
-    layers: int,
-    seconds: Callable[[int, Action], float],
-    transfer: Callable[[Action], TransferCost],
-    synchronise_seconds: float,
-) -> Trace:
-    graph = _Graph([], [], [], [])
-    nodes = _add_compute(graph, schedule, seconds, synchronise_seconds)
-    transfers = _add_transfers(graph, schedule, layers, nodes, transfer)
-    for action, node_of in nodes.items():
-        for source in inputs(action, layers):
-            if source in transfers:
-                for rank in schedule.receivers[source]:
-                    if rank in node_of:
-                        graph.edge(transfers[source], node_of[rank])
-    starts, ends = graph.run()
-    spans: list[Span] = []
-    for (rank, action), start, end in zip(graph.tasks, starts, ends, strict=True):
-        lane, name = lane_of(action), display_name(action)
-        places = [rank] if rank >= 0 else _participants(schedule, action)
-        spans += [Span(place, lane, name, start, end) for place in places]
-    return Trace("simulated", spans)
+    dataflow(schedule, layers, [tuple(_participants(schedule, action)) for action in schedule.transfers])
 
 
 def _participants(schedule: Schedule, action: Action) -> list[int]:
-    if not action.is_transfer:
-        return list(range(schedule.world_size))
     return sorted({*schedule.senders[action], *schedule.receivers[action]})
 
 
-def _add_compute(
-    graph: _Graph, schedule: Schedule, seconds: Callable[[int, Action], float], synchronise_seconds: float
-) -> dict[Action, dict[int, int]]:
-    """Compute tasks chained in each rank's order, by action and rank; S is one task of all ranks."""
-    nodes: dict[Action, dict[int, int]] = {}
-    shared: dict[Action, int] = {}
-    for rank, order in enumerate(schedule.compute):
-        previous: int | None = None
-        for action in order:
-            if action.kind is Kind.SYNCHRONISE:
-                if action not in shared:
-                    shared[action] = graph.add(-1, action, synchronise_seconds)
-                node = shared[action]
-            else:
-                node = graph.add(rank, action, seconds(rank, action))
-            nodes.setdefault(action, {})[rank] = node
-            if previous is not None:
-                graph.edge(previous, node)
-            previous = node
-    return nodes
+def compute_seconds(flow: Dataflow, cost: LayoutCost) -> list[Matrix]:
+    """Seconds of every compute task on each of its ranks."""
+    return [
+        np.full(len(task.ranks), cost.synchronise_seconds)
+        if task.action.kind is Kind.SYNCHRONISE
+        else cost.seconds_by_rank(task.action).take(task.ranks)
+        for task in flow.compute
+    ]
 
 
-def _add_transfers(
-    graph: _Graph,
-    schedule: Schedule,
-    layers: int,
-    nodes: dict[Action, dict[int, int]],
-    transfer: Callable[[Action], TransferCost],
-) -> dict[Action, int]:
-    """Transfers after their senders' tasks, and after earlier ones on the same port or on a participant's lane."""
-    transfers: dict[Action, int] = {}
-    last: dict[object, int] = {}
-    for action in schedule.transfers:
-        cost = transfer(action)
-        node = transfers[action] = graph.add(-1, action, cost.seconds)
-        for source in inputs(action, layers):
-            node_of = nodes.get(source, {})
-            for rank in schedule.senders[action]:
-                if rank in node_of:
-                    graph.edge(node_of[rank], node)
-        lane = action.towards_experts
-        used = [*cost.ports, *((lane, rank) for rank in _participants(schedule, action))]
-        for earlier in {last[key] for key in used if key in last}:
-            graph.edge(earlier, node)
-        last.update(dict.fromkeys(used, node))
-    return transfers
+def replay(flow: Dataflow, seconds: Sequence[Matrix], transfer_seconds: Sequence[float]) -> Times:
+    """The event loop: every task starts when all that it waits for has ended."""
+    first, count = len(flow.compute), len(flow.transfers)
+    free = np.zeros(flow.world)
+    starts, ends = [free] * first, [free] * first
+    transfer_starts, transfer_ends = [0.0] * count, [0.0] * count
+    for number in flow.order:
+        if number < first:
+            task = flow.compute[number]
+            start = starts[number] = _start(task, free, transfer_ends)
+            ends[number] = free[task.ranks] = start + seconds[number]
+            continue
+        index = number - first
+        transfer = flow.transfers[index]
+        waits = [transfer_ends[earlier] for earlier in transfer.before]
+        for maker, places in transfer.makers:
+            made = ends[maker] if places is None else ends[maker].take(places)
+            waits.append(float(np.maximum.reduce(made)))
+        began = transfer_starts[index] = max(waits, default=0.0)
+        transfer_ends[index] = began + transfer_seconds[index]
+    iteration = max([float(free.max()), *transfer_ends])
+    return Times(iteration, starts, ends, transfer_starts, transfer_ends)
+
+
+def _start(task: Compute, free: Matrix, transfer_ends: list[float]) -> Matrix:
+    """When each of its ranks is done with its task before and has what the task waits for."""
+    start = free.take(task.ranks)
+    for transfer, places in task.arrivals:
+        if places is None:
+            np.maximum(start, transfer_ends[transfer], out=start)
+        else:
+            start[places] = np.maximum(start.take(places), transfer_ends[transfer])
+    if task.action.kind is Kind.SYNCHRONISE:
+        start[:] = start.max()
+    return start
+
+
+class SimulatedTrace(Trace):
+    """The trace of a replay. It keeps vectors over ranks; spans are made when somebody asks for them."""
+
+    def __init__(self, schedule: Schedule, flow: Dataflow, times: Times) -> None:
+        super().__init__("simulated")
+        self._schedule, self._flow, self._times = schedule, flow, times
+
+    @property
+    def spans(self) -> list[Span]:
+        """Compute rank by rank in its order, then transfers."""
+        return self._all_spans
+
+    @cached_property
+    def _all_spans(self) -> list[Span]:
+        times = self._times
+        spans: list[Span] = []
+        for number in self._flow.order:
+            if number >= len(self._flow.compute):
+                continue
+            task = self._flow.compute[number]
+            name = display_name(task.action)
+            columns = task.ranks, times.compute_starts[number], times.compute_ends[number]
+            for rank, start, end in zip(*(column.tolist() for column in columns), strict=True):
+                spans.append(Span(rank, LANES[0], name, start, end))
+        spans.sort(key=lambda span: span.rank)
+        for transfer, start, end in zip(self._flow.transfers, times.transfer_starts, times.transfer_ends, strict=True):
+            lane, name = lane_of(transfer.action), display_name(transfer.action)
+            spans += [Span(rank, lane, name, start, end) for rank in _participants(self._schedule, transfer.action)]
+        return spans
+
+    def step_seconds(self) -> dict[int, float]:
+        """End of the iteration."""
+        return {0: self._times.iteration} if self._flow.order else {}
+
+    def busy_share(self, world_size: int) -> list[float]:
+        """Share of the iteration in which each rank computes; synchronising is not computing."""
+        busy = np.zeros(world_size)
+        for task, start, end in zip(
+            self._flow.compute, self._times.compute_starts, self._times.compute_ends, strict=True
+        ):
+            if task.action.kind is not Kind.SYNCHRONISE:
+                busy[task.ranks] += end - start
+        total = self.seconds
+        return (busy / total).tolist() if total else [0.0] * world_size

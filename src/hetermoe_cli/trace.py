@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple, get_args
@@ -27,16 +26,21 @@ class Span(NamedTuple):
     step: int = 0
 
 
-@dataclass
 class Trace:
     """Spans with their origin, which every output states.
 
     `starts[step]`: when an iteration started, seconds from the start of the run, equal for all ranks (absent: 0).
     """
 
-    origin: Origin
-    spans: list[Span] = field(default_factory=list)
-    starts: dict[int, float] = field(default_factory=dict)
+    def __init__(self, origin: Origin, spans: list[Span] | None = None, starts: dict[int, float] | None = None) -> None:
+        self.origin: Origin = origin
+        self.starts = {} if starts is None else starts
+        self._spans = [] if spans is None else spans
+
+    @property
+    def spans(self) -> list[Span]:
+        """Every task of every rank."""
+        return self._spans
 
     def step_seconds(self) -> dict[int, float]:
         """End of the last span of every step."""
@@ -54,7 +58,7 @@ class Trace:
         """Share of all iterations in which each rank computes; synchronising is not computing."""
         busy = [0.0] * world_size
         for span in self.spans:
-            if span.lane == "compute" and not span.name.startswith(_WORDS[Kind.SYNCHRONISE]):
+            if span.lane == LANES[0] and not span.name.startswith(_WORDS[Kind.SYNCHRONISE]):
                 busy[span.rank] += span.end - span.start
         total = sum(self.step_seconds().values())
         return [value / total if total else 0.0 for value in busy]
@@ -103,7 +107,7 @@ def read_trace(paths: Iterable[Path]) -> Trace:
         trace = trace or Trace(origin)
         if trace.origin != origin:
             raise UserError(f"{path}: a trace of origin {origin}, the files before it are {trace.origin}")
-        trace.spans += spans
+        trace.spans.extend(spans)
         trace.starts |= starts
     if trace is None:
         raise UserError("no trace files given")

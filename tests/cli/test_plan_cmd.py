@@ -55,12 +55,13 @@ def test_json_has_the_documented_keys_and_the_file_is_the_same_plan(files: dict[
     assert found["predicted"]["tokens_per_second"] == pytest.approx(4 * 64 / found["predicted"]["iteration_seconds"])
     assert 0 < found["bound"]["iteration_seconds"] <= found["predicted"]["iteration_seconds"] * (1 + 1e-9)
     assert 0 <= found["gap"] < 0.01
-    assert found["schedule"]["name"] in ("zebra", "sequential")
-    assert found["schedule"]["micro_batches"] * sum(found["sequences_per_rank"]) == 4
-    for layer in found["placement"]:
+    (group,) = found["groups"]
+    assert group["replicas"] == [[0, 1]]
+    assert group["schedule"]["micro_batches"] * sum(group["sequences_per_rank"]) == 4
+    for layer in group["placement"]:
         assert sorted([e for rank in layer["experts"] for e in rank] + layer["replicated"]) == [0, 1, 2, 3]
     assert all(kind.endswith("_bytes") for memory in found["memory"] for kind in memory)
-    assert set(found["baselines"]) == {"ep", "dist_ep", "gather_squeeze"}
+    assert set(found["baselines"]) >= {"ep", "dist_ep", "gather_squeeze"}
     assert all("iteration_seconds" in rival for rival in found["baselines"].values())
     assert set(found["solver"]) >= {"name", "status", "seconds"}
     assert found["bound"]["work_iteration_seconds"] > 0

@@ -258,3 +258,14 @@ def test_a_trace_with_more_ranks_than_the_plan(
 ) -> None:
     Trace("measured", [span._replace(rank=2) for span in predicted.spans]).write(tmp_path / "t.json")
     refused(hetermoe("simulate", plan_file, "--measured", tmp_path / "t.json"), 3, "the plan has ranks 0 to 1")
+
+
+def test_a_placement_picture(hetermoe: Hetermoe, plan_file: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "out" / "placement.svg"
+    assert hetermoe("simulate", plan_file, "--placement-picture", picture).code == 0
+    text = picture.read_text()
+    assert "plan: synthetic on synthetic, zebra, R = 2" in text
+    assert "0: 1 sequence" in text
+    result = hetermoe("simulate", plan_file, "--placement-picture", tmp_path / "placement.gif")
+    assert result.code == 2
+    assert "Invalid value for --placement-picture" in result.err

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-COMMANDS = ("profile", "plan", "simulate", "train")
+COMMANDS = ("profile", "plan", "simulate", "train", "bench", "calibrate")
 HEAVY = ("torch", "pulp", "highspy", "matplotlib", "numpy", "pydantic", "yaml")
 
 

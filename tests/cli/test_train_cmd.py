@@ -9,20 +9,29 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from builders import make_inputs, make_layout, make_model, make_plan, make_profile
 from hetermoe_cli.spec.files import dump
+from hetermoe_cli.spec.model import LatentAttention, ModelConfig
 from hetermoe_cli.spec.plan import Plan
 
 HETERMOE = [str(Path(sys.executable).parent / "hetermoe")]
 MODEL = make_model(layers=2, experts=4, hidden_size=16, ffn_size=24, head_size=4)
+BALANCED = MODEL.model_copy(
+    update={
+        "shared_experts": 1, "router_score": "sigmoid", "router_scale": 2.5, "router_z_loss": 0.01,
+        "router_balance": "bias", "router_bias_rate": 0.01, "router_auxiliary_loss": 0.01,
+    }
+)  # fmt: skip
 
 
-def cpu_plan(steps: int = 12, **layout: object) -> Plan:
-    profile = make_profile("cpu", model=MODEL, precision="fp32", source="measured", sequence_lengths=(32,))
+def cpu_plan(steps: int = 12, model: ModelConfig = MODEL, **layout: object) -> Plan:
+    profile = make_profile("cpu", model=model, precision="fp32", source="measured", sequence_lengths=(32,))
     inputs = make_inputs(
-        (("cpu", 2),), model=MODEL, profiles={"cpu": profile}, sequence_length=32,
+        (("cpu", 2),), model=model, profiles={"cpu": profile}, sequence_length=32,
         global_batch_sequences=4, precision="fp32",
     )  # fmt: skip
     train = inputs.train.model_copy(update={"steps": steps, "warmup_steps": 2, "learning_rate": 3e-3})
@@ -97,6 +106,36 @@ def test_run_then_resume_is_bit_exact(plan_file: Path, text: Path, tmp_path: Pat
     for rank in (0, 1):
         shard = f"checkpoints/step-00000012/rank-{rank:05d}.safetensors"
         assert (half / shard).read_bytes() == (whole / shard).read_bytes()
+
+
+def test_balanced_routers_resume_bit_exact_and_under_another_layout(text: Path, tmp_path: Path) -> None:
+    """Losses of the router are told apart, loads of every layer are in the metrics, and the biases are saved
+    (after an odd number of steps, none of them can be back at 0)."""
+    plans = {"first": cpu_plan(5, BALANCED, sequences=(1, 1)), "then": cpu_plan(5, BALANCED, sequences=(2, 0))}
+    for name, plan in plans.items():
+        dump(plan, tmp_path / f"{name}.yaml")
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    common = ("--data", text, "--checkpoint-every", 3)
+    hetermoe("train", tmp_path / "first.yaml", "--run-folder", whole, *common)
+    for folder, plan in ((half, "first"), (tmp_path / "moved", "then")):
+        (folder / "checkpoints").mkdir(parents=True)
+        shutil.copytree(whole / "checkpoints/step-00000003", folder / "checkpoints/step-00000003")
+        hetermoe("train", tmp_path / f"{plan}.yaml", "--run-folder", folder, *common, "--resume")
+    steps = metrics(whole)
+    assert [line["loss"] for line in metrics(half)] == [line["loss"] for line in steps[3:]]
+    for rank in (0, 1):
+        shard = f"checkpoints/step-00000005/rank-{rank:05d}.safetensors"
+        assert (half / shard).read_bytes() == (whole / shard).read_bytes()
+    saved = load_file(whole / "checkpoints/step-00000005/rank-00000.safetensors")
+    assert all(saved[f"layers.{layer}.gate.selection_bias"].any() for layer in range(2))
+    assert metrics(tmp_path / "moved")[0]["loss"] == pytest.approx(steps[3]["loss"], rel=1e-5)
+    for line in steps:
+        highest, lowest = np.array(line["expert_load_highest"]), np.array(line["expert_load_lowest"])
+        assert highest.shape == lowest.shape == (2,)
+        assert (highest >= 1).all()
+        assert (lowest <= 1).all()
+        assert line["expert_imbalance"] == pytest.approx(highest.mean(), abs=1e-4)
+        assert 0 < line["auxiliary_loss"] < 0.1 > line["z_loss"] > 0  # type: ignore[operator]
 
 
 def test_resume_under_another_layout(plan_file: Path, text: Path, tmp_path: Path) -> None:
@@ -269,9 +308,19 @@ def test_unreadable_text(plan_file: Path, tmp_path: Path) -> None:
         assert name in message
 
 
-def test_fp16_is_refused_without_emulation(tmp_path: Path, text: Path) -> None:
-    dump(make_plan(), tmp_path / "plan.yaml")
-    assert "--emulate" in refused("train", tmp_path / "plan.yaml", "--run-folder", tmp_path / "run", "--data", text)
+def test_a_model_beyond_the_engine_is_emulated_but_not_trained(text: Path, tmp_path: Path) -> None:
+    latent = LatentAttention(query_rank=8, key_value_rank=8, nope_size=2, rope_size=2, value_size=4)
+    model = MODEL.model_copy(update={"kv_heads": 4, "latent": latent, "router_score": "sigmoid"})
+    profile = make_profile("cpu", model=model, precision="fp32", source="measured", sequence_lengths=(64,))
+    inputs = make_inputs((("cpu", 2),), model=model, profiles={"cpu": profile}, precision="fp32")
+    dump(make_plan(inputs), tmp_path / "plan.yaml")
+    arguments = ("train", tmp_path / "plan.yaml", "--run-folder", tmp_path / "run", "--data", text)
+    message = refused(*arguments)
+    assert "model synthetic: field latent: latent attention can be planned" in message
+    emulated = json.loads(hetermoe(*arguments, "--emulate", "--dry-run", "--json").stdout)
+    executed = emulated["run"]["emulation"]["executed"]
+    assert "latent" not in executed
+    assert executed["router_score"] == "sigmoid"
 
 
 def test_usage_errors(plan_file: Path, tmp_path: Path) -> None:

@@ -1,13 +1,26 @@
 """The rivals as planner.md and section 3 of paper.md define them, on figures worked out by hand."""
 
+from math import inf
+
 import pytest
 
 from builders import make_inputs, make_model, make_profile
 from hetermoe_cli.cost import CostModel, LayoutCost
-from hetermoe_cli.planner.baselines import Roles, _chunks, dist_ep, ep, gather_squeeze, offloaded
+from hetermoe_cli.planner.baselines import RIVALS
+from hetermoe_cli.planner.baselines.even import ep, even_placement, hetero_ep, proportional
+from hetermoe_cli.planner.baselines.roles import (
+    Roles,
+    chunks_of,
+    dist_ep,
+    find_roles,
+    gather_squeeze,
+    offloaded,
+    split_layout,
+)
 from hetermoe_cli.planner.replay import overflow
+from hetermoe_cli.report.plan_table import RIVAL_NAMES
 from hetermoe_cli.simulator import simulate
-from hetermoe_cli.spec.plan import Inputs, ScheduleChoice
+from hetermoe_cli.spec.plan import Inputs, Layout, ScheduleChoice
 
 
 def inputs(news: int, olds: int, *, experts: int, batch: int, layers: int = 4, attention: float = 1.0) -> Inputs:
@@ -19,6 +32,33 @@ def inputs(news: int, olds: int, *, experts: int, batch: int, layers: int = 4, a
     }
     nodes = [("new", 1)] * news + [("old", 1)] * olds
     return make_inputs(nodes, model=model, profiles=profiles, global_batch_sequences=batch)
+
+
+def replay(cost: CostModel, layout: Layout) -> float:
+    """Seconds, infinite if it does not fit."""
+    layout_cost = LayoutCost(cost, layout)
+    return inf if overflow(layout_cost) else simulate(layout_cost).seconds
+
+
+def every_schedule(batch: int) -> list[ScheduleChoice]:
+    """All R and windows, without recompute."""
+    return [
+        ScheduleChoice(micro_batches=count, window=width)
+        for count in range(1, batch + 1)
+        for width in range(1, count + 1)
+        if batch % count == 0 and count % width == 0
+    ]
+
+
+def less_memory(base: Inputs, device: str, size: int) -> CostModel:
+    """The same without recompute, and with `size` bytes on every device of a type."""
+    small = base.profiles[device].model_copy(update={"memory_bytes": size})
+    train = base.train.model_copy(update={"recompute": "none"})
+    return CostModel(base.model_copy(update={"profiles": {**base.profiles, device: small}, "train": train}))
+
+
+def test_every_rival_has_a_name_in_the_table() -> None:
+    assert set(RIVALS) == set(RIVAL_NAMES)
 
 
 def test_ep_is_even_in_sequences_and_experts() -> None:
@@ -39,6 +79,33 @@ def test_ep_leaves_no_device_without_sequences_where_it_can() -> None:
     assert min(layout.sequences_per_rank) > 0
 
 
+def test_ep_is_even_over_an_iteration_where_the_batch_divides() -> None:
+    # R = 3 would give 16 sequences to 4 devices of 12 twice, and be faster: the first four are the fast ones
+    layout = ep(CostModel(inputs(4, 8, experts=12, batch=48)), 16).layout
+    assert layout is not None
+    assert len(set(layout.sequences_per_rank)) == 1
+
+
+@pytest.mark.parametrize("size", [10**10, 9_000_000, 7_600_000])
+def test_ep_is_the_fastest_of_its_layouts(size: int) -> None:
+    cost = less_memory(inputs(2, 2, experts=4, batch=16), "old", size)
+    even = [
+        Layout(schedule=s, sequences_per_rank=[4 // s.micro_batches] * 4, placement=even_placement(cost))
+        for s in every_schedule(16)
+        if 4 % s.micro_batches == 0
+    ]
+    assert ep(cost, 16).seconds == pytest.approx(min(replay(cost, layout) for layout in even))
+
+
+def test_ep_takes_windows_where_memory_needs_them_and_has_a_reason_where_nothing_fits() -> None:
+    base = inputs(2, 2, experts=4, batch=16)
+    found = [ep(less_memory(base, "old", size), 16) for size in range(4_000_000, 10_000_000, 100_000)]
+    names = [rival.layout.schedule.name for rival in found if rival.layout]
+    assert {"zebra", "windowed"} <= set(names)
+    assert found[0].layout is None
+    assert found[0].reason.startswith("does not fit: rank")
+
+
 def test_dist_ep_splits_roles_and_overlaps_nothing() -> None:
     cost = CostModel(inputs(2, 2, experts=4, batch=8))
     rival = dist_ep(cost, 16)
@@ -47,6 +114,43 @@ def test_dist_ep_splits_roles_and_overlaps_nothing() -> None:
     assert rival.layout.sequences_per_rank == [4, 4, 0, 0]
     assert [len(experts) for experts in rival.layout.placement[0].experts] == [0, 0, 2, 2]
     assert rival.seconds == simulate(LayoutCost(cost, rival.layout)).seconds
+
+
+@pytest.mark.parametrize("size", [10**10, 8_000_000, 7_000_000])
+def test_gather_squeeze_is_the_fastest_of_its_layouts(size: int) -> None:
+    cost = less_memory(inputs(2, 2, experts=8, batch=16), "old", size)
+    roles = find_roles(cost)
+    assert roles is not None
+    layouts = [split_layout(cost, roles, s, offloaded(cost, roles, s)) for s in every_schedule(16)]
+    assert gather_squeeze(cost, 16).seconds == pytest.approx(min(replay(cost, layout) for layout in layouts))
+
+
+def test_without_asymmetry_attending_devices_host_nothing() -> None:
+    layout = gather_squeeze(CostModel(inputs(2, 2, experts=8, batch=8)), 16, asymmetric=False).layout
+    assert layout is not None
+    assert not any(p.experts[0] or p.experts[1] for p in layout.placement)
+
+
+def test_proportional_shares_carry_what_they_round_off() -> None:
+    assert proportional([4], [3.0, 1.0]) == [[3, 1]]
+    assert proportional([1, 1, 1], [2.0, 1.0]) == [[1, 0], [0, 1], [1, 0]]
+    assert proportional([5], [1.0, 1.0]) == [[3, 2]]
+    for totals, speeds in (([7, 7, 7, 7], [5.0, 2.0, 2.0]), ([3] * 10, [1.0] * 7), ([0, 2, 9], [0.1, 4.0])):
+        shares = proportional(totals, speeds)
+        assert [sum(share) for share in shares] == totals
+        for place, speed in enumerate(speeds):
+            wanted = sum(totals) * speed / sum(speeds)
+            assert abs(sum(share[place] for share in shares) - wanted) < 1 + 1e-9
+
+
+def test_hetero_ep_shares_by_speed() -> None:
+    # Attention of 4 layers and head, forward and backward: new 3 x (4 + 64 x 0.005) s, old 8 times the former.
+    cost = CostModel(inputs(2, 2, experts=6, batch=18))
+    layout = hetero_ep(cost, 1).layout
+    assert layout is not None
+    assert layout.sequences_per_rank == [8, 8, 1, 1]
+    for placement in layout.placement:
+        assert [len(experts) for experts in placement.experts] == [2, 2, 1, 1]
 
 
 def test_algorithm_1_by_hand() -> None:
@@ -67,8 +171,8 @@ def test_nothing_is_offloaded_where_counts_do_not_divide_or_attention_is_slower(
 
 
 def test_chunks_carry_over_and_are_limited() -> None:
-    assert _chunks(0.56, 0.96, 4, 9) == [0, 1, 0, 1]
-    assert _chunks(3.0, 1.0, 3, 2) == [2, 2, 2]
+    assert chunks_of(0.56, 0.96, 4, 9) == [0, 1, 0, 1]
+    assert chunks_of(3.0, 1.0, 3, 2) == [2, 2, 2]
 
 
 def test_gather_squeeze_gives_back_all_that_hosts_cannot_hold() -> None:

@@ -159,9 +159,12 @@ def test_other_errors_of_a_kernel_pass_through() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_is_refused_on_the_cpu(precision: Precision) -> None:
-    with pytest.raises(UserError, match=f"{precision} is measured on CUDA devices only"):
-        profile_kernels(TINY, precision, CPU, SIZES, EFFORT)
+def test_half_precision_is_measured_on_the_cpu_too(precision: Precision) -> None:
+    table = profile_kernels(TINY, precision, CPU, SIZES, EFFORT)
+    assert table.precision == precision
+    bench = Bench(TINY, DTYPES[precision], CPU)
+    assert {p.dtype for p in bench.parameters} == {DTYPES[precision]}
+    assert {p.grad.dtype for p in bench.parameters if p.grad is not None} == {torch.float32}
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from hetermoe_cli.profiler.refit import KINDS, Fit, Sample, fit, point_sizes, re
 POINTS = (16.0, 64.0, 256.0)
 
 
-def samples(size: float, ratio: float, count: int = 5, seconds: float = 1.0) -> list[Sample]:
+def samples(size: float, ratio: float, count: int = 8, seconds: float = 1.0) -> list[Sample]:
     return [Sample(size, seconds, ratio * seconds)] * count
 
 
@@ -27,7 +27,7 @@ def test_a_few_tasks_that_waited_for_a_core_do_not_move_the_ratio() -> None:
 
 
 def test_long_tasks_weigh_more_than_short_ones() -> None:
-    assert found(samples(64, 2.0, 3, seconds=1.0) + samples(64, 9.0, 5, seconds=0.1)).ratio == 2.0
+    assert found(samples(64, 2.0, 3) + samples(64, 9.0, 5, seconds=0.1)).ratio == 2.0
 
 
 def test_spread_is_the_interquartile_range_over_the_median() -> None:
@@ -38,7 +38,7 @@ def test_spread_is_the_interquartile_range_over_the_median() -> None:
 def test_tasks_without_work_count_for_nothing() -> None:
     assert fit([Sample(0, 0.0, 0.001)], POINTS) is None
     assert fit([], POINTS) is None
-    assert found([Sample(0, 0.0, 0.001), *samples(64, 2.0)]).tasks == 5
+    assert found([Sample(0, 0.0, 0.001), *samples(64, 2.0)]).tasks == 8
 
 
 def test_a_backward_shorter_than_the_forward_in_it_is_no_fit() -> None:
@@ -55,8 +55,9 @@ def test_sizes_far_apart_get_ratios_of_their_own() -> None:
 @pytest.mark.parametrize(
     "tasks",
     [
-        samples(100, 3.0, 6) + samples(180, 1.0),  # two points are near, the sizes are not apart
-        samples(20, 3.0) + samples(200, 1.0, 2),  # too few of one size
+        samples(100, 3.0, 9) + samples(180, 1.0),  # two points are near, the sizes are not apart
+        samples(20, 3.0) + samples(200, 1.0, 7),  # too few of one size
+        samples(200, 3.0) + samples(20, 9.0, seconds=0.01),  # too short to matter
     ],
 )
 def test_one_ratio_serves_sizes_that_are_alike_or_rare(tasks: list[Sample]) -> None:

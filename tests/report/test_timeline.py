@@ -110,3 +110,12 @@ def test_without_matplotlib_the_error_tells_what_to_install(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"pip install 'hetermoe\[plot\]'"):
         draw_timeline([Panel(TRACE, "simulated")], LABELS, "a plan")
+
+
+def test_a_subset_has_a_rank_of_every_label() -> None:
+    labels = ["attention"] * 40 + ["rare"] + ["experts"] * 59
+    spans = [Span(rank, "compute", "0AF0", 0.0, 1.0) for rank in range(100)]
+    found = texts(svg(Panel(Trace("simulated", spans), "simulated"), labels=labels))
+    ranks = [text for text in found if text.startswith("rank ")]
+    assert len(ranks) == MAX_RANKS
+    assert {"rank 0: attention", "rank 40: rare", "rank 41: experts"} <= set(ranks)

@@ -9,8 +9,16 @@ from pydantic import ValidationError
 
 from builders import make_model
 from hetermoe_cli.errors import UserError
+from hetermoe_cli.spec.base import sha256
 from hetermoe_cli.spec.files import dump
-from hetermoe_cli.spec.model import NAMED_MODELS, load_model
+from hetermoe_cli.spec.model import (
+    NAMED_MODELS,
+    ROUTER_FIELDS,
+    LatentAttention,
+    LayerShape,
+    ModelConfig,
+    load_model,
+)
 
 # A config.json in the form that transformers 5 writes for Mixtral-8x7B.
 MIXTRAL: dict[str, Any] = {
@@ -32,6 +40,8 @@ MIXTRAL: dict[str, Any] = {
     "tie_word_embeddings": False,
     "vocab_size": 32000,
 }
+
+LATENT = {"query_rank": 24, "key_value_rank": 20, "nope_size": 10, "rope_size": 6, "value_size": 12}
 
 
 def config_file(folder: Path, **changes: Any) -> str:
@@ -62,6 +72,65 @@ def test_named_sizes_have_the_papers_parameter_counts(name: str, billions: float
 
 def test_mixtral_8x7b_has_its_published_parameter_count() -> None:
     assert load_model("mixtral-8x7b").parameters == 46_702_792_704
+
+
+def test_qwen3_235b_has_its_published_parameter_count() -> None:
+    model = load_model("qwen3-235b")
+    query_and_key_norms = 94 * 2 * 128  # not in our layer
+    assert model.parameters + query_and_key_norms == 235_093_634_560
+    assert model.dense_parameters == pytest.approx(8.0e9, rel=0.01)
+
+
+def test_deepseek_v3_has_its_published_parameter_count_but_for_three_dense_layers() -> None:
+    model = load_model("deepseek-v3")
+    expert = 3 * 7168 * 2048
+    three_moe = 3 * (257 * expert + 256 * 7168)  # routed and shared experts, gate
+    three_dense = 3 * 3 * 7168 * 18432
+    gate_biases = 58 * 256  # state in ours, not parameters
+    assert model.parameters - three_moe + three_dense + gate_biases == 671_026_419_200
+    assert model.dense_parameters == pytest.approx(16.1e9, rel=0.01)
+
+
+def test_latent_attention_and_shared_experts_count_every_matrix_once() -> None:
+    model = make_model(layers=3, kv_heads=4, latent=LatentAttention(**LATENT), shared_experts=2)
+    down = 64 * 24 + 64 * (20 + 6) + 24 + 20  # both latents and the shared key; their norms
+    up = 24 * 4 * (10 + 6) + 20 * 4 * (10 + 12) + 4 * 12 * 64  # queries, keys and values, out
+    shared = 2 * 3 * 64 * 224
+    assert model.attention_layer_parameters == down + up + shared + 64 * 4 + 2 * 64  # gate, two norms
+    assert model.dense_parameters == 3 * model.attention_layer_parameters + 2 * 256 * 64 + 64
+
+
+def test_files_and_hashes_from_before_these_fields_stay_valid() -> None:
+    model = load_model("tiny")
+    for spec in (model, model.shape):
+        assert not {"shared_experts", "latent"} & spec.model_dump(mode="json").keys()
+    assert sha256(model) == "d90d0ff2a88f1ea0f93df4dc8c19ffea40edfa4546194f7d9cd8c1f5b56455ed"  # in users' plans
+    assert LayerShape.model_validate(model.shape.model_dump()) == model.shape
+
+
+def test_shape_tells_kernels_of_different_speed_apart() -> None:
+    model, latent = load_model("deepseek-v3"), load_model("deepseek-v3").latent
+    assert latent is not None
+    others = {"shared_experts": 0}, {"latent": None}, {"latent": latent.model_copy(update={"query_rank": 8})}
+    shapes = {model.shape, *(model.model_copy(update=other).shape for other in others)}
+    assert len(shapes) == len({shape.label() for shape in shapes}) == 4
+
+
+def test_the_engine_refuses_what_it_cannot_run() -> None:
+    with pytest.raises(UserError, match=r"model deepseek-v3: field latent: .* take a model without"):
+        load_model("deepseek-v3").check_trainable()
+    load_model("deepseek-v3").model_copy(update={"latent": None}).check_trainable()
+    load_model("qwen3-235b").check_trainable()
+
+
+def test_router_fields_are_in_files_only_where_they_are_set() -> None:
+    router = {"router_score": "sigmoid", "router_renormalise": False, "router_scale": 2.5, "router_z_loss": 1e-3}
+    model = make_model(**router)
+    data = model.model_dump(mode="json")
+    assert {name: value for name, value in data.items() if name in ROUTER_FIELDS} == router
+    assert ModelConfig.model_validate(data) == model
+    assert not set(ROUTER_FIELDS) & make_model().model_dump().keys()
+    assert model.shape == make_model().shape  # no plan and no profile depends on them
 
 
 def test_named_sizes_have_the_papers_shapes() -> None:
@@ -130,8 +199,8 @@ def test_json_that_is_no_config(tmp_path: Path, text: str, words: str) -> None:
         load_model(str(path))
 
 
-def test_yaml_model_round_trip(tmp_path: Path) -> None:
-    model = make_model(layers=7)
+@pytest.mark.parametrize("model", [make_model(layers=7), NAMED_MODELS["deepseek-v3"]])
+def test_yaml_model_round_trip(tmp_path: Path, model: ModelConfig) -> None:
     dump(model, tmp_path / "model.yaml")
     assert load_model(str(tmp_path / "model.yaml")) == model
 
@@ -148,6 +217,21 @@ def test_neither_file_nor_name_lists_the_names() -> None:
         ({"kv_heads": 3}, "attention_heads 4 is not a multiple of kv_heads 3"),
         ({"head_size": 15}, "head_size 15 must be even for RoPE"),
         ({"layers": 0}, "greater than 0"),
+        ({"shared_experts": -1}, "greater than or equal to 0"),
+        ({"latent": {**LATENT, "value_size": 0}}, "greater than 0"),
+        ({"latent": {**LATENT, "width": 8}}, "Extra inputs are not permitted"),
+        ({"latent": LATENT}, "kv_heads 2 must be attention_heads 4 with latent attention"),
+        ({"latent": LATENT, "kv_heads": 4, "head_size": 18}, r"head_size 18 must be latent.nope_size .*, 10 \+ 6"),
+        ({"latent": {**LATENT, "nope_size": 9, "rope_size": 7}, "kv_heads": 4}, "rope_size 7 must be even"),
+        ({"router_score": "tanh"}, "'softmax' or 'sigmoid'"),
+        ({"router_scale": 0}, "greater than 0"),
+        ({"router_balance": "auxiliary"}, "needs a router_auxiliary_loss above 0"),
+        ({"router_balance": "bias"}, "needs a router_bias_rate above 0"),
+        ({"router_auxiliary_loss": 0.1}, "router_auxiliary_loss 0.1 needs router_balance auxiliary or bias"),
+        (
+            {"router_balance": "auxiliary", "router_auxiliary_loss": 0.1, "router_bias_rate": 0.1},
+            "router_bias_rate 0.1",
+        ),
     ],
 )
 def test_impossible_models_are_refused(changes: dict[str, Any], words: str) -> None:

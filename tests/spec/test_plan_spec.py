@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from builders import make_inputs, make_layout, make_model
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.files import dump, load
-from hetermoe_cli.spec.plan import LayerPlacement, Layout, Plan, ScheduleChoice
+from hetermoe_cli.spec.plan import Group, LayerPlacement, Layout, Plan, ScheduleChoice
 
 ZEBRA = ScheduleChoice.zebra(2)
 
@@ -95,16 +95,15 @@ def test_a_plan_round_trips_through_its_file(plan: Plan, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (make_layout((1, 0, 0), (0, 2, 2)), "sequences_per_rank: 3 ranks, the cluster has 2 devices"),
-        (make_layout(layers=3), "placement: 3 layers of 4 experts, the model has 2 of 4"),
-        (make_layout(hosted=(0, 5)), "placement: 2 layers of 5 experts, the model has 2 of 4"),
-        (make_layout((3, 0)), "sequences_per_rank: 6 sequences an iteration, train.global_batch_sequences is 2"),
+        (make_layout((1, 0, 0), (0, 2, 2)), "groups: ranks must be below 2 and in one group each"),
+        (make_layout(layers=3), "groups.0.placement: 3 layers of 4 experts, the model has 2 of 4"),
+        (make_layout(hosted=(0, 5)), "groups.0.placement: 2 layers of 5 experts, the model has 2 of 4"),
+        (make_layout((3, 0)), "groups: 6 sequences an iteration, train.global_batch_sequences is 2"),
     ],
 )
 def test_a_plan_must_fit_its_inputs(plan: Plan, other: Layout, words: str) -> None:
     fields = {name: getattr(plan, name) for name in Plan.model_fields}
-    for name in Layout.model_fields:
-        fields[name] = getattr(other, name)
+    fields["groups"] = [Group.of(other, [list(range(other.world_size))])]
     with pytest.raises(ValidationError, match=words.replace(".", r"\.")):
         Plan(**fields)
 
@@ -158,5 +157,22 @@ def test_an_unknown_field_deep_inside_is_named(plan: Plan, tmp_path: Path) -> No
 
 
 def test_a_bad_placement_in_a_file_is_told_in_plain_words(plan: Plan, tmp_path: Path) -> None:
-    path = edited(plan, tmp_path, lambda data: data["placement"][0]["experts"][1].pop())
-    assert error_of(path) == "field (whole file): placement.0: every expert must be placed exactly once"
+    path = edited(plan, tmp_path, lambda data: data["groups"][0]["placement"][0]["experts"][1].pop())
+    assert error_of(path) == "field groups.0: placement.0: every expert must be placed exactly once"
+
+
+def test_a_file_from_before_there_were_groups_is_one_group_over_all_ranks(plan: Plan, tmp_path: Path) -> None:
+    def flatten(data: dict[str, Any]) -> None:
+        (group,) = data.pop("groups")
+        data.update({name: group[name] for name in Layout.model_fields})
+
+    assert load(Plan, edited(plan, tmp_path, flatten)) == plan
+
+
+def test_groups_are_distinct_ranks_of_the_cluster(plan: Plan) -> None:
+    fields = {name: getattr(plan, name) for name in Plan.model_fields}
+    group = plan.groups[0]
+    with pytest.raises(ValidationError, match="in one group each"):
+        Plan(**{**fields, "groups": [group, group]})
+    with pytest.raises(ValidationError, match=r"replicas\.0: must be 2 different ranks in ascending order"):
+        Group.of(plan.layout, [[1, 0]])

@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from hetermoe_cli.errors import UserError
 
 if TYPE_CHECKING:
+    from hetermoe_cli.spec.change import Change
     from hetermoe_cli.spec.plan import Inputs, Plan
 
 
@@ -33,12 +34,42 @@ def plan(
     ] = None,
     sequence_length: Annotated[int | None, typer.Option(min=1, help="Instead of the training spec's.")] = None,
     global_batch: Annotated[int | None, typer.Option(min=1, help="Sequences; instead of the training spec's.")] = None,
+    load: Annotated[
+        Path | None,
+        typer.Option(
+            help="Plan for this expert load: a file (kind: expert_load), or a run folder of `hetermoe train`."
+        ),
+    ] = None,
     assignment: Annotated[AssignmentChoice, typer.Option(help="Method.")] = AssignmentChoice.optimal,
     solver: Annotated[str, typer.Option(help="highs, cbc, or another solver that PuLP finds.")] = "highs",
     time_limit: Annotated[
         float, typer.Option(min=0.1, help="Seconds for the search; longer closes more of the gap to the bound.")
     ] = 3.5,
     max_micro_batches: Annotated[int, typer.Option(min=1, help="Largest R to try.")] = 16,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Also say why other layouts lost, and what one more device would gain.")
+    ] = False,
+    what_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also plan a changed cluster: '+2 A40', or '+1 A40,-2 V100'; repeat for several. Each takes up to the "
+            "time limit. An added device gets a node and a NIC of its own, like its type's last node."
+        ),
+    ] = None,
+    objective: Annotated[
+        Literal["time", "cost"], typer.Option(help="cost: most tokens for a dollar, with the cluster file's prices.")
+    ] = "time",
+    max_cost: Annotated[
+        float | None, typer.Option(min=0.0, help="Dollars an hour that all devices in use may cost together.")
+    ] = None,
+    max_groups: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Groups that train side by side, each with a full copy of the model; train runs one today.",
+            show_default="1 up to 16 devices, else any number",
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Plan YAML to write.", show_default="plans/MODEL-CLUSTER.yaml")
     ] = None,
@@ -55,15 +86,24 @@ def plan(
             "global_batch_sequences": global_batch,
         },
     )
+    if load:
+        inputs = _with_load(inputs, load)
 
+    from hetermoe_cli.planner.cluster.objective import Wanted
     from hetermoe_cli.planner.plan import PlanOptions, make_plan
     from hetermoe_cli.planner.solver import SolverOptions
+    from hetermoe_cli.planner.what_if import what_if as plan_variants
     from hetermoe_cli.spec.files import dump
 
+    variants = _variants(inputs, what_if or [], explain, profiles)
     path = output or Path("plans") / f"{inputs.model.name}-{inputs.cluster.name}.yaml"
-    options = PlanOptions(assignment.value, SolverOptions(solver, time_limit), max_micro_batches)
+    wanted = Wanted(objective, max_cost, max_groups)
+    options = PlanOptions(assignment.value, SolverOptions(solver, time_limit), max_micro_batches, explain, wanted)
     with _progress() as progress:
         result = make_plan(inputs, options, progress)
+    if variants:
+        compared = plan_variants(result, variants, options, lambda text: typer.echo(f"hetermoe: {text}", err=True))
+        result = result.model_copy(update={"what_if": compared})
     dump(result, path, "Made by `hetermoe plan`; predictions are simulated. Edit no inputs: their hashes are checked.")
     _print(result, json)
     typer.echo(f"hetermoe: wrote {path}", err=True)
@@ -93,6 +133,28 @@ def _inputs(model: str, cluster: Path, train: Path, profiles: list[Path] | None,
     )
 
 
+def _with_load(inputs: "Inputs", path: Path) -> "Inputs":
+    """UserError if the load is not one of this model."""
+    from hetermoe_cli.report.run_load import read_load
+
+    load = read_load(path)
+    load.check(inputs.model, str(path))
+    return inputs.model_copy(update={"expert_load": load})
+
+
+def _variants(
+    inputs: "Inputs", changes: list[str], explain: bool, profiles: list[Path] | None
+) -> "list[tuple[Change, Inputs]]":
+    """The clusters to plan for as well; to explain a plan, one more device of each type comes first."""
+    from hetermoe_cli.planner.what_if import changed_inputs
+    from hetermoe_cli.spec.change import one_more_of_each, parse_change
+    from hetermoe_cli.spec.library import default_folders
+
+    marginal = one_more_of_each(inputs.cluster) if explain else []
+    wanted = dict.fromkeys([*marginal, *map(parse_change, changes)])
+    return [(change, changed_inputs(inputs, change, profiles or default_folders())) for change in wanted]
+
+
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """What the search is doing, on stderr where that is a terminal."""
@@ -110,8 +172,7 @@ def _print(plan: "Plan", json: bool) -> None:
     if json:
         typer.echo(plan.model_dump_json())
         return
-    from rich.console import Console
-
     from hetermoe_cli.report.plan_table import print_plan
+    from hetermoe_cli.report.tables import console
 
-    print_plan(plan, Console())
+    print_plan(plan, console())

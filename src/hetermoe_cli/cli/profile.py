@@ -70,7 +70,8 @@ def profile(
 
     from hetermoe_cli.profiler.kernels import Sizes
     from hetermoe_cli.profiler.measure import QUICK, Effort
-    from hetermoe_cli.profiler.profile import default_name, device_facts, merge, profile_device, resolve_device
+    from hetermoe_cli.profiler.profile import default_name, device_facts, profile_device, resolve_device
+    from hetermoe_cli.profiler.tables import merge
     from hetermoe_cli.spec.files import dump
     from hetermoe_cli.spec.model import load_model
 

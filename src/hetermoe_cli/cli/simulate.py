@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hetermoe_cli.errors import UserError
+
 if TYPE_CHECKING:
     from hetermoe_cli.report.comparison import Comparison
     from hetermoe_cli.report.iteration import Iteration
@@ -19,20 +21,27 @@ def simulate(
     plan: Annotated[Path, typer.Argument(help="Plan file written by `hetermoe plan`.")],
     trace: Annotated[Path | None, typer.Option(help="Write the iteration here as a Chrome/Perfetto trace.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the iteration here (.png, .svg, .pdf).")] = None,
+    placement_picture: Annotated[
+        Path | None, typer.Option(help="Draw who hosts which layer's experts here (.png, .svg, .pdf).")
+    ] = None,
     schedule: Annotated[
         bool, typer.Option("--schedule", help="Print the schedule's text form instead of the table.")
     ] = False,
     measured: Annotated[
         list[Path] | None, typer.Option(help="Run folder, or trace files (repeat the option), to compare with.")
     ] = None,
+    group: Annotated[
+        int | None, typer.Option(min=0, help="Only this one of the plan's groups, on its local ranks.")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Replay one training iteration of a plan with its profiles: seconds, tokens/s, and what every rank does."""
-    if picture and picture.suffix not in _PICTURE_SUFFIXES:
-        raise typer.BadParameter(f"{picture}: must end in {', '.join(_PICTURE_SUFFIXES)}", param_hint="--picture")
+    _check_suffix(picture, "--picture")
+    _check_suffix(placement_picture, "--placement-picture")
 
     from hetermoe_cli.cost import CostModel, LayoutCost
     from hetermoe_cli.report.comparison import compare
+    from hetermoe_cli.report.groups import group_cost, group_plan, is_whole, replay_plan
     from hetermoe_cli.report.iteration import summarise
     from hetermoe_cli.report.measured import read_measured
     from hetermoe_cli.schedule.lower import training_schedule
@@ -42,22 +51,71 @@ def simulate(
 
     spec = load(Plan, plan)
     spec.verify(str(plan))
-    order = training_schedule(spec.layout)
+    if group is None and not is_whole(spec):
+        if measured or picture or placement_picture or schedule:
+            raise UserError(f"{plan}: it has several groups: choose one with --group 0 to {len(spec.groups) - 1}")
+        _simulate_groups(spec, trace, json_output)
+        return
     run = read_measured(measured, spec) if measured else None
-    predicted = replay(LayoutCost(CostModel(spec.inputs), spec.layout, run.load if run else None), order)
+    if group is None:
+        cost = LayoutCost(CostModel(spec.inputs), spec.layout, run.load if run else None)
+    else:
+        whole, spec = spec, group_plan(spec, group)
+        cost = group_cost(replay_plan(whole), group)
+    order = training_schedule(spec.layout)
+    predicted = replay(cost, order)
     iteration = summarise(spec, predicted)
     comparison = compare(predicted, run.trace) if run else None
     image = _draw(spec, plan.stem, predicted, iteration.origin, run, picture.suffix[1:]) if picture else None
+    placement = _draw_placement(spec, plan.stem, placement_picture.suffix[1:]) if placement_picture else None
     if trace:
         predicted.write(trace)
-    if picture and image:
-        write_atomic(picture, image)
+    for path, content in ((picture, image), (placement_picture, placement)):
+        if path and content:
+            write_atomic(path, content)
     if json_output:
         _print_json(iteration, comparison, run, str(order) if schedule else None)
     elif schedule:
         print(order, end="")
     else:
         _print_tables(spec, iteration, comparison, run)
+
+
+def _simulate_groups(plan: "Plan", trace: Path | None, json_output: bool) -> None:
+    """Every layout of a plan with several groups, each on its local ranks; the trace file has the cluster's ranks."""
+    from hetermoe_cli.report.groups import group_cost, group_plan, merged, replay_plan
+    from hetermoe_cli.report.iteration import summarise
+    from hetermoe_cli.simulator import simulate as replay
+
+    replayed = replay_plan(plan)
+    plans = [group_plan(plan, number) for number in range(len(plan.groups))]
+    traces = [replay(group_cost(replayed, number)) for number in range(len(plan.groups))]
+    iterations = [summarise(spec, predicted) for spec, predicted in zip(plans, traces, strict=True)]
+    if trace:
+        merged(plan, traces).write(trace)
+    if json_output:
+        import json
+        from dataclasses import asdict
+
+        found = [
+            {"replicas": group.replicas, **asdict(iteration)}
+            for group, iteration in zip(plan.groups, iterations, strict=True)
+        ]
+        print(json.dumps({"iteration_seconds": replayed.seconds, "groups": found}, indent=2))
+        return
+    for spec, iteration in zip(plans, iterations, strict=True):
+        _print_tables(spec, iteration, None, None)
+
+
+def _check_suffix(path: Path | None, option: str) -> None:
+    if path and path.suffix not in _PICTURE_SUFFIXES:
+        raise typer.BadParameter(f"{path}: must end in {', '.join(_PICTURE_SUFFIXES)}", param_hint=option)
+
+
+def _draw_placement(plan: "Plan", name: str, file_format: str) -> bytes:
+    from hetermoe_cli.report.placement import draw_placement
+
+    return draw_placement(plan, f"{name}: {_headline(plan)}", file_format)
 
 
 def _draw(plan: "Plan", name: str, predicted: "Trace", origin: str, run: "Measured | None", file_format: str) -> bytes:

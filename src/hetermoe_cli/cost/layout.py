@@ -1,15 +1,18 @@
 """LayoutCost: seconds of every action of one layout under one expert load."""
 
+from collections.abc import Iterable
 from functools import cached_property
-from typing import Protocol
+from itertools import chain
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.cost.ports import Matrix, TransferCost
+from hetermoe_cli.cost.curves import Cost
+from hetermoe_cli.cost.model import CostModel, DeviceCost, ExpertRows
+from hetermoe_cli.cost.ports import Matrix, Ranks, TransferCost
 from hetermoe_cli.schedule.action import Action, Kind, Pass
-from hetermoe_cli.spec.plan import Layout, Memory
+from hetermoe_cli.spec.plan import LayerPlacement, Layout, Memory
 
 
 class Load(Protocol):
@@ -27,6 +30,17 @@ def balanced_load(cost: CostModel, layout: Layout) -> Load:
     return lambda layer, micro_batch: matrix
 
 
+class AssumedLoad:
+    """The inputs' expert load: every rank's rows spread by the same shares, in every micro-batch."""
+
+    def __init__(self, shares: NDArray[np.float64], cost: CostModel, layout: Layout) -> None:
+        rows = [cost.rows_per_expert(sequences) * cost.model.experts for sequences in layout.sequences_per_rank]
+        self._shares, self._rows = shares, np.array(rows, dtype=np.float64)
+
+    def __call__(self, layer: int, micro_batch: int) -> Matrix:
+        return np.outer(self._rows, self._shares[layer])
+
+
 class RecordedLoad:
     """Counts recorded in a run, [world, layers, micro-batches, experts], scaled to nominal rows."""
 
@@ -38,61 +52,110 @@ class RecordedLoad:
         return scaled
 
 
+class _Hosts(NamedTuple):
+    """The hosted experts of a layer, host by host, and the rank that hosts each."""
+
+    experts: Ranks
+    ranks: Ranks
+
+
 class LayoutCost:
-    """Seconds of compute actions and transfers. With `load` None the router is balanced."""
+    """Seconds of compute actions and transfers, under the inputs' expert load (balanced without one) unless `load`."""
 
     def __init__(self, cost: CostModel, layout: Layout, load: Load | None = None) -> None:
         self.cost, self.layout = cost, layout
-        self._balanced = load is None
-        self._load = load or balanced_load(cost, layout)
-        self._cache: dict[tuple[object, ...], float] = {}
-        self._transfers: dict[tuple[object, ...], TransferCost] = {}
-        self._owner = self._hosts()
-        self._ports: dict[tuple[int, bool], tuple[int, ...]] = {}
-
-    def _hosts(self) -> NDArray[np.float64]:
-        """[layers, experts, world] one where the rank hosts the expert; replicated experts have no host."""
-        layout = self.layout
-        owner = np.zeros((layout.layers, layout.experts, layout.world_size))
-        for layer, placement in enumerate(layout.placement):
-            for rank, experts in enumerate(placement.experts):
-                owner[layer, experts, rank] = 1.0
-        return owner
+        self._alike = load is None  # all micro-batches
+        self._balanced = load is None and cost.shares is None
+        assumed = balanced_load(cost, layout) if cost.shares is None else AssumedLoad(cost.shares, cost, layout)
+        self._load = load or assumed
+        self._attending = np.array(layout.attending)
+        self._hosts = [_hosts(placement) for placement in layout.placement]
+        replicated = [len(placement.replicated) for placement in layout.placement]
+        self._shapes = [(h.ranks.tobytes(), count) for h, count in zip(self._hosts, replicated, strict=True)]
+        self._rows: tuple[object, Matrix] | None = None  # the last load that was asked for
+        self._row_sums: dict[object, list[float]] = {}
+        self._expert_costs: dict[tuple[str, float], Cost] = {}
+        self._dense: dict[tuple[object, ...], float] = {}
+        self._by_rank: dict[object, Matrix] = {}
+        self._transfers: dict[tuple[int, int, bool], TransferCost] = {}
+        self._busy: dict[object, Matrix] = {}
+        self._ports: dict[tuple[bytes, bool], tuple[int, ...]] = {}
 
     def expert_rows(self, rank: int, layer: int, micro_batch: int) -> list[float]:
         """Rows of each local expert, in the order of layout.local_experts."""
-        rows = self._load(layer, micro_batch)
-        placement = self.layout.placement[layer]
-        hosted: list[float] = rows[:, placement.experts[rank]].sum(axis=0).tolist()
-        if not self.layout.sequences_per_rank[rank]:
-            return hosted
-        return hosted + [float(rows[rank, expert]) for expert in placement.replicated]
+        placement, key = self.layout.placement[layer], self._key(layer, micro_batch)
+        if key not in self._row_sums:
+            self._row_sums[key] = self._rows_of(layer, micro_batch).sum(axis=0).tolist()
+        sums = self._row_sums[key]
+        rows = [sums[expert] for expert in placement.experts[rank]]
+        if placement.replicated and self.layout.sequences_per_rank[rank]:
+            rows += self._rows_of(layer, micro_batch)[rank, placement.replicated].tolist()
+        return rows
+
+    def _key(self, layer: int, micro_batch: int) -> tuple[int, ...]:
+        """Equal where loads are."""
+        if self._balanced:
+            return ()
+        return (layer,) if self._alike else (layer, micro_batch)
+
+    def _rows_of(self, layer: int, micro_batch: int) -> Matrix:
+        """The load, kept until another one is asked for."""
+        key = self._key(layer, micro_batch)
+        if self._rows is None or self._rows[0] != key:
+            self._rows = key, self._load(layer, micro_batch)
+        return self._rows[1]
+
+    def _shape(self, layer: int, micro_batch: int) -> object:
+        """Equal where costs are: under a balanced router, layers in which every rank holds as many experts."""
+        return self._shapes[layer] if self._balanced else self._key(layer, micro_batch)
 
     def seconds(self, rank: int, action: Action) -> float:
         """Seconds of a compute action (not S) on `rank`."""
-        micro_batch = 0 if self._balanced else action.micro_batch
-        key = (rank, action.kind, action.direction, action.layer, micro_batch)
-        if key not in self._cache:
-            if action.kind is Kind.EXPERT:
-                value = self.expert_seconds(rank, action, self.expert_rows(rank, action.layer, micro_batch))
-            else:
-                value = self._dense_seconds(rank, action)
-            self._cache[key] = value
-        return self._cache[key]
+        if action.kind is Kind.EXPERT:
+            return self.expert_seconds(rank, action, self.expert_rows(rank, action.layer, action.micro_batch))
+        if action.kind is Kind.OPTIMIZER:
+            return self.cost.optimizer_seconds(self.cost.of(rank), self.parameters(rank))
+        key = (self.cost.devices[rank].type, self.layout.sequences_per_rank[rank], action.kind, action.direction)
+        if key not in self._dense:
+            self._dense[key] = self._dense_seconds(rank, action)
+        return self._dense[key]
+
+    def seconds_by_rank(self, action: Action) -> Matrix:
+        """Seconds [world] of a compute action (not S) on every rank that has a part in it."""
+        shape = self._shape(action.layer, action.micro_batch) if action.kind is Kind.EXPERT else None
+        key = action.kind, action.direction, shape
+        if key not in self._by_rank:
+            self._by_rank[key] = found = np.zeros(self.layout.world_size)
+            for rank in self._ranks_of(action):
+                found[rank] = self.seconds(rank, action)
+        return self._by_rank[key]
+
+    def _ranks_of(self, action: Action) -> Iterable[int]:
+        """Ranks with a part in a compute action."""
+        if action.kind is Kind.OPTIMIZER:
+            return range(self.layout.world_size)
+        if action.kind is not Kind.EXPERT:
+            return self.layout.attending
+        replicated = self.layout.placement[action.layer].replicated
+        return {*self._hosts[action.layer].ranks.tolist(), *(self.layout.attending if replicated else ())}
 
     def expert_seconds(self, rank: int, action: Action, rows: list[float]) -> float:
         """Seconds of an expert action that received `rows` rows per local expert."""
-        curve = self.cost.of(rank).expert
-        costs = [curve(count) for count in rows]
+        device = self.cost.of(rank)
+        costs = [self._expert_cost(device, count) for count in rows]
         forward = sum(c.forward for c in costs)
         if action.direction is Pass.FORWARD:
             return forward
         return sum(c.backward for c in costs) + (forward if self.layout.schedule.recompute_experts else 0.0)
 
+    def _expert_cost(self, device: DeviceCost, rows: float) -> Cost:
+        key = device.type, rows
+        if key not in self._expert_costs:
+            self._expert_costs[key] = device.expert(rows)
+        return self._expert_costs[key]
+
     def _dense_seconds(self, rank: int, action: Action) -> float:
         device, sequences = self.cost.of(rank), self.layout.sequences_per_rank[rank]
-        if action.kind is Kind.OPTIMIZER:
-            return self.cost.optimizer_seconds(device, self.parameters(rank))
         if action.kind is Kind.HEAD:
             head = self.cost.head_cost(device, sequences)
             return head.forward + (head.backward if action.direction is Pass.BACKWARD else 0.0)
@@ -106,39 +169,50 @@ class LayoutCost:
 
         The ports do not depend on the rows, so that the order on every port is known before any row is counted.
         """
-        micro_batch = 0 if self._balanced else action.micro_batch
-        key = (action.layer, micro_batch, action.towards_experts)
+        layer, micro_batch = action.layer, 0 if self._alike else action.micro_batch
+        key = (layer, micro_batch, action.towards_experts)
         if key not in self._transfers:
-            rows = self._load(action.layer, micro_batch) @ self._owner[action.layer]
-            sent = (rows if action.towards_experts else rows.T) * self.cost.row_bytes
-            seconds = self.cost.network.seconds(sent)
-            self._transfers[key] = TransferCost(seconds, self._static_ports(action))
+            ports = self._static_ports(layer, action.towards_experts)
+            self._transfers[key] = TransferCost(float(self._port_seconds(layer, micro_batch).max()), ports)
         return self._transfers[key]
 
-    def _static_ports(self, action: Action) -> tuple[int, ...]:
-        key = (action.layer, action.towards_experts)
+    def slowest_port(self, action: Action) -> int:
+        """The port that decides how long a dispatch or combine takes; the first of equals."""
+        busy = self._port_seconds(action.layer, action.micro_batch).reshape(-1, 2)
+        return int((busy if action.towards_experts else busy[:, ::-1]).argmax())
+
+    def _port_seconds(self, layer: int, micro_batch: int) -> Matrix:
+        """[ports] seconds that each is busy with a transfer towards the experts."""
+        key, hosts = self._shape(layer, micro_batch), self._hosts[layer]
+        if key not in self._busy:
+            sent = self._rows_of(layer, micro_batch)[:, hosts.experts] * self.cost.row_bytes
+            self._busy[key] = self.cost.network.busy(sent, hosts.ranks)
+        return self._busy[key]
+
+    def _static_ports(self, layer: int, towards_experts: bool) -> tuple[int, ...]:
+        key = self._shapes[layer][0], towards_experts
         if key not in self._ports:
-            attends = np.array(self.layout.sequences_per_rank) > 0
-            hosts = self._owner[action.layer].any(axis=0)
-            pairs = np.outer(attends, hosts)
-            self._ports[key] = self.cost.network.ports(pairs if action.towards_experts else pairs.T)
+            pair = self._attending, np.unique(self._hosts[layer].ranks)
+            self._ports[key] = self.cost.network.ports(*(pair if towards_experts else pair[::-1]))
         return self._ports[key]
 
     @cached_property
     def synchronise_seconds(self) -> float:
-        """All-reduce of dense and replicated gradients over the attending ranks."""
+        """Synchronisation of dense and replicated gradients over the attending ranks."""
         replicated = sum(len(placement.replicated) for placement in self.layout.placement)
-        size = self.cost.dense_gradient_bytes + replicated * self.cost.expert_gradient_bytes
-        return self.cost.network.all_reduce_seconds(self.layout.attending, size)
+        return self.cost.synchronise_seconds(self.layout.schedule, self.layout.attending, replicated)
 
-    def parameters(self, rank: int) -> int:
-        """Parameters that `rank` holds and updates."""
-        experts = sum(len(self.layout.local_experts(layer, rank)) for layer in range(self.layout.layers))
-        dense = self.cost.model.dense_parameters if self.layout.sequences_per_rank[rank] else 0
+    def parameters(self, rank: int) -> float:
+        """Parameters that `rank` updates; a sharded dense part counts by its share."""
+        experts = sum([len(placement.experts[rank]) for placement in self.layout.placement])
+        if not self.layout.sequences_per_rank[rank]:
+            return experts * self.cost.model.expert_parameters
+        experts += sum([len(placement.replicated) for placement in self.layout.placement])
+        dense = self.cost.dense_updates(self.layout.schedule, len(self._attending))
         return dense + experts * self.cost.model.expert_parameters
 
     def memory(self, rank: int) -> Memory:
-        """Bytes of `rank` by kind."""
+        """Bytes of `rank` by kind, under the inputs' expert load."""
         layout = self.layout
         return self.cost.memory(
             self.cost.of(rank),
@@ -147,4 +221,33 @@ class LayoutCost:
             schedule=layout.schedule,
             hosted=[len(placement.experts[rank]) for placement in layout.placement],
             replicated=[len(placement.replicated) for placement in layout.placement],
+            rows=None if self.cost.shares is None else self.assumed_rows(rank),
+            attending=len(layout.attending),
         )
+
+    def hosted_rows(self, rank: int) -> list[list[float]]:
+        """Per layer, the rows of a micro-batch for each expert that `rank` hosts, under the inputs' expert load."""
+        total = self.layout.sequences_per_micro_batch
+        placements = enumerate(self.layout.placement)
+        return [self.cost.expert_rows(total, layer, placement.experts[rank]) for layer, placement in placements]
+
+    def assumed_rows(self, rank: int) -> ExpertRows:
+        """Rows of a micro-batch for every expert that `rank` holds, under the inputs' expert load."""
+        hosted, own = self.hosted_rows(rank), self.layout.sequences_per_rank[rank]
+        copies = [
+            self.cost.expert_rows(own, layer, placement.replicated)
+            for layer, placement in enumerate(self.layout.placement)
+            if own
+        ]
+        rows_of_layer = self.cost.rows_per_expert(self.layout.sequences_per_micro_batch) * self.cost.model.experts
+        return ExpertRows(
+            hosted=[count for rows in hosted for count in rows],
+            replicated=[count for rows in copies for count in rows],
+            largest_share=max(map(sum, hosted)) / rows_of_layer,
+        )
+
+
+def _hosts(placement: LayerPlacement) -> _Hosts:
+    counts = [len(experts) for experts in placement.experts]
+    experts = np.fromiter(chain.from_iterable(placement.experts), np.intp, sum(counts))
+    return _Hosts(experts, np.repeat(np.arange(len(counts)), counts))

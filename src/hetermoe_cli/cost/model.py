@@ -1,7 +1,11 @@
 """CostModel: a plan's inputs -> seconds, bytes and memory of everything a device can do."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hetermoe_cli.cost.curves import AttentionCurve, Cost, Curve
 from hetermoe_cli.cost.ports import Network
@@ -33,6 +37,18 @@ class DeviceCost:
     framework_bytes: int
 
 
+@dataclass(frozen=True)
+class ExpertRows:
+    """Rows of a micro-batch for each expert that a rank holds, all layers in turn.
+
+    `largest_share`: the largest share of a layer's rows that it receives.
+    """
+
+    hosted: list[float]
+    replicated: list[float]
+    largest_share: float
+
+
 def find_table(profile: Profile, model: ModelConfig, precision: str) -> KernelTable:
     """The kernel table that fits; UserError names the shape or precision that the profile lacks."""
     for table in profile.tables:
@@ -62,7 +78,7 @@ class CostModel:
         profile = self.inputs.profiles.get(name)
         if profile is None:
             raise UserError(f"cluster {self.inputs.cluster.name}: no profile for device type {name!r}")
-        table = find_table(profile, self.model, self.train.precision)
+        table = find_table(profile, self.model, self.train.precision_of(name))
         return DeviceCost(
             type=name,
             attention=AttentionCurve(table.attention, self.train.sequence_length, f"profile {name}"),
@@ -76,6 +92,28 @@ class CostModel:
     def of(self, rank: int) -> DeviceCost:
         """The costs of a rank's device type."""
         return self.types[self.devices[rank].type]
+
+    @cached_property
+    def shares(self) -> NDArray[np.float64] | None:
+        """[layers, experts] shares of a layer's rows under the inputs' expert load; None for a balanced router."""
+        load = self.inputs.expert_load
+        return np.array(load.shares) if load else None
+
+    @cached_property
+    def balanced(self) -> "CostModel":
+        """The same with a balanced router."""
+        if self.inputs.expert_load is None:
+            return self
+        return CostModel(self.inputs.model_copy(update={"expert_load": None}))
+
+    def expert_rows(self, sequences: float, layer: int, experts: Sequence[int]) -> list[float]:
+        """Rows that each of `experts` gets from `sequences` sequences under the inputs' expert load."""
+        if self.shares is None:
+            return [self.rows_per_expert(sequences)] * len(experts)
+        rows: list[float] = (
+            self.shares[layer, experts] * self.rows_per_expert(sequences) * self.model.experts
+        ).tolist()
+        return rows
 
     def rows_per_expert(self, sequences: float) -> float:
         """Rows that each expert gets from `sequences` sequences under a balanced router."""
@@ -94,6 +132,43 @@ class CostModel:
     def expert_gradient_bytes(self) -> int:
         """What attending ranks all-reduce for one replicated expert."""
         return self.model.expert_parameters * STATE_BYTES[self.train.precision][1]
+
+    def dense_state_bytes(self, schedule: ScheduleChoice, attending: int) -> tuple[float, float, float]:
+        """Bytes (weights, gradients, optimizer) of the dense part on each of `attending` ranks."""
+        state, model = schedule.dense_state, self.model
+        weights, gradients, optimizer = (model.dense_parameters * size for size in STATE_BYTES[self.train.precision])
+        if state == "replicated":
+            return weights, gradients, optimizer
+        if state == "optimizer":
+            return weights, gradients, optimizer / attending
+        # the part at work is whole: a layer, or embedding and head
+        whole = max(model.attention_layer_parameters, model.edge_parameters) / model.dense_parameters
+        share = 1 / attending + whole * (1 - 1 / attending)
+        return weights * share, gradients * share, optimizer / attending
+
+    def dense_updates(self, schedule: ScheduleChoice, attending: int) -> float:
+        """Dense parameters that each of `attending` ranks updates."""
+        return self.model.dense_parameters / (1 if schedule.dense_state == "replicated" else attending)
+
+    def synchronise_seconds(self, schedule: ScheduleChoice, attending: Sequence[int], replicated: int) -> float:
+        """All-reduce of dense and `replicated` experts' gradients over a group's attending ranks, one after another.
+
+        Sharded optimizer states take the same bytes (a reduce-scatter of gradients, an all-gather of new weights).
+        """
+        size = self.dense_gradient_bytes + replicated * self.expert_gradient_bytes
+        return self.network.all_reduce_seconds(attending, size) + self.gather_seconds(schedule, attending)
+
+    def gather_seconds(self, schedule: ScheduleChoice, attending: Sequence[int]) -> float:
+        """What a fully sharded dense part adds: in every window its weights are gathered forward and backward, and its
+        gradients scattered at the end (the last time is part of the all-reduce).
+
+        Each is half an all-reduce. An upper estimate: an engine hides most of it behind compute, none is hidden here.
+        """
+        if schedule.dense_state != "full":
+            return 0.0
+        windows = schedule.micro_batches // schedule.window
+        halves = 2 * windows + (windows - 1)
+        return halves / 2 * self.network.all_reduce_seconds(attending, self.dense_gradient_bytes)
 
     def optimizer_seconds(self, device: DeviceCost, parameters: float) -> float:
         """AdamW step over `parameters` parameters."""
@@ -132,26 +207,37 @@ class CostModel:
         schedule: ScheduleChoice,
         hosted: list[int],
         replicated: list[int],
+        rows: ExpertRows | None = None,
+        attending: int = 1,
     ) -> Memory:
-        """Bytes of one rank under a balanced router.
+        """Bytes of one rank under a balanced router, or where its experts get `rows`.
 
-        `hosted` and `replicated`: experts per layer.
+        `hosted` and `replicated`: experts per layer. `attending`: ranks of the group that do, for a sharded dense part.
         """
         held = sum(hosted) + (sum(replicated) if sequences else 0)
-        parameters = held * self.model.expert_parameters + (self.model.dense_parameters if sequences else 0)
-        weights, gradients, optimizer = (parameters * size for size in STATE_BYTES[self.train.precision])
-        rows = self.rows_per_expert(sequences_per_micro_batch)
-        kept = sum(hosted) * self.expert_activation_bytes(device, rows, schedule.recompute_experts)
+        dense = self.dense_state_bytes(schedule, attending) if sequences else (0.0, 0.0, 0.0)
+        weights, gradients, optimizer = (
+            held * self.model.expert_parameters * size + part
+            for size, part in zip(STATE_BYTES[self.train.precision], dense, strict=True)
+        )
+        again = schedule.recompute_experts
+        if rows:
+            each = [*rows.hosted, *rows.replicated]
+            kept = sum(self.expert_activation_bytes(device, count, again) for count in each)
+            largest, share = max((device.expert(count).saved_bytes for count in each), default=0.0), rows.largest_share
+        else:
+            expected, own = self.rows_per_expert(sequences_per_micro_batch), self.rows_per_expert(sequences)
+            kept = sum(hosted) * self.expert_activation_bytes(device, expected, again)
+            kept += sum(replicated) * self.expert_activation_bytes(device, own, again)  # no rows where none attends
+            largest = device.expert(expected).saved_bytes * bool(held)
+            share = max(hosted, default=0) / self.model.experts
         if sequences:
-            own = self.rows_per_expert(sequences)
-            kept += sum(replicated) * self.expert_activation_bytes(device, own, schedule.recompute_experts)
             kept += self.model.layers * self.attention_activation_bytes(device, sequences, schedule.recompute_attention)
-        peak = self.transient_bytes(device, sequences) + device.expert(rows).saved_bytes * bool(held)
-        share = max(hosted, default=0) / self.model.experts
+        peak = self.transient_bytes(device, sequences) + largest
         return Memory(
-            weights_bytes=weights,
-            gradients_bytes=gradients,
-            optimizer_bytes=optimizer,
+            weights_bytes=int(weights),
+            gradients_bytes=int(gradients),
+            optimizer_bytes=int(optimizer),
             activations_bytes=int(schedule.window * kept + peak),
             buffers_bytes=int(self.buffer_bytes(sequences_per_micro_batch, sequences, share)),
             framework_bytes=device.framework_bytes,

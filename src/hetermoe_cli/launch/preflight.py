@@ -7,15 +7,6 @@ from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.spec.profile import Profile
 
 
-def check_precision(precision: str) -> None:
-    """UserError if the engine does not train in `precision`."""
-    if precision not in ("fp32", "fp64"):
-        raise UserError(
-            f"field train.precision: {precision} is planned and emulated, not trained in yet: "
-            "plan with precision fp32 or fp64, or pass --emulate"
-        )
-
-
 def check_devices(plan: Plan) -> None:
     """UserError if this machine does not have the device of every rank, as its profile was measured."""
     devices = plan.inputs.devices()

@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.launch.preflight import check_devices, check_precision
+from hetermoe_cli.launch.preflight import check_devices
 from hetermoe_cli.model.data import VOCAB_SIZE, Batches, Corpus, load_corpus
 from hetermoe_cli.runtime.recorder import CHECKPOINTS, METRICS
 from hetermoe_cli.schedule.lower import training_schedule, validation_schedule
 from hetermoe_cli.simulator import check_deadlock
 from hetermoe_cli.spec.files import load
-from hetermoe_cli.spec.model import ModelConfig
+from hetermoe_cli.spec.model import ROUTER_FIELDS, ModelConfig
 from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.spec.profile import Precision
 from hetermoe_cli.spec.run import Emulation, RunSpec
@@ -48,11 +48,17 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
     """Check everything that can be checked without workers; UserError names the first problem. Writes nothing."""
     plan = load(Plan, plan_path)
     plan.verify(str(plan_path))
+    plan.check_one_group(str(plan_path))
+    if (state := plan.schedule.dense_state) != "replicated":
+        raise UserError(
+            f"{plan_path}: field groups.0.schedule.dense_state: {state}: it can be planned and simulated, but train "
+            "holds the dense part on every attending rank: plan with train.dense_state: replicated"
+        )
     for schedule in (training_schedule(plan.layout), validation_schedule(plan.layout)):
         check_deadlock(schedule, plan.layout.layers)
     emulation = _emulation(plan, options.emulate) if options.emulate else None
+    (emulation.executed if emulation else plan.inputs.model).check_trainable()
     precision = options.emulate.precision if options.emulate else plan.inputs.train.precision
-    check_precision(precision)
     if not emulation:
         check_devices(plan)
     corpus = load_corpus(options.sources or None)
@@ -104,12 +110,15 @@ def _resume_point(options: TrainOptions) -> str | None:
 
 def _emulation(plan: Plan, options: EmulateOptions) -> Emulation:
     executed = options.executed or small_model(plan.inputs.model)
-    scale = options.time_scale or SHORTEST_EMULATED_SECONDS / _shortest_task_seconds(plan)
-    return Emulation(executed=executed, sequence_length=options.sequence_length, time_scale=scale)
+    scale = options.time_scale or automatic_time_scale(plan)
+    emulation = Emulation(executed=executed, sequence_length=options.sequence_length, time_scale=scale)
+    if problem := emulation.mismatch(plan.inputs.model):
+        raise UserError(f"model {executed.name}: field {problem}: name one like it with --executed, or none")
+    return emulation
 
 
 def small_model(nominal: ModelConfig) -> ModelConfig:
-    """A model of the same layers, experts and top-k that a few CPU cores train quickly."""
+    """A model of the same layers, experts and router that a few CPU cores train quickly."""
     return ModelConfig(
         name=f"{nominal.name}-executed",
         layers=nominal.layers,
@@ -121,19 +130,25 @@ def small_model(nominal: ModelConfig) -> ModelConfig:
         experts=nominal.experts,
         top_k=nominal.top_k,
         vocab_size=VOCAB_SIZE,
+        **{name: getattr(nominal, name) for name in ROUTER_FIELDS},
     )
 
 
-def _shortest_task_seconds(plan: Plan) -> float:
-    """Shortest attention or expert task of the plan, in nominal seconds."""
-    from hetermoe_cli.cost import CostModel, LayoutCost
-    from hetermoe_cli.schedule.action import Kind
-    from hetermoe_cli.schedule.zebra import training_order
+def automatic_time_scale(plan: Plan) -> float:
+    """Seconds of an emulated run per nominal second, such that real work ends before its targets."""
+    return SHORTEST_EMULATED_SECONDS / _shortest_task_seconds(plan)
 
-    cost = LayoutCost(CostModel(plan.inputs), plan.layout)
+
+def _shortest_task_seconds(plan: Plan) -> float:
+    """Shortest attention or expert task of the plan under a balanced router, in nominal seconds."""
+    from hetermoe_cli.cost import CostModel, LayoutCost, balanced_load
+    from hetermoe_cli.schedule.action import Kind
+
+    model = CostModel(plan.inputs)
+    cost = LayoutCost(model, plan.layout, balanced_load(model, plan.layout))  # an expert may be assumed to get no row
     return min(
         cost.seconds(rank, action)
-        for rank in range(plan.layout.world_size)
-        for action in training_order(plan.layout, rank)
+        for rank, order in enumerate(training_schedule(plan.layout).compute)
+        for action in order
         if action.kind in (Kind.ATTENTION, Kind.EXPERT)
     )

@@ -119,7 +119,8 @@ def describe(line: dict[str, Any]) -> str:
     """One step as text."""
     emulated, nominal = ("emulated ", "nominal ") if line["emulated"] else ("", "")
     measured, predicted = line["iteration_seconds"], line["predicted_iteration_seconds"]
+    loss = "overflow, skipped" if line.get("skipped") else f"loss {line['loss']:.3f}"
     return (
-        f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} {nominal}tokens/s  "
+        f"{loss}  {line['tokens_per_second']:,.0f} {nominal}tokens/s  "
         f"{emulated}iteration {measured * 1e3:.0f} ms (predicted {predicted * 1e3:.0f})"
     )

@@ -42,8 +42,8 @@ class Candidate:
     choice: Choice
     alike: float = 0.0
     uniform: bool = False  # devices of a kind attend to equal sequences
+    bounded: bool = False  # by patterns; arranged in the network
     mixture: Mixture | None = None
-    placed: bool = False
 
 
 def candidates(cost: CostModel, micro_batch_limit: int, seconds: float) -> tuple[list[Candidate], ExactOver]:

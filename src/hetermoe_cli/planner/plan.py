@@ -10,12 +10,19 @@ from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel, find_table
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.baselines import RIVALS, Rival
+from hetermoe_cli.planner.binding import binding, with_runner_ups
+from hetermoe_cli.planner.cluster.explained import with_other_orders
+from hetermoe_cli.planner.cluster.objective import Wanted, economy
+from hetermoe_cli.planner.cluster.plan_groups import plan_groups, wants_groups
+from hetermoe_cli.planner.expert_load import load_notes, under_load
 from hetermoe_cli.planner.explain import does_not_fit, notes
+from hetermoe_cli.planner.runner_up import RunnerUp
 from hetermoe_cli.planner.search import Found, search
 from hetermoe_cli.planner.solver import SolverOptions, check_available
 from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.simulator import simulate
-from hetermoe_cli.spec.plan import Assignment, Bound, Inputs, Plan, Prediction, SolverReport
+from hetermoe_cli.spec.explanation import Explanation
+from hetermoe_cli.spec.plan import Assignment, Bound, Group, Inputs, Plan, Prediction, SolverReport
 
 
 @dataclass(frozen=True)
@@ -25,18 +32,47 @@ class PlanOptions:
     assignment: Assignment = "optimal"
     solver: SolverOptions = field(default_factory=SolverOptions)
     max_micro_batches: int = 16
+    explain: bool = False  # find out why other layouts lost
+    wanted: Wanted = field(default_factory=Wanted)
 
 
 def make_plan(
     inputs: Inputs, options: PlanOptions | None = None, progress: Callable[[str], None] = lambda text: None
 ) -> Plan:
     """The plan for `inputs`. UserError DOES_NOT_FIT if no layout fits, SOLVER if the solver cannot run."""
-    options, began = options or PlanOptions(), time.monotonic()
+    options = options or PlanOptions()
+    wanted, cost = options.wanted, CostModel(inputs)
     check_available(options.solver.name)
-    cost = CostModel(inputs)
+    if options.assignment != "optimal" and wanted != Wanted():
+        raise UserError("--objective, --max-cost and --max-groups go with --assignment optimal: leave one out")
+
+    def several() -> Plan:
+        plan = plan_groups(cost, embed(inputs), options.solver, options.max_micro_batches, wanted, progress)
+        return with_other_orders(plan, options.solver.time_limit) if options.explain else plan
+
+    if options.assignment == "optimal" and wants_groups(cost, wanted):
+        return several()
+    plan = _plan_one_group(cost, options, progress)
+    if (wanted.most_groups or 1) == 1 or plan.bound.work_iteration_seconds >= plan.predicted.iteration_seconds:
+        return plan
+    groups = several()
+    if groups.predicted.iteration_seconds < plan.predicted.iteration_seconds:
+        return groups
+    gap = max(0.0, 1 - groups.bound.iteration_seconds / plan.predicted.iteration_seconds)
+    return plan.model_copy(update={"max_groups": wanted.most_groups, "bound": groups.bound, "gap": gap})
+
+
+def _plan_one_group(cost: CostModel, options: PlanOptions, progress: Callable[[str], None]) -> Plan:
+    """The plan of one group over all devices."""
+    inputs, began = cost.inputs, time.monotonic()
     progress("rivals")
     rivals = {name: rival(cost, options.max_micro_batches) for name, rival in RIVALS.items()}
-    found = search(cost, options.solver, options.max_micro_batches, [r.layout for r in rivals.values()], progress)
+    others = [rival.layout for rival in rivals.values()]
+    found, load = search(cost.balanced, options.solver, options.max_micro_batches, others, progress), None
+    work = work_bound(cost, options.max_micro_batches)
+    if inputs.expert_load:
+        progress("placing experts by name")
+        found, load = under_load(cost, found, others, options.solver, work)
     layout = found.layout if options.assignment == "optimal" else rivals[options.assignment].layout
     if layout is None:
         raise _no_layout(cost, rivals, options, found)
@@ -48,9 +84,7 @@ def make_plan(
     return Plan(
         date=datetime.date.today(),
         assignment=options.assignment,
-        schedule=layout.schedule,
-        sequences_per_rank=layout.sequences_per_rank,
-        placement=layout.placement,
+        groups=[Group.of(layout, [list(range(world))])],
         predicted=Prediction(
             iteration_seconds=trace.seconds,
             tokens_per_second=tokens / trace.seconds,
@@ -58,12 +92,13 @@ def make_plan(
         ),
         bound=Bound(
             iteration_seconds=found.bound,
-            work_iteration_seconds=work_bound(cost, options.max_micro_batches),
+            work_iteration_seconds=work,
             exact_over=found.exact_over,
         ),
         gap=max(0.0, 1 - found.bound / trace.seconds),
         memory=[layout_cost.memory(rank) for rank in range(world)],
         baselines={name: rival.baseline() for name, rival in rivals.items()},
+        economy=economy(cost, range(world), trace.seconds, options.max_micro_batches),
         solver=SolverReport(
             name=options.solver.name,
             status=found.status,
@@ -71,10 +106,23 @@ def make_plan(
             candidates=found.candidates,
             solved=found.solved,
         ),
-        notes=notes(cost, layout, rivals, trace.seconds, found.exact_over),
+        load=load,
+        explanation=_explanation(layout_cost, trace.seconds, rivals, found, options),
+        notes=notes(cost, layout, rivals, trace.seconds, found.exact_over) + (load_notes(load) if load else []),
         inputs=embedded,
         inputs_sha256=embedded.hashes(),
     )
+
+
+def _explanation(
+    cost: LayoutCost, seconds: float, rivals: dict[str, Rival], found: Found, options: PlanOptions
+) -> Explanation:
+    """What binds the layout; if wanted, why the runner-ups, the rivals and other orders lost."""
+    result = binding(cost)
+    if not options.explain:
+        return result
+    others = [RunnerUp.of(cost.cost, r.layout, r.seconds) for r in rivals.values() if r.layout]
+    return with_runner_ups(result, cost, seconds, [*found.runner_ups, *others], options.solver.time_limit)
 
 
 def _no_layout(cost: CostModel, rivals: dict[str, Rival], options: PlanOptions, found: Found) -> UserError:
@@ -95,7 +143,7 @@ def embed(inputs: Inputs) -> Inputs:
     """The same inputs with only the kernel tables that the plan reads."""
     profiles = {}
     for name, profile in inputs.profiles.items():
-        table = find_table(profile, inputs.model, inputs.train.precision)
+        table = find_table(profile, inputs.model, inputs.train.precision_of(name))
         lengths = sorted({point.sequence_length for point in table.attention})
         wanted = inputs.train.sequence_length
         near = {

@@ -1,5 +1,6 @@
 """Replay: the simulator's time of a layout, and whether every rank's memory holds it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hetermoe_cli.cost.layout import LayoutCost
@@ -10,7 +11,7 @@ from hetermoe_cli.spec.plan import Memory
 
 @dataclass(frozen=True)
 class Overflow:
-    """The rank that misses most memory, as a share of its limit."""
+    """A rank's memory against its limit, which it may or may not exceed."""
 
     rank: int
     device: str
@@ -25,7 +26,7 @@ class Overflow:
 
     def __str__(self) -> str:
         return (
-            f"rank {self.rank} ({self.device}) needs {self.needed / 1e9:.2f} GB of {self.limit / 1e9:.2f} GB usable, "
+            f"rank {self.rank} ({self.device}) needs {size_text(self.needed)} of {size_text(self.limit)} usable, "
             f"most of it {self.largest_kind}"
         )
 
@@ -36,16 +37,29 @@ class Overflow:
         return max(kinds, key=lambda name: kinds[name])
 
 
-def overflow(cost: LayoutCost) -> Overflow | None:
-    """The worst rank over its limit (capacity times the training spec's headroom), if any."""
-    worst: Overflow | None = None
+def size_text(size: float) -> str:
+    """Bytes in words."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def usages(cost: LayoutCost) -> Iterator[Overflow]:
+    """Every rank's memory against its limit: capacity times the training spec's headroom."""
+    known: dict[object, Memory] = {}  # under a balanced router only counts matter
+    layout, balanced = cost.layout, cost.cost.shares is None
     for rank, device in enumerate(cost.cost.devices):
-        memory = cost.memory(rank)
+        held = tuple([len(placement.experts[rank]) for placement in layout.placement])
+        key = (device.type, layout.sequences_per_rank[rank], held) if balanced else rank
+        if key not in known:
+            known[key] = cost.memory(rank)
+        memory = known[key]
         limit = memory.capacity_bytes * cost.cost.train.memory_headroom
-        found = Overflow(rank, device.type, memory.total_bytes, limit, memory)
-        if memory.total_bytes > limit and (worst is None or found.ratio > worst.ratio):
-            worst = found
-    return worst
+        yield Overflow(rank, device.type, memory.total_bytes, limit, memory)
+
+
+def overflow(cost: LayoutCost) -> Overflow | None:
+    """The worst rank over its limit, if any."""
+    worst = max(usages(cost), key=lambda usage: usage.ratio)
+    return worst if worst.needed > worst.limit else None
 
 
 def busy_bound(cost: LayoutCost) -> float:
@@ -54,7 +68,6 @@ def busy_bound(cost: LayoutCost) -> float:
     In sequential order every transfer lies between two tasks of each attending rank.
     """
     layout, known = cost.layout, {}
-    hosted = [sum(len(placement.experts[rank]) for placement in layout.placement) for rank in range(layout.world_size)]
     transfers = 0.0
     if layout.schedule.name == "sequential":
         there = [cost.transfer(Action(Kind.DISPATCH, Pass.FORWARD, layer)).seconds for layer in range(layout.layers)]
@@ -66,5 +79,14 @@ def busy_bound(cost: LayoutCost) -> float:
             known[key] = device_rates(cost.cost, rank, sequences, layout.schedule, layout.sequences_per_micro_batch)
         r = known[key]
         attention = layout.layers * sum(r.attention) + r.head + transfers if sequences else 0.0
-        busiest = max(busiest, attention + hosted[rank] * sum(r.hosted))
+        busiest = max(busiest, attention + _hosted_seconds(cost, rank, sum(r.hosted)))
     return layout.micro_batches * busiest + cost.synchronise_seconds
+
+
+def _hosted_seconds(cost: LayoutCost, rank: int, balanced: float) -> float:
+    """All hosted experts of a rank on one micro-batch, which take `balanced` seconds each where loads are equal."""
+    if cost.cost.shares is None:
+        return balanced * sum(len(placement.experts[rank]) for placement in cost.layout.placement)
+    rows = [count for layer in cost.hosted_rows(rank) for count in layer]
+    both = (Pass.FORWARD, Pass.BACKWARD)
+    return sum(cost.expert_seconds(rank, Action(Kind.EXPERT, direction), rows) for direction in both)

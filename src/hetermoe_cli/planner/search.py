@@ -1,10 +1,11 @@
 """Outer search over schedule, R, recompute and sequences: bound all, place well where promising, solve few exactly.
 
 1. Closed-form bounds of every choice (bounds.py); those that cannot beat the best layout so far are dropped.
-2. A bound from patterns (master.py), and where that is among the best a heuristic placement.
-3. More placements, in order of the better bounds, while that helps.
+2. A bound from patterns (master.py), for the choice with the lowest bound at a time.
+3. A heuristic placement, where that bound is still the lowest.
 4. MILPs, most promising first: with classes' means (a bound), then as it stands; devices of a class alike.
 5. MILPs over all placements, by classes and with one class per device.
+Layouts near the best are also replayed in the other orders of experts and transfers, which the bounds leave out.
 Each MILP may only find what beats the best layout so far by the solver's tolerance.
 Every step keeps the lower bound of every choice, so that the smallest one bounds the searched space.
 """
@@ -12,6 +13,8 @@ Every step keeps the lower bound of every choice, so that the smallest one bound
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+from itertools import count
 from math import inf
 
 from hetermoe_cli.cost.layout import LayoutCost
@@ -19,20 +22,23 @@ from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner import heuristic, ilp
 from hetermoe_cli.planner.candidates import Candidate, ExactOver, arranged, candidates
 from hetermoe_cli.planner.master import mixture
+from hetermoe_cli.planner.orders import other_orders
 from hetermoe_cli.planner.patterns import Limits
 from hetermoe_cli.planner.prepared import Prepared
 from hetermoe_cli.planner.replay import overflow
+from hetermoe_cli.planner.runner_up import RunnerUp, best_of_families
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.plan import Layout
 
-NEAR = 1.01  # a bound this close to the lowest one so far makes a choice worth placing at once
-MISSES = 5
+SEEDS = 6  # choices in which devices of a kind are alike, placed first
+MISSES = 12
+NEAR = 1.04  # times the best: what another order may still make the best
 
 
 @dataclass
 class Found:
-    """Result of a search; `bound` holds for every layout of the searched space."""
+    """Result of a search; `bound` holds for every layout in the default orders of experts and transfers."""
 
     layout: Layout | None
     seconds: float
@@ -41,6 +47,7 @@ class Found:
     status: str
     candidates: int
     solved: int
+    runner_ups: list[RunnerUp] = field(default_factory=list)
 
 
 @dataclass
@@ -54,6 +61,7 @@ class Search:
     seconds: float = inf
     solved: int = 0
     open: list[Candidate] = field(default_factory=list)
+    offered: list[RunnerUp] = field(default_factory=list)
 
     @property
     def target(self) -> float:
@@ -70,24 +78,48 @@ class Search:
         if layout is None:
             return
         layout_cost = LayoutCost(self.cost, layout)
-        if overflow(layout_cost) is None and (seconds := simulate(layout_cost).seconds) < self.seconds:
-            self.best, self.seconds = layout, seconds
+        if overflow(layout_cost) is not None:
+            return
+        seconds = simulate(layout_cost).seconds
+        tried = [(layout, seconds)]
+        if seconds < NEAR * self.seconds:
+            tried += other_orders(layout_cost)
+        for one, replayed in tried:
+            self.offered.append(RunnerUp.of(self.cost, one, replayed))
+            if replayed < self.seconds:
+                self.best, self.seconds = one, replayed
 
-    def bound(self) -> None:
-        """Step 2: pattern bounds, and placements where a bound is among the best so far."""
-        lowest, looked = inf, []
-        for coarse in self.open:
-            dropped = coarse.bound >= self.target or self.left < 0
-            for candidate in [coarse] if dropped else arranged(self.cost, coarse):
-                looked.append(candidate)
-                if candidate.bound >= self.target or self.left < 0:
-                    continue
-                ready = Prepared.of(self.cost, candidate.choice)
-                self._bound(candidate, ready)
-                if candidate.bound < min(self.target, NEAR * lowest):
-                    lowest = min(lowest, candidate.bound)
-                    self._place(candidate, ready)
-        self.open = looked
+    def explore(self) -> None:
+        """Steps 2 and 3: pattern bounds and placements, always of the choice with the lowest bound.
+
+        A few uniform choices come before all others: the best plan is often among them, and a good one spares other
+        choices their bounds. After MISSES placements in a row without gain only bounds are tightened.
+        """
+        coarse, self.open, misses = self.open, [], 0
+        seeds = sum(candidate.uniform for candidate in coarse[:SEEDS])
+        number = count()
+        queue = [(0.0, next(number), candidate) for seed in coarse[:seeds] for candidate in self._bounded(seed)]
+        queue += [(c.bound, next(number), c) for c in coarse[seeds:]]
+        heapify(queue)
+        while queue:
+            _, _, candidate = heappop(queue)
+            if candidate.bound < self.target and self.left > 0 and not candidate.bounded:
+                for one in self._bounded(candidate):
+                    heappush(queue, (one.bound, next(number), one))
+                continue
+            self.open.append(candidate)
+            if candidate.bound < self.target and self.left > 0 and misses < MISSES:
+                before = self.seconds
+                self._place(candidate, Prepared.of(self.cost, candidate.choice))
+                misses = misses + 1 if self.seconds == before else 0
+
+    def _bounded(self, coarse: Candidate) -> list[Candidate]:
+        """The choice in every arrangement, with its pattern bound."""
+        result = arranged(self.cost, coarse)
+        for candidate in result:
+            candidate.bounded = True
+            self._bound(candidate, Prepared.of(self.cost, candidate.choice))
+        return result
 
     def _horizon(self, ready: Prepared) -> float:
         return min(self.target, ready.rates.serial)
@@ -106,20 +138,7 @@ class Search:
             candidate.mixture = found
         candidate.alike = max(candidate.alike, candidate.bound)
 
-    def place(self) -> None:
-        """Step 3: more placements, the most promising choice first, while that helps."""
-        misses = 0
-        for candidate in sorted(self.open, key=lambda c: c.bound):
-            if candidate.placed or candidate.bound >= self.target or self.left < 0:
-                continue
-            before = self.seconds
-            self._place(candidate, Prepared.of(self.cost, candidate.choice))
-            misses = misses + 1 if self.seconds == before else 0
-            if misses == MISSES:
-                break
-
     def _place(self, candidate: Candidate, ready: Prepared) -> None:
-        candidate.placed = True
         starts = heuristic.starts(ready.rates, candidate.mixture, self._horizon(ready))
         counts = heuristic.improve(ready.rates, ready.graph, starts, self.seconds)
         if counts is not None:
@@ -181,7 +200,8 @@ class Search:
         else:
             exact, bound = "not solved", devices if scope == "devices" else classes
         status = "feasible" if exact == "not solved" else "optimal"
-        return Found(self.best, self.seconds, bound, exact, status, len(self.open), self.solved)
+        losers = [r for r in best_of_families(self.offered) if r.layout is not self.best]
+        return Found(self.best, self.seconds, bound, exact, status, len(self.open), self.solved, losers)
 
 
 def search(
@@ -198,10 +218,8 @@ def search(
         state.offer(layout)
     progress("bounding")
     state.open, scope = candidates(cost, micro_batch_limit, state.seconds)
-    for doing, step in (("bounding", state.bound), ("placing", state.place)):
-        progress(doing)
-        state.deadline = (time.monotonic() + end) / 2  # leave time for the next step
-        step()
+    state.deadline = (time.monotonic() + end) / 2  # leave time for the proof
+    state.explore()
     progress("proving")
     state.deadline = end
     state.prove()

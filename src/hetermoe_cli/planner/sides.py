@@ -1,7 +1,7 @@
 """Sides: the forward or the backward pass as chains of layers (see chains.py), every chain as seconds per pattern.
 
-n = micro-batches of a window, d = transfer, A, E = tasks of one micro-batch. Where all of a layer is replicated there are
-no transfers, and the boundary is when an attending device's own stream gets there.
+n = micro-batches of a window, d = transfer, A, E = tasks of one micro-batch. Where all of a layer is replicated there
+are no transfers, and the boundary is when an attending device's own stream gets there.
 """
 
 from functools import cached_property

@@ -9,7 +9,7 @@ import numpy as np
 
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.arrays import FloatArray, IntArray
-from hetermoe_cli.planner.baselines import micro_batch_counts, recompute_choices
+from hetermoe_cli.planner.baselines.rival import micro_batch_counts, recompute_choices, state_choices
 from hetermoe_cli.planner.choice import symmetry_keys
 from hetermoe_cli.spec.cluster import Device
 from hetermoe_cli.spec.plan import ScheduleChoice
@@ -29,10 +29,11 @@ def kinds(devices: Sequence[Device]) -> list[list[int]]:
 def schedules(cost: CostModel, limit: int) -> list[ScheduleChoice]:
     """Every R, window and recompute, with experts after the layer."""
     return [
-        ScheduleChoice(micro_batches=count, window=window, recompute=recompute)
+        ScheduleChoice(micro_batches=count, window=window, recompute=recompute, dense_state=dense_state)
         for count in micro_batch_counts(cost.train.global_batch_sequences, limit)
         for window in divisors(count)
         for recompute in recompute_choices(cost)
+        for dense_state in state_choices(cost)
     ]
 
 

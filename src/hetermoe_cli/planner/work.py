@@ -1,20 +1,27 @@
 """The free-role work bound: an iteration's compute, perfectly divisible over all devices, nothing waits or travels."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hetermoe_cli.cost.model import CostModel, DeviceCost
 from hetermoe_cli.planner.baselines import micro_batch_counts
 
 STEPS = 60  # bisection steps
+TINY = 1e-300  # seconds
 
 
 @dataclass(frozen=True)
-class _Speed:
+class Speed:
     """Devices of one type at their best sizes: seconds a sequence (all layers, head) and seconds a row (one layer)."""
 
     count: int
     sequence: float
     row: float
+
+
+def type_speeds(cost: CostModel, micro_batch_limit: int) -> dict[str, Speed]:
+    """Every device type at its best sizes."""
+    return {name: _speed(cost, name, micro_batch_limit) for name in cost.types}
 
 
 def work_bound(cost: CostModel, micro_batch_limit: int) -> float:
@@ -23,7 +30,7 @@ def work_bound(cost: CostModel, micro_batch_limit: int) -> float:
     The linear program has a sequence and a row share per type; for a given time the devices that are best at attention
     compared with experts attend (comparative advantage), the rest of all time goes to experts.
     """
-    speeds = [_speed(cost, name, micro_batch_limit) for name in cost.types]
+    speeds = list(type_speeds(cost, micro_batch_limit).values())
     batch = cost.train.global_batch_sequences
     rows = cost.model.layers * batch * cost.train.sequence_length * cost.model.top_k
     low, high = 0.0, max(s.sequence * batch + s.row * rows for s in speeds)
@@ -33,7 +40,7 @@ def work_bound(cost: CostModel, micro_batch_limit: int) -> float:
     return low
 
 
-def _enough(speeds: list[_Speed], seconds: float, sequences: float, rows: float) -> bool:
+def _enough(speeds: list[Speed], seconds: float, sequences: float, rows: float) -> bool:
     for speed in sorted(speeds, key=lambda s: s.sequence / s.row):
         time = speed.count * seconds
         attended = min(sequences, time / speed.sequence)
@@ -42,20 +49,43 @@ def _enough(speeds: list[_Speed], seconds: float, sequences: float, rows: float)
     return sequences <= 0 and rows <= 0
 
 
-def _speed(cost: CostModel, name: str, micro_batch_limit: int) -> _Speed:
+def _speed(cost: CostModel, name: str, micro_batch_limit: int) -> Speed:
     device, batch = cost.types[name], cost.train.global_batch_sequences
     count = sum(d.type == name for d in cost.devices)
     counts = micro_batch_counts(batch, micro_batch_limit)
     sequence = min(_sequence_seconds(cost, device, n) for n in range(1, batch + 1))
-    row = min(
-        sum(device.expert(rows)[:2]) / rows
-        for total in {batch // r for r in counts} | set(range(1, batch + 1))
-        if (rows := cost.rows_per_expert(total)) > 0
-    )
-    return _Speed(count, sequence, row)
+    totals = {batch // r for r in counts} | set(range(1, batch + 1))
+    row = min(sum(device.expert(rows)[:2]) / rows for total in totals if (rows := cost.rows_per_expert(total)) > 0)
+    if cost.shares is not None:
+        row = _loaded_row_seconds(cost, device, max(totals))
+    return Speed(count, sequence, row)
+
+
+def _loaded_row_seconds(cost: CostModel, device: DeviceCost, sequences: int) -> float:
+    """Least seconds a row over all sizes between the coldest expert's rows of one sequence and the hottest's of all.
+
+    Seconds a row are monotone between two points of a curve; forward and backward may have theirs at different sizes.
+    """
+    assert cost.shares is not None
+    rows = cost.rows_per_expert(1) * cost.model.experts
+    low, high = float(cost.shares[cost.shares > 0].min()) * rows, float(cost.shares.max()) * rows * sequences
+    sizes = [low, high, *(size for size in device.expert.sizes if low < size < high)]
+    forward = min(device.expert(size).forward / size for size in sizes)
+    backward = min(device.expert(size).backward / size for size in sizes)
+    return max(forward + backward, TINY)  # zero where a curve, extended downwards, ends before the coldest expert
 
 
 def _sequence_seconds(cost: CostModel, device: DeviceCost, sequences: int) -> float:
     """Attention of all layers and head, forward and backward, per sequence."""
     attention, head = device.attention(sequences), cost.head_cost(device, sequences)
     return (cost.model.layers * sum(attention[:2]) + sum(head[:2])) / sequences
+
+
+def work_dollars(cost: CostModel, micro_batch_limit: int, dollars_per_second: Mapping[str, float]) -> float:
+    """Dollars below which no devices can do an iteration's work: each kind of it on the type that is cheapest at it."""
+    speeds = type_speeds(cost, micro_batch_limit)
+    batch = cost.train.global_batch_sequences
+    rows = cost.model.layers * batch * cost.train.sequence_length * cost.model.top_k
+    return batch * min(dollars_per_second[name] * speed.sequence for name, speed in speeds.items()) + rows * min(
+        dollars_per_second[name] * speed.row for name, speed in speeds.items()
+    )

@@ -25,6 +25,7 @@ from hetermoe_cli.profiler.measure import (
     measure,
     saved_bytes,
 )
+from hetermoe_cli.profiler.tables import rounded
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.profile import AttentionPoint, ExpertPoint, HeadPoint, KernelTable, Precision
 
@@ -99,12 +100,7 @@ def profile_kernels(
 
 def require_precision(precision: Precision, device: torch.device) -> None:
     """UserError where measuring would time an emulation or fail."""
-    half = precision in ("fp16", "bf16")
-    if half and device.type == "cpu":
-        raise UserError(
-            f"profile: precision {precision} is measured on CUDA devices only; on the CPU take fp32 or fp64"
-        )
-    if precision == "bf16" and torch.cuda.get_device_capability(device) < _AMPERE:
+    if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < _AMPERE:
         raise UserError("profile: precision bf16 needs compute capability 8.0 or newer; take fp16")
 
 
@@ -116,11 +112,6 @@ def timing(samples: Samples, kept: int) -> Timed:
         "saved_bytes": kept,
         "spread": round(samples.spread(), 4),
     }
-
-
-def rounded(seconds: float) -> float:
-    """Five significant digits keep the files readable; a clock tells no more."""
-    return float(f"{seconds:.5g}")
 
 
 class Bench:
@@ -135,14 +126,16 @@ class Bench:
         parts.to(device=device, dtype=dtype)
         self.parameters = list(parts.parameters())
         for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad_dtype = torch.promote_types(dtype, torch.float32)  # as the engine accumulates them
+            parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
 
     def attention(self, length: int, sequences: int) -> Case:
-        """Combine of the layer before, then attention, norms and gate of this one."""
+        """Combine of the layer before, then attention, norms, gate and shared experts of this one."""
 
         def forward(leaves: list[Tensor]) -> list[Tensor]:
             routed = self.dense.stage(0, combine(*leaves))
-            return [routed.hidden, routed.rows, routed.weights]
+            losses = [] if routed.losses is None else [routed.losses]
+            return [routed.hidden, routed.rows, routed.weights, *losses]
 
         label = f"attention of {sequences} x {length} tokens"
         return Case(label, lambda: self._stage_inputs(sequences, length), forward)

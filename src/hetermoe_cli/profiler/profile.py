@@ -1,4 +1,4 @@
-"""Profile of one device: facts, memory and a kernel table per layer shape; and its merge with an earlier file."""
+"""Profile of one device: facts, memory and a kernel table per layer shape."""
 
 import os
 import platform
@@ -16,10 +16,11 @@ from hetermoe_cli.profiler.kernels import Sizes, profile_kernels, require_precis
 from hetermoe_cli.profiler.measure import Effort, Progress
 from hetermoe_cli.profiler.nvml import cpu_facts, gpu_facts
 from hetermoe_cli.spec.model import ModelConfig
-from hetermoe_cli.spec.profile import DeviceFacts, KernelTable, Precision, Profile
+from hetermoe_cli.spec.profile import DeviceFacts, Precision, Profile
 
 _RESIDENT = Path("/proc/self/statm")  # its second number; Linux only
 _BRANDS = {"NVIDIA", "Tesla", "Quadro", "GeForce", "RTX"}
+_SEVERAL_SIZES = {"A100": 40}  # GB of the plain name; a larger one is another device type
 
 
 def resolve_device(name: str) -> torch.device:
@@ -50,16 +51,18 @@ def device_facts(device: torch.device) -> DeviceFacts:
 
 
 def default_name(facts: DeviceFacts, accelerator: str) -> str:
-    """`cpu`, or the product's short name: NVIDIA A40 -> A40, Tesla V100-SXM2-16GB -> V100.
+    """`cpu`, or the product's short name: NVIDIA A40 -> A40, NVIDIA GeForce RTX 3090 -> RTX3090.
 
-    More than 40 GB in the product's name stay in the short one: NVIDIA A100-SXM4-80GB -> A100-80.
+    Where a product comes in sizes, the larger keeps its own: NVIDIA A100-SXM4-80GB -> A100-80.
     """
     if accelerator == "cpu":
         return "cpu"
     words = re.split(r"[\s-]+", facts.product or "cuda")
     model = next((word for word in words if word not in _BRANDS), "cuda")
+    if model.isdigit() and "RTX" in words:
+        model = f"RTX{model}"
     memory = next((match[1] for word in words if (match := re.fullmatch(r"(\d+)GB", word))), None)
-    suffix = f"-{memory}" if memory and int(memory) > 40 else ""
+    suffix = f"-{memory}" if memory and int(memory) > _SEVERAL_SIZES.get(model, int(memory)) else ""
     return re.sub(r"[^A-Za-z0-9_.]", "", model) + suffix
 
 
@@ -75,8 +78,11 @@ def profile_device(
 ) -> Profile:
     """Measure every distinct layer shape of `models` on `device`; `threads` is torch's thread count on the CPU.
 
-    `progress` counts over all shapes. UserError if the precision or a size is beyond the device.
+    `progress` counts over all shapes. UserError if a model is beyond the engine, or the precision or a size beyond
+    the device.
     """
+    for model in models:
+        model.check_trainable()
     require_precision(precision, device)
     facts = device_facts(device)
     shapes = list({model.shape: model for model in models}.values())
@@ -121,26 +127,6 @@ def framework_bytes(device: torch.device) -> int:
     return total - free - torch.cuda.memory_reserved(device)
 
 
-def merge(old: Profile | None, new: Profile) -> tuple[Profile, str]:
-    """`new`, with the tables of `old` that it does not replace; and what was done with `old`, in words ("" if nothing).
-
-    Only measurements of the same product merge: a modelled file, or another machine's, is replaced as a whole.
-    """
-    if old is None:
-        return new, ""
-    if old.source != "measured":
-        return new, f"the {old.source} profile was replaced as a whole: it does not mix with measured tables"
-    if (old.accelerator, old.facts.product) != (new.accelerator, new.facts.product):
-        return new, f"the profile of another product ({old.facts.product or old.accelerator}) was replaced as a whole"
-    taken = {_key(table) for table in new.tables}
-    kept = [table for table in old.tables if _key(table) not in taken]
-    replaced = len(old.tables) - len(kept)
-    note = f"{replaced} tables replaced, {len(kept)} kept"
-    if kept and old.software != new.software:
-        note += f" (measured with {', '.join(f'{k} {v}' for k, v in old.software.items())})"
-    return new.model_copy(update={"tables": kept + new.tables}), note
-
-
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
     """torch's intra-op thread count within the block."""
@@ -150,10 +136,6 @@ def torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _key(table: KernelTable) -> tuple[object, str]:
-    return table.shape, table.precision
 
 
 def _part(progress: Progress | None, index: int, parts: int) -> Progress | None:

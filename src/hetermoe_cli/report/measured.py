@@ -37,11 +37,15 @@ def read_measured(paths: Sequence[Path], plan: Plan) -> Measured:
             raise UserError(f"{files[0]}: emulated, but no run.yaml tells its time scale: name the run folder")
         trace = _scaled(trace, run.time_scale)
         notes.append(f"emulated seconds are divided by the run's time scale, {run.time_scale:.4g}")
-    load = _recorded(run, trace) if run and run.router == "learned" else None
-    if load:
-        notes.append("the prediction replays the expert rows that the learned router sent in the median traced step")
-    elif run and run.router == "learned":
-        notes.append("the run's router is learned, the prediction assumes a balanced one")
+    load, assumed = None, plan.inputs.expert_load
+    if run and (run.router == "learned" or assumed):
+        load = _recorded(run, trace)
+        if load:
+            sent = f"the expert rows that the {run.router} router sent in the median traced step"
+            notes.append(f"the prediction replays {sent}")
+        else:
+            other = "the plan's expert load" if assumed else "a balanced one"
+            notes.append(f"the run's router is {run.router}, the prediction assumes {other}")
     return Measured(trace, notes, load)
 
 

@@ -5,18 +5,46 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
+from hetermoe_cli.report.groups import economy_lines, group_plan, groups_table, is_whole
+from hetermoe_cli.report.plan_reasons import binding_lines, runner_ups_table, what_if_table
+from hetermoe_cli.report.tasks import ranges
 from hetermoe_cli.spec.plan import Plan
 
-RIVAL_NAMES = {"ep": "EP", "dist_ep": "DistEP", "gather_squeeze": "gather and squeeze"}
+RIVAL_NAMES = {
+    "ep": "EP",
+    "dist_ep": "DistEP",
+    "gather_squeeze": "gather and squeeze",
+    "hetero_ep": "uneven EP",
+    "ep_ideal": "EP (Ideal)",
+    "ep_ideal_charged": "EP (Ideal), charged",
+    "pp": "pipeline",
+}
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Print the decision, one row per group of equal ranks, rivals, bounds and notes."""
-    for line in headline(plan):
+    """Print the decision, one row per group of equal ranks, rivals, reasons, bounds and notes."""
+    for line in [*headline(plan), *load_lines(plan)]:
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(devices_table(plan))
-    console.print(rivals_table(plan))
-    for line in [*bounds_lines(plan), *(f"note: {note}" for note in plan.notes)]:
+    if is_whole(plan):
+        console.print(devices_table(plan))
+    else:
+        console.print(groups_table(plan))
+        for number in range(len(plan.groups)):
+            console.print(f"group {number}, on its local ranks", highlight=False)
+            console.print(devices_table(group_plan(plan, number)))
+    if plan.baselines:
+        console.print(rivals_table(plan))
+    reasons = plan.explanation
+    if reasons and reasons.runner_ups:
+        console.print(runner_ups_table(reasons))
+    if plan.what_if:
+        console.print(what_if_table(plan))
+    for line in [
+        *economy_lines(plan),
+        *(binding_lines(reasons) if reasons else []),
+        *bounds_lines(plan),
+        *(f"note: {note}" for note in plan.notes),
+    ]:
         console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -30,10 +58,33 @@ def headline(plan: Plan) -> Iterator[str]:
     sources = [f"{name} {profile.source}" for name, profile in plan.inputs.profiles.items()]
     yield f"predicted, not measured; profiles: {', '.join(sources)}"
     yield (
-        f"assignment {plan.assignment}, {plan.schedule}: "
+        f"assignment {plan.assignment}, {_decision(plan)}: "
         f"{seconds_text(plan.predicted.iteration_seconds)} an iteration, "
         f"{plan.predicted.tokens_per_second:,.0f} tokens/s"
     )
+
+
+def _decision(plan: Plan) -> str:
+    """The schedule, or how many groups there are."""
+    if is_whole(plan):
+        return str(plan.schedule)
+    used = sum(len(group.replicas) * len(group.sequences_per_rank) for group in plan.groups)
+    groups = f"{plan.group_count} groups" if plan.group_count > 1 else "1 group"
+    return f"{groups} on {used} of {plan.inputs.cluster.world_size} devices"
+
+
+def load_lines(plan: Plan) -> Iterator[str]:
+    """The imbalance of every layer that the plan assumes, and what it costs; nothing for a balanced router."""
+    if not (report := plan.load):
+        return
+    ratios = [f"{value:.2f}" for value in report.imbalance_per_layer]
+    yield f"expert load, hottest over mean by layer: {', '.join(ratios)} (worst: layer {report.worst_layer})"
+    numbered, balanced = report.numbered_iteration_seconds, report.balanced_iteration_seconds
+    under = (
+        f"{seconds_text(numbered)} ({numbered / plan.predicted.iteration_seconds:.2f}x)" if numbered else "does not fit"
+    )
+    if balanced:
+        yield f"best plan for a balanced router: {seconds_text(balanced)} with one, {under} under this load"
 
 
 def devices_table(plan: Plan) -> Table:
@@ -79,17 +130,6 @@ def spread_text(counts: list[int]) -> str:
     return f"{min(counts)}-{max(counts)} (mean {sum(counts) / len(counts):.1f})"
 
 
-def ranges(ranks: list[int]) -> str:
-    """`0-5, 8`."""
-    parts: list[list[int]] = []
-    for rank in ranks:
-        if parts and parts[-1][-1] == rank - 1:
-            parts[-1].append(rank)
-        else:
-            parts.append([rank])
-    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
-
-
 def rivals_table(plan: Plan) -> Table:
     """Rival methods under the same cost model and batch."""
     table = Table()
@@ -100,7 +140,7 @@ def rivals_table(plan: Plan) -> Table:
         if rival.iteration_seconds is None:
             table.add_row(label, "-", "-", rival.reason)
             continue
-        how = str(rival.schedule or "")
+        how = str(rival.schedule or rival.reason)
         ratio = rival.iteration_seconds / plan.predicted.iteration_seconds
         table.add_row(label, seconds_text(rival.iteration_seconds), f"{ratio:.2f}x", how)
     return table

@@ -1,6 +1,7 @@
 """Figures of a finished run: metrics, expert loads, and the prediction that replays the recorded loads."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -54,14 +55,17 @@ def read_run(folder: Path) -> RunSpec:
 
 
 def recorded_load(run: RunSpec, step: int) -> RecordedLoad | None:
-    """The expert rows that were sent in one step of a run; None if they were not kept."""
+    """The expert rows that were sent in one step of a run; None if they were not kept. UserError on a broken file."""
     layout = run.plan.layout
     counts = np.zeros((layout.world_size, layout.layers, layout.micro_batches, layout.experts), np.int64)
     for rank in layout.attending:
         path = load_path(Path(run.folder), rank)
         if not path.exists():
             return None
-        counts[rank] = np.load(path, mmap_mode="r", allow_pickle=False)[step]
+        try:
+            counts[rank] = np.load(path, mmap_mode="r", allow_pickle=False)[step]
+        except (OSError, ValueError, IndexError) as error:
+            raise UserError(f"{path}: not the expert rows of this run's step {step} ({error})") from error
     return RecordedLoad(counts, run.row_scale)
 
 
@@ -73,23 +77,30 @@ def replayed_seconds(run: RunSpec, steps: list[int]) -> float | None:
     return median(found) if found else None
 
 
-def figures(folder: Path) -> RunFigures:
+def timed_steps(run: RunSpec, metrics: list[dict[str, Any]], warm_up: int = WARM_UP_STEPS) -> list[dict[str, Any]]:
+    """Step lines since the last start, after the warm-up (all of them if there are no more)."""
+    steps = [line for line in metrics if line["event"] == "step"]
+    recent = [line for line in steps if line["step"] >= run.start_step] or steps  # an earlier part had another plan
+    return recent[warm_up:] or recent
+
+
+def figures(folder: Path, warm_up: int = WARM_UP_STEPS) -> RunFigures:
     """Read a run folder; UserError if it holds no finished step."""
     run = read_run(folder)
     metrics = read_metrics(folder)
     steps = [line for line in metrics if line["event"] == "step"]
     if not steps:
         raise UserError(f"{folder / METRICS}: no finished step")
-    recent = [line for line in steps if line["step"] >= run.start_step] or steps  # an earlier part had another plan
-    timed = recent[WARM_UP_STEPS:] or recent
+    timed = timed_steps(run, metrics, warm_up)
     replayed = replayed_seconds(run, [line["step"] for line in timed][-REPLAYED_STEPS:])
+    losses = [line["loss"] for line in steps if line["loss"] is not None] or [math.nan]  # none: all of them overflowed
     validation = [line["loss"] for line in metrics if line["event"] == "validation"]
     status = json.loads(read_text(folder / STATUS)) if (folder / STATUS).exists() else {}
     measured = median(line["iteration_seconds"] for line in timed)
     return RunFigures(
         steps=len(steps),
-        first_loss=steps[0]["loss"],
-        last_loss=steps[-1]["loss"],
+        first_loss=losses[0],
+        last_loss=losses[-1],
         validation_loss=validation[-1] if validation else None,
         measured_seconds=measured,
         predicted_seconds=run.plan.predicted.iteration_seconds * run.time_scale,

@@ -12,16 +12,20 @@ from hetermoe_cli.report.run_figures import RunFigures, figures
 from hetermoe_cli.spec.run import RunSpec
 
 
-def print_dry_run(run: RunSpec, as_json: bool) -> None:
+def what_runs(run: RunSpec) -> dict[str, Any]:
     """Exactly what would run: the workers' command and environment, then run.yaml."""
     from hetermoe_cli.launch.local import command, environment
 
-    what: dict[str, Any] = {
+    return {
         "workers": run.plan.layout.world_size,
         "command": command(run),
         "environment": environment(run),
         "run": run.model_dump(mode="json"),
     }
+
+
+def print_dry_run(what: dict[str, Any], as_json: bool) -> None:
+    """What would run, as YAML or JSON."""
     print(json.dumps(what) if as_json else yaml.safe_dump(what, sort_keys=False, width=120, default_flow_style=None))
 
 
@@ -45,9 +49,7 @@ def summary_table(found: RunFigures, title: str) -> Table:
     if found.validation_loss is not None:
         table.add_row("validation loss (nats a token)", f"{found.validation_loss:.3f}")
     table.add_row(f"iteration, {kind} (median)", f"{found.measured_seconds * 1e3:.1f} ms")
-    table.add_row(
-        "iteration, predicted for a balanced router", _against(found.predicted_seconds, found.measured_seconds)
-    )
+    table.add_row("iteration, predicted by the plan", _against(found.predicted_seconds, found.measured_seconds))
     table.add_row(
         "iteration, predicted from the recorded loads", _against(found.replayed_seconds, found.measured_seconds)
     )

@@ -1,4 +1,4 @@
-"""What all reports share: categories of tasks, seconds in words, roles of ranks, one step of several."""
+"""What all reports share: categories of tasks, seconds and ranks in words, roles, one step of several."""
 
 from functools import cache
 
@@ -50,6 +50,17 @@ def role(layout: Layout, rank: int) -> str:
     attends = layout.sequences_per_rank[rank] > 0
     hosts = any(layout.local_experts(layer, rank) for layer in range(layout.layers))
     return " + ".join(["attention"] * attends + ["experts"] * hosts) or "unused"
+
+
+def ranges(ranks: list[int]) -> str:
+    """`0-5, 8`."""
+    parts: list[list[int]] = []
+    for rank in ranks:
+        if parts and parts[-1][-1] == rank - 1:
+            parts[-1].append(rank)
+        else:
+            parts.append([rank])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 def in_words(seconds: float) -> str:

@@ -1,11 +1,10 @@
 """Timeline: one iteration as a picture. A row group per rank; lanes for compute and for both directions of rows."""
 
-import io
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from hetermoe_cli.errors import UserError
+from hetermoe_cli.report.drawing import encoded, new_figure
 from hetermoe_cli.report.tasks import CATEGORIES, OTHER, category, in_words, median_step
 from hetermoe_cli.schedule.action import parse_action
 from hetermoe_cli.trace import LANES, Span, Trace
@@ -24,7 +23,6 @@ COLOURS = {
     OTHER: "#c9c9c9",
 }
 _WIDTH_INCHES = 15.0
-_DOTS_PER_INCH = 150
 _LANE_TOPS = dict(zip(LANES, (0.06, 0.56, 0.74), strict=True))  # of a rank's row, which is one high
 _LANE_HEIGHTS = dict(zip(LANES, (0.48, 0.16, 0.16), strict=True))
 _CHARACTER_INCHES = 0.055  # of the numbers in the bars
@@ -52,14 +50,12 @@ def draw_timeline(panels: Sequence[Panel], labels: Sequence[str], title: str, fi
     """The picture's bytes: one panel, or several (prediction above measurement) over one time axis.
 
     `labels[rank]` tells device type and role; `file_format` is png, svg or pdf. Of several steps the median one is
-    drawn; of more than 16 ranks an evenly spread subset, which the picture states. UserError without matplotlib.
+    drawn; of more than 16 ranks a subset that has every label, which the picture states. UserError without matplotlib.
     """
-    figure_class, agg = _matplotlib()
     panels = [Panel(median_step(panel.trace), panel.origin) for panel in panels]
-    ranks = _drawn_ranks(len(labels))
+    ranks = _drawn_ranks(labels)
     height = len(panels) * (0.55 + _row_inches(len(ranks)) * len(ranks)) + 1.3
-    figure = figure_class(figsize=(_WIDTH_INCHES, height), dpi=_DOTS_PER_INCH, layout="constrained")
-    agg(figure)
+    figure = new_figure(_WIDTH_INCHES, height)
     end = max(panel.trace.seconds for panel in panels) or 1.0
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axis, panel in zip(axes, panels, strict=True):
@@ -69,25 +65,17 @@ def draw_timeline(panels: Sequence[Panel], labels: Sequence[str], title: str, fi
     subset = f"; {len(ranks)} of {len(labels)} ranks drawn: {', '.join(map(str, ranks))}" * (len(ranks) < len(labels))
     figure.suptitle(title + subset, fontsize=11, fontweight="bold")
     _legend(figure, {category(span.name) for panel in panels for span in panel.trace.spans})
-    result = io.BytesIO()
-    figure.savefig(result, format=file_format)
-    return result.getvalue()
+    return encoded(figure, file_format)
 
 
-def _matplotlib() -> tuple[Any, Any]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("pictures need matplotlib: pip install 'hetermoe[plot]'") from error
-    return Figure, FigureCanvasAgg
-
-
-def _drawn_ranks(world_size: int) -> list[int]:
-    """All ranks, or MAX_RANKS of them from first to last."""
-    if world_size <= MAX_RANKS:
-        return list(range(world_size))
-    return [round(index * (world_size - 1) / (MAX_RANKS - 1)) for index in range(MAX_RANKS)]
+def _drawn_ranks(labels: Sequence[str]) -> list[int]:
+    """All ranks, or MAX_RANKS of them: the first of each label, then evenly from first to last."""
+    world = len(labels)
+    if world <= MAX_RANKS:
+        return list(range(world))
+    first = list({label: rank for rank, label in reversed(list(enumerate(labels)))}.values())
+    spread = [round(index * (world - 1) / (MAX_RANKS - 1)) for index in range(MAX_RANKS)]
+    return sorted(list(dict.fromkeys([*sorted(first), *spread]))[:MAX_RANKS])
 
 
 def _heading(panel: Panel, first: Panel) -> str:

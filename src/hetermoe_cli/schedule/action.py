@@ -18,12 +18,16 @@ class Kind(StrEnum):
     SYNCHRONISE = "S"  # all-reduce of the attending ranks' gradients, global norm
     OPTIMIZER = "O"  # optimizer step
 
+    __hash__ = str.__hash__  # an enum's own is a Python function; actions are looked up all the time
+
 
 class Pass(StrEnum):
     """Forward or backward. A training head is B: it does both."""
 
     FORWARD = "F"
     BACKWARD = "B"
+
+    __hash__ = str.__hash__
 
 
 class Action(NamedTuple):
@@ -50,7 +54,8 @@ class Action(NamedTuple):
     @property
     def answer(self) -> "Action":
         """Of a transfer: the one that goes the other way for the same rows."""
-        return self._replace(kind=Kind.COMBINE if self.kind is Kind.DISPATCH else Kind.DISPATCH)
+        kind = Kind.COMBINE if self.kind is Kind.DISPATCH else Kind.DISPATCH
+        return Action(kind, self.direction, self.layer, self.micro_batch)
 
 
 _PATTERN = re.compile(r"(\d+)([ADECHSO])([FB])(\d+)")

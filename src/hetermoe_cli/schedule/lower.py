@@ -1,11 +1,14 @@
 """Lowering: compute orders -> Schedule, by adding every dispatch and combine with its senders and receivers."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.schedule import Schedule
-from hetermoe_cli.schedule.zebra import training_order, validation_order
-from hetermoe_cli.spec.plan import ExpertOrder, Layout
+from hetermoe_cli.schedule.zebra import Order, Part, Windows, part_of, training_order, validation_order, windows_of
+from hetermoe_cli.spec.plan import Layout
+
+_OrderOf = Callable[[Part, Windows], Order]
 
 
 def training_schedule(layout: Layout) -> Schedule:
@@ -18,43 +21,48 @@ def validation_schedule(layout: Layout) -> Schedule:
     return _lower(layout, validation_order)
 
 
-def _lower(layout: Layout, order: Callable[[Layout, int], tuple[Action, ...]]) -> Schedule:
-    compute = tuple(order(layout, rank) for rank in range(layout.world_size))
+def _lower(layout: Layout, order_of: _OrderOf) -> Schedule:
+    windows = windows_of(layout)
+    compute = tuple([order_of(part_of(layout, rank), windows) for rank in range(layout.world_size)])
     attending = tuple(layout.attending)
+    hosting = [tuple(layout.hosting(layer)) for layer in range(layout.layers)]
     transfers: list[Action] = []
     senders: dict[Action, tuple[int, ...]] = {}
     receivers: dict[Action, tuple[int, ...]] = {}
-    for action in _transfer_order(compute[attending[0]], layout.layers, layout.schedule.experts):
-        hosting = tuple(layout.hosting(action.layer))
-        if not hosting or (hosting == attending and len(attending) == 1):
+    for action in _transfer_order(order_of, layout.layers, windows):
+        hosts = hosting[action.layer]
+        if not hosts or (hosts == attending and len(attending) == 1):
             continue  # every row stays on its device
         transfers.append(action)
-        senders[action], receivers[action] = (attending, hosting) if action.towards_experts else (hosting, attending)
+        senders[action], receivers[action] = (attending, hosts) if action.towards_experts else (hosts, attending)
     return Schedule(compute, tuple(transfers), senders, receivers)
 
 
-def _transfer_order(order: tuple[Action, ...], layers: int, experts: ExpertOrder) -> list[Action]:
+@lru_cache(maxsize=256)
+def _transfer_order(order_of: _OrderOf, layers: int, windows: Windows) -> Order:
     """Transfers in the order of the attending ranks' stages.
 
     All dispatches of a layer's micro-batches go before their combines: an attending rank that hosts experts runs
     them after the layer's attention, so a combine placed earlier would hold up the dispatches behind it. With experts
-    between micro-batches, forward answers follow one micro-batch behind and backward answers come one ahead. The last
-    stages (head of a validation, backward of layer 0) send nothing, so that every answer is in before they end.
+    between micro-batches, forward answers follow one micro-batch behind and backward answers come one ahead. Where
+    transfers are interleaved, all answers come one micro-batch ahead of the next layer's messages. The last stages
+    (head of a validation, backward of layer 0) send nothing, so that every answer is in before they end.
     """
     result: list[Action] = []
     waited: list[Action] = []  # answers that the stages of this layer wait for
     sent: list[Action] = []  # answers to what they sent
     key: tuple[Kind, Pass, int] | None = None
-    for action in order:
+    for action in order_of(Part(True, (False,) * layers), windows):
         if action.kind not in (Kind.ATTENTION, Kind.HEAD):
             continue
-        between = experts == "between" and action.kind is Kind.ATTENTION
+        between = windows.experts == "between" and action.kind is Kind.ATTENTION
         backward = action.direction is Pass.BACKWARD
-        due = 1 if between and backward else len(waited)
+        ahead = windows.transfers == "interleaved" or (between and backward)
+        due = 1 if ahead else len(waited)
         if (action.kind, action.direction, action.layer) != key:
             key = (action.kind, action.direction, action.layer)
             waited, sent = waited + sent, []
-            due = 2 if between and backward else len(waited)
+            due = 2 if ahead else len(waited)
         result += waited[:due]
         del waited[:due]
         out = _sent_by(action, layers)
@@ -64,7 +72,7 @@ def _transfer_order(order: tuple[Action, ...], layers: int, experts: ExpertOrder
         if between and not backward:
             result += sent[:-1]
             del sent[:-1]
-    return result
+    return tuple(result)
 
 
 def _sent_by(action: Action, layers: int) -> Action | None:

@@ -1,6 +1,7 @@
 """Schedule: the order of every rank's compute tasks and the order of the transfers between them, as data."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import Action, Kind, Pass, parse_action
@@ -65,35 +66,31 @@ def parse_schedule(text: str) -> Schedule:
     return Schedule(tuple(compute), tuple(transfers), senders, receivers)
 
 
-def inputs(action: Action, layers: int) -> list[Action]:
+_FORWARD, _BACKWARD = Pass.FORWARD, Pass.BACKWARD
+_SOURCES = {  # the task that one of layer l needs, and its layer's distance from l
+    (Kind.ATTENTION, _FORWARD): (Kind.COMBINE, _FORWARD, -1),
+    (Kind.DISPATCH, _FORWARD): (Kind.ATTENTION, _FORWARD, 0),
+    (Kind.EXPERT, _FORWARD): (Kind.DISPATCH, _FORWARD, 0),
+    (Kind.COMBINE, _FORWARD): (Kind.EXPERT, _FORWARD, 0),
+    (Kind.COMBINE, _BACKWARD): (Kind.ATTENTION, _BACKWARD, 1),
+    (Kind.EXPERT, _BACKWARD): (Kind.COMBINE, _BACKWARD, 0),
+    (Kind.DISPATCH, _BACKWARD): (Kind.EXPERT, _BACKWARD, 0),
+    (Kind.ATTENTION, _BACKWARD): (Kind.DISPATCH, _BACKWARD, 0),
+}
+
+
+@lru_cache(maxsize=65536)
+def inputs(action: Action, layers: int) -> tuple[Action, ...]:
     """Tasks whose results `action` needs, whether or not they exist for a given rank (source: paper section 2).
 
     Order on one rank's compute stream is not repeated here: the schedule's order implies it.
     """
-    layer, micro_batch = action.layer, action.micro_batch
-    kinds, forward, backward = Kind, Pass.FORWARD, Pass.BACKWARD
-
-    def task(kind: Kind, direction: Pass, at: int = layer) -> Action:
-        return Action(kind, direction, at, micro_batch)
-
-    match action.kind, action.direction:
-        case kinds.ATTENTION, Pass.FORWARD:
-            return [task(kinds.COMBINE, forward, layer - 1)] if layer else []
-        case kinds.HEAD, _:
-            return [task(kinds.COMBINE, forward, layers - 1)]
-        case kinds.DISPATCH, Pass.FORWARD:
-            return [task(kinds.ATTENTION, forward)]
-        case kinds.EXPERT, Pass.FORWARD:
-            return [task(kinds.DISPATCH, forward)]
-        case kinds.COMBINE, Pass.FORWARD:
-            return [task(kinds.EXPERT, forward)]
-        case kinds.COMBINE, Pass.BACKWARD:
-            last = layer == layers - 1
-            return [task(kinds.HEAD, backward, 0) if last else task(kinds.ATTENTION, backward, layer + 1)]
-        case kinds.EXPERT, Pass.BACKWARD:
-            return [task(kinds.COMBINE, backward)]
-        case kinds.DISPATCH, Pass.BACKWARD:
-            return [task(kinds.EXPERT, backward)]
-        case kinds.ATTENTION, Pass.BACKWARD:
-            return [task(kinds.DISPATCH, backward)]
-    return []
+    kind, direction, layer, micro_batch = action
+    if kind is Kind.HEAD:
+        return (Action(Kind.COMBINE, _FORWARD, layers - 1, micro_batch),)
+    if kind is Kind.COMBINE and direction is _BACKWARD and layer == layers - 1:
+        return (Action(Kind.HEAD, _BACKWARD, 0, micro_batch),)
+    if (kind, direction) not in _SOURCES or (kind is Kind.ATTENTION and direction is _FORWARD and not layer):
+        return ()
+    of, way, distance = _SOURCES[kind, direction]
+    return (Action(of, way, layer + distance, micro_batch),)

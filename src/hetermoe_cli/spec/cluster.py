@@ -1,10 +1,10 @@
 """ClusterSpec: nodes, devices, links; and the link records that it names."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.base import NonNegativeFloat, PositiveFloat, PositiveInt, Spec
@@ -35,6 +35,7 @@ class NodeGroup(Spec):
 
     `network` is one NIC's link to other nodes, `interconnect` a device's link to its neighbours inside the node;
     either a link record's name or numbers. With fewer NICs than devices, neighbouring devices share one.
+    `price_per_hour` is what one device costs an hour, in dollars (any one currency, if all node groups use the same).
     """
 
     name: str
@@ -44,6 +45,13 @@ class NodeGroup(Spec):
     nics: PositiveInt = 1
     network: str | Link
     interconnect: str | Link
+    price_per_hour: PositiveFloat | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent_price(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Files and hashes that were written before prices existed stay what they are."""
+        data: dict[str, Any] = handler(self)
+        return {name: value for name, value in data.items() if name != "price_per_hour" or value is not None}
 
     @model_validator(mode="after")
     def _check(self) -> "NodeGroup":
@@ -80,6 +88,11 @@ class ClusterSpec(Spec):
     def link_names(self) -> set[str]:
         """Names of the link records that this cluster refers to."""
         return {link for node in self.nodes for link in (node.network, node.interconnect) if isinstance(link, str)}
+
+    @property
+    def group_of_rank(self) -> list[int]:
+        """Which of `nodes` each rank belongs to."""
+        return [index for index, node in enumerate(self.nodes) for _ in range(node.count * node.devices)]
 
 
 class Device(Spec):
@@ -123,3 +136,42 @@ def devices(cluster: ClusterSpec, links: Mapping[str, Link]) -> list[Device]:
             node_index += 1
             nic_index += group.nics
     return result
+
+
+def subcluster(cluster: ClusterSpec, ranks: Sequence[int]) -> ClusterSpec:
+    """The cluster of `ranks` alone, in ascending order, whole nodes or parts of nodes.
+
+    UserError for a part of a node whose devices share NICs, unless all ranks lie in that node and need none: a NIC
+    must not serve two groups.
+    """
+    taken: list[tuple[int, int]] = []  # (index in cluster.nodes, devices taken) of every node used
+    wanted, first = set(ranks), 0
+    for index, group in enumerate(cluster.nodes):
+        for _ in range(group.count):
+            count = len(wanted.intersection(range(first, first + group.devices)))
+            taken += [(index, count)] * bool(count)
+            first += group.devices
+    if not taken or sum(count for _, count in taken) != len(ranks):
+        raise UserError(f"cluster {cluster.name}: ranks {list(ranks)} are not distinct ranks of it")
+    nodes: list[NodeGroup] = []
+    previous: tuple[int, int] | None = None
+    for index, count in taken:
+        if (index, count) == previous:
+            nodes[-1] = nodes[-1].model_copy(update={"count": nodes[-1].count + 1})
+            continue
+        nodes.append(_part(cluster, cluster.nodes[index], count, len(taken), len(nodes)))
+        previous = (index, count)
+    return cluster.model_copy(update={"nodes": nodes})
+
+
+def _part(cluster: ClusterSpec, group: NodeGroup, count: int, used: int, number: int) -> NodeGroup:
+    """One node of `group`, or `count` of its devices."""
+    changes: dict[str, object] = {"name": f"{group.name}.{number}", "count": 1}
+    if count < group.devices:
+        if group.nics < group.devices and used > 1:
+            raise UserError(
+                f"cluster {cluster.name}: field nodes.{group.name}: {count} of a node's {group.devices} devices cannot "
+                f"join other nodes: they share {group.nics} NICs with the rest: take whole nodes"
+            )
+        changes |= {"devices": count, "nics": count if group.nics == group.devices else 1}
+    return group.model_copy(update=changes)

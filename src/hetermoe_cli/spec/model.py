@@ -1,20 +1,67 @@
-"""ModelConfig: a Mixtral-style decoder, named sizes, and Hugging Face config.json."""
+"""ModelConfig: a decoder of MoE layers, named sizes, and Hugging Face config.json."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.spec.base import NonNegativeFloat, PositiveFloat, PositiveInt, Spec
-from hetermoe_cli.spec.files import load, parse, read_text
+from hetermoe_cli.spec.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec
+from hetermoe_cli.spec.files import load, parse
+from hetermoe_cli.spec.hugging_face import hugging_face_fields
 
 
-class LayerShape(Spec):
+class LatentAttention(Spec):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): ranks of the latents, widths of one head.
+
+    Queries and keys of a head are `nope_size` wide without position and `rope_size` with RoPE, whose key all heads
+    share; values are `value_size` wide.
+    """
+
+    query_rank: PositiveInt
+    key_value_rank: PositiveInt
+    nope_size: PositiveInt
+    rope_size: PositiveInt
+    value_size: PositiveInt
+
+    def matrix_parameters(self, hidden: int, heads: int) -> int:
+        """Parameters of the projections down to the latents, up from them, and out; a token takes 2 flops for each."""
+        down = hidden * (self.query_rank + self.key_value_rank + self.rope_size)
+        queries = self.query_rank * heads * (self.nope_size + self.rope_size)
+        keys_values = self.key_value_rank * heads * (self.nope_size + self.value_size)
+        return down + queries + keys_values + heads * self.value_size * hidden
+
+
+# Of ModelConfig, and what they are called in files; none of them changes a shape or a plan.
+ROUTER_FIELDS = (
+    "router_score",
+    "router_renormalise",
+    "router_scale",
+    "router_balance",
+    "router_auxiliary_loss",
+    "router_bias_rate",
+    "router_z_loss",
+)
+
+_LATER = {"shared_experts", "latent", *ROUTER_FIELDS}
+
+
+class _Extended(Spec):
+    """Leaves out later fields where they have their defaults, so that files and hashes that were written before these
+    fields existed stay what they are."""
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        fields = type(self).model_fields
+        return {name: value for name, value in data.items() if name not in _LATER or value != fields[name].default}
+
+
+class LayerShape(_Extended):
     """What a kernel measurement depends on: the widths of one layer and of the head, and the rows combined a token.
 
-    The number of experts is not among them: it only enters the gate, less than 1 % of an attention stage's flops.
+    The number of experts and the gate's kind are not among them: they only enter the gate, less than 1 % of an
+    attention stage's flops.
     """
 
     hidden_size: PositiveInt
@@ -24,19 +71,29 @@ class LayerShape(Spec):
     head_size: PositiveInt
     top_k: PositiveInt
     vocab_size: PositiveInt
+    shared_experts: NonNegativeInt = 0
+    latent: LatentAttention | None = None
 
     def label(self) -> str:
         """Short text for errors and tables."""
+        shared = f", {self.shared_experts} shared" if self.shared_experts else ""
+        ranks = f", latent {self.latent.query_rank}/{self.latent.key_value_rank}" if self.latent else ""
         return (
-            f"hidden {self.hidden_size}, ffn {self.ffn_size}, heads {self.attention_heads}/{self.kv_heads}"
-            f"x{self.head_size}, top-{self.top_k}, vocab {self.vocab_size}"
+            f"hidden {self.hidden_size}, ffn {self.ffn_size}{shared}, heads {self.attention_heads}/{self.kv_heads}"
+            f"x{self.head_size}{ranks}, top-{self.top_k}, vocab {self.vocab_size}"
         )
 
 
-class ModelConfig(Spec):
-    """Decoder with GQA attention (RoPE), RMSNorm, SwiGLU experts and a top-k softmax gate.
+class ModelConfig(_Extended):
+    """Decoder with GQA attention (RoPE), RMSNorm, SwiGLU experts and a top-k gate.
 
-    The gate takes the softmax over all experts, keeps the top k and renormalises them (Mixtral; not for k = 1).
+    The gate takes softmax or sigmoid scores of all experts, keeps the top k, renormalises them (not for k = 1) and
+    multiplies by `router_scale`. Loads are balanced by an auxiliary loss per sequence, or by a bias that is added to
+    the scores for the selection only and moves by `router_bias_rate` after each step, with or without that loss. Both
+    losses are sums over layers: `router_auxiliary_loss` x mean over sequences, `router_z_loss` x mean over tokens.
+    `shared_experts` of width ffn_size are visited by every token; the attending device runs them on its own tokens in
+    the attention stage. Planned but not trained in yet: `latent` attention in place of GQA, whose head_size is that of
+    queries and keys.
     """
 
     kind: Literal["model"] = "model"
@@ -51,6 +108,15 @@ class ModelConfig(Spec):
     experts: PositiveInt
     top_k: PositiveInt
     vocab_size: PositiveInt
+    shared_experts: NonNegativeInt = 0
+    latent: LatentAttention | None = None
+    router_score: Literal["softmax", "sigmoid"] = "softmax"
+    router_renormalise: bool = True
+    router_scale: PositiveFloat = 1.0
+    router_balance: Literal["none", "auxiliary", "bias"] = "none"
+    router_auxiliary_loss: NonNegativeFloat = 0.0
+    router_bias_rate: NonNegativeFloat = 0.0
+    router_z_loss: NonNegativeFloat = 0.0
     rope_theta: PositiveFloat = 10000.0
     norm_epsilon: PositiveFloat = 1e-5
     initializer_range: NonNegativeFloat = 0.02
@@ -63,7 +129,34 @@ class ModelConfig(Spec):
             raise ValueError(f"attention_heads {self.attention_heads} is not a multiple of kv_heads {self.kv_heads}")
         if self.head_size % 2:
             raise ValueError(f"head_size {self.head_size} must be even for RoPE")
+        if self.latent:
+            self._check_latent(self.latent)
+        self._check_router()
         return self
+
+    def _check_router(self) -> None:
+        kind, auxiliary, rate = self.router_balance, self.router_auxiliary_loss, self.router_bias_rate
+        if kind == "auxiliary" and not auxiliary:
+            raise ValueError("router_balance auxiliary needs a router_auxiliary_loss above 0, such as 0.01")
+        if kind == "bias" and not rate:
+            raise ValueError("router_balance bias needs a router_bias_rate above 0, such as 0.001")
+        if kind == "none" and auxiliary:
+            raise ValueError(f"router_auxiliary_loss {auxiliary} needs router_balance auxiliary or bias")
+        if kind != "bias" and rate:
+            raise ValueError(f"router_bias_rate {rate} needs router_balance bias")
+
+    def _check_latent(self, latent: LatentAttention) -> None:
+        if latent.rope_size % 2:
+            raise ValueError(f"latent.rope_size {latent.rope_size} must be even for RoPE")
+        if self.head_size != latent.nope_size + latent.rope_size:
+            raise ValueError(
+                f"head_size {self.head_size} must be latent.nope_size + latent.rope_size, "
+                f"{latent.nope_size} + {latent.rope_size}"
+            )
+        if self.kv_heads != self.attention_heads:
+            raise ValueError(
+                f"kv_heads {self.kv_heads} must be attention_heads {self.attention_heads} with latent attention"
+            )
 
     @property
     def shape(self) -> LayerShape:
@@ -77,10 +170,17 @@ class ModelConfig(Spec):
 
     @property
     def attention_layer_parameters(self) -> int:
-        """Parameters of one layer without its experts: projections, gate, two norms."""
-        query = self.attention_heads * self.head_size
-        key = self.kv_heads * self.head_size
-        return self.hidden_size * (2 * query + 2 * key + self.experts + 2)
+        """Parameters of one layer without its routed experts: attention, shared experts, gate, two norms."""
+        shared = self.shared_experts * self.expert_parameters
+        return self._attention_parameters + shared + self.hidden_size * (self.experts + 2)
+
+    @property
+    def _attention_parameters(self) -> int:
+        """Projections, and the norms of the latents where there are any."""
+        if self.latent:
+            matrices = self.latent.matrix_parameters(self.hidden_size, self.attention_heads)
+            return matrices + self.latent.query_rank + self.latent.key_value_rank
+        return 2 * self.hidden_size * self.head_size * (self.attention_heads + self.kv_heads)
 
     @property
     def edge_parameters(self) -> int:
@@ -89,13 +189,21 @@ class ModelConfig(Spec):
 
     @property
     def dense_parameters(self) -> int:
-        """Everything that an attending device holds besides experts."""
+        """Everything that an attending device holds besides routed experts."""
         return self.layers * self.attention_layer_parameters + self.edge_parameters
 
     @property
     def parameters(self) -> int:
         """All parameters."""
         return self.dense_parameters + self.layers * self.experts * self.expert_parameters
+
+    def check_trainable(self) -> None:
+        """UserError if the engine has no code for a part of this model."""
+        if self.latent:
+            raise UserError(
+                f"model {self.name}: field latent: latent attention can be planned, simulated and emulated with "
+                "modelled profiles, but not run yet: take a model without"
+            )
 
 
 def _mixtral(name: str, layers: int, hidden: int, experts: int, **other: Any) -> ModelConfig:
@@ -112,6 +220,46 @@ def _mixtral(name: str, layers: int, hidden: int, experts: int, **other: Any) ->
     return ModelConfig(name=name, layers=layers, hidden_size=hidden, experts=experts, **fields)
 
 
+# Qwen3-235B-A22B; its norms of queries and keys (256 parameters a layer) are not counted.
+_QWEN3_235B = ModelConfig(
+    name="qwen3-235b",
+    layers=94,
+    hidden_size=4096,
+    ffn_size=1536,
+    attention_heads=64,
+    kv_heads=4,
+    head_size=128,
+    experts=128,
+    top_k=8,
+    vocab_size=151936,
+    rope_theta=1e6,
+    norm_epsilon=1e-6,
+)
+
+# DeepSeek-V3 with all 61 layers as MoE: the real one has a dense FFN of 18432 in its first three, which makes it 671 B
+# parameters and not 704 B. The groups of experts in its gate and multi-token prediction are not modelled.
+_DEEPSEEK_V3 = ModelConfig(
+    name="deepseek-v3",
+    layers=61,
+    hidden_size=7168,
+    ffn_size=2048,
+    attention_heads=128,
+    kv_heads=128,
+    head_size=192,
+    experts=256,
+    top_k=8,
+    vocab_size=129280,
+    shared_experts=1,
+    latent=LatentAttention(query_rank=1536, key_value_rank=512, nope_size=128, rope_size=64, value_size=128),
+    router_score="sigmoid",
+    router_scale=2.5,
+    router_balance="bias",
+    router_bias_rate=0.001,
+    router_auxiliary_loss=0.0001,
+    rope_theta=10000.0,
+    norm_epsilon=1e-6,
+)
+
 NAMED_MODELS: dict[str, ModelConfig] = {
     config.name: config
     for config in (
@@ -123,22 +271,9 @@ NAMED_MODELS: dict[str, ModelConfig] = {
         _mixtral("mixtral-8x7b", 32, 4096, 8, rope_theta=1e6),
         _mixtral("tiny", 2, 64, 4, attention_heads=4, kv_heads=2, head_size=16, vocab_size=256, ffn_size=224),
         _mixtral("small", 4, 128, 8, attention_heads=4, kv_heads=2, head_size=32, vocab_size=256, ffn_size=256),
+        _QWEN3_235B,
+        _DEEPSEEK_V3,
     )
-}
-
-_HUGGING_FACE_FIELDS = {
-    "num_hidden_layers": "layers",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "ffn_size",
-    "num_attention_heads": "attention_heads",
-    "num_key_value_heads": "kv_heads",
-    "head_dim": "head_size",
-    "num_local_experts": "experts",
-    "num_experts_per_tok": "top_k",
-    "vocab_size": "vocab_size",
-    "rope_theta": "rope_theta",
-    "rms_norm_eps": "norm_epsilon",
-    "initializer_range": "initializer_range",
 }
 
 
@@ -150,37 +285,6 @@ def load_model(name_or_path: str) -> ModelConfig:
     if not path.exists():
         names = ", ".join(NAMED_MODELS)
         raise UserError(f"model {name_or_path!r}: neither a file nor a named size ({names})")
-    return _from_hugging_face(path) if path.suffix == ".json" else load(ModelConfig, path)
-
-
-def _from_hugging_face(path: Path) -> ModelConfig:
-    try:
-        data = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno}: malformed JSON ({error.msg})") from error
-    if not isinstance(data, dict) or data.get("model_type") != "mixtral":
-        found = data.get("model_type") if isinstance(data, dict) else type(data).__name__
-        raise UserError(f"{path}: field model_type: expected 'mixtral', found {found!r}")
-    _refuse_unsupported(path, data)
-    rope = data.get("rope_parameters") or {}
-    values = {ours: data[theirs] for theirs, ours in _HUGGING_FACE_FIELDS.items() if data.get(theirs) is not None}
-    values.setdefault("rope_theta", rope.get("rope_theta", 1e6))
-    hidden, heads = values.get("hidden_size"), values.get("attention_heads")
-    if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
-        values.setdefault("head_size", hidden // heads)
-    name = Path(str(data.get("_name_or_path") or path.parent.resolve().name)).name or "model"
-    return parse(ModelConfig, {"name": name, **values}, str(path))
-
-
-def _refuse_unsupported(path: Path, data: dict[str, Any]) -> None:
-    scaling = data.get("rope_scaling") or {}
-    unsupported = {
-        "hidden_act": data.get("hidden_act", "silu") != "silu",
-        "sliding_window": data.get("sliding_window") is not None,
-        "tie_word_embeddings": bool(data.get("tie_word_embeddings", False)),
-        "rope_parameters": (data.get("rope_parameters") or {}).get("rope_type", "default") != "default",
-        "rope_scaling": scaling.get("rope_type", scaling.get("type", "default")) != "default",
-    }
-    for field, refused in unsupported.items():
-        if refused:
-            raise UserError(f"{path}: field {field}: the value {data.get(field)!r} is not supported by this engine")
+    if path.suffix == ".json":
+        return parse(ModelConfig, hugging_face_fields(path), str(path))
+    return load(ModelConfig, path)

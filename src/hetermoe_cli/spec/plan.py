@@ -1,19 +1,23 @@
 """Layout (what the engine runs) and Plan (the layout, its inputs, and the reasons for it)."""
 
 from datetime import date
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec, sha256
 from hetermoe_cli.spec.cluster import ClusterSpec, Device, Link, devices
+from hetermoe_cli.spec.explanation import Explanation, Variant
+from hetermoe_cli.spec.load import ExpertLoad
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.profile import Profile
-from hetermoe_cli.spec.train import Recompute, TrainSpec
+from hetermoe_cli.spec.train import DenseState, Recompute, TrainSpec
 
 ScheduleName = Literal["zebra", "windowed", "sequential"]
 ExpertOrder = Literal["after", "between"]
+TransferOrder = Literal["layered", "interleaved"]
+Objective = Literal["time", "cost"]
 Assignment = Literal["optimal", "gather_squeeze", "ep", "dist_ep", "manual"]
 
 
@@ -21,14 +25,18 @@ class ScheduleChoice(Spec):
     """Which order to run: R micro-batches in windows that go forward and backward one after another.
 
     `window` micro-batches are in flight together: all of them is zebra, one is sequential. `experts`: attending ranks
-    run their experts after the layer's attention of all micro-batches in the window, or between them.
-    `recompute`: which stages run again in backward instead of keeping their activations.
+    run their experts after the layer's attention of all micro-batches in the window, or between them. `transfers`: on
+    a link that both use, a layer's first message goes after all answers of the layer before, or after two of them.
+    `recompute`: which stages run again in backward instead of keeping their activations. `dense_state`: what attending
+    ranks share of the dense part's state.
     """
 
     micro_batches: PositiveInt
     window: PositiveInt
     experts: ExpertOrder = "after"
+    transfers: TransferOrder = "layered"
     recompute: Recompute = "none"
+    dense_state: DenseState = "replicated"
 
     @model_validator(mode="after")
     def _check(self) -> "ScheduleChoice":
@@ -67,8 +75,11 @@ class ScheduleChoice(Spec):
         parts = [self.name, f"R = {self.micro_batches}"]
         parts += [f"windows of {self.window}"] * (self.name == "windowed")
         parts += ["experts between micro-batches"] * (self.experts == "between")
+        parts += ["transfers interleaved"] * (self.transfers == "interleaved")
         again = {"all": ["recomputation"], "none": []}.get(self.recompute, [f"recomputation of {self.recompute}"])
         parts += again
+        shared = {"optimizer": ["dense optimizer states sharded"], "full": ["dense part fully sharded"]}
+        parts += shared.get(self.dense_state, [])
         return ", ".join(parts)
 
 
@@ -150,6 +161,46 @@ class Layout(Spec):
         return placement.experts[rank] + (placement.replicated if self.sequences_per_rank[rank] else [])
 
 
+class Group(Spec):
+    """A layout, and the groups of ranks that run it side by side, each with a full copy of the model.
+
+    `replicas`: the ranks of each, ascending. Rank r of the layout is the r-th of them.
+    """
+
+    replicas: list[list[NonNegativeInt]] = Field(min_length=1)
+    schedule: ScheduleChoice
+    sequences_per_rank: list[NonNegativeInt] = Field(min_length=1)
+    placement: list[LayerPlacement] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Group":
+        world = self.layout.world_size
+        for index, ranks in enumerate(self.replicas):
+            if len(ranks) != world or sorted(set(ranks)) != ranks:
+                raise ValueError(f"replicas.{index}: must be {world} different ranks in ascending order")
+        return self
+
+    @classmethod
+    def of(cls, layout: Layout, replicas: list[list[int]]) -> "Group":
+        """`layout` on each of `replicas`."""
+        return cls(
+            replicas=replicas,
+            schedule=layout.schedule,
+            sequences_per_rank=layout.sequences_per_rank,
+            placement=layout.placement,
+        )
+
+    @property
+    def layout(self) -> Layout:
+        """What each replica runs."""
+        return Layout(schedule=self.schedule, sequences_per_rank=self.sequences_per_rank, placement=self.placement)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of an iteration that one replica takes."""
+        return sum(self.sequences_per_rank) * self.schedule.micro_batches
+
+
 class Memory(Spec):
     """Bytes of one rank, by kind."""
 
@@ -175,7 +226,7 @@ class Memory(Spec):
 
 
 class Prediction(Spec):
-    """The simulator's replay of the layout with a balanced router. Modelled, not measured."""
+    """The simulator's replay of the layout under the inputs' expert load. Modelled, not measured."""
 
     iteration_seconds: PositiveFloat
     tokens_per_second: PositiveFloat
@@ -183,7 +234,10 @@ class Prediction(Spec):
 
 
 class Bound(Spec):
-    """Lower bounds on the iteration: over the searched space, and of perfectly divisible work."""
+    """Lower bounds on the iteration: over the searched space, and of perfectly divisible work.
+
+    The second holds for any number of groups; so does the first where the plan's `max_groups` is not 1.
+    """
 
     iteration_seconds: NonNegativeFloat
     work_iteration_seconds: NonNegativeFloat
@@ -198,6 +252,17 @@ class Baseline(Spec):
     reason: str = ""
 
 
+class Economy(Spec):
+    """What the devices in a plan's groups cost, where the cluster file has all prices; those in no group are not paid.
+
+    `most_tokens_per_dollar`: no plan on these devices can have more (perfectly divisible work on the cheapest types).
+    """
+
+    dollars_per_hour: PositiveFloat
+    tokens_per_dollar: PositiveFloat
+    most_tokens_per_dollar: PositiveFloat
+
+
 class SolverReport(Spec):
     """How the plan was found."""
 
@@ -208,20 +273,39 @@ class SolverReport(Spec):
     solved: NonNegativeInt = 0
 
 
+class LoadReport(Spec):
+    """What the expert load does to a plan. Simulated seconds.
+
+    `imbalance_per_layer`: the hottest expert's rows over the mean; `worst_layer` has the largest.
+    `balanced_iteration_seconds`: the best plan for a balanced router, with one; `numbered_iteration_seconds`: the same
+    plan under the load, its experts placed by number (null where memory does not hold that).
+    """
+
+    imbalance_per_layer: list[PositiveFloat]
+    worst_layer: NonNegativeInt
+    balanced_iteration_seconds: PositiveFloat | None
+    numbered_iteration_seconds: PositiveFloat | None
+
+
 class Inputs(Spec):
-    """Everything a plan was computed from; profiles hold only the kernel tables that were used."""
+    """Everything a plan was computed from; profiles hold only the kernel tables that were used.
+
+    Without `expert_load` the router is balanced.
+    """
 
     model: ModelConfig
     cluster: ClusterSpec
     links: dict[str, Link]
     profiles: dict[str, Profile]
     train: TrainSpec
+    expert_load: ExpertLoad | None = None
 
     def hashes(self) -> dict[str, str]:
         """sha256 of every input, by name."""
         result = {"model": sha256(self.model), "cluster": sha256(self.cluster), "train": sha256(self.train)}
         result |= {f"links.{name}": sha256(link) for name, link in sorted(self.links.items())}
         result |= {f"profiles.{name}": sha256(profile) for name, profile in sorted(self.profiles.items())}
+        result |= {"expert_load": sha256(self.expert_load)} if self.expert_load else {}
         return result
 
     def devices(self) -> list[Device]:
@@ -230,48 +314,110 @@ class Inputs(Spec):
 
 
 class Plan(Spec):
-    """A layout with its prediction, bounds, memory, baselines, and its inputs with their hashes."""
+    """Groups with their prediction, bounds, memory, baselines, and the inputs with their hashes.
+
+    Ranks in no group are left out on purpose; their memory and busy share are zero. `max_groups`: how many groups the
+    search allowed (null: any number).
+    """
 
     kind: Literal["plan"] = "plan"
     schema_version: Literal[1] = 1
     date: date
     assignment: Assignment
-    schedule: ScheduleChoice
-    sequences_per_rank: list[NonNegativeInt]
-    placement: list[LayerPlacement]
+    objective: Objective = "time"
+    max_groups: PositiveInt | None = 1
+    groups: list[Group] = Field(min_length=1)
     predicted: Prediction
     bound: Bound
     gap: NonNegativeFloat
     memory: list[Memory]
     baselines: dict[str, Baseline]
+    economy: Economy | None = None
     solver: SolverReport
+    load: LoadReport | None = None
     notes: list[str] = Field(default_factory=list)
+    explanation: Explanation | None = None
+    what_if: list[Variant] = Field(default_factory=list)
     inputs: Inputs
     inputs_sha256: dict[str, str]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_layout(cls, data: Any) -> Any:
+        """A file written before there were groups has one layout over all ranks."""
+        names = ("schedule", "sequences_per_rank", "placement")
+        if not isinstance(data, dict) or "groups" in data or not all(name in data for name in names):
+            return data
+        rest = {name: value for name, value in data.items() if name not in names}
+        replicas = [list(range(len(data["sequences_per_rank"])))]
+        return {**rest, "groups": [{"replicas": replicas, **{name: data[name] for name in names}}]}
+
     @model_validator(mode="after")
     def _check(self) -> "Plan":
-        layout = self.layout
-        model, train, world = self.inputs.model, self.inputs.train, self.inputs.cluster.world_size
-        if layout.world_size != world:
-            raise ValueError(f"sequences_per_rank: {layout.world_size} ranks, the cluster has {world} devices")
-        if (layout.layers, layout.experts) != (model.layers, model.experts):
-            raise ValueError(
-                f"placement: {layout.layers} layers of {layout.experts} experts, "
-                f"the model has {model.layers} of {model.experts}"
-            )
-        batch = layout.sequences_per_micro_batch * layout.micro_batches
+        model, train, cluster = self.inputs.model, self.inputs.train, self.inputs.cluster
+        ranks = [rank for group in self.groups for replica in group.replicas for rank in replica]
+        if len(set(ranks)) != len(ranks) or max(ranks) >= cluster.world_size:
+            raise ValueError(f"groups: ranks must be below {cluster.world_size} and in one group each")
+        if len(self.memory) != cluster.world_size:
+            raise ValueError(f"memory: {len(self.memory)} ranks, the cluster has {cluster.world_size} devices")
+        nodes = [cluster.nodes[index] for index in cluster.group_of_rank]
+        kinds = [(node.device, str(node.network), str(node.interconnect)) for node in nodes]
+        for index, group in enumerate(self.groups):
+            if len({tuple(kinds[rank] for rank in replica) for replica in group.replicas}) > 1:
+                raise ValueError(f"groups.{index}.replicas: they differ in their devices")
+            shape = (len(group.placement), group.layout.experts)
+            if shape != (model.layers, model.experts):
+                raise ValueError(
+                    f"groups.{index}.placement: {shape[0]} layers of {shape[1]} experts, "
+                    f"the model has {model.layers} of {model.experts}"
+                )
+        if self.inputs.expert_load:
+            self.inputs.expert_load.check(model, "inputs.expert_load")
+        batch = sum(len(group.replicas) * group.sequences for group in self.groups)
         if batch != train.global_batch_sequences:
             raise ValueError(
-                f"sequences_per_rank: {batch} sequences an iteration, "
+                f"groups: {batch} sequences an iteration, "
                 f"train.global_batch_sequences is {train.global_batch_sequences}"
             )
         return self
 
     @property
+    def group_count(self) -> int:
+        """Full copies of the model that train side by side."""
+        return sum(len(group.replicas) for group in self.groups)
+
+    @property
     def layout(self) -> Layout:
-        """What the engine runs."""
-        return Layout(schedule=self.schedule, sequences_per_rank=self.sequences_per_rank, placement=self.placement)
+        """The layout of a plan with one group over all ranks; else UserError."""
+        self.check_one_group("plan")
+        return self.groups[0].layout
+
+    def check_one_group(self, source: str) -> None:
+        """UserError unless one group holds all ranks."""
+        if self.group_count > 1:
+            raise UserError(
+                f"{source}: field groups: {self.group_count} of them, train runs one group today: plan --max-groups 1"
+            )
+        if len(self.groups[0].replicas[0]) != self.inputs.cluster.world_size:
+            raise UserError(
+                f"{source}: field groups: devices of the cluster are left out: describe a cluster without them and "
+                "plan that"
+            )
+
+    @property
+    def schedule(self) -> ScheduleChoice:
+        """The order of a plan with one group."""
+        return self.layout.schedule
+
+    @property
+    def sequences_per_rank(self) -> list[int]:
+        """Sequences per micro-batch and rank of a plan with one group."""
+        return self.layout.sequences_per_rank
+
+    @property
+    def placement(self) -> list[LayerPlacement]:
+        """Experts of a plan with one group."""
+        return self.layout.placement
 
     def verify(self, source: str) -> None:
         """UserError if an input was edited after planning, so that its hash no longer matches."""

@@ -20,6 +20,14 @@ class Emulation(Spec):
     sequence_length: PositiveInt
     time_scale: PositiveFloat
 
+    def mismatch(self, nominal: ModelConfig) -> str:
+        """The first field in which `executed` must be like the plan's model and is not; empty if there is none."""
+        for field in ("layers", "experts", "top_k"):
+            found, wanted = getattr(self.executed, field), getattr(nominal, field)
+            if found != wanted:
+                return f"{field} is {found}, the plan's model has {wanted}"
+        return ""
+
 
 class RunSpec(Spec):
     """One training run. Paths are absolute; `sources` empty means the default corpus."""
@@ -46,20 +54,20 @@ class RunSpec(Spec):
 
     @model_validator(mode="after")
     def _check(self) -> "RunSpec":
-        if self.emulation:
-            nominal, executed = self.plan.inputs.model, self.emulation.executed
-            for field in ("layers", "experts", "top_k"):
-                if getattr(nominal, field) != getattr(executed, field):
-                    raise ValueError(
-                        f"emulation.executed.{field} is {getattr(executed, field)}, "
-                        f"the plan's model has {getattr(nominal, field)}"
-                    )
+        if self.emulation and (problem := self.emulation.mismatch(self.plan.inputs.model)):
+            raise ValueError(f"emulation.executed.{problem}")
         return self
 
     @property
     def model(self) -> ModelConfig:
         """The model that is really trained."""
         return self.emulation.executed if self.emulation else self.plan.inputs.model
+
+    @property
+    def rank_precisions(self) -> list[Precision]:
+        """What every rank computes in; rows and shared gradients travel in `precision`."""
+        devices, train = self.plan.inputs.devices(), self.plan.inputs.train
+        return [self.precision if self.emulation else train.precision_of(device.type) for device in devices]
 
     @property
     def sequence_length(self) -> int:

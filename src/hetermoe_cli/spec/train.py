@@ -1,14 +1,17 @@
 """TrainSpec: what to train for; it shapes the plan."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from hetermoe_cli.spec.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec
 from hetermoe_cli.spec.profile import Precision
 
 # Stages that run again in backward instead of keeping their activations; a head never does.
 Recompute = Literal["none", "attention", "experts", "all"]
+# The dense part's state: whole on every attending rank; its optimizer states (ZeRO-1), or also its weights and
+# gradients, in equal shares over a group's attending ranks, with the weights gathered in every forward and backward.
+DenseState = Literal["replicated", "optimizer", "full"]
 
 
 class TrainSpec(Spec):
@@ -18,8 +21,10 @@ class TrainSpec(Spec):
     schema_version: Literal[1] = 1
     sequence_length: PositiveInt
     global_batch_sequences: PositiveInt
-    precision: Precision = "fp16"
+    precision: Precision = "fp16"  # also what rows and gradients of what several ranks share are exchanged in
+    device_precision: dict[str, Precision] = Field(default_factory=dict)  # of these device types instead
     recompute: Recompute | Literal["auto"] = "auto"
+    dense_state: DenseState | Literal["auto"] = "replicated"
     steps: PositiveInt = 100
     learning_rate: PositiveFloat = 1e-3
     minimum_learning_rate_ratio: NonNegativeFloat = Field(default=0.1, le=1)
@@ -32,8 +37,22 @@ class TrainSpec(Spec):
     seed: NonNegativeInt = 0
     memory_headroom: PositiveFloat = Field(default=0.9, le=1)
 
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Files and hashes that were written before these fields existed stay what they are."""
+        data: dict[str, Any] = handler(self)
+        later: dict[str, Any] = {"dense_state": "replicated", "device_precision": {}}
+        return {name: value for name, value in data.items() if name not in later or value != later[name]}
+
+    def precision_of(self, device_type: str) -> Precision:
+        """What devices of this type compute in."""
+        return self.device_precision.get(device_type, self.precision)
+
     @model_validator(mode="after")
     def _check(self) -> "TrainSpec":
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} is larger than steps {self.steps}")
+        used = {self.precision, *self.device_precision.values()}
+        if "fp64" in used and len(used) > 1:
+            raise ValueError("device_precision: fp64 keeps fp64 optimizer states, so it cannot be mixed with another")
         return self

@@ -1,0 +1,107 @@
+"""Rival: the best that a method finds; and the search over the layouts that a method allows."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import inf
+from typing import get_args
+
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.planner.orders import other_orders
+from hetermoe_cli.planner.replay import Overflow, busy_bound, overflow
+from hetermoe_cli.simulator import simulate
+from hetermoe_cli.spec.plan import Baseline, Layout, ScheduleChoice
+from hetermoe_cli.spec.train import DenseState, Recompute
+
+
+@dataclass(frozen=True)
+class Rival:
+    """The fastest that a method finds; infinite seconds and the reason where there is nothing.
+
+    Without a layout `reason` tells how a method runs that this engine has no layout for.
+    """
+
+    layout: Layout | None
+    seconds: float
+    reason: str = ""
+
+    def baseline(self) -> Baseline:
+        """What a plan stores."""
+        seconds = None if self.seconds == inf else self.seconds
+        schedule = self.layout.schedule if self.layout else None
+        return Baseline(iteration_seconds=seconds, schedule=schedule, reason=self.reason)
+
+
+def micro_batch_counts(batch: int, limit: int) -> list[int]:
+    """Every R that cuts `batch` sequences into equal micro-batches."""
+    return [count for count in range(1, min(batch, limit) + 1) if batch % count == 0]
+
+
+def recompute_choices(cost: CostModel) -> list[Recompute]:
+    """What the training spec allows, cheapest first."""
+    wanted = cost.train.recompute
+    return list(get_args(Recompute)) if wanted == "auto" else [wanted]
+
+
+def state_choices(cost: CostModel) -> list[DenseState]:
+    """What the training spec allows; whole optimizer states gain nothing over sharded ones."""
+    wanted = cost.train.dense_state
+    return ["optimizer", "full"] if wanted == "auto" else [wanted]
+
+
+def schedules(cost: CostModel, sizes: Sequence[tuple[int, int]]) -> Iterator[list[ScheduleChoice]]:
+    """For every recompute and dense state the schedules of those (R, window)."""
+    for recompute, state in product(recompute_choices(cost), state_choices(cost)):
+        yield [
+            ScheduleChoice(micro_batches=count, window=width, recompute=recompute, dense_state=state)
+            for count, width in sizes
+        ]
+
+
+def windows(cost: CostModel, counts: Iterable[int]) -> Iterator[list[ScheduleChoice]]:
+    """For every R, recompute and dense state its windows, largest first: narrower ones gain nothing but memory."""
+    for count in counts:
+        yield from schedules(cost, [(count, width) for width in reversed(micro_batch_counts(count, count))])
+
+
+def best(
+    cost: CostModel, ladders: Iterable[Iterable[Layout]], size: Callable[[Layout], float] = lambda layout: 1.0
+) -> Rival:
+    """The layout with the fewest seconds (per `size`) among the first that fits of every ladder.
+
+    Each rung of a ladder needs less memory than the one before. What cannot win is not replayed. `reason` names the
+    least overflow where nothing fits.
+    """
+    fitting: list[tuple[float, LayoutCost]] = []
+    worst: Overflow | None = None
+    for ladder in ladders:
+        found, missing = _first_fitting(cost, list(ladder))
+        if found:
+            fitting.append((busy_bound(found) / size(found.layout), found))
+        elif worst is None or (missing and missing.ratio < worst.ratio):
+            worst = missing
+    winner, seconds, ratio = None, inf, inf
+    for bound, layout_cost in sorted(fitting, key=lambda pair: pair[0]):
+        if bound < ratio:
+            replayed = simulate(layout_cost).seconds
+            for layout, time in [(layout_cost.layout, replayed), *other_orders(layout_cost)]:
+                if time / size(layout) < ratio:
+                    winner, seconds, ratio = layout, time, time / size(layout)
+    return Rival(winner, seconds, "" if winner else f"does not fit: {worst}")
+
+
+def _first_fitting(cost: CostModel, ladder: Sequence[Layout]) -> tuple[LayoutCost | None, Overflow | None]:
+    """The first rung that fits; if none does, by how much the last one misses. The last one is tried second."""
+    first, last = LayoutCost(cost, ladder[0]), LayoutCost(cost, ladder[-1])
+    if overflow(first) is None:
+        return first, None
+    if (missing := overflow(last)) is not None:
+        return None, missing
+    between = (LayoutCost(cost, layout) for layout in ladder[1:-1])
+    return next((rung for rung in between if overflow(rung) is None), last), None
+
+
+def with_schedule(layout: Layout, schedule: ScheduleChoice) -> Layout:
+    """The same layout in another order; not checked again."""
+    return layout.model_copy(update={"schedule": schedule})

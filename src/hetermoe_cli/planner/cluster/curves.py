@@ -1,0 +1,103 @@
+"""Group times: seconds of a composition as a piecewise linear function of its share of the batch."""
+
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+from math import inf
+
+from hetermoe_cli.planner.cluster.choices import options
+from hetermoe_cli.planner.cluster.compositions import Composition
+from hetermoe_cli.planner.cluster.evaluate import Evaluated, evaluate
+from hetermoe_cli.planner.cluster.parts import Kernels, Part
+from hetermoe_cli.planner.cluster.synchronise import expected_seconds
+from hetermoe_cli.spec.plan import Inputs
+
+TRIES = 4  # options that are evaluated at a point, if their estimates are better than what was found
+
+
+@dataclass(frozen=True)
+class Point:
+    """The best that was found for a share: seconds with the group's part of synchronising."""
+
+    seconds: float
+    found: Evaluated
+
+
+class Curves:
+    """Points of every composition, computed when they are asked for."""
+
+    def __init__(self, inputs: Inputs, limit: int, most_groups: int | None) -> None:
+        self.inputs, self.limit, self.most_groups = inputs, limit, most_groups
+        self.kernels = Kernels(inputs)
+        self.points: dict[Composition, dict[int, Point | None]] = {}
+        self.evaluated = 0
+        self._parts: dict[Composition, Part] = {}
+
+    def part(self, composition: Composition) -> Part:
+        """The composition made ready."""
+        if composition not in self._parts:
+            self._parts[composition] = Part(self.inputs, composition)
+        return self._parts[composition]
+
+    def point(self, composition: Composition, sequences: int) -> Point | None:
+        """The point at `sequences`; None where no layout fits."""
+        known = self.points.setdefault(composition, {})
+        if sequences not in known:
+            known[sequences] = self._best(composition, sequences)
+        return known[sequences]
+
+    def _best(self, composition: Composition, sequences: int) -> Point | None:
+        part, best = self.part(composition), None
+        groups = self._groups(composition)
+        for option in options(part, self.kernels, sequences, self.limit)[:TRIES]:
+            if best and option.seconds >= best.seconds:
+                break
+            found = evaluate(part, self.kernels, option)
+            self.evaluated += 1
+            if found:
+                seconds = found.compute + found.optimizer + expected_seconds(part, found, groups)
+                if best is None or seconds < best.seconds:
+                    best = Point(seconds, found)
+        return best
+
+    def _groups(self, composition: Composition) -> int:
+        """About how many groups there are if they are like this one."""
+        sizes = [node.count * node.devices for node in self.inputs.cluster.nodes]
+        whole = max(1, round(sum(sizes) / sum(composition)))
+        return min(whole, self.most_groups or whole)
+
+    def correct(self, composition: Composition, sequences: int, compute: float) -> float:
+        """Put what the replay says of a point's compute in place of its estimate; how far off that was."""
+        point = self.points[composition][sequences]
+        assert point is not None
+        error = abs(compute / point.found.compute - 1)
+        found = replace(point.found, compute=compute)
+        self.points[composition][sequences] = Point(point.seconds + compute - point.found.compute, found)
+        return error
+
+    def refuse(self, composition: Composition, sequences: int) -> None:
+        """The layout did not hold what the point promised."""
+        self.points[composition][sequences] = None
+
+    def refused(self) -> set[tuple[Composition, int]]:
+        """Where no layout fits."""
+        return {(c, share) for c, points in self.points.items() for share, point in points.items() if point is None}
+
+    def known(self, composition: Composition) -> list[tuple[int, float]]:
+        """(sequences, seconds) of the points that fit, by sequences; made monotone, as more work takes no less time."""
+        result, most = [], 0.0
+        for sequences, point in sorted(self.points.get(composition, {}).items()):
+            if point:
+                most = max(most, point.seconds)
+                result.append((sequences, most))
+        return result
+
+
+def time_at(points: list[tuple[int, float]], sequences: int) -> float:
+    """Interpolated seconds; infinite outside the points."""
+    place = bisect_right([x for x, _ in points], sequences)
+    if place and points[place - 1][0] == sequences:
+        return points[place - 1][1]
+    if not 0 < place < len(points):
+        return inf
+    (low, before), (high, after) = points[place - 1], points[place]
+    return before + (after - before) * (sequences - low) / (high - low)

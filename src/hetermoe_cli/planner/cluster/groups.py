@@ -1,0 +1,261 @@
+"""The planner of groups: explore compositions, pack them, look again at what was chosen, replay, keep the best.
+
+1. Every composition that can hold the model gets a point at its fair share of the batch, most promising first, until
+   half of the time is gone; the most efficient ones get more points.
+2. An integer program packs them (packing.py); the points that it interpolated are computed, and it packs again.
+3. What it settles on is replayed group by group in the simulator, with memory checked rank by rank.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import gcd, inf
+
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import STATE_BYTES, CostModel
+from hetermoe_cli.errors import ExitCode, UserError
+from hetermoe_cli.planner.cluster.compositions import Composition, compositions, ranks_of
+from hetermoe_cli.planner.cluster.curves import Curves
+from hetermoe_cli.planner.cluster.objective import HOUR, Wanted, known_prices, prices
+from hetermoe_cli.planner.cluster.packing import Limits, Packer, Packing
+from hetermoe_cli.planner.cluster.replayed import Replayed, group_cost, joined, replay_group
+from hetermoe_cli.planner.cluster.trim import trimmed
+from hetermoe_cli.planner.remedies import lacking_states
+from hetermoe_cli.planner.replay import overflow
+from hetermoe_cli.planner.solver import SolverOptions
+from hetermoe_cli.spec.plan import Group, Inputs
+
+ROUNDS = 10  # of packing and computing or replaying what was chosen
+LAST_ROUND = 100  # if not one packing could be replayed before
+CLOSE = 0.01  # relative error of estimates that makes another round pointless
+MORE = 12  # compositions that get more points
+PATIENCE = 4.0  # times the time limit, if nothing could be packed within it
+FINEST = 128  # parts of the batch that shares are multiples of
+SCALES = (0.5, 0.75, 1.25, 1.5, 2.0)  # of the fair share
+
+
+@dataclass(frozen=True)
+class FoundGroups:
+    """The best groups, their replay, and how much was looked at."""
+
+    groups: list[Group]
+    replayed: Replayed
+    compositions: int
+    evaluated: int
+
+
+class GroupSearch:
+    """State of one search over groups."""
+
+    def __init__(self, cost: CostModel, solver: SolverOptions, limit: int, wanted: Wanted) -> None:
+        self.cost, self.inputs, self.solver, self.wanted = cost, cost.inputs, solver, wanted
+        self.cluster = cost.inputs.cluster
+        self.batch = cost.train.global_batch_sequences
+        self.curves = Curves(self.inputs, limit, wanted.most_groups)
+        self.began = time.monotonic()
+        self.fair: dict[Composition, int] = {}
+        self.limits = Limits(
+            devices=[node.count * node.devices for node in self.cluster.nodes],
+            batch=self.batch,
+            quantum=1,
+            prices=prices(self.cluster) if wanted.needs_prices else known_prices(self.cluster),
+            most_cost=wanted.most_cost,
+            most_groups=wanted.most_groups,
+            solver=solver.name,
+        )
+        self.best: FoundGroups | None = None
+        self._least = inf
+
+    def past(self, share: float) -> bool:
+        """Whether this share of the time limit is gone."""
+        return time.monotonic() - self.began > share * self.solver.time_limit
+
+    def explore(self, patient: bool = False) -> None:
+        """Points of all compositions at their fair shares, then more of the most efficient ones.
+
+        Until half of the time is gone and some can be packed; if `patient` until PATIENCE times the limit are gone.
+        """
+        found = [c for c in compositions(self.cluster) if self._holds(c) and self._affordable(c)]
+        if not found:
+            return
+        speed = self._speeds()
+        whole = sum(speed[kind] * count for kind, count in enumerate(self.limits.devices))
+        shares = {c: self.batch * sum(s * count for s, count in zip(speed, c, strict=True)) / whole for c in found}
+        quantum = self._quantum()
+        self.limits = Limits(**{**vars(self.limits), "quantum": quantum})
+        for c in found:
+            self.fair[c] = min(self.batch, max(quantum, round(shares[c] / quantum) * quantum))
+        for c in sorted(found, key=self._promise):
+            if self.past(PATIENCE if patient else 0.5) and (patient or self._pack() is not None):
+                break
+            self.curves.point(c, self.fair[c])
+            groups = self._most(c)
+            if self.batch % (groups * quantum) == 0:  # the whole batch on such groups alone
+                self.curves.point(c, self.batch // groups)
+        self._widen()
+
+    def _most(self, c: Composition) -> int:
+        """How many such groups the cluster has devices for, and the limit on cost dollars."""
+        most = min(devices // count for count, devices in zip(c, self.limits.devices, strict=True) if count)
+        if self.wanted.most_cost is not None:
+            most = min(most, int(self.wanted.most_cost / self.limits.price(c)))
+        return min(most, self.wanted.most_groups or most)
+
+    def _widen(self) -> None:
+        def efficiency(c: Composition) -> float:
+            point = self.curves.points[c].get(self.fair[c])
+            return self.fair[c] / self._value(c) / point.seconds if point else 0.0
+
+        looked = sorted((c for c in self.curves.points if self.curves.known(c)), key=efficiency, reverse=True)
+        for c in looked[:MORE]:
+            shares = [scale * self.fair[c] for scale in SCALES]
+            if self.wanted.needs_prices:  # fewer devices may take more of the batch
+                shares += [self.batch / groups for groups in (1, 2, 3, 4)]
+            for share in shares:
+                if self.past(0.7):
+                    return
+                whole = round(share / self.limits.quantum) * self.limits.quantum
+                if self.limits.quantum <= whole <= self.batch:
+                    self.curves.point(c, whole)
+
+    def _value(self, c: Composition) -> float:
+        """What the composition's devices are worth: dollars for the cost objective, else work."""
+        if self.wanted.objective == "cost":
+            return self.limits.price(c)
+        return sum(s * count for s, count in zip(self._speeds(), c, strict=True))
+
+    def _speeds(self) -> list[float]:
+        """Work a second of one device of each node group: sequences with their expert rows."""
+        model, train = self.cost.model, self.cost.train
+        result = []
+        for node in self.cluster.nodes:
+            device = self.cost.types[node.device]
+            rows = self.cost.rows_per_expert(max(1, min(self.batch, 64)))
+            row = sum(device.expert(rows)[:2]) / rows
+            attention = model.layers * sum(device.attention(1)[:2]) + sum(self.cost.head_cost(device, 1)[:2])
+            result.append(1 / (attention + row * model.layers * train.sequence_length * model.top_k))
+        return result
+
+    def _quantum(self) -> int:
+        """Shares are multiples of it: a power of two that divides the batch, at most a 128th of it."""
+        power = 1
+        while 2 * power * FINEST <= self.batch:
+            power *= 2
+        return gcd(power, self.batch)
+
+    def _promise(self, c: Composition) -> tuple[int, bool, int]:
+        """Equal parts of everything first, then single node groups, pairs, others; of these first what leaves no
+        devices over, then large ones."""
+        kinds = sum(count > 0 for count in c)
+        parts = {most / count for count, most in zip(c, self.limits.devices, strict=True) if count}
+        equal = len(parts) == 1
+        rank = 0 if equal and kinds == len(c) else 1 if kinds == 1 else 2 if equal else 3
+        rest = any(most % count for count, most in zip(c, self.limits.devices, strict=True) if count)
+        return rank, rest, -sum(c)
+
+    def _holds(self, c: Composition) -> bool:
+        """Whether the devices' memory holds one copy of all states."""
+        held = sum(
+            count * (device.memory_bytes * self.cost.train.memory_headroom - device.framework_bytes)
+            for count, node in zip(c, self.cluster.nodes, strict=True)
+            for device in [self.cost.types[node.device]]
+        )
+        return held >= self.cost.model.parameters * sum(STATE_BYTES[self.cost.train.precision])
+
+    def _affordable(self, c: Composition) -> bool:
+        return self.wanted.most_cost is None or self.limits.price(c) <= self.wanted.most_cost
+
+    def pack(self) -> None:
+        """Pack, compute what was interpolated, pack again; replay it, correct what was estimated, and pack again."""
+        for turn in range(LAST_ROUND):
+            packing = self._pack()
+            if packing is None or (self.best and turn >= ROUNDS):
+                return
+            new = [(c, share) for c, shares in packing.items() for share in set(shares) if self._unknown(c, share)]
+            points = [self.curves.point(c, share) for c, shares in packing.items() for share in shares]
+            if not all(points) or (new and turn < ROUNDS and not self.past(0.9)):
+                continue
+            error = self._replay(packing)
+            if self.best and (error < CLOSE or self.past(0.9)):
+                return
+
+    def _merit(self, groups: list[Group], seconds: float) -> float:
+        """Seconds, or dollars of an iteration; the less the better."""
+        if self.wanted.objective == "time" or self.limits.prices is None:
+            return seconds
+        kinds = self.cluster.group_of_rank
+        ranks = [rank for group in groups for replica in group.replicas for rank in replica]
+        return seconds / HOUR * sum(self.limits.prices[kinds[rank]] for rank in ranks)
+
+    def _unknown(self, c: Composition, share: int) -> bool:
+        return share not in self.curves.points[c]
+
+    def _pack(self) -> Packing | None:
+        known = {c: self.curves.known(c) for c in self.curves.points}
+        packer = Packer(self.limits, known, self.curves.refused())
+        return packer.cheapest() if self.wanted.objective == "cost" else packer.fastest()
+
+    def _replay(self, packing: Packing) -> float:
+        """Replay a packing all of whose points are known, and keep it if it is the best; the largest relative error of
+        the estimates, infinite where memory does not hold a layout that seemed to fit."""
+        chosen = [(c, share, shares.count(share)) for c, shares in packing.items() for share in sorted(set(shares))]
+        replicas = ranks_of(self.cluster, [(c, number) for c, _, number in chosen])
+        done, errors = [], [0.0]
+        for (c, share, _), ranks in zip(chosen, replicas, strict=True):
+            point = self.curves.point(c, share)
+            assert point is not None
+            group = Group.of(*trimmed(point.found.layout(), ranks, self.cost.devices))
+            if overflow(LayoutCost(group_cost(self.inputs, group), group.layout)):
+                self.curves.refuse(c, share)
+                return inf
+            done.append(replay_group(self.inputs, group))
+            errors.append(self.curves.correct(c, share, done[-1].computed))
+        replayed = joined(done, self.cost)
+        merit = self._merit([g.group for g in done], replayed.seconds)
+        if merit < self._least:
+            groups = [g.group for g in done]
+            self._least = merit
+            self.best = FoundGroups(groups, replayed, len(self.curves.points), self.curves.evaluated)
+        return max(errors)
+
+
+def find_groups(
+    cost: CostModel,
+    solver: SolverOptions,
+    limit: int,
+    wanted: Wanted,
+    progress: Callable[[str], None] = lambda text: None,
+) -> FoundGroups:
+    """The best groups. UserError if none fits, or none that the limit on cost allows."""
+    state = GroupSearch(cost, solver, limit, wanted)
+    progress("exploring groups")
+    state.explore()
+    progress("packing groups")
+    state.pack()
+    if state.best is None:
+        state.explore(patient=True)
+        state.pack()
+    if state.best is None:
+        raise _none(cost.inputs, wanted, state)
+    return state.best
+
+
+def _none(inputs: Inputs, wanted: Wanted, state: GroupSearch) -> UserError:
+    least = min((state.limits.price(c) for c in _holding(state)), default=inf) if wanted.needs_prices else 0.0
+    where = f"model {inputs.model.name} on cluster {inputs.cluster.name}"
+    if wanted.most_cost is not None and least > wanted.most_cost and least < inf:
+        return UserError(
+            f"{where}: --max-cost {wanted.most_cost:g}: the cheapest devices whose memory holds the model cost "
+            f"{least:g} dollars an hour",
+            ExitCode.DOES_NOT_FIT,
+        )
+    why = lacking_states(state.cost) or (
+        "no group of its devices holds the model, its activations and a share of "
+        f"{inputs.train.global_batch_sequences} sequences (dense state {inputs.train.dense_state}): add devices, allow "
+        "recompute: auto or dense_state: auto, or raise --max-micro-batches"
+    )
+    return UserError(f"{where}: does not fit: {why}", ExitCode.DOES_NOT_FIT)
+
+
+def _holding(state: GroupSearch) -> list[Composition]:
+    return [c for c in compositions(state.cluster) if state._holds(c)]

@@ -1,0 +1,70 @@
+"""A group's devices for the planner of groups: sub-cluster inputs, their costs, and rates that groups share."""
+
+from functools import cached_property
+
+from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.planner.cluster.compositions import Composition, ranks_of
+from hetermoe_cli.planner.rates import ClassRates, device_rates
+from hetermoe_cli.spec.cluster import NodeGroup, subcluster
+from hetermoe_cli.spec.plan import Inputs, ScheduleChoice
+
+
+def group_inputs(inputs: Inputs, ranks: list[int], sequences: int) -> Inputs:
+    """What one group is planned from: its devices and its share of the batch."""
+    train = inputs.train.model_copy(update={"global_batch_sequences": sequences})
+    return inputs.model_copy(update={"cluster": subcluster(inputs.cluster, ranks), "train": train})
+
+
+class Kernels:
+    """Rates of a device of each node group, whatever group it is in; looked up, or computed once."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        nodes = [node.model_copy(update={"count": 2, "devices": 1, "nics": 1}) for node in inputs.cluster.nodes]
+        cluster = inputs.cluster.model_copy(update={"nodes": nodes})
+        self.cost = CostModel(inputs.model_copy(update={"cluster": cluster}))
+        self._known: dict[tuple[object, ...], ClassRates] = {}
+
+    def rates(self, kind: int, sequences: int, schedule: ScheduleChoice, total: int, attending: int) -> ClassRates:
+        """Rates of a device of node group `kind` that attends to `sequences` of `total`, as one of `attending`."""
+        shared = attending if sequences and schedule.dense_state != "replicated" else 1
+        key = (kind, sequences, total, shared, schedule.window, schedule.recompute, schedule.dense_state)
+        if key not in self._known:
+            self._known[key] = device_rates(self.cost, 2 * kind, sequences, schedule, total, shared)
+        return self._known[key]
+
+
+class Part:
+    """One composition made ready: its ranks (of the first group that has it), costs and kinds of devices."""
+
+    def __init__(self, inputs: Inputs, composition: Composition) -> None:
+        self.inputs, self.composition = inputs, composition
+        self.kinds = [kind for kind, count in enumerate(composition) if count]
+
+    @cached_property
+    def ranks(self) -> list[int]:
+        """Ranks of the whole cluster."""
+        return ranks_of(self.inputs.cluster, [(self.composition, 1)])[0][0]
+
+    @cached_property
+    def kind_of(self) -> list[int]:
+        """Node group of each local rank."""
+        owner = self.inputs.cluster.group_of_rank
+        return [owner[rank] for rank in self.ranks]
+
+    def cost(self, sequences: int) -> CostModel:
+        """Costs for a share of the batch; the share changes no cost, so that all but the spec is computed once."""
+        return CostModel(group_inputs(self.inputs, self.ranks, sequences))
+
+    @cached_property
+    def any_cost(self) -> CostModel:
+        """Costs, with a stand-in for the share."""
+        return self.cost(1)
+
+    def node(self, kind: int) -> NodeGroup:
+        """The node group."""
+        return self.inputs.cluster.nodes[kind]
+
+    @property
+    def world_size(self) -> int:
+        """Devices."""
+        return sum(self.composition)

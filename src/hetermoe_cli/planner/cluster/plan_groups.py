@@ -1,0 +1,129 @@
+"""Plan several groups: the search over groups, its bounds, and what the plan says of it."""
+
+import datetime
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.planner.cluster.bound import groups_bound
+from hetermoe_cli.planner.cluster.even_groups import EvenGroups, even_groups
+from hetermoe_cli.planner.cluster.explained import binding_of_groups
+from hetermoe_cli.planner.cluster.groups import FoundGroups, find_groups
+from hetermoe_cli.planner.cluster.loaded import groups_under_load
+from hetermoe_cli.planner.cluster.objective import HOUR, Wanted, economy, least_dollars
+from hetermoe_cli.planner.cluster.refine import refined
+from hetermoe_cli.planner.expert_load import load_notes
+from hetermoe_cli.planner.explain import sources
+from hetermoe_cli.planner.solver import SolverOptions
+from hetermoe_cli.planner.work import work_bound
+from hetermoe_cli.spec.plan import Bound, Economy, Inputs, Plan, Prediction, SolverReport
+
+RIVALS_SHARE = 0.05  # of the time limit, for each rival
+ONE_GROUP = 16  # up to so many devices one group is planned unless more are asked for: train runs one group today
+
+
+def wants_groups(cost: CostModel, wanted: Wanted) -> bool:
+    """Whether to plan groups, or parts of the cluster, from the start."""
+    return wanted.needs_prices or (wanted.most_groups != 1 and len(cost.devices) > ONE_GROUP)
+
+
+def plan_groups(
+    cost: CostModel,
+    embedded: Inputs,
+    solver: SolverOptions,
+    limit: int,
+    wanted: Wanted,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """The best plan of any number of groups. UserError if nothing fits, or nothing within the limit on cost."""
+    began = time.monotonic()
+    if len(cost.devices) <= ONE_GROUP and wanted.most_groups is None:
+        wanted = replace(wanted, most_groups=1)
+    progress("rivals")
+    rivals = even_groups(cost.balanced, limit, wanted.most_groups, RIVALS_SHARE * solver.time_limit)
+    left = solver.time_limit - (time.monotonic() - began)
+    found = find_groups(cost.balanced, replace(solver, time_limit=left), limit, wanted, progress)
+    if not wanted.needs_prices:
+        found = _no_slower(found, rivals.values())
+    progress("improving groups")
+    left = max(0.0, solver.time_limit - (time.monotonic() - began))
+    found, load = refined(cost.balanced, found, replace(solver, time_limit=left), limit), None
+    if cost.inputs.expert_load:
+        progress("placing experts by name")
+        found, load = groups_under_load(cost, found, solver)
+    train, world = cost.train, len(cost.devices)
+    replayed = found.replayed
+    seconds = replayed.seconds
+    used = sorted(rank for group in found.groups for ranks in group.replicas for rank in ranks)
+    paid = economy(cost, used, seconds, limit)
+    bound = _bound(cost, limit, wanted, paid)
+    return Plan(
+        date=datetime.date.today(),
+        assignment="optimal",
+        objective=wanted.objective,
+        max_groups=wanted.most_groups,
+        groups=found.groups,
+        predicted=Prediction(
+            iteration_seconds=seconds,
+            tokens_per_second=train.global_batch_sequences * train.sequence_length / seconds,
+            busy_share_per_rank=replayed.busy_share(world),
+        ),
+        bound=bound,
+        gap=max(0.0, 1 - bound.iteration_seconds / seconds),
+        memory=replayed.memory(cost),
+        baselines={name: rival.baseline() for name, rival in rivals.items()},
+        economy=paid,
+        solver=SolverReport(
+            name=solver.name,
+            status="feasible",
+            seconds=time.monotonic() - began,
+            candidates=found.compositions,
+            solved=found.evaluated,
+        ),
+        load=load,
+        explanation=binding_of_groups(replayed),
+        notes=[*_notes(cost, found, used, wanted), *(load_notes(load) if load else [])],
+        inputs=embedded,
+        inputs_sha256=embedded.hashes(),
+    )
+
+
+def _no_slower(found: FoundGroups, rivals: Iterable[EvenGroups]) -> FoundGroups:
+    """The fastest of what was found and the rivals."""
+    best = found
+    for rival in rivals:
+        if rival.replayed and rival.replayed.seconds < best.replayed.seconds:
+            best = FoundGroups(rival.groups, rival.replayed, found.compositions, found.evaluated)
+    return best
+
+
+def _bound(cost: CostModel, limit: int, wanted: Wanted, paid: Economy | None) -> Bound:
+    """Seconds that no plan can beat. For the cost objective: at this plan's price, the dollars that none can beat."""
+    bound = groups_bound(cost, limit)
+    if wanted.most_cost is not None:
+        bound = max(bound, least_dollars(cost, limit) / wanted.most_cost * HOUR)
+    if wanted.objective == "cost" and paid:
+        bound = least_dollars(cost, limit) / paid.dollars_per_hour * HOUR
+    return Bound(iteration_seconds=bound, work_iteration_seconds=work_bound(cost, limit), exact_over="not solved")
+
+
+def _notes(cost: CostModel, found: FoundGroups, used: list[int], wanted: Wanted) -> Iterator[str]:
+    yield from sources(cost)
+    if left_out := sorted(set(range(len(cost.devices))) - set(used)):
+        counts = {name: sum(cost.devices[rank].type == name for rank in left_out) for name in cost.types}
+        names = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        why = "they would not pay for themselves" if wanted.needs_prices else "they would slow the others down"
+        yield f"left out on purpose, {why}: {names}"
+    replayed = found.replayed
+    if len(found.groups) + len(found.groups[0].replicas) > 2:
+        yield (
+            f"groups synchronise in {replayed.synchronise:.3f} s, {replayed.synchronise / replayed.seconds:.1%} of the "
+            "iteration; modelled on the NICs alone, after all compute"
+        )
+    if any(group.schedule.dense_state == "full" for group in found.groups):
+        yield "gathers of the sharded dense part are charged in full after all compute: an upper estimate"
+    if wanted.objective == "cost":
+        yield "the gap is in tokens a dollar: to perfectly divisible work, each kind on the type that is cheapest at it"
+    else:
+        yield "the search over groups is heuristic; its lower bound is perfectly divisible work with NICs and memory"

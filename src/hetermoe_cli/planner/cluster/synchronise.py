@@ -1,0 +1,86 @@
+"""Data parallelism over groups: what it takes to make all copies of every parameter agree.
+
+Dense gradients (and those of replicated experts) go round one ring through all attending ranks of all groups. Each
+hosted expert goes round a ring of its hosts, one in every group; all these rings run at once, and ranks behind one NIC
+share it. Two upper estimates: every message between groups is charged to the NICs, even where two groups share a node;
+and a replicated expert is charged as if it were replicated in all groups.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.planner.cluster.evaluate import Evaluated
+from hetermoe_cli.planner.cluster.parts import Part
+from hetermoe_cli.spec.plan import Layout
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One group's layout on `ranks` of the whole cluster, with the costs of its own devices."""
+
+    layout: Layout
+    ranks: Sequence[int]
+    cost: CostModel
+
+    @property
+    def attending(self) -> list[int]:
+        """Ranks of the whole cluster that attend."""
+        return [self.ranks[local] for local in self.layout.attending]
+
+    @property
+    def replicated(self) -> int:
+        """Copies of all layers on each attending rank."""
+        return sum(len(placement.replicated) for placement in self.layout.placement)
+
+    @property
+    def gathers(self) -> float:
+        """Seconds that a fully sharded dense part adds."""
+        return self.cost.gather_seconds(self.layout.schedule, self.layout.attending)
+
+
+def synchronise_seconds(whole: CostModel, copies: Sequence[Copy]) -> float:
+    """Seconds from the last group's last gradient to synchronised gradients; of one group what LayoutCost says."""
+    attending = sorted(rank for copy in copies for rank in copy.attending)
+    size = whole.dense_gradient_bytes + max(copy.replicated for copy in copies) * whole.expert_gradient_bytes
+    hosted: dict[int, int] = {}
+    for copy in copies:
+        for local, rank in enumerate(copy.ranks):
+            hosted[rank] = sum(len(placement.experts[local]) for placement in copy.layout.placement)
+    return (
+        whole.network.all_reduce_seconds(attending, size)
+        + expert_seconds(whole, hosted, len(copies))
+        + max(copy.gathers for copy in copies)
+    )
+
+
+def expert_seconds(whole: CostModel, hosted: Mapping[int, float], groups: int) -> float:
+    """All-reduce of every expert over its hosts in `groups` groups; `hosted`: experts of all layers on each rank."""
+    if groups < 2:
+        return 0.0
+    behind: dict[int, float] = defaultdict(float)
+    for rank, count in hosted.items():
+        behind[whole.devices[rank].nic] += count
+    links = {device.nic: device.network for device in whole.devices}
+    rounds = 2 * (groups - 1)
+    moved = rounds / groups * whole.expert_gradient_bytes
+    return max(
+        count * moved / (links[nic].bandwidth_gigabytes_per_second * 1e9)
+        + rounds * links[nic].latency_microseconds * 1e-6
+        for nic, count in behind.items()
+    )
+
+
+def expected_seconds(part: Part, found: Evaluated, groups: int) -> float:
+    """What synchronising takes if all of `groups` groups were like this one: known before they are chosen."""
+    cost, attending = part.any_cost, found.attending
+    hosted = {rank: float(share) for c, share in zip(found.classes, found.hosted, strict=True) for rank in c.ranks}
+    result = cost.synchronise_seconds(found.choice.schedule, attending, found.replicated)
+    if groups > 1:
+        slowest = max(1 / cost.devices[rank].network.bandwidth_gigabytes_per_second for rank in attending) / 1e9
+        size = cost.dense_gradient_bytes + found.replicated * cost.expert_gradient_bytes
+        members = len(attending) * groups
+        ring = 2 * (members - 1) / members * size * slowest
+        result = max(result, ring + cost.gather_seconds(found.choice.schedule, attending))
+    return result + expert_seconds(cost, hosted, groups)

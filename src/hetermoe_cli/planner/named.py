@@ -1,0 +1,226 @@
+"""Named experts -> ranks: every layer's work levelled against what the ranks of a given layout have time for."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import STATE_BYTES, CostModel
+from hetermoe_cli.planner.arrays import FloatArray, IntArray
+from hetermoe_cli.planner.assign import LayerWork, assign
+from hetermoe_cli.planner.solver import SolverOptions
+from hetermoe_cli.planner.spread import spread
+from hetermoe_cli.schedule.action import Action, Kind, Pass
+from hetermoe_cli.spec.plan import LayerPlacement, Layout
+
+MORE_COPIES = 8
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a layer's ranks should have time for: what they have in the given layout's layer, or its mean over layers.
+
+    `carried`: what a rank did too much in earlier layers it does less in later ones. `more_copies`: try to replicate
+    more experts than the layout does. `same_counts`: as many experts a rank as the layout has.
+    """
+
+    mean: bool = False
+    carried: bool = False
+    more_copies: bool = False
+    same_counts: bool = False
+
+
+AIMS = [
+    Aim(mean=mean, carried=carried, more_copies=more)
+    for mean in (False, True)
+    for carried in (False, True)
+    for more in (False, True)
+] + [Aim(same_counts=True)]
+
+
+class Named:
+    """Seconds and bytes of every expert on every rank of `layout`, by name, under the expert load of `cost`.
+
+    Seconds are those of one micro-batch, forward and backward, with the optimizer step's share in them.
+    """
+
+    def __init__(self, cost: CostModel, layout: Layout) -> None:
+        self.cost, self.layout = cost, layout
+        self.world, self.layers, self.experts = layout.world_size, layout.layers, layout.experts
+        self.attends = np.array(layout.sequences_per_rank) > 0
+        self._probe = LayoutCost(cost, layout)
+        self._types = [device.type for device in cost.devices]
+        total = layout.sequences_per_micro_batch
+        self._hosted = {name: self._tables(self._types.index(name), total) for name in cost.types}
+        pairs = list(zip(self._types, layout.sequences_per_rank, strict=True))
+        self._copied = {(name, own): self._tables(pairs.index((name, own)), own) for name, own in set(pairs)}
+        self._pairs = pairs
+        shares = np.array([self._probe.cost.expert_rows(1, layer, range(self.experts)) for layer in range(self.layers)])
+        self.hottest = np.argsort(-shares, axis=1, kind="stable")
+        self.target = self._counted(self._seconds)
+        self._expected = self._counted(self._bytes)
+        self.room = self._room()
+
+    def _tables(self, rank: int, sequences: int) -> tuple[FloatArray, FloatArray]:
+        """([layers, experts] seconds, bytes) of experts on the device of `rank`, on the rows of `sequences`."""
+        rows = [self.cost.expert_rows(sequences, layer, range(self.experts)) for layer in range(self.layers)]
+        seconds = [[self._seconds(rank, count) for count in layer] for layer in rows]
+        size = [[self._bytes(rank, count) for count in layer] for layer in rows]
+        return np.array(seconds), np.array(size)
+
+    def _seconds(self, rank: int, rows: float) -> float:
+        both = (Pass.FORWARD, Pass.BACKWARD)
+        step = self.cost.optimizer_seconds(self.cost.of(rank), self.cost.model.expert_parameters)
+        tasks = sum(self._probe.expert_seconds(rank, Action(Kind.EXPERT, direction), [rows]) for direction in both)
+        return tasks + step / self.layout.micro_batches
+
+    def _bytes(self, rank: int, rows: float) -> float:
+        state = sum(STATE_BYTES[self.cost.train.precision]) * self.cost.model.expert_parameters
+        again = self.layout.schedule.recompute_experts
+        kept = self.cost.expert_activation_bytes(self.cost.of(rank), rows, again)
+        return state + self.layout.schedule.window * kept
+
+    def _counted(self, of_rows: Callable[[int, float], float]) -> FloatArray:
+        """[layers, ranks] what the layout's own counts take where every expert gets the mean rows.
+
+        `of_rows(rank, rows)`: what one expert takes.
+        """
+        total = self.layout.sequences_per_micro_batch
+        mean = {
+            (pair, sequences): of_rows(self._pairs.index(pair), self.cost.rows_per_expert(sequences))
+            for pair in set(self._pairs)
+            for sequences in (total, pair[1])
+        }
+        return np.array(
+            [
+                [
+                    len(placement.experts[rank]) * mean[pair, total]
+                    + len(placement.replicated) * bool(pair[1]) * mean[pair, pair[1]]
+                    for rank, pair in enumerate(self._pairs)
+                ]
+                for placement in self.layout.placement
+            ]
+        )
+
+    def _room(self) -> FloatArray:
+        """[ranks] bytes that experts may take together: the limit without what the layout needs for all else."""
+        taken = sum(self.taken(layer, placement) for layer, placement in enumerate(self.layout.placement))
+        room: FloatArray = taken - self.excess(self.layout)
+        return room
+
+    def hot_bytes(self) -> FloatArray:
+        """[ranks] bytes that a rank's buffers and working set grow by where it gets the hottest expert of all."""
+        total = self.layout.sequences_per_micro_batch
+        rows = np.array([self.cost.expert_rows(total, layer, range(self.experts)) for layer in range(self.layers)])
+        hottest, share = float(rows.max()), float((rows.max(axis=1) / rows.sum(axis=1)).max())
+        result = np.zeros(self.world)
+        for rank, sequences in enumerate(self.layout.sequences_per_rank):
+            held = self._probe.assumed_rows(rank)
+            most = max([*held.hosted, *held.replicated], default=0.0)
+            saved = self.cost.of(rank).expert
+            result[rank] = saved(hottest).saved_bytes - saved(most).saved_bytes
+            result[rank] += self.cost.buffer_bytes(total, sequences, max(0.0, share - held.largest_share))
+            result[rank] -= self.cost.buffer_bytes(total, sequences, 0.0)
+        return result
+
+    def seconds(self, layer: int) -> FloatArray:
+        """[ranks, experts] seconds of a hosted expert."""
+        return np.array([self._hosted[name][0][layer] for name in self._types])
+
+    def size(self, layer: int) -> FloatArray:
+        """[ranks, experts] bytes of a hosted expert."""
+        return np.array([self._hosted[name][1][layer] for name in self._types])
+
+    def copied(self, layer: int, experts: Sequence[int] | IntArray) -> tuple[FloatArray, FloatArray]:
+        """[ranks] seconds and bytes of replicated experts, zero where a rank does not attend."""
+        sums = [[self._copied[pair][kind][layer, experts].sum() for pair in self._pairs] for kind in (0, 1)]
+        seconds, size = np.array(sums) * self.attends
+        return seconds, size
+
+    def taken(self, layer: int, placement: LayerPlacement) -> FloatArray:
+        """[ranks] bytes of the experts of a layer."""
+        size = self.size(layer)
+        held = np.array([size[rank, experts].sum() for rank, experts in enumerate(placement.experts)])
+        result: FloatArray = held + self.copied(layer, placement.replicated)[1]
+        return result
+
+    def excess(self, layout: Layout) -> FloatArray:
+        """[ranks] bytes that `layout` takes above the limit."""
+        layout_cost = LayoutCost(self.cost, layout)
+        memory = [layout_cost.memory(rank) for rank in range(self.world)]
+        return np.array([m.total_bytes - m.capacity_bytes * self.cost.train.memory_headroom for m in memory])
+
+    @property
+    def steady(self) -> bool:
+        """Whether all layers have the same target."""
+        return bool((self.target == self.target[0]).all())
+
+    def place(self, aim: Aim, exact: SolverOptions | None = None, spare: FloatArray | float = 0.0) -> Layout | None:
+        """The layout with its experts placed by name; None where memory runs out on the way.
+
+        `spare`: [ranks] bytes to leave free.
+        """
+        target = np.repeat(self.target.mean(axis=0)[None], self.layers, axis=0) if aim.mean else self.target
+        later, left, late = self._expected.sum(axis=0), self.room - spare, np.zeros(self.world)
+        result = []
+        for layer in range(self.layers):
+            later = later - self._expected[layer]
+            room = np.minimum(left, left - later + self.size(layer).max())  # a hot expert may borrow from later layers
+            options = self._layer(layer, aim, late - target[layer], room, exact)
+            best = min(options, key=lambda option: option[0], default=None)
+            if best is None:
+                return None
+            _, placement, over = best
+            left = left - self.taken(layer, placement)
+            late = over if aim.carried else late
+            result.append(placement)
+        return self.layout.model_copy(update={"placement": result})
+
+    def _layer(
+        self, layer: int, aim: Aim, offset: FloatArray, room: FloatArray, exact: SolverOptions | None
+    ) -> Iterator[tuple[float, LayerPlacement, FloatArray]]:
+        """(seconds that it costs, placement, [ranks] seconds over the target) for every number of copies tried.
+
+        More copies are tried as long as that helps.
+        """
+        given = self.layout.placement[layer]
+        fewest, last = len(given.replicated), np.inf
+        most = np.array([len(e) if aim.same_counts else self.experts for e in given.experts])
+        none, one = (self.cost.synchronise_seconds(self.layout.schedule, self.layout.attending, n) for n in (0, 1))
+        for count in range(fewest, min(fewest + MORE_COPIES * aim.more_copies, self.experts) + 1):
+            copies, rest = self.hottest[layer, :count], np.sort(self.hottest[layer, count:])
+            seconds, size = self.copied(layer, copies)
+            if count and (size > room)[self.attends].any():
+                continue
+            work = LayerWork(
+                self.seconds(layer)[:, rest], offset + seconds, self.size(layer)[:, rest], room - size, most
+            )
+            hosts = assign(work, exact)
+            if hosts is None:
+                continue
+            if not aim.carried:
+                hosts = self._spread(layer, hosts, rest, work, offset)
+            busy = self.attends if count else np.zeros(self.world, dtype=np.bool_)
+            peak = max(0.0, work.peak(hosts), float(work.offset[busy].max(initial=0.0)))
+            cost = peak * self.layout.micro_batches + (one - none) * (count - fewest)
+            yield cost, placement_of(rest, hosts, copies, self.world), work.ends(hosts)
+            if cost >= last:
+                break
+            last = cost
+
+    def _spread(self, layer: int, hosts: IntArray, experts: IntArray, work: LayerWork, offset: FloatArray) -> IntArray:
+        """Over the NICs, by exchanging the experts of ranks that are alike."""
+        nics = np.array([device.nic for device in self.cost.devices])
+        if len(set(nics.tolist())) == self.world:
+            return hosts
+        rows = np.array(self.cost.expert_rows(1, layer, experts.tolist()))
+        kinds = list(zip(self._pairs, offset.round(12).tolist(), work.most.tolist(), strict=True))
+        return spread(hosts, rows, work.size[hosts, np.arange(len(hosts))], work.room, kinds, nics)
+
+
+def placement_of(experts: IntArray, hosts: IntArray, copies: IntArray, world: int) -> LayerPlacement:
+    """Experts in order of their numbers on the rank that `hosts` says."""
+    return LayerPlacement(
+        experts=[sorted(experts[hosts == rank].tolist()) for rank in range(world)], replicated=sorted(copies.tolist())
+    )

@@ -1,0 +1,142 @@
+"""Run tasks: the compute tasks of a run, each with the seconds that it took and those that the cost model gives it.
+
+A task is timed from the moment that its inputs had arrived and the task before it was done, as the simulator times it:
+the host's work between two tasks, which no span holds, is part of the later one. All on the rank's own clock. The
+predicted seconds are those for the very rows that the task had (the run's recorded loads). With recompute a backward
+task holds a second forward: the task's own forward is taken off both sides.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from hetermoe_cli.cost import CostModel, LayoutCost, balanced_load
+from hetermoe_cli.cost.layout import RecordedLoad
+from hetermoe_cli.errors import UserError
+from hetermoe_cli.profiler.refit import KINDS, Sample
+from hetermoe_cli.report.measured import read_measured
+from hetermoe_cli.report.run_figures import read_run, recorded_load
+from hetermoe_cli.report.tasks import category
+from hetermoe_cli.schedule.action import Action, Kind, Pass
+from hetermoe_cli.schedule.lower import training_schedule
+from hetermoe_cli.schedule.schedule import Schedule, inputs
+from hetermoe_cli.spec.plan import Inputs, ScheduleChoice
+from hetermoe_cli.spec.run import RunSpec
+from hetermoe_cli.trace import Trace, display_name
+
+Place = tuple[str, str]  # device type, kind of task
+Samples = dict[Place, list[Sample]]
+
+
+@dataclass
+class RunTasks:
+    """A run, its trace after warm-up, and the load of every step in it (None: balanced)."""
+
+    spec: RunSpec
+    trace: Trace
+    loads: dict[int, RecordedLoad | None]
+    schedule: Schedule
+
+    def costs(self, plan: Inputs) -> dict[int, LayoutCost]:
+        """The cost of every step, by its load."""
+        cost, layout = CostModel(plan), self.spec.plan.layout
+        return {
+            step: LayoutCost(cost, layout, load or balanced_load(cost, layout)) for step, load in self.loads.items()
+        }
+
+    def samples(self, plan: Inputs) -> Samples:
+        """Every compute task that was traced, against its cost by `plan`."""
+        result: Samples = defaultdict(list)
+        for step, cost in self.costs(plan).items():
+            for rank, order in enumerate(self.schedule.compute):
+                device = cost.cost.of(rank).type
+                for action in order:
+                    kind = category(display_name(action))
+                    parts = _parts(action, cost.layout.schedule)
+                    if kind in KINDS and all((step, rank, part) in self._seconds for part in parts):
+                        predicted = _without(cost.seconds(rank, part) for part in parts)
+                        measured = _without(self._seconds[step, rank, part] for part in parts)
+                        result[device, kind].append(Sample(_size(cost, rank, action), predicted, measured))
+        return result
+
+    @cached_property
+    def _seconds(self) -> dict[tuple[int, int, Action], float]:
+        """Seconds by step, rank and compute task, from ready to done."""
+        spans = {(span.step, span.rank, span.name): span for span in self.trace.spans}
+        layers = self.spec.plan.layout.layers
+        result: dict[tuple[int, int, Action], float] = {}
+        for step in self.loads:
+            for rank, order in enumerate(self.schedule.compute):
+                before: float | None = None  # the first task begins with its span: ranks start when they like
+                for action in order:
+                    span = spans.get((step, rank, display_name(action)))
+                    if span:
+                        sources = [spans.get((step, rank, display_name(source))) for source in inputs(action, layers)]
+                        ready = max([before or 0.0, *(source.end for source in sources if source)])
+                        start = span.start if before is None else min(ready, span.start)
+                        result[step, rank, action] = span.end - start
+                    before = span.end if span else None
+        return result
+
+
+def read_run_tasks(folder: Path, *, allow_emulated: bool = False) -> tuple[RunTasks, list[str]]:
+    """Read a run folder and what to know of it, in words; UserError if it is not complete, or emulated."""
+    spec = read_run(folder).model_copy(update={"folder": str(folder)})
+    spec.plan.verify(str(folder / "run.yaml"))
+    if spec.emulation and not allow_emulated:
+        raise UserError(
+            f"{folder}: an emulated run: its tasks last as long as its profiles say, so there is nothing to learn: "
+            "calibrate from a run on the devices themselves (--allow-emulated only checks that nothing moves)"
+        )
+    measured = read_measured([folder], spec.plan)
+    trace, notes = measured.trace, [note for note in measured.notes if "time scale" in note]
+    missing = set(range(spec.plan.layout.world_size)) - {span.rank for span in trace.spans}
+    if missing:
+        raise UserError(f"{folder}: field traces: nothing of rank {min(missing)}: calibrate from a complete run folder")
+    steps = sorted(trace.step_seconds())
+    if len(steps) > 1:
+        steps = steps[1:]
+    else:
+        notes.append("a single step was traced: its warm-up is part of the figures (train with more --trace-steps)")
+    loads = {step: _load(spec, step) for step in steps}
+    kept = Trace(trace.origin, [span for span in trace.spans if span.step in loads])
+    return RunTasks(spec, kept, loads, training_schedule(spec.plan.layout)), notes
+
+
+def _load(spec: RunSpec, step: int) -> RecordedLoad | None:
+    load = recorded_load(spec, step)
+    if load is None and spec.router == "learned":
+        raise UserError(
+            f"{spec.folder}: loads/rank*.npy are missing, so the rows that its learned router sent are unknown: "
+            "calibrate from a complete run folder"
+        )
+    return load
+
+
+def _parts(action: Action, schedule: ScheduleChoice) -> list[Action]:
+    """The task, then what to take off it: with recompute a backward holds the forward once more."""
+    again = {Kind.ATTENTION: schedule.recompute_attention, Kind.EXPERT: schedule.recompute_experts}
+    if action.direction is Pass.BACKWARD and again.get(action.kind):
+        return [action, action._replace(direction=Pass.FORWARD)]
+    return [action]
+
+
+def _without(seconds: Iterator[float]) -> float:
+    return next(seconds) - sum(seconds)
+
+
+def _size(cost: LayoutCost, rank: int, action: Action) -> float:
+    """Size of a task in the units of its curve. Of several experts: rows of the expert that the mean row meets."""
+    sequences = cost.layout.sequences_per_rank[rank]
+    match action.kind:
+        case Kind.EXPERT:
+            rows = cost.expert_rows(rank, action.layer, action.micro_batch)
+            total = sum(rows)
+            return sum(count * count for count in rows) / total if total else 0.0
+        case Kind.HEAD:
+            return sequences * cost.cost.train.sequence_length
+        case Kind.OPTIMIZER:
+            return cost.parameters(rank)
+    return sequences

@@ -1,0 +1,86 @@
+"""`hetermoe train` in fp16 and bf16 from a plan file; resuming with the loss scale, damaged or not."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from builders import make_inputs, make_layout, make_model, make_plan, make_profile
+from hetermoe_cli.model.checkpoint import load_tensors, read_manifest
+from hetermoe_cli.spec.files import dump
+from hetermoe_cli.spec.profile import Precision
+
+HETERMOE = [str(Path(sys.executable).parent / "hetermoe")]
+MODEL = make_model(layers=2, experts=4, hidden_size=16, ffn_size=24, head_size=4)
+STEPS = 8
+
+
+def plan_file(folder: Path, precision: Precision) -> Path:
+    """Attention on one CPU worker, experts on both."""
+    profile = make_profile("cpu", model=MODEL, precision=precision, source="measured", sequence_lengths=(32,))
+    inputs = make_inputs(
+        (("cpu", 2),), model=MODEL, profiles={"cpu": profile}, sequence_length=32,
+        global_batch_sequences=4, precision=precision,
+    )  # fmt: skip
+    train = inputs.train.model_copy(update={"steps": STEPS, "warmup_steps": 2, "learning_rate": 3e-3})
+    plan = make_plan(inputs.model_copy(update={"train": train}), make_layout((2, 0), (1, 3), micro_batches=2))
+    dump(plan, folder / "plan.yaml")
+    return folder / "plan.yaml"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "corpus.txt"
+    file.write_text("".join(f"line {n}: {'abc' * (n % 7)} the quick brown fox\n" for n in range(3000)))
+    return file
+
+
+def train(plan: Path, folder: Path, text: Path, *options: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [*HETERMOE, "train", plan, "--run-folder", folder, "--data", text, *options]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def steps(folder: Path) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "step"]
+
+
+def test_bf16_trains_without_a_loss_scale(tmp_path: Path, text: Path) -> None:
+    done = train(plan_file(tmp_path, "bf16"), tmp_path / "run", text, "--json")
+    summary = json.loads(done.stdout)
+    assert summary["last_loss"] < summary["first_loss"]
+    assert "loss_scale" not in steps(tmp_path / "run")[0]
+    assert "loss_scale" not in read_manifest(tmp_path / f"run/checkpoints/step-{STEPS:08d}").extra
+
+
+def test_fp16_resumes_bit_exactly_with_its_loss_scale(tmp_path: Path, text: Path) -> None:
+    plan, whole, half = plan_file(tmp_path, "fp16"), tmp_path / "whole", tmp_path / "half"
+    train(plan, whole, text, "--checkpoint-every", 4)
+    assert {(line["loss_scale"], line["skipped"]) for line in steps(whole)} == {(2.0**16, False)}
+    middle = whole / "checkpoints/step-00000004"
+    assert read_manifest(middle).extra["loss_scale"] == {"scale": 2.0**16, "good_steps": 4, "skipped_steps": 0}
+    assert load_tensors(middle, {"head.weight"})["head.weight"].dtype == torch.float32
+
+    (half / "checkpoints").mkdir(parents=True)
+    shutil.copytree(middle, half / "checkpoints/step-00000004")
+    train(plan, half, text, "--checkpoint-every", 4, "--resume")
+    assert [line["loss"] for line in steps(half)] == [line["loss"] for line in steps(whole)[4:]]
+    last = f"checkpoints/step-{STEPS:08d}"
+    for rank in (0, 1):
+        shard = f"{last}/rank-{rank:05d}.safetensors"
+        assert (half / shard).read_bytes() == (whole / shard).read_bytes()
+    assert read_manifest(half / last).extra["loss_scale"]["good_steps"] == STEPS
+
+    manifest = middle / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"scale": 65536.0', '"scale": 0.0'))
+    shutil.rmtree(half)
+    (half / "checkpoints").mkdir(parents=True)
+    shutil.copytree(middle, half / "checkpoints/step-00000004")
+    done = train(plan, half, text, "--resume", code=3)
+    assert "field extra.loss_scale: damaged: resume from another checkpoint" in done.stderr

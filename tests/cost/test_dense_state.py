@@ -1,0 +1,61 @@
+"""cost/model.py: the dense part replicated, with sharded optimizer states, or fully sharded."""
+
+from typing import Any, get_args
+
+import pytest
+
+from builders import make_inputs, make_layout, make_model
+from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.planner.rates import device_rates
+from hetermoe_cli.schedule.zebra import OPTIMIZER
+from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.spec.train import DenseState
+
+MODEL = make_model(layers=4, vocab_size=64)
+INPUTS = make_inputs([("new", 1)] * 3, model=MODEL, global_batch_sequences=4)
+DENSE = MODEL.dense_parameters
+
+
+def costs(state: Any, micro_batches: int = 2, window: int = 2) -> LayoutCost:
+    """Ranks 0 and 1 attend to a sequence each, rank 2 hosts all experts."""
+    layout = make_layout((1, 1, 0), (0, 0, 4), layers=4, micro_batches=micro_batches)
+    schedule = layout.schedule.model_copy(update={"dense_state": state, "window": window})
+    return LayoutCost(CostModel(INPUTS), Layout.model_validate({**dict(layout), "schedule": schedule}))
+
+
+def test_memory_by_hand() -> None:
+    kinds = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
+    found = {state: [getattr(costs(state).memory(0), kind) / DENSE for kind in kinds] for state in get_args(DenseState)}
+    assert found["replicated"] == pytest.approx([2, 2, 12])
+    assert found["optimizer"] == pytest.approx([2, 2, 6])
+    whole = max(MODEL.attention_layer_parameters, MODEL.edge_parameters) / DENSE  # the part at work
+    assert found["full"] == pytest.approx([1 + whole, 1 + whole, 6], rel=1e-4)
+    assert costs("full").memory(2) == costs("replicated").memory(2)  # a pure host holds no dense part
+
+
+def test_each_attending_rank_updates_its_share() -> None:
+    whole = costs("replicated").seconds(0, OPTIMIZER)
+    assert costs("optimizer").seconds(0, OPTIMIZER) == pytest.approx(whole / 2)
+    assert costs("full").seconds(0, OPTIMIZER) == pytest.approx(whole / 2)
+    assert costs("full").seconds(2, OPTIMIZER) == costs("replicated").seconds(2, OPTIMIZER)
+
+
+@pytest.mark.parametrize(("window", "halves"), [(2, 2), (1, 5)])  # 2 gathers a window, scatters of all but the last
+def test_gathers_come_on_top_of_the_all_reduce(window: int, halves: int) -> None:
+    once = 2 * DENSE / 1e9  # a ring of two over 1 GB/s: each sends the fp16 gradients once
+    assert costs("replicated", window=window).synchronise_seconds == pytest.approx(once)
+    assert costs("optimizer", window=window).synchronise_seconds == pytest.approx(once)
+    assert costs("full", window=window).synchronise_seconds == pytest.approx(once * (1 + halves / 2))
+
+
+@pytest.mark.parametrize("state", get_args(DenseState))
+def test_rates_say_what_the_layout_costs_and_without_a_count_no_more(state: Any) -> None:
+    cost = costs(state)
+    schedule = cost.layout.schedule
+    exact, bound = (device_rates(cost.cost, 0, 1, schedule, 2, attending) for attending in (2, None))
+    memory, other = cost.memory(0), costs("replicated").memory(0)
+    plain = device_rates(cost.cost, 0, 1, costs("replicated").layout.schedule, 2)
+    assert exact.memory_base - plain.memory_base == pytest.approx(memory.total_bytes - other.total_bytes, abs=3)
+    assert exact.optimizer_base == pytest.approx(cost.seconds(0, OPTIMIZER))
+    assert bound.memory_base <= exact.memory_base
+    assert bound.optimizer_base <= exact.optimizer_base

@@ -1,0 +1,68 @@
+"""Points of a group: never faster than what the simulator replays, and within memory."""
+
+import pytest
+from cluster_builders import fleet
+
+from hetermoe_cli.cost import LayoutCost
+from hetermoe_cli.planner.cluster.choices import options
+from hetermoe_cli.planner.cluster.curves import Curves
+from hetermoe_cli.planner.cluster.evaluate import FULL, evaluate
+from hetermoe_cli.planner.cluster.replayed import group_cost, replay_group
+from hetermoe_cli.planner.replay import overflow
+from hetermoe_cli.simulator import simulate
+from hetermoe_cli.spec.plan import Group, Inputs
+
+
+def cases() -> list[tuple[Inputs, tuple[int, ...], int]]:
+    mixed = fleet()
+    return [
+        (mixed, (4, 4), 16),
+        (mixed, (2, 1), 6),
+        (fleet(nics=1, bandwidth=1e-3), (2, 4), 8),
+        (fleet(dense_state="auto", memory=3_500_000), (4, 4), 8),
+        (fleet(layers=FULL + 4), (2, 4), 8),
+    ]
+
+
+@pytest.mark.parametrize(("inputs", "composition", "share"), cases())
+def test_layouts_fit_and_replay_no_slower_than_evaluated(
+    inputs: Inputs, composition: tuple[int, ...], share: int
+) -> None:
+    curves = Curves(inputs, 16, None)
+    part = curves.part(composition)
+    ranked = options(part, curves.kernels, share, 16)
+    assert ranked
+    assert ranked == sorted(ranked, key=lambda option: option.seconds)
+    checked = 0
+    for option in ranked[:8]:
+        found = evaluate(part, curves.kernels, option)
+        if found is None:
+            continue
+        group = Group.of(found.layout(), [part.ranks])
+        assert group.sequences == share
+        assert overflow(LayoutCost(group_cost(inputs, group), group.layout)) is None
+        replayed = replay_group(inputs, group)
+        slack = 1e-9 if inputs.model.layers <= FULL else 0.05  # rows of long models are timed apart
+        assert replayed.computed <= found.compute * (1 + slack)
+        assert replayed.optimizer <= found.optimizer * (1 + 1e-9)
+        checked += 1
+    assert checked
+
+
+def test_a_point_is_the_best_option_and_is_looked_up_again() -> None:
+    curves = Curves(fleet(), 16, 1)
+    point = curves.point((4, 4), 16)
+    assert point is not None
+    evaluated = curves.evaluated
+    assert curves.point((4, 4), 16) is point
+    assert curves.evaluated == evaluated
+    layout = point.found.layout()
+    alone = simulate(LayoutCost(group_cost(curves.inputs, Group.of(layout, [list(range(8))])), layout)).seconds
+    assert alone <= point.seconds * (1 + 1e-9)  # one group: with the all-reduce of its own
+
+
+def test_no_point_where_memory_holds_no_layout() -> None:
+    curves = Curves(fleet(memory=1_400_000), 16, None)
+    assert curves.point((1, 0), 4) is None
+    assert curves.known((1, 0)) == []
+    assert curves.refused() == {((1, 0), 4)}

@@ -1,0 +1,164 @@
+"""make_plan with several groups: legal, replayed, bounded; objectives; what cannot be planned."""
+
+from math import inf
+from typing import Any
+
+import pytest
+from cluster_builders import fleet
+
+from hetermoe_cli.cost import CostModel
+from hetermoe_cli.errors import ExitCode, UserError
+from hetermoe_cli.planner.cluster.bound import groups_bound
+from hetermoe_cli.planner.cluster.objective import Wanted, least_dollars
+from hetermoe_cli.planner.cluster.replayed import replay_groups
+from hetermoe_cli.planner.plan import PlanOptions, make_plan
+from hetermoe_cli.planner.solver import SolverOptions
+from hetermoe_cli.planner.work import work_bound
+from hetermoe_cli.spec.plan import Inputs, Plan
+
+SLOW = 1e-3  # GB/s: rows that leave a node take long
+PRICED = {"nodes": [("new", 2, 2), ("old", 2, 2)], "prices": [3.0, 1.0]}
+
+
+def planned(inputs: Inputs, time_limit: float = 1.0, **wanted: Any) -> Plan:
+    options = PlanOptions(solver=SolverOptions(time_limit=time_limit), wanted=Wanted(**wanted))
+    plan = make_plan(inputs, options)
+    check(plan)
+    return plan
+
+
+def check(plan: Plan) -> None:
+    """A plan of groups is what its replay says, within memory and above every bound."""
+    seconds, world = plan.predicted.iteration_seconds, plan.inputs.cluster.world_size
+    assert seconds == pytest.approx(replay_groups(plan.inputs, plan.groups).seconds)
+    used = {rank for group in plan.groups for ranks in group.replicas for rank in ranks}
+    assert len(plan.memory) == len(plan.predicted.busy_share_per_rank) == world
+    for rank, (memory, busy) in enumerate(zip(plan.memory, plan.predicted.busy_share_per_rank, strict=True)):
+        assert memory.total_bytes <= memory.capacity_bytes * plan.inputs.train.memory_headroom
+        assert 0 <= busy <= 1
+        if rank not in used:
+            assert (memory.total_bytes, busy) == (0, 0.0)
+    assert plan.bound.work_iteration_seconds <= seconds
+    assert plan.bound.iteration_seconds <= seconds * (1 + 1e-9)
+    assert plan.gap == pytest.approx(max(0.0, 1 - plan.bound.iteration_seconds / seconds), abs=1e-9)
+    assert plan.group_count <= (plan.max_groups or inf)
+    Plan.model_validate(plan.model_dump())
+
+
+def test_more_devices_than_experts_are_better_off_in_several_groups() -> None:
+    inputs = fleet([("new", 12, 2)], memory=3_500_000, dense_state="auto", batch=48)  # room for 3 of 16 experts
+    plan = planned(inputs)
+    assert plan.group_count > 1
+    assert plan.max_groups is None
+    one = planned(inputs, most_groups=1)
+    assert one.layout.world_size == 24
+    assert plan.predicted.iteration_seconds < one.predicted.iteration_seconds
+    with pytest.raises(UserError, match=r"field groups: \d+ of them, train runs one group today"):
+        plan.check_one_group("plan.yaml")
+
+
+def test_types_that_share_no_fast_link_share_the_batch_by_speed() -> None:
+    plan = planned(fleet([("new", 1, 2), ("old", 1, 2)], bandwidth=SLOW, batch=20, layers=4), most_groups=2)
+    by_start = sorted(plan.groups, key=lambda group: group.replicas[0])
+    if plan.group_count == 2:
+        fast, slow = by_start
+        assert fast.sequences > slow.sequences
+    assert plan.max_groups == 2
+
+
+def test_small_clusters_have_one_group_unless_more_are_asked_for() -> None:
+    plan = planned(fleet())
+    assert plan.layout.world_size == 8
+    assert plan.max_groups == 1
+
+
+def test_groups_never_make_the_plan_slower() -> None:
+    inputs = fleet([("new", 1, 2), ("old", 1, 2)], bandwidth=SLOW)
+    one, several = planned(inputs), planned(inputs, most_groups=4)
+    assert several.predicted.iteration_seconds <= one.predicted.iteration_seconds * (1 + 1e-9)
+    assert several.max_groups == 4
+
+
+def test_the_cost_objective_uses_the_devices_that_pay() -> None:
+    cheap_old = planned(fleet(**{**PRICED, "prices": [30.0, 1.0]}), objective="cost")
+    cheap_new = planned(fleet(**{**PRICED, "prices": [1.0, 30.0]}), objective="cost")
+    kinds = fleet(**PRICED).cluster.group_of_rank
+    used = [
+        {kinds[rank] for group in plan.groups for ranks in group.replicas for rank in ranks}
+        for plan in (cheap_new, cheap_old)
+    ]
+    assert used == [{0}, {1}]
+    for plan in (cheap_new, cheap_old):
+        assert plan.economy is not None
+        tokens = plan.inputs.train.global_batch_sequences * plan.inputs.train.sequence_length
+        paid = plan.economy.dollars_per_hour / 3600 * plan.predicted.iteration_seconds
+        assert plan.economy.tokens_per_dollar == pytest.approx(tokens / paid)
+        assert plan.gap == pytest.approx(1 - plan.economy.tokens_per_dollar / plan.economy.most_tokens_per_dollar)
+        assert least_dollars(CostModel(plan.inputs), 16) <= paid
+
+
+def test_cost_is_no_worse_than_that_of_the_fastest_plan() -> None:
+    fastest, cheapest = planned(fleet(**PRICED)), planned(fleet(**PRICED), objective="cost")
+    assert fastest.economy is not None
+    assert cheapest.economy is not None
+    assert cheapest.economy.tokens_per_dollar >= fastest.economy.tokens_per_dollar * (1 - 1e-9)
+    assert cheapest.predicted.iteration_seconds >= fastest.predicted.iteration_seconds * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("most", [3.0, 8.0, 11.0])
+def test_a_limit_on_cost_is_kept(most: float) -> None:
+    plan = planned(fleet(**PRICED), most_cost=most)
+    assert plan.economy is not None
+    assert plan.economy.dollars_per_hour <= most
+
+
+def test_a_dense_part_too_large_to_replicate_is_sharded() -> None:
+    options: dict[str, Any] = {"nodes": [("new", 9, 2)], "vocab_size": 8192, "memory": 17_000_000, "batch": 18}
+    with pytest.raises(UserError, match="does not fit: no group of its devices holds") as caught:
+        planned(fleet(**options))
+    assert caught.value.code == ExitCode.DOES_NOT_FIT
+    plan = planned(fleet(**options, dense_state="auto"))
+    assert {group.schedule.dense_state for group in plan.groups} <= {"optimizer", "full"}
+
+
+def test_a_missing_price_names_the_node_group() -> None:
+    inputs = fleet(**{**PRICED, "prices": [1.0, None]})
+    for wanted in ({"objective": "cost"}, {"most_cost": 5.0}):
+        with pytest.raises(UserError, match=r"field nodes\.node1\.price_per_hour: missing") as caught:
+            planned(inputs, **wanted)
+        assert caught.value.code == ExitCode.BAD_INPUT
+    assert planned(inputs).economy is None
+
+
+def test_a_limit_below_the_cheapest_devices_says_what_they_cost() -> None:
+    with pytest.raises(UserError, match=r"--max-cost 0\.5: the cheapest devices .* cost 1 dollars an hour") as caught:
+        planned(fleet(**PRICED), most_cost=0.5)
+    assert caught.value.code == ExitCode.DOES_NOT_FIT
+
+
+def test_groups_too_small_for_the_model_do_not_fit() -> None:
+    with pytest.raises(UserError, match="model synthetic on cluster synthetic: does not fit: ") as caught:
+        planned(fleet([("new", 17, 1)], memory=1_200_000))
+    assert caught.value.code == ExitCode.DOES_NOT_FIT
+
+
+def test_other_assignments_have_no_objective() -> None:
+    options = PlanOptions(assignment="ep", wanted=Wanted(objective="cost"))
+    with pytest.raises(UserError, match="go with --assignment optimal"):
+        make_plan(fleet(**PRICED), options)
+
+
+@pytest.mark.parametrize("nics", [1, 2])
+@pytest.mark.parametrize("bandwidth", [1e-4, 1e-2, 1.0])
+def test_the_bound_of_groups_is_at_least_the_work_bound_and_below_every_plan(nics: int, bandwidth: float) -> None:
+    inputs = fleet([("new", 9, 2)], nics=nics, bandwidth=bandwidth, memory=3_500_000, dense_state="auto")
+    cost = CostModel(inputs)
+    bound = groups_bound(cost, 16)
+    assert bound >= work_bound(cost, 16)
+    assert bound <= planned(inputs, 1.0).predicted.iteration_seconds
+
+
+def test_where_nothing_fits_on_a_node_its_nics_bind() -> None:
+    inputs = fleet([("new", 9, 2)], bandwidth=1e-4, memory=3_500_000, dense_state="auto")
+    cost = CostModel(inputs)
+    assert groups_bound(cost, 16) > 2 * work_bound(cost, 16)
