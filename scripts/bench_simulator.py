@@ -24,9 +24,10 @@ from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.schedule.zebra import part_of, training_order, windows_of
 from hetermoe_cli.simulator import SimulatedTrace, compute_seconds, replay
 from hetermoe_cli.spec.cluster import ClusterSpec, NodeGroup
+from hetermoe_cli.spec.layout import LayerPlacement, Layout, ScheduleChoice
 from hetermoe_cli.spec.library import default_folders, load_links, load_profiles
 from hetermoe_cli.spec.model import load_model
-from hetermoe_cli.spec.plan import Inputs, LayerPlacement, Layout, ScheduleChoice
+from hetermoe_cli.spec.plan import Inputs
 from hetermoe_cli.spec.train import TrainSpec
 
 MICRO_BATCHES = 8

@@ -14,21 +14,9 @@ from hypothesis import strategies as st
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import ClusterSpec, Link, NodeGroup
+from hetermoe_cli.spec.layout import ExpertOrder, LayerPlacement, Layout, ScheduleChoice, ScheduleName, TransferOrder
 from hetermoe_cli.spec.model import ModelConfig
-from hetermoe_cli.spec.plan import (
-    Bound,
-    ExpertOrder,
-    Group,
-    Inputs,
-    LayerPlacement,
-    Layout,
-    Plan,
-    Prediction,
-    ScheduleChoice,
-    ScheduleName,
-    SolverReport,
-    TransferOrder,
-)
+from hetermoe_cli.spec.plan import Bound, Group, Inputs, Plan, Prediction, SolverReport
 from hetermoe_cli.spec.profile import (
     AttentionPoint,
     DeviceFacts,

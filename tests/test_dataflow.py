@@ -13,7 +13,7 @@ from hetermoe_cli.schedule.action import Kind
 from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.schedule.schedule import Schedule, parse_schedule
 from hetermoe_cli.simulator import check_deadlock
-from hetermoe_cli.spec.plan import LayerPlacement, Layout
+from hetermoe_cli.spec.layout import LayerPlacement, Layout
 from reference_simulator import never_start
 
 

@@ -8,7 +8,7 @@ from builders import make_inputs, make_layout, make_model
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.planner.rates import device_rates
 from hetermoe_cli.schedule.zebra import OPTIMIZER
-from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.train import DenseState
 
 MODEL = make_model(layers=4, vocab_size=64)

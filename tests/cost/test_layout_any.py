@@ -12,7 +12,7 @@ from hetermoe_cli.cost import LayoutCost, Load, balanced_load
 from hetermoe_cli.cost.layout import RecordedLoad
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.spec.cluster import Link
-from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.spec.layout import Layout
 
 LINK = Link(bandwidth_gigabytes_per_second=1e-3, latency_microseconds=10)
 

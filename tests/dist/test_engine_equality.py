@@ -1,6 +1,7 @@
 """The engine equals the plain single-device model: loss and every gradient, over several optimizer steps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from workers import run_workers
 
 from hetermoe_cli.model.data import Batches
 from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
-from hetermoe_cli.model.transformer import Transformer, initialise, named_tensors, parameter_slices
+from hetermoe_cli.model.transformer import Transformer, initialise, named_state, named_tensors, parameter_slices
 from hetermoe_cli.spec.model import ModelConfig
-from hetermoe_cli.spec.plan import ExpertOrder, LayerPlacement, Layout, ScheduleName
+from hetermoe_cli.spec.layout import ExpertOrder, LayerPlacement, Layout, ScheduleName, TransferOrder
 from hetermoe_cli.spec.train import Recompute, TrainSpec
 
 STEPS, LENGTH = 3, 12
@@ -31,12 +32,24 @@ class Case:
     micro_batches: int = 2
     schedule: ScheduleName = "zebra"
     expert_order: ExpertOrder = "after"
+    transfers: TransferOrder = "layered"
     recompute: Recompute = "none"
     router: str = "learned"
+    features: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig.model_validate(MODEL.model_dump() | self.features)
 
     @property
     def layout(self) -> Layout:
-        choice = make_schedule(self.schedule, self.micro_batches, experts=self.expert_order, recompute=self.recompute)
+        choice = make_schedule(
+            self.schedule,
+            self.micro_batches,
+            experts=self.expert_order,
+            transfers=self.transfers,
+            recompute=self.recompute,
+        )
         return Layout(schedule=choice, sequences_per_rank=self.sequences, placement=self.placement)
 
 
@@ -49,6 +62,9 @@ MIXED = [
     LayerPlacement(experts=[[], [], [0, 2, 4], [1, 3, 5]]),
     LayerPlacement(experts=[[0], [1], [5], [4]], replicated=[2, 3]),
 ]
+SIGMOID = {"router_score": "sigmoid", "router_renormalise": False, "router_scale": 2.5, "shared_experts": 2}
+LOSSES = {"router_balance": "auxiliary", "router_auxiliary_loss": 0.5, "router_z_loss": 0.1}
+BIAS = {"router_score": "sigmoid", "router_balance": "bias", "router_bias_rate": 0.05, "router_auxiliary_loss": 0.1}
 CASES = {
     "1+1 R=1": Case([8, 0], hosts([], list(range(6))), 1),
     "1+1 R=2": Case([4, 0], hosts([], list(range(6))), 2),
@@ -75,12 +91,21 @@ CASES = {
     ),
     "recompute attention": Case([2, 2, 0, 0], MIXED, 2, recompute="attention"),
     "recompute experts": Case([2, 2, 0, 0], MIXED, 2, recompute="experts"),
-    "EP 2 between": Case([1, 1], hosts([0, 1, 2], [3, 4, 5]), 4, expert_order="between"),
+    "EP 2 between, interleaved": Case(
+        [1, 1], hosts([0, 1, 2], [3, 4, 5]), 4, expert_order="between", transfers="interleaved"
+    ),
     "EP 2 sequential": Case([2, 2], hosts([0, 1, 2], [3, 4, 5]), 2, schedule="sequential"),
     "replicated on ranks that host nothing": Case([2, 2, 0], hosts([], [], [0, 1, 2, 3], replicated=(4, 5)), 2),
     "replicated, recompute, one attends": Case([4, 0], hosts([], [0, 1, 2, 3], replicated=(4, 5)), 2, recompute="all"),
     "one rank": Case([4], hosts(list(range(6))), 2),
     "left out": Case([4, 0, 0], hosts([], list(range(6)), []), 2),
+    "sigmoid, scaled, not renormalised, shared experts": Case([3, 1, 0, 0], MIXED, 2, features=SIGMOID),
+    "shared experts, recompute": Case([4, 0], hosts([], list(range(6))), 2, recompute="all", features=SIGMOID),
+    "router losses, R=1": Case([8, 0], hosts([], list(range(6))), 1, features=LOSSES),
+    "router losses, uneven, recompute": Case([3, 1, 0, 0], MIXED, 2, recompute="all", features=LOSSES),
+    "router losses, EP, R=4": Case([1, 1], hosts([0, 1, 2], [3, 4, 5]), 4, features=LOSSES),
+    "bias, EP": Case([2, 2], hosts([0, 1, 2], [3, 4, 5]), 2, features=BIAS),
+    "bias, mixed, windows": Case([1, 1, 0, 0], MIXED, 4, schedule="windowed", features=BIAS),
 }  # fmt: skip
 TRAIN = TrainSpec(
     sequence_length=LENGTH, global_batch_sequences=8, steps=STEPS, warmup_steps=1, learning_rate=0.01, seed=3
@@ -109,23 +134,40 @@ def gradients(parts: torch.nn.Module) -> dict[str, np.ndarray]:
     return result
 
 
-def reference(router: str) -> list[tuple[float, float, dict[str, np.ndarray], dict[str, np.ndarray]]]:
-    """Per step: loss, gradient norm, clipped gradients, weights after the step."""
+@dataclass
+class Step:
+    """What one step leaves: clipped gradients, weights and selection biases after it, the rest before."""
+
+    figures: list[float]  # loss, auxiliary loss, z-loss, gradient norm
+    rows: np.ndarray
+    gradients: dict[str, np.ndarray]
+    weights: dict[str, np.ndarray]
+    biases: dict[str, np.ndarray]
+
+
+def arrays(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy().copy() for name, tensor in tensors.items()}
+
+
+def reference(case: Case) -> list[Step]:
     torch.set_num_threads(1)
-    model = Transformer(MODEL, router).double()
-    initialise(model, MODEL, seed=3)
+    model = Transformer(case.model, case.router).double()
+    initialise(model, case.model, seed=3)
     starve(model)
     optimizer, data, result = make_optimizer(model, TRAIN), batches(), []
     for step in range(STEPS):
         optimizer.zero_grad()
-        loss = model(*data.sequences(step, 0, 8)) / (8 * LENGTH)
-        loss.backward()
+        outcome = model.run(*data.sequences(step, 0, 8))
+        ((outcome.loss + outcome.router_losses.sum()) / (8 * LENGTH)).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), TRAIN.gradient_clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(TRAIN, step)
         found = gradients(model)
         optimizer.step()
-        result.append((loss.item(), norm.item(), found, {k: v.numpy().copy() for k, v in named_tensors(model).items()}))
+        model.dense.update_biases(outcome.expert_rows)
+        losses = torch.cat([outcome.loss[None], outcome.router_losses]) / (8 * LENGTH)
+        figures, rows = [*losses.tolist(), norm.item()], outcome.expert_rows.numpy()
+        result.append(Step(figures, rows, found, arrays(named_tensors(model)), arrays(named_state(model))))
     return result
 
 
@@ -135,29 +177,43 @@ def work(rank: int, case: Case):
 
     layout = case.layout
     mesh = join(layout, "cpu")
-    trainer = Trainer.build(MODEL, layout, TRAIN, mesh, sequence_length=LENGTH, precision="fp64", router=case.router)
+    trainer = Trainer.build(
+        case.model, layout, TRAIN, mesh, sequence_length=LENGTH, precision="fp64", router=case.router
+    )
     starve(trainer.parts)
     result = []
     for step in range(STEPS):
         found = trainer.step(batches(), step)
-        weights = {k: v.numpy().copy() for k, v in named_tensors(trainer.parts).items()}
-        result.append((found.loss, found.gradient_norm, gradients(trainer.parts), weights))
+        figures, parts = [found.loss, *found.router_losses, found.gradient_norm], trainer.parts
+        weights, biases = arrays(named_tensors(parts)), arrays(named_state(parts))
+        result.append(Step(figures, found.expert_rows, gradients(parts), weights, biases))
     return result
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_single_device_reference(name: str) -> None:
     case = CASES[name]
-    expected = reference(case.router)
+    expected = reference(case)
     ranks = run_workers(len(case.sequences), work, case)
-    for step, (loss, norm, wanted_gradients, wanted_weights) in enumerate(expected):
+    for step, wanted in enumerate(expected):
         seen: set[str] = set()
-        for rank in ranks:
-            assert rank[step][0] == pytest.approx(loss, abs=1e-12)
-            assert rank[step][1] == pytest.approx(norm, rel=1e-12)
-            for name, gradient in rank[step][2].items():
-                np.testing.assert_allclose(gradient, wanted_gradients[name], rtol=0, atol=1e-12, err_msg=name)
+        for rank, found in enumerate(steps[step] for steps in ranks):
+            assert found.figures == pytest.approx(wanted.figures, rel=1e-12, abs=1e-12)
+            np.testing.assert_array_equal(found.rows, wanted.rows)
+            for name, gradient in found.gradients.items():
+                np.testing.assert_allclose(gradient, wanted.gradients[name], rtol=0, atol=1e-12, err_msg=name)
                 seen.add(name)
-            for name, weight in rank[step][3].items():
-                np.testing.assert_allclose(weight, wanted_weights[name], rtol=0, atol=1e-9, err_msg=name)
-        assert seen == wanted_gradients.keys()
+            for name, weight in found.weights.items():
+                np.testing.assert_allclose(weight, wanted.weights[name], rtol=0, atol=1e-9, err_msg=name)
+            assert found.biases.keys() == (wanted.biases.keys() if case.sequences[rank] else set())
+            for name, bias in found.biases.items():  # bit by bit, on every attending rank
+                np.testing.assert_array_equal(bias, wanted.biases[name], err_msg=name)
+        assert seen == wanted.gradients.keys()
+
+
+def test_a_bias_moves_the_choice_within_the_tested_steps() -> None:
+    case = CASES["bias, EP"]
+    without = Case(case.sequences, case.placement, features=BIAS | {"router_bias_rate": 1e-9})
+    moved, still = reference(case)[-1], reference(without)[-1]
+    assert not np.array_equal(moved.rows, still.rows)
+    assert any(bias.any() for bias in moved.biases.values())

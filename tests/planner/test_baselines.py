@@ -20,7 +20,8 @@ from hetermoe_cli.planner.baselines.roles import (
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.report.plan_table import RIVAL_NAMES
 from hetermoe_cli.simulator import simulate
-from hetermoe_cli.spec.plan import Inputs, Layout, ScheduleChoice
+from hetermoe_cli.spec.layout import Layout, ScheduleChoice
+from hetermoe_cli.spec.plan import Inputs
 
 
 def inputs(news: int, olds: int, *, experts: int, batch: int, layers: int = 4, attention: float = 1.0) -> Inputs:

@@ -11,7 +11,7 @@ from hetermoe_cli.planner.runner_up import RunnerUp, best_of_families, family
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.explanation import Explanation
-from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.spec.layout import Layout
 
 NODES = [("new", 1), ("old", 1)]
 

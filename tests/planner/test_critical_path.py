@@ -12,7 +12,7 @@ from builders import layouts, make_cost, make_layout, make_model, make_profile
 from hetermoe_cli.planner.critical_path import critical_path, shares
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
-from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.trace import display_name
 
 

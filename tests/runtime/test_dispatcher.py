@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from builders import layouts
 from hetermoe_cli.runtime.dispatcher import LayerMap
-from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.spec.layout import Layout
 
 TOKENS, WIDTH = 6, 3
 

@@ -15,7 +15,7 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import parse_action
 from hetermoe_cli.schedule.lower import training_schedule, validation_schedule
 from hetermoe_cli.schedule.schedule import Schedule, inputs, parse_schedule
-from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.spec.layout import Layout
 
 GOLDEN = Path(__file__).parent / "golden"
 COMMAND = "PYTHONPATH=tests .venv/bin/python tests/schedule/test_schedule.py"

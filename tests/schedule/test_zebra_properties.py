@@ -14,7 +14,7 @@ from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.lower import training_schedule, validation_schedule
 from hetermoe_cli.schedule.schedule import Schedule, inputs
 from hetermoe_cli.simulator import check_deadlock, simulate
-from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.trace import Span
 
 FORWARD, BACKWARD = Pass.FORWARD, Pass.BACKWARD

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from builders import make_inputs, make_layout, make_model
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.files import dump, load
-from hetermoe_cli.spec.plan import Group, LayerPlacement, Layout, Plan, ScheduleChoice
+from hetermoe_cli.spec.layout import LayerPlacement, Layout, ScheduleChoice
+from hetermoe_cli.spec.plan import Group, Plan
 
 ZEBRA = ScheduleChoice.zebra(2)
 

@@ -22,6 +22,7 @@ class AssignmentChoice(StrEnum):
     gather_squeeze = "gather_squeeze"
     ep = "ep"
     dist_ep = "dist_ep"
+    hetero_ep = "hetero_ep"
 
 
 def plan(
@@ -76,7 +77,7 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object instead of tables.")] = False,
 ) -> None:
     """Plan an iteration: who attends, who hosts which experts, in which order, and how fast that will be."""
-    inputs = _inputs(
+    inputs = read_inputs(
         model,
         cluster,
         train,
@@ -109,7 +110,9 @@ def plan(
     typer.echo(f"hetermoe: wrote {path}", err=True)
 
 
-def _inputs(model: str, cluster: Path, train: Path, profiles: list[Path] | None, changes: dict[str, Any]) -> "Inputs":
+def read_inputs(
+    model: str, cluster: Path, train: Path, profiles: list[Path] | None, changes: dict[str, Any]
+) -> "Inputs":
     """Read everything that a plan is made from."""
     from hetermoe_cli.spec.cluster import ClusterSpec
     from hetermoe_cli.spec.files import load, parse

@@ -12,7 +12,8 @@ from hetermoe_cli.cost.curves import Cost
 from hetermoe_cli.cost.model import CostModel, DeviceCost, ExpertRows
 from hetermoe_cli.cost.ports import Matrix, Ranks, TransferCost
 from hetermoe_cli.schedule.action import Action, Kind, Pass
-from hetermoe_cli.spec.plan import LayerPlacement, Layout, Memory
+from hetermoe_cli.spec.layout import LayerPlacement, Layout
+from hetermoe_cli.spec.plan import Memory
 
 
 class Load(Protocol):

@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from hetermoe_cli.cost.curves import AttentionCurve, Cost, Curve
 from hetermoe_cli.cost.ports import Network
 from hetermoe_cli.errors import UserError
+from hetermoe_cli.spec.layout import ScheduleChoice
 from hetermoe_cli.spec.model import ModelConfig
-from hetermoe_cli.spec.plan import Inputs, Memory, ScheduleChoice
+from hetermoe_cli.spec.plan import Inputs, Memory
 from hetermoe_cli.spec.profile import BYTES_PER_ELEMENT, KernelTable, Profile
 
 # Bytes a parameter of (weights, gradients, optimizer): mixed precision keeps an fp32 master copy with both AdamW
-# moments; fp32 and fp64 keep the moments in their own precision.
+# moments; fp32 and fp64 keep the moments in their own precision. All that may be mixed in one plan sum up to 16.
 STATE_BYTES: dict[str, tuple[int, int, int]] = {
     "fp16": (2, 2, 12),
     "bf16": (2, 2, 12),

@@ -1,48 +1,51 @@
-"""The attention stage of one layer: attention, norms and the gate, everything but the experts."""
+"""The attention stage of one layer: attention, norms, gate and shared experts, everything but the routed experts."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hetermoe_cli.model.gate import Gate, Router
 from hetermoe_cli.spec.model import ModelConfig
-
-Router = Literal["learned", "balanced"]
 
 
 class Routed(NamedTuple):
     """What an attention stage hands on: T = B * S tokens, k choices each.
 
     `hidden` [B, S, H] is the residual; `rows` [T, H] what experts read; `weights` [T, k] the combine weights
-    (they carry the gate's gradient); `experts` [T, k] the chosen experts, int64.
+    (they carry the gate's gradient); `experts` [T, k] the chosen experts, int64; `losses` [2] the gate's own, if any.
     """
 
     hidden: Tensor
     rows: Tensor
     weights: Tensor
     experts: Tensor
+    losses: Tensor | None = None
 
 
 class AttentionBlock(nn.Module):
-    """Pre-norm GQA attention with RoPE, then the expert norm and the gate of one layer."""
+    """Pre-norm GQA attention with RoPE, then the expert norm, the gate and the shared experts of one layer."""
 
     def __init__(self, config: ModelConfig, router: Router = "learned") -> None:
         super().__init__()
         query, key = config.attention_heads * config.head_size, config.kv_heads * config.head_size
-        self.config, self.router = config, router
+        self.config = config
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         self.qkv = nn.Linear(config.hidden_size, query + 2 * key, bias=False)
         self.out = nn.Linear(query, config.hidden_size, bias=False)
         self.expert_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
-        self.gate = nn.Linear(config.hidden_size, config.experts, bias=False)
+        self.gate = Gate(config, router)
+        self.shared = SharedExperts(config) if config.shared_experts else None
 
     def forward(self, hidden: Tensor) -> Routed:
         """hidden [B, S, H] -> Routed."""
         hidden = hidden + self._attend(self.attention_norm(hidden))
         normed = self.expert_norm(hidden)
-        weights, experts = self._route(normed)
-        return Routed(hidden, normed.flatten(0, 1), weights, experts)
+        weights, experts, losses = self.gate(normed)
+        if self.shared is not None:
+            hidden = hidden + self.shared(normed)
+        return Routed(hidden, normed.flatten(0, 1), weights, experts, losses)
 
     def _attend(self, x: Tensor) -> Tensor:
         c = self.config
@@ -60,20 +63,20 @@ class AttentionBlock(nn.Module):
         out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
         return out
 
-    def _route(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """Combine weights and experts, [T, k]. `balanced` forces equal loads and keeps the learned weights."""
-        c = self.config
-        batch, length, _ = normed.shape
-        scores = self.gate(normed).flatten(0, 1).softmax(dim=-1)
-        if self.router == "balanced":
-            slots = torch.arange(length * c.top_k, device=normed.device) % c.experts
-            experts = slots.view(length, c.top_k).repeat(batch, 1)
-            top = scores.gather(1, experts)
-        else:
-            top, experts = scores.topk(c.top_k, dim=-1)
-        if c.top_k == 1:  # renormalised, a single weight would be 1 and the gate would never learn (Switch)
-            return top, experts
-        return top / top.sum(dim=-1, keepdim=True), experts
+
+class SharedExperts(nn.Module):
+    """The experts that every token visits, as one SwiGLU network of their widths together."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.shared_experts * config.ffn_size
+        self.gate_up = nn.Linear(config.hidden_size, 2 * width, bias=False)
+        self.down = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, normed: Tensor) -> Tensor:
+        """normed [B, S, H] -> [B, S, H]."""
+        gate, up = self.gate_up(normed).chunk(2, dim=-1)
+        return self.down(functional.silu(gate) * up)  # type: ignore[no-any-return]
 
 
 def rope_table(

@@ -1,13 +1,16 @@
-"""AdamW and its learning rate."""
+"""AdamW, with fp32 master copies of narrower weights, and its learning rate."""
 
 import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hetermoe_cli.spec.train import TrainSpec
 
 _FUSED_DEVICES = {"cpu", "cuda"}
+_CHUNK_ELEMENTS = 2**24  # fp32 gradients that live at once: 64 MiB, or one parameter's if that is more
 
 
 def learning_rate(train: TrainSpec, step: int) -> float:
@@ -20,15 +23,62 @@ def learning_rate(train: TrainSpec, step: int) -> float:
     return train.learning_rate * (lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def make_optimizer(parts: nn.Module, train: TrainSpec) -> torch.optim.AdamW:
-    """AdamW over all parameters of `parts`, decaying only matrices; fused where torch has a kernel."""
-    parameters = list(parts.parameters())
+class AdamW(torch.optim.AdamW):
+    """AdamW that steps on fp32 masters of fp16 and bf16 weights; a wider weight is its own master."""
+
+    def __init__(self, groups: list[dict[str, Any]], masters: Mapping[nn.Parameter, Tensor], **options: Any) -> None:
+        """`groups` hold masters; `masters` names those of weights that are not their own."""
+        super().__init__(groups, **options)
+        self._masters = dict(masters)
+
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        """What is stepped on in place of `parameter`: in fp32 or wider."""
+        return self._masters.get(parameter, parameter)
+
+    def update(self, gradients: Mapping[nn.Parameter, Tensor], factor: float) -> None:
+        """One step from `factor` times `gradients` of any precision, then round the masters to their weights.
+
+        Gradients are widened some parameters at a time, so that few wide copies live at once.
+        """
+        self.zero_grad()
+        with torch.no_grad():
+            for chunk in _chunks(gradients):
+                for parameter in chunk:
+                    master = self.master(parameter)
+                    master.grad = gradients[parameter].to(master.dtype, copy=True).mul_(factor)
+                self.step()  # passes over what has no gradient
+                for parameter in chunk:
+                    master = self.master(parameter)
+                    master.grad = None
+                    if master is not parameter:
+                        parameter.copy_(master)
+
+
+def _chunks(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    chunk: list[nn.Parameter] = []
+    for parameter in parameters:
+        if chunk and sum(p.numel() for p in chunk) + parameter.numel() > _CHUNK_ELEMENTS:
+            yield chunk
+            chunk = []
+        chunk.append(parameter)
+    if chunk:
+        yield chunk
+
+
+def make_optimizer(parts: nn.Module, train: TrainSpec, masters: Mapping[nn.Parameter, Tensor] | None = None) -> AdamW:
+    """AdamW over all parameters of `parts`, decaying only matrices; fused where torch has a kernel.
+
+    `masters`: fp32 values of the narrower parameters.
+    """
+    masters = masters or {}
+    parameters = [masters.get(p, p) for p in parts.parameters()]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    return AdamW(
         groups,
+        masters,
         lr=learning_rate(train, 0),
         betas=(train.beta1, train.beta2),
         eps=train.adam_epsilon,

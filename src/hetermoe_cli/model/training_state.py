@@ -1,4 +1,4 @@
-"""Weights and AdamW state by layout-independent name: out of a module, and back into any other split of the model."""
+"""Weights, AdamW state and selection biases by layout-independent name: out of a module, and back into any split."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.model.transformer import Transformer, named_tensors, parameter_slices
+from hetermoe_cli.model.optimizer import AdamW
+from hetermoe_cli.model.transformer import Transformer, named_state, named_tensors, parameter_slices
 from hetermoe_cli.spec.model import ModelConfig
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -19,29 +20,31 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def training_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """`expected_shapes` plus the AdamW state: the full set of tensors in a checkpoint."""
-    return {full: shape for name, shape in expected_shapes(config).items() for full in _with_moments(name)}
+    """`expected_shapes` plus AdamW state and selection biases: the full set of tensors in a checkpoint."""
+    shapes = {full: shape for name, shape in expected_shapes(config).items() for full in _with_moments(name)}
+    with torch.device("meta"):
+        return shapes | {name: tuple(tensor.shape) for name, tensor in named_state(Transformer(config)).items()}
 
 
 def training_names(parts: nn.Module) -> set[str]:
     """Names of all that `restore_training` needs for `parts`."""
-    return {full for name in parameter_slices(parts) for full in _with_moments(name)}
+    return {full for name in parameter_slices(parts) for full in _with_moments(name)} | named_state(parts).keys()
 
 
-def training_tensors(parts: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """NAME, NAME@exp_avg and NAME@exp_avg_sq of every parameter; zeros for state that no step has made yet."""
-    result: dict[str, Tensor] = {}
+def training_tensors(parts: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+    """NAME (the master's values), NAME@exp_avg and NAME@exp_avg_sq of every parameter, zeros for state that no step has
+    made yet; NAME of every selection bias."""
+    result = named_state(parts)
     for name, (parameter, index) in parameter_slices(parts).items():
-        state = optimizer.state.get(parameter, {})
-        whole = [parameter, *(state.get(moment, torch.zeros_like(parameter)) for moment in _MOMENTS)]
+        master = optimizer.master(parameter)
+        state = optimizer.state.get(master, {})
+        whole = [master, *(state.get(moment, torch.zeros_like(master)) for moment in _MOMENTS)]
         for full, tensor in zip(_with_moments(name), whole, strict=True):
             result[full] = _part(tensor, index)
     return result
 
 
-def restore_training(
-    parts: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], step: int
-) -> None:
+def restore_training(parts: nn.Module, optimizer: AdamW, tensors: Mapping[str, Tensor], step: int) -> None:
     """The inverse of `training_tensors` after `step` optimizer steps, into this module's own split of the experts.
 
     UserError, with nothing changed, if `tensors` are not exactly `training_names(parts)` in shape and dtype.
@@ -53,10 +56,13 @@ def restore_training(
             optimizer.state[parameter] = _fresh_state(parameter, step, on_device=group["fused"] or group["capturable"])
     with torch.no_grad():
         for name, (parameter, index) in slices.items():
-            state = optimizer.state[parameter]
-            whole = [parameter, *(state[moment] for moment in _MOMENTS)]
+            state = optimizer.state[optimizer.master(parameter)]
+            whole = [optimizer.master(parameter), *(state[moment] for moment in _MOMENTS)]
             for full, tensor in zip(_with_moments(name), whole, strict=True):
                 _part(tensor, index).copy_(tensors[full])
+            _part(parameter, index).copy_(tensors[name])  # rounded, where it is not its own master
+        for name, tensor in named_state(parts).items():
+            tensor.copy_(tensors[name])
 
 
 def _fresh_state(parameter: Tensor, step: int, on_device: bool) -> dict[str, Tensor]:
@@ -67,17 +73,18 @@ def _fresh_state(parameter: Tensor, step: int, on_device: bool) -> dict[str, Ten
 
 
 def _refuse_difference(parts: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    for name, own in named_tensors(parts).items():
-        for full in _with_moments(name):
-            found = tensors.get(full)
-            if found is None:
-                raise UserError(f"checkpoint: tensor {full!r} is missing: resume with the model it was made with")
-            if (found.shape, found.dtype) != (own.shape, own.dtype):
-                raise UserError(
-                    f"checkpoint: tensor {full!r} is {found.dtype} {list(found.shape)}, this run needs {own.dtype} "
-                    f"{list(own.shape)}: resume with the model and the precision it was made with"
-                )
-    surplus = sorted(tensors.keys() - training_names(parts))
+    needed = {full: own for name, own in named_tensors(parts).items() for full in _with_moments(name)}
+    needed |= named_state(parts)
+    for name, own in needed.items():
+        found, dtype = tensors.get(name), torch.promote_types(own.dtype, torch.float32)
+        if found is None:
+            raise UserError(f"checkpoint: tensor {name!r} is missing: resume with the model it was made with")
+        if (found.shape, found.dtype) != (own.shape, dtype):
+            raise UserError(
+                f"checkpoint: tensor {name!r} is {found.dtype} {list(found.shape)}, this run needs {dtype} "
+                f"{list(own.shape)}: resume with the model and the precision it was made with"
+            )
+    surplus = sorted(tensors.keys() - needed.keys())
     if surplus:
         raise UserError(f"checkpoint: tensor {surplus[0]!r} has no place on this rank: load only what it holds")
 

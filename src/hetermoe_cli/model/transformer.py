@@ -1,12 +1,15 @@
 """The dense part that an attending rank holds, and the single-device reference model."""
 
 import hashlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hetermoe_cli.model.attention import AttentionBlock, Routed, Router
+from hetermoe_cli.model.attention import AttentionBlock, Routed
+from hetermoe_cli.model.embedding import Embedding
+from hetermoe_cli.model.gate import Router
 from hetermoe_cli.model.moe import ExpertGroup, combine
 from hetermoe_cli.spec.model import ModelConfig
 
@@ -16,7 +19,7 @@ class DenseModel(nn.Module):
 
     def __init__(self, config: ModelConfig, router: Router = "learned") -> None:
         super().__init__()
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(AttentionBlock(config, router) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -27,9 +30,25 @@ class DenseModel(nn.Module):
         return routed
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Summed cross entropy in nats; hidden [B, S, H], targets [B, S]. Scalar."""
-        logits = self.head(self.norm(hidden))
-        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        """Summed cross entropy in nats, in fp32 or wider; hidden [B, S, H], targets [B, S]. Scalar."""
+        logits = self.head(self.norm(hidden)).flatten(0, 1)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return functional.cross_entropy(wide, targets.flatten(), reduction="sum")
+
+    def update_biases(self, rows: Tensor) -> None:
+        """Move the gates' selection biases, if any, after a step in which the experts got rows [layers, E] float64."""
+        for block, loads in zip(self.layers, rows, strict=True):
+            assert isinstance(block, AttentionBlock)
+            block.gate.update_bias(loads)
+
+
+class Outcome(NamedTuple):
+    """Sums over tokens: `loss` cross entropy in nats, `router_losses` [2] auxiliary and z-loss with their coefficients;
+    `expert_rows` [layers, E] float64."""
+
+    loss: Tensor
+    router_losses: Tensor
+    expert_rows: Tensor
 
 
 class Transformer(nn.Module):
@@ -44,18 +63,27 @@ class Transformer(nn.Module):
         )
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Summed cross entropy in nats; tokens and targets [B, S] int64. Scalar."""
+        """What training minimises, summed over tokens; tokens and targets [B, S] int64. Scalar."""
+        outcome = self.run(tokens, targets)
+        return outcome.loss + outcome.router_losses.sum()
+
+    def run(self, tokens: Tensor, targets: Tensor) -> Outcome:
+        """One pass over tokens and targets, [B, S] int64 each."""
         hidden = self.dense.embedding(tokens)
+        router_losses, rows = hidden.new_zeros(2), []
         for layer, group in enumerate(self.experts):
             routed = self.dense.stage(layer, hidden)
             order = routed.experts.flatten().argsort(stable=True)
-            counts = routed.experts.flatten().bincount(minlength=self.config.experts).tolist()
-            outputs = group(routed.rows[order // self.config.top_k], counts)
+            counts = routed.experts.flatten().bincount(minlength=self.config.experts)
+            outputs = group(routed.rows[order // self.config.top_k], counts.tolist())
             in_token_order = torch.empty_like(outputs).index_copy(0, order, outputs)
             hidden = combine(
                 routed.hidden, in_token_order.view(len(routed.rows), self.config.top_k, -1), routed.weights
             )
-        return self.dense.loss(hidden, targets)
+            rows.append(counts.double())
+            if routed.losses is not None:
+                router_losses = router_losses + routed.losses
+        return Outcome(self.dense.loss(hidden, targets), router_losses, torch.stack(rows))
 
 
 def initialise(parts: nn.Module, config: ModelConfig, seed: int) -> None:
@@ -83,6 +111,12 @@ def parameter_slices(parts: nn.Module) -> dict[str, tuple[nn.Parameter, int | No
         elif isinstance(module, ExpertGroup):
             result |= {name: (parameter, index) for name, parameter, index in module.named_slices()}
     return result
+
+
+def named_state(parts: nn.Module) -> dict[str, Tensor]:
+    """Layout-independent name -> what training changes besides parameters: selection biases of attending ranks."""
+    models = (module for module in parts.modules() if isinstance(module, DenseModel))
+    return {name: buffer for model in models for name, buffer in model.named_buffers()}
 
 
 def named_tensors(parts: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hetermoe_cli.spec.cluster import Device
-from hetermoe_cli.spec.plan import LayerPlacement, Layout, ScheduleChoice
+from hetermoe_cli.spec.layout import LayerPlacement, Layout, ScheduleChoice
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from hetermoe_cli.planner.choice import DeviceClass
 from hetermoe_cli.planner.counts import Counts
-from hetermoe_cli.spec.plan import LayerPlacement
+from hetermoe_cli.spec.layout import LayerPlacement
 
 
 def deal(classes: Sequence[DeviceClass], counts: Counts, world_size: int) -> list[LayerPlacement]:

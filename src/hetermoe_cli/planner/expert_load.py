@@ -23,7 +23,8 @@ from hetermoe_cli.planner.single_moves import neighbours
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.planner.space import schedules
 from hetermoe_cli.simulator import simulate
-from hetermoe_cli.spec.plan import Layout, LoadReport
+from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.plan import LoadReport
 
 EVEN = 1 + 1e-9  # an imbalance up to here is none
 LAYER_SECONDS = 0.3  # of the solver, for one layer

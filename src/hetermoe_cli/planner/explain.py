@@ -8,7 +8,7 @@ from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.baselines import Rival
 from hetermoe_cli.planner.candidates import ExactOver
 from hetermoe_cli.planner.remedies import smallest_change
-from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.spec.layout import Layout
 
 
 def notes(

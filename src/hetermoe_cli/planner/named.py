@@ -12,7 +12,7 @@ from hetermoe_cli.planner.assign import LayerWork, assign
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.planner.spread import spread
 from hetermoe_cli.schedule.action import Action, Kind, Pass
-from hetermoe_cli.spec.plan import LayerPlacement, Layout
+from hetermoe_cli.spec.layout import LayerPlacement, Layout
 
 MORE_COPIES = 8
 

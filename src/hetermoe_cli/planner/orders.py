@@ -5,7 +5,7 @@ from typing import get_args
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.simulator import simulate
-from hetermoe_cli.spec.plan import ExpertOrder, Layout, TransferOrder
+from hetermoe_cli.spec.layout import ExpertOrder, Layout, TransferOrder
 
 
 def other_orders(cost: LayoutCost) -> list[tuple[Layout, float]]:

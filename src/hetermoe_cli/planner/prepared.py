@@ -9,7 +9,7 @@ from hetermoe_cli.planner.counts import Counts
 from hetermoe_cli.planner.deal import deal
 from hetermoe_cli.planner.graph import TaskGraph, task_graph
 from hetermoe_cli.planner.rates import Rates
-from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.spec.layout import Layout
 
 
 @dataclass

@@ -9,7 +9,7 @@ from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import STATE_BYTES, CostModel
 from hetermoe_cli.planner.choice import Choice, DeviceClass, symmetry_keys
 from hetermoe_cli.schedule.action import Action, Kind, Pass
-from hetermoe_cli.spec.plan import ScheduleChoice
+from hetermoe_cli.spec.layout import ScheduleChoice
 
 
 @dataclass(frozen=True)

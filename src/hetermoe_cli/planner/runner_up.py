@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.spec.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.runner_up import RunnerUp, best_of_families
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.simulator import simulate
-from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.spec.layout import Layout
 
 SEEDS = 6  # choices in which devices of a kind are alike, placed first
 MISSES = 12

@@ -7,7 +7,7 @@ import numpy as np
 from hetermoe_cli.planner.arrays import FloatArray, IntArray
 from hetermoe_cli.planner.assign import LayerWork, changes
 from hetermoe_cli.planner.named import Named, placement_of
-from hetermoe_cli.spec.plan import LayerPlacement, Layout
+from hetermoe_cli.spec.layout import LayerPlacement, Layout
 
 TRIED = 2  # moves, and swaps, from one rank
 

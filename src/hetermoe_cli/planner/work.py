@@ -1,4 +1,7 @@
-"""The free-role work bound: an iteration's compute, perfectly divisible over all devices, nothing waits or travels."""
+"""The free-role work bound: an iteration's compute and optimizer step, perfectly divisible over all devices.
+
+Nothing waits, and nothing travels but the all-reduce of the dense gradients.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +15,10 @@ TINY = 1e-300  # seconds
 
 @dataclass(frozen=True)
 class Speed:
-    """Devices of one type at their best sizes: seconds a sequence (all layers, head) and seconds a row (one layer)."""
+    """Devices of one type at their best sizes: seconds a sequence (all layers, head) and seconds a row (one layer).
+
+    With their shares of one optimizer step: a sequence's of the dense part's, a row's of the experts'.
+    """
 
     count: int
     sequence: float
@@ -28,16 +34,25 @@ def work_bound(cost: CostModel, micro_batch_limit: int) -> float:
     """Seconds below which no assignment of the batch's attention and expert work to the devices can finish.
 
     The linear program has a sequence and a row share per type; for a given time the devices that are best at attention
-    compared with experts attend (comparative advantage), the rest of all time goes to experts.
+    compared with experts attend (comparative advantage), the rest of all time goes to experts. If m devices attend,
+    the fastest at it would take a m-th of all sequences each, and the dense gradients go round a ring of m.
     """
     speeds = list(type_speeds(cost, micro_batch_limit).values())
     batch = cost.train.global_batch_sequences
-    rows = cost.model.layers * batch * cost.train.sequence_length * cost.model.top_k
+    rows = rows_of(cost)
     low, high = 0.0, max(s.sequence * batch + s.row * rows for s in speeds)
     for _ in range(STEPS):
         middle = (low + high) / 2
         low, high = (low, middle) if _enough(speeds, middle, batch, rows) else (middle, high)
-    return low
+    least = batch * min(s.sequence for s in speeds)
+    ring = _ring_seconds(cost)
+    return min(max(low, least / m) + ring * (m - 1) / m for m in range(1, len(cost.devices) + 1))
+
+
+def _ring_seconds(cost: CostModel) -> float:
+    """Seconds of an all-reduce of the dense gradients in an endless ring over the fastest links, latencies left out."""
+    links = [link for device in cost.devices for link in (device.network, device.interconnect)]
+    return 2 * cost.dense_gradient_bytes / (max(link.bandwidth_gigabytes_per_second for link in links) * 1e9)
 
 
 def _enough(speeds: list[Speed], seconds: float, sequences: float, rows: float) -> bool:
@@ -56,9 +71,18 @@ def _speed(cost: CostModel, name: str, micro_batch_limit: int) -> Speed:
     sequence = min(_sequence_seconds(cost, device, n) for n in range(1, batch + 1))
     totals = {batch // r for r in counts} | set(range(1, batch + 1))
     row = min(sum(device.expert(rows)[:2]) / rows for total in totals if (rows := cost.rows_per_expert(total)) > 0)
-    if cost.shares is not None:
-        row = _loaded_row_seconds(cost, device, max(totals))
-    return Speed(count, sequence, row)
+    if cost.shares is not None:  # rows and parameters are not in proportion: the experts' step is left out
+        return Speed(count, sequence, _loaded_row_seconds(cost, device, max(totals)))
+    model = cost.model
+    dense = cost.optimizer_seconds(device, model.dense_parameters) / batch
+    experts = cost.optimizer_seconds(device, model.parameters - model.dense_parameters) / rows_of(cost)
+    return Speed(count, sequence + dense, row + experts)
+
+
+def rows_of(cost: CostModel) -> float:
+    """Rows of all layers in an iteration."""
+    train, model = cost.train, cost.model
+    return model.layers * train.global_batch_sequences * train.sequence_length * model.top_k
 
 
 def _loaded_row_seconds(cost: CostModel, device: DeviceCost, sequences: int) -> float:
@@ -85,7 +109,7 @@ def work_dollars(cost: CostModel, micro_batch_limit: int, dollars_per_second: Ma
     """Dollars below which no devices can do an iteration's work: each kind of it on the type that is cheapest at it."""
     speeds = type_speeds(cost, micro_batch_limit)
     batch = cost.train.global_batch_sequences
-    rows = cost.model.layers * batch * cost.train.sequence_length * cost.model.top_k
+    rows = rows_of(cost)
     return batch * min(dollars_per_second[name] * speed.sequence for name, speed in speeds.items()) + rows * min(
         dollars_per_second[name] * speed.row for name, speed in speeds.items()
     )

@@ -4,7 +4,7 @@ from functools import cache
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import Kind, Pass, parse_action
-from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.trace import Trace
 
 _OF_LAYER = {

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hetermoe_cli.runtime.mesh import PeerLost, barrier, peer_errors
 from hetermoe_cli.schedule.action import Action
-from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.spec.layout import Layout
 
 _POLL_SECONDS = 0.0002
 _POLLS_PER_CHECK = 500

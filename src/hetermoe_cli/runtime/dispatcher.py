@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.spec.layout import Layout
 
 
 class LayerMap:

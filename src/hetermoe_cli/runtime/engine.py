@@ -18,14 +18,15 @@ from hetermoe_cli.runtime.parts import Parts
 from hetermoe_cli.runtime.stage import AttentionStage, Border, ExpertStage
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.schedule import Schedule
-from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.spec.layout import Layout
 
 Place = tuple[int, int]  # (layer, micro-batch)
 Batch = Callable[[int], tuple[Tensor, Tensor]]  # micro-batch -> this rank's tokens and targets, both [B, S]
 
 
 class Engine:
-    """Runs passes of a schedule. After `run`, gradients are accumulated in the parts and `loss` is this rank's sum."""
+    """Runs passes of a schedule. After `run`, gradients are accumulated in the parts; `loss` and `router_losses` [2]
+    (auxiliary and z-loss) are this rank's sums."""
 
     def __init__(self, layout: Layout, mesh: Mesh, parts: Parts, hidden_size: int) -> None:
         self.layout, self.mesh, self.parts = layout, mesh, parts
@@ -41,8 +42,16 @@ class Engine:
             (Kind.HEAD, Pass.BACKWARD): self._head,
         }
 
-    def run(self, schedule: Schedule, batch: Batch, loss_scale: float, clock: Clock) -> None:
-        """Run all compute actions of this rank but S and O; `loss_scale` multiplies the summed loss in backward."""
+    def run(
+        self,
+        schedule: Schedule,
+        batch: Batch,
+        loss_scale: float,
+        clock: Clock,
+        after: Callable[[Action], None] = lambda action: None,
+    ) -> None:
+        """Run all compute actions of this rank but S and O, and `after` each; `loss_scale` multiplies the summed loss
+        in backward."""
         self._schedule, self._batch, self._loss_scale, self._clock = schedule, batch, loss_scale, clock
         self._attention: dict[Place, AttentionStage] = {}
         self._heads: dict[int, Border] = {}
@@ -54,6 +63,7 @@ class Engine:
         self._arrivals: dict[Place, Arrivals] = {}
         self._kept: dict[Action, Tensor] = {}  # rows that stay on this rank
         self.loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        self.router_losses = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         self.counts: NDArray[np.int32] = np.zeros(
             (self.layout.layers, self.layout.micro_batches, self.layout.experts), np.int32
         )
@@ -64,6 +74,7 @@ class Engine:
                 for action in schedule.compute[self.mesh.rank]:
                     if (action.kind, action.direction) in self._handlers:
                         self._handlers[action.kind, action.direction](action)
+                        after(action)
             self._lanes.finish()
         except BaseException as error:
             self._abort(error)
@@ -84,7 +95,10 @@ class Engine:
         began = time.monotonic()
         dense = self._dense()
         stage = AttentionStage.forward(dense, layer, inputs, self.layout.schedule.recompute_attention)
-        routing = self._maps[layer].route(stage.outputs().experts)
+        routed = stage.outputs()
+        if routed.losses is not None:
+            self.router_losses += routed.losses.detach()
+        routing = self._maps[layer].route(routed.experts)
         rows = routing.gather(stage.take_rows())
         self._attention[place], self._routings[place] = stage, routing
         self._routed[place].set_result(None)
@@ -142,7 +156,8 @@ class Engine:
         else:
             following = self._attention.pop((layer + 1, j)).border
         hidden, _, weights = following.gradients()
-        outputs = self._attention[place].backward(hidden, routing.to_tokens(rows).sum(dim=1), weights)
+        stage, rows = self._attention[place], routing.to_tokens(rows).sum(dim=1)
+        outputs = stage.backward(hidden, rows, weights, self._loss_scale)
         if outputs is None:
             del self._attention[place]
             self._clock.compute(action, began, arrived)
@@ -166,12 +181,15 @@ class Engine:
         return border, arrived
 
     def _send(self, action: Action, rows: Tensor, sizes: list[int]) -> None:
-        """Hand rows (sorted by target rank, `sizes` each) to the lane; this rank's own stay here."""
+        """Hand rows (sorted by target rank, `sizes` each) to the lane; this rank's own stay here.
+
+        Others get them in the precision of the exchange.
+        """
         start, own = sum(sizes[: self.mesh.rank]), sizes[self.mesh.rank]
         # an empty slice would keep all rows alive
         self._kept[action] = rows[start : start + own] if own else rows.new_empty((0, rows.shape[1]))
         self._clock.sent(action)
-        self._lanes.put(action, rows, sizes)
+        self._lanes.put(action, rows.to(self.parts.exchange), sizes)
 
     def _receive(self, action: Action) -> tuple[Tensor, float]:
         """Rows of `action` by source rank, this rank's own among them, and when they arrived."""
@@ -181,7 +199,7 @@ class Engine:
             assert own is not None
             self._own_arrivals(action)
             return own, 0.0
-        rows = handoff.take()
+        rows = handoff.take().to(self.parts.dtype)
         if own is not None and len(own):
             start = sum(self._incoming(action)[: self.mesh.rank])
             rows[start : start + len(own)] = own
@@ -219,7 +237,7 @@ class Engine:
         receives: dict[int, Tensor] = {}
         if rank in self._schedule.receivers[action]:
             sizes = self._incoming(action)
-            buffer = torch.empty((sum(sizes), self._width), dtype=self.parts.dtype, device=self.mesh.device)
+            buffer = torch.empty((sum(sizes), self._width), dtype=self.parts.exchange, device=self.mesh.device)
             receives = {peer: part for peer, part in enumerate(torch.split(buffer, sizes)) if peer != rank}
         exchange(group, sends, receives)
         handoff = Handoff.of(buffer)

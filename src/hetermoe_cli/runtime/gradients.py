@@ -6,44 +6,73 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hetermoe_cli.model.optimizer import AdamW
 from hetermoe_cli.runtime.mesh import Mesh, peer_errors
 
 
 class Gradients:
-    """Preallocated gradients: autograd accumulates in place, and what got no token is zero, not missing.
+    """Preallocated gradients: what got no token is zero, not missing.
 
-    `shared` parameters (dense part, replicated experts) have views of one flat buffer, summed over the attending
-    ranks in one all-reduce; `own` parameters (hosted experts) exist once in the world.
+    `shared` parameters (dense part, replicated experts) have views of one flat buffer of dtype `exchange`, summed over
+    the attending ranks in one all-reduce; `own` parameters (hosted experts) exist once in the world and have gradients
+    of their own dtype. In fp32 and wider, autograd accumulates into these in place. In fp16 and bf16 it accumulates a
+    parameter's micro-batches in a temporary fp32 gradient, which `fold` rounds into its place once for every run of
+    micro-batches: small contributions are not lost, and only the layer at work has fp32 gradients.
     """
 
-    def __init__(self, shared: Iterable[nn.Parameter], own: Iterable[nn.Parameter], mesh: Mesh) -> None:
+    def __init__(
+        self, shared: Iterable[nn.Parameter], own: Iterable[nn.Parameter], mesh: Mesh, exchange: torch.dtype
+    ) -> None:
         self._mesh = mesh
         self._own = list(own)
         shared = list(shared)
-        kind = shared[0] if shared else torch.empty(0)
-        self._flat = torch.zeros(sum(p.numel() for p in shared), dtype=kind.dtype, device=mesh.device)
+        self._flat = torch.zeros(sum(p.numel() for p in shared), dtype=exchange, device=mesh.device)
+        self._places: dict[nn.Parameter, Tensor] = {}
+        self._in_place: list[nn.Parameter] = []
         offset = 0
         for parameter in shared:
-            parameter.grad = self._flat[offset : offset + parameter.numel()].view_as(parameter)
+            self._place(parameter, self._flat[offset : offset + parameter.numel()].view_as(parameter))
             offset += parameter.numel()
         for parameter in self._own:
-            parameter.grad = torch.zeros_like(parameter)
+            self._place(parameter, torch.zeros_like(parameter))
+
+    def _place(self, parameter: nn.Parameter, place: Tensor) -> None:
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        self._places[parameter] = place
+        if parameter.dtype != wide:
+            parameter.grad_dtype = wide  # what autograd accumulates in
+        if place.dtype == wide:
+            parameter.grad = place
+            self._in_place.append(parameter)
 
     @property
     def _own_gradients(self) -> list[Tensor]:
-        return [p.grad for p in self._own if p.grad is not None and p.numel()]
+        return [self._places[p] for p in self._own if p.numel()]
 
     def zero(self) -> None:
         """Start a new iteration."""
         self._flat.zero_()
         if self._own_gradients:
             torch._foreach_zero_(self._own_gradients)
+        for parameter in self._places:
+            parameter.grad = None  # what an iteration that failed may have left
+        for parameter in self._in_place:
+            parameter.grad = self._places[parameter]
+
+    def fold(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Round temporary fp32 gradients into their places."""
+        for parameter in parameters:
+            place = self._places[parameter]
+            if parameter.grad is not None and parameter.grad.dtype != place.dtype:
+                place.add_(parameter.grad)
+                parameter.grad = None
 
     def reduce(self, figures: Tensor) -> tuple[Tensor, float]:
         """Sum shared gradients over their holders, and `figures` [n] float64 over all ranks.
 
-        Returns (summed figures, global gradient norm).
+        Returns (summed figures, global gradient norm); the norm is not finite if a gradient of any rank is not.
         """
+        self.fold(self._places)
         if self._mesh.attending is not None and self._flat.numel():
             with peer_errors():
                 dist.all_reduce(self._flat, group=self._mesh.attending)
@@ -58,13 +87,21 @@ class Gradients:
             dist.all_reduce(total)
         return total[1:], float(total[0].sqrt())
 
-    def clip(self, norm: float, limit: float) -> None:
-        """Scale all gradients so that the global norm is at most `limit`."""
-        scale = limit / (norm + 1e-6)
-        if scale < 1:
-            self._flat.mul_(scale)
+    def apply(self, optimizer: AdamW, factor: float) -> None:
+        """One optimizer step from `factor` times these gradients."""
+        if len(self._in_place) < len(self._places):
+            optimizer.update(self._places, factor)
+            return
+        if factor != 1:
+            self._flat.mul_(factor)
             if self._own_gradients:
-                torch._foreach_mul_(self._own_gradients, scale)
+                torch._foreach_mul_(self._own_gradients, factor)
+        optimizer.step()
+
+
+def clip_factor(norm: float, limit: float) -> float:
+    """What scales gradients of global norm `norm` to at most `limit`."""
+    return min(1.0, limit / (norm + 1e-6))
 
 
 def _square(gradient: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.spec.layout import Layout
 
 TIMEOUT = timedelta(minutes=10)
 

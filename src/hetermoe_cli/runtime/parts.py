@@ -1,21 +1,45 @@
 """Parts: the modules that one rank holds under a layout."""
 
-import torch
-from torch import nn
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from hetermoe_cli.model.attention import Router
+import torch
+from torch import Tensor, nn
+
+from hetermoe_cli.model.gate import Router
 from hetermoe_cli.model.moe import ExpertGroup
 from hetermoe_cli.model.transformer import DenseModel, initialise
 from hetermoe_cli.runtime.mesh import Mesh
 from hetermoe_cli.runtime.stage import ExpertParts
+from hetermoe_cli.schedule.action import Action, Kind
+from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.model import ModelConfig
-from hetermoe_cli.spec.plan import Layout
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
+@dataclass(frozen=True)
+class Precisions:
+    """What rows and shared gradients travel in, and what each rank computes in (all in `exchange` if empty)."""
+
+    exchange: str
+    ranks: Sequence[str] = ()
+
+    def of(self, rank: int) -> str:
+        """This rank's own."""
+        return self.ranks[rank] if self.ranks else self.exchange
+
+    @property
+    def scaled(self) -> bool:
+        """Whether anything is in fp16, whose range is too small for gradients as they are."""
+        return "fp16" in (self.exchange, *self.ranks)
+
+
 class Parts(nn.Module):
-    """`dense` on attending ranks, and the local experts of every layer (possibly none)."""
+    """`dense` on attending ranks, and the local experts of every layer (possibly none).
+
+    `dtype` is this rank's, `exchange` that of rows on their way; `masters`: fp32 values of narrower parameters.
+    """
 
     def __init__(self, config: ModelConfig, layout: Layout, rank: int, router: Router = "learned") -> None:
         super().__init__()
@@ -28,13 +52,25 @@ class Parts(nn.Module):
             )
             for layer, placement in enumerate(layout.placement)
         )
-        self.dtype = torch.get_default_dtype()
+        self.dtype = self.exchange = torch.get_default_dtype()
+        self.masters: dict[nn.Parameter, Tensor] = {}
 
     def experts_of(self, layer: int) -> ExpertParts:
         """The local experts of a layer."""
         parts = self.experts[layer]
         assert isinstance(parts, ExpertParts)
         return parts
+
+    def parameters_of(self, action: Action) -> Iterator[nn.Parameter]:
+        """What the backward of an attention, expert or head action leaves gradients of."""
+        if action.kind is Kind.EXPERT:
+            yield from self.experts_of(action.layer).parameters()
+        elif self.dense is not None:
+            parts: list[nn.Module] = [self.dense.norm, self.dense.head]
+            if action.kind is Kind.ATTENTION:
+                parts = [self.dense.layers[action.layer], *([] if action.layer else [self.dense.embedding])]
+            for part in parts:
+                yield from part.parameters()
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """What every attending rank holds a copy of."""
@@ -47,11 +83,21 @@ class Parts(nn.Module):
 
 
 def build_parts(
-    config: ModelConfig, layout: Layout, mesh: Mesh, precision: str, seed: int, router: Router = "learned"
+    config: ModelConfig,
+    layout: Layout,
+    mesh: Mesh,
+    precisions: Precisions,
+    seed: int,
+    router: Router = "learned",
 ) -> Parts:
-    """This rank's modules on its device, initialised equally under every layout."""
+    """This rank's modules on its device; masters are initialised equally under every layout and in every precision."""
     parts = Parts(config, layout, mesh.rank, router)
-    parts.dtype = DTYPES[precision]
-    parts.to(device=mesh.device, dtype=parts.dtype)
+    parts.dtype, parts.exchange = DTYPES[precisions.of(mesh.rank)], DTYPES[precisions.exchange]
+    wide = torch.promote_types(parts.dtype, torch.float32)
+    parts.to(device=mesh.device, dtype=wide)
     initialise(parts, config, seed)
+    if parts.dtype != wide:
+        for parameter in parts.parameters():
+            parts.masters[parameter] = parameter.detach()
+            parameter.data = parameter.data.to(parts.dtype)
     return parts

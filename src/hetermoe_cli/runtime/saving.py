@@ -4,6 +4,7 @@ from pathlib import Path
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.model.checkpoint import (
+    MANIFEST,
     CheckpointState,
     finish,
     load_tensors,
@@ -13,7 +14,7 @@ from hetermoe_cli.model.checkpoint import (
     write_shard,
 )
 from hetermoe_cli.model.training_state import restore_training, training_names, training_tensors
-from hetermoe_cli.model.transformer import parameter_slices
+from hetermoe_cli.model.transformer import named_state, parameter_slices
 from hetermoe_cli.runtime.mesh import barrier
 from hetermoe_cli.runtime.recorder import CHECKPOINTS
 from hetermoe_cli.runtime.trainer import Trainer
@@ -21,12 +22,13 @@ from hetermoe_cli.spec.run import RunSpec
 
 
 def save(run: RunSpec, trainer: Trainer, step: int) -> Path:
-    """Collective: write the state after `step` optimizer steps; every tensor once. Returns the checkpoint's folder."""
+    """Collective: write the state after `step` steps; every tensor once. Returns the checkpoint's folder."""
     folder = step_folder(Path(run.folder) / CHECKPOINTS, step)
     tensors = training_tensors(trainer.parts, trainer.optimizer)
     if trainer.mesh.rank != min(trainer.layout.attending):
         shared = {id(parameter) for parameter in trainer.parts.shared_parameters()}
         copies = {name for name, (p, _) in parameter_slices(trainer.parts).items() if id(p) in shared}
+        copies |= named_state(trainer.parts).keys()
         tensors = {name: tensor for name, tensor in tensors.items() if name.split("@")[0] not in copies}
     write_shard(folder, trainer.mesh.rank, tensors)
     barrier()
@@ -36,7 +38,7 @@ def save(run: RunSpec, trainer: Trainer, step: int) -> Path:
             data_digest=run.corpus_sha256,
             model=run.model,
             world_size=trainer.mesh.world_size,
-            extra=_identity(run) | _learning_rate(run),
+            extra=_identity(run) | _learning_rate(run) | _loss_scale(trainer),
         )
         finish(folder, state, run.keep_checkpoints)
     barrier()
@@ -46,8 +48,10 @@ def save(run: RunSpec, trainer: Trainer, step: int) -> Path:
 def restore(run: RunSpec, trainer: Trainer) -> None:
     """Load run.resume_from into this rank's parts, whatever layout wrote it; UserError if it is damaged."""
     assert run.resume_from is not None
-    tensors = load_tensors(Path(run.resume_from), training_names(trainer.parts))
-    restore_training(trainer.parts, trainer.optimizer, tensors, run.start_step)
+    folder = Path(run.resume_from)
+    trainer.loss_scale.restore(read_manifest(folder).extra.get("loss_scale"), run.start_step, f"{folder / MANIFEST}")
+    tensors = load_tensors(folder, training_names(trainer.parts))
+    restore_training(trainer.parts, trainer.optimizer, tensors, trainer.loss_scale.taken(run.start_step))
 
 
 def check_resumable(run: RunSpec) -> int:
@@ -79,6 +83,12 @@ def resume_note(run: RunSpec) -> str | None:
     extra = read_manifest(Path(run.resume_from)).extra
     changed = [name for name, value in _learning_rate(run).items() if extra.get(name) != value]
     return f"resuming with another {', '.join(changed)}: not as if the run had never stopped" if changed else None
+
+
+def _loss_scale(trainer: Trainer) -> dict[str, object]:
+    """Nothing of runs that never were scaled."""
+    scale = trainer.loss_scale
+    return {"loss_scale": scale.state()} if scale.dynamic or scale.skipped_steps else {}
 
 
 def _learning_rate(run: RunSpec) -> dict[str, object]:

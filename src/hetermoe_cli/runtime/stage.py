@@ -92,13 +92,17 @@ class AttentionStage:
         assert isinstance(self.inputs, Border)
         return self.inputs
 
-    def backward(self, hidden: Tensor, rows: Tensor, weights: Tensor) -> Tensor | None:
-        """Propagate the gradients of routed.hidden, .rows and .weights.
+    def backward(self, hidden: Tensor, rows: Tensor, weights: Tensor, loss_scale: float) -> Tensor | None:
+        """Propagate the gradients of routed.hidden, .rows and .weights, and `loss_scale` into the gate's own losses.
 
         Returns the gradient of the previous layer's expert outputs [T, k, H], None for the first layer.
         """
         routed = self.outputs() if self.kept else self.run()
-        torch.autograd.backward([routed.hidden, routed.rows, routed.weights], [hidden, rows, weights])
+        outputs, gradients = [routed.hidden, routed.rows, routed.weights], [hidden, rows, weights]
+        if routed.losses is not None:
+            outputs.append(routed.losses)
+            gradients.append(torch.full_like(routed.losses, loss_scale))
+        torch.autograd.backward(outputs, gradients)
         return self.inputs.gradients()[1] if isinstance(self.inputs, Border) else None
 
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,30 +12,37 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.model.attention import Router
 from hetermoe_cli.model.data import Batches
+from hetermoe_cli.model.gate import Router
 from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
 from hetermoe_cli.runtime.clock import Clock
 from hetermoe_cli.runtime.engine import Engine
-from hetermoe_cli.runtime.gradients import Gradients
+from hetermoe_cli.runtime.gradients import Gradients, clip_factor
+from hetermoe_cli.runtime.loss_scale import LossScale
 from hetermoe_cli.runtime.mesh import Mesh, peer_errors
-from hetermoe_cli.runtime.parts import Parts, build_parts
+from hetermoe_cli.runtime.parts import Parts, Precisions, build_parts
+from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.lower import training_schedule, validation_schedule
 from hetermoe_cli.schedule.zebra import OPTIMIZER, SYNCHRONISE
+from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.model import ModelConfig
-from hetermoe_cli.spec.plan import Layout
 from hetermoe_cli.spec.train import TrainSpec
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Equal on all ranks. `loss` in nats a token; `expert_rows` [layers, experts] rows of the whole batch."""
+    """Equal on all ranks. `loss` in nats a token; `router_losses`, auxiliary and z-loss, are not in it, and come with
+    their coefficients; `expert_rows` [layers, experts] rows of the whole batch; `loss_scale` of this step, null where
+    nothing is scaled; `skipped`: gradients overflowed, so that nothing was updated."""
 
     loss: float
+    router_losses: tuple[float, float]
     gradient_norm: float
     learning_rate: float
     expert_rows: NDArray[np.float64]
     stop: bool
+    loss_scale: float | None
+    skipped: bool
 
 
 class Trainer:
@@ -48,14 +56,17 @@ class Trainer:
         parts: Parts,
         engine: Engine,
         sequence_length: int,
+        scaled: bool,
     ) -> None:
         self.layout, self.train, self.mesh, self.parts, self.engine = layout, train, mesh, parts, engine
         self._tokens = layout.sequences_per_micro_batch * layout.micro_batches * sequence_length
-        self.optimizer = make_optimizer(parts, train)
-        self.gradients = Gradients(parts.shared_parameters(), parts.own_parameters(), mesh)
+        self.optimizer = make_optimizer(parts, train, parts.masters)
+        self.gradients = Gradients(parts.shared_parameters(), parts.own_parameters(), mesh, parts.exchange)
+        self.loss_scale = LossScale(dynamic=scaled)
         self.clock = Clock(mesh.rank)
         self.stop_requested = False
         self._schedule = training_schedule(layout)
+        self._last_of_runs = last_of_runs(self._schedule.compute[mesh.rank])
         self._validation = validation_schedule(layout)
         self._first = sum(layout.sequences_per_rank[: mesh.rank])
 
@@ -69,35 +80,55 @@ class Trainer:
         *,
         sequence_length: int,
         precision: str,
+        rank_precisions: Sequence[str] = (),
         router: Router = "learned",
     ) -> "Trainer":
-        """Build parts and engine for `model` under `layout`, with weights from train.seed."""
-        parts = build_parts(model, layout, mesh, precision, train.seed, router)
-        return cls(layout, train, mesh, parts, Engine(layout, mesh, parts, model.hidden_size), sequence_length)
+        """Build parts and engine for `model` under `layout`, with weights from train.seed.
+
+        `precision` is what ranks exchange, and compute in unless `rank_precisions` says otherwise.
+        """
+        precisions = Precisions(precision, rank_precisions)
+        parts = build_parts(model, layout, mesh, precisions, train.seed, router)
+        engine = Engine(layout, mesh, parts, model.hidden_size)
+        return cls(layout, train, mesh, parts, engine, sequence_length, precisions.scaled)
 
     def step(self, batches: Batches | None, step: int, record: bool = False) -> StepResult:
         """One iteration: forward, backward, synchronisation, clipping, AdamW. `record` keeps its spans.
 
-        Only attending ranks need `batches`. UserError, with weights untouched, if loss or gradients are not finite.
+        Only attending ranks need `batches`. If loss or gradients are not finite, the weights stay as they are: with
+        loss scaling the step is skipped and the scale halved, without it or at a scale of 1 it is a UserError.
         """
         self.gradients.zero()
         start = self.clock.begin_step(step, record)
-        self.engine.run(self._schedule, partial(self._batch, batches, step), 1 / self._tokens, self.clock)
+        loss_scale = self.loss_scale.scale / self._tokens
+        self.engine.run(self._schedule, partial(self._batch, batches, step), loss_scale, self.clock, self._settle)
         result, first_start = self._synchronise(step, start)
-        if not (math.isfinite(result.loss) and math.isfinite(result.gradient_norm)):
+        scale = self.loss_scale.scale
+        if not self.loss_scale.follow(finite=not result.skipped):
             # all ranks see the same figures, so all leave here together, before anything is updated or saved
             raise UserError(
                 f"step {step}: loss {result.loss}, gradient norm {result.gradient_norm}: training diverged: "
                 "lower learning_rate or gradient_clip, then go on with --resume"
             )
         began = time.monotonic()
-        self.gradients.clip(result.gradient_norm, self.train.gradient_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = result.learning_rate
-        self.optimizer.step()
+        if not result.skipped:
+            self._update(result, scale)
         self.clock.compute(OPTIMIZER, began, 0.0)
         self.clock.end_step(first_start)
         return result
+
+    def _update(self, result: StepResult, scale: float) -> None:
+        """Clip, undo the loss scale, step, and balance the gates."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = result.learning_rate
+        self.gradients.apply(self.optimizer, clip_factor(result.gradient_norm, self.train.gradient_clip) / scale)
+        if self.parts.dense:
+            self.parts.dense.update_biases(torch.from_numpy(result.expert_rows))
+
+    def _settle(self, action: Action) -> None:
+        """After a run of micro-batches through one layer: its gradients need no fp32 any more."""
+        if action in self._last_of_runs:
+            self.gradients.fold(self.parts.parameters_of(action))
 
     def validate(self, batches: Batches | None, count: int) -> float:
         """Mean loss in nats a token over the first `count` global batches; equal on all ranks."""
@@ -117,17 +148,22 @@ class Trainer:
         starts = torch.zeros(world, dtype=torch.float64)
         starts[self.mesh.rank] = start
         rows = torch.from_numpy(self.engine.counts.sum(axis=1).astype(np.float64)).flatten()
-        own = torch.tensor([float(self.engine.loss) / self._tokens, float(self.stop_requested)], dtype=torch.float64)
-        figures = torch.cat([own, rows, starts])
+        losses = torch.cat([self.engine.loss[None], self.engine.router_losses]).cpu() / self._tokens
+        stop = torch.tensor([float(self.stop_requested)], dtype=torch.float64)
+        figures = torch.cat([losses, stop, rows, starts])
         total, norm = self.gradients.reduce(figures.to(self.mesh.device))
         self.clock.synchronised(SYNCHRONISE, began)
         total = total.cpu()
+        norm /= self.loss_scale.scale
         result = StepResult(
             loss=float(total[0]),
+            router_losses=(float(total[1]), float(total[2])),
             gradient_norm=norm,
-            learning_rate=learning_rate(self.train, step),
-            expert_rows=total[2:-world].numpy().reshape(layers, experts),
-            stop=bool(total[1] > 0),
+            learning_rate=learning_rate(self.train, self.loss_scale.taken(step)),
+            expert_rows=total[4:-world].numpy().reshape(layers, experts),
+            stop=bool(total[3] > 0),
+            loss_scale=self.loss_scale.scale if self.loss_scale.dynamic else None,
+            skipped=not (math.isfinite(float(total[0])) and math.isfinite(norm)),
         )
         return result, float(total[-world:].min())
 
@@ -135,3 +171,17 @@ class Trainer:
         assert batches is not None
         start = micro_batch * self.layout.sequences_per_micro_batch + self._first
         return batches.sequences(step, start, start + self.layout.sequences_per_rank[self.mesh.rank])
+
+
+def last_of_runs(compute: Sequence[Action]) -> set[Action]:
+    """Backward actions after which the next of their kind belongs to another layer or window, or there is none."""
+    following: dict[Kind, int] = {}
+    result = set()
+    for action in reversed(compute):
+        if action.direction is Pass.BACKWARD:
+            if following.get(action.kind) != action.layer:
+                result.add(action)
+            if action.kind is not Kind.HEAD:
+                following.pop(Kind.HEAD, None)  # heads of the next window
+            following[action.kind] = action.layer
+    return result

@@ -3,6 +3,7 @@
 It reads run.yaml and the launcher's environment, and nothing else. It never plans, profiles or guesses.
 """
 
+import math
 import os
 import signal
 import sys
@@ -44,6 +45,8 @@ def main() -> None:
         _leave(f"hetermoe: error: {error}", ExitCode.WORKER_DIED)
     except BaseException:
         _leave(traceback.format_exc(), 1)
+    sys.stderr.flush()
+    os._exit(int(ExitCode.DONE))  # everything is written; the interpreter's own end may abort in a thread of torch
 
 
 def _leave(message: str, code: int) -> None:
@@ -76,6 +79,7 @@ def train(run: RunSpec) -> None:
         mesh,
         sequence_length=run.sequence_length,
         precision=run.precision,
+        rank_precisions=run.rank_precisions,
         router=run.router,
     )
     batches = _batches(run) if mesh.rank in plan.layout.attending else (None, None)
@@ -144,18 +148,29 @@ def _loop(run: RunSpec, trainer: Trainer, recorder: Recorder, batches: tuple[Bat
 
 
 def _report(run: RunSpec, recorder: Recorder, step: int, result: StepResult, seconds: float) -> None:
-    rows = result.expert_rows
+    shares = result.expert_rows / result.expert_rows.mean(axis=1, keepdims=True)
+    highest, lowest = shares.max(axis=1), shares.min(axis=1)
     recorder.event(
         "step",
         step,
-        loss=result.loss,
+        loss=_finite(result.loss),
+        auxiliary_loss=result.router_losses[0],
+        z_loss=result.router_losses[1],
         learning_rate=result.learning_rate,
-        gradient_norm=result.gradient_norm,
+        gradient_norm=_finite(result.gradient_norm),
         iteration_seconds=seconds,
         predicted_iteration_seconds=run.plan.predicted.iteration_seconds * run.time_scale,
         tokens_per_second=run.tokens_per_second(seconds),
-        expert_imbalance=float((rows.max(axis=1) / rows.mean(axis=1)).mean()),
+        expert_imbalance=float(highest.mean()),
+        expert_load_highest=highest.round(4).tolist(),
+        expert_load_lowest=lowest.round(4).tolist(),
+        **({} if result.loss_scale is None else {"loss_scale": result.loss_scale, "skipped": result.skipped}),
     )
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: of a step that overflowed and was skipped."""
+    return value if math.isfinite(value) else None
 
 
 def _summary(trainer: Trainer) -> dict[str, object]:

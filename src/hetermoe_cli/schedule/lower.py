@@ -6,7 +6,7 @@ from functools import lru_cache
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.schedule import Schedule
 from hetermoe_cli.schedule.zebra import Order, Part, Windows, part_of, training_order, validation_order, windows_of
-from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.spec.layout import Layout
 
 _OrderOf = Callable[[Part, Windows], Order]
 

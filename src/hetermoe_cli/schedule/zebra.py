@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from hetermoe_cli.schedule.action import Action, Kind, Pass
-from hetermoe_cli.spec.plan import ExpertOrder, Layout, TransferOrder
+from hetermoe_cli.spec.layout import ExpertOrder, Layout, TransferOrder
 
 SYNCHRONISE = Action(Kind.SYNCHRONISE, Pass.BACKWARD)
 OPTIMIZER = Action(Kind.OPTIMIZER, Pass.BACKWARD)

@@ -1,4 +1,4 @@
-"""Layout (what the engine runs) and Plan (the layout, its inputs, and the reasons for it)."""
+"""Plan: layouts of groups of ranks, the inputs they were made from, and the reasons for them."""
 
 from datetime import date
 from typing import Any, Literal
@@ -9,156 +9,14 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec, sha256
 from hetermoe_cli.spec.cluster import ClusterSpec, Device, Link, devices
 from hetermoe_cli.spec.explanation import Explanation, Variant
+from hetermoe_cli.spec.layout import LayerPlacement, Layout, ScheduleChoice
 from hetermoe_cli.spec.load import ExpertLoad
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.profile import Profile
-from hetermoe_cli.spec.train import DenseState, Recompute, TrainSpec
+from hetermoe_cli.spec.train import TrainSpec
 
-ScheduleName = Literal["zebra", "windowed", "sequential"]
-ExpertOrder = Literal["after", "between"]
-TransferOrder = Literal["layered", "interleaved"]
 Objective = Literal["time", "cost"]
-Assignment = Literal["optimal", "gather_squeeze", "ep", "dist_ep", "manual"]
-
-
-class ScheduleChoice(Spec):
-    """Which order to run: R micro-batches in windows that go forward and backward one after another.
-
-    `window` micro-batches are in flight together: all of them is zebra, one is sequential. `experts`: attending ranks
-    run their experts after the layer's attention of all micro-batches in the window, or between them. `transfers`: on
-    a link that both use, a layer's first message goes after all answers of the layer before, or after two of them.
-    `recompute`: which stages run again in backward instead of keeping their activations. `dense_state`: what attending
-    ranks share of the dense part's state.
-    """
-
-    micro_batches: PositiveInt
-    window: PositiveInt
-    experts: ExpertOrder = "after"
-    transfers: TransferOrder = "layered"
-    recompute: Recompute = "none"
-    dense_state: DenseState = "replicated"
-
-    @model_validator(mode="after")
-    def _check(self) -> "ScheduleChoice":
-        if self.micro_batches % self.window:
-            raise ValueError(f"window {self.window} does not divide micro_batches {self.micro_batches}")
-        return self
-
-    @classmethod
-    def zebra(cls, micro_batches: int, *, recompute: Recompute = "none") -> "ScheduleChoice":
-        """All micro-batches in flight together."""
-        return cls(micro_batches=micro_batches, window=micro_batches, recompute=recompute)
-
-    @classmethod
-    def sequential(cls, micro_batches: int, *, recompute: Recompute = "none") -> "ScheduleChoice":
-        """One micro-batch after another, nothing overlapped."""
-        return cls(micro_batches=micro_batches, window=1, recompute=recompute)
-
-    @property
-    def name(self) -> ScheduleName:
-        """zebra, windowed or sequential."""
-        if self.window == self.micro_batches:
-            return "zebra"
-        return "sequential" if self.window == 1 else "windowed"
-
-    @property
-    def recompute_attention(self) -> bool:
-        """Whether attention stages run again in backward."""
-        return self.recompute in ("attention", "all")
-
-    @property
-    def recompute_experts(self) -> bool:
-        """Whether expert stages run again in backward."""
-        return self.recompute in ("experts", "all")
-
-    def __str__(self) -> str:
-        parts = [self.name, f"R = {self.micro_batches}"]
-        parts += [f"windows of {self.window}"] * (self.name == "windowed")
-        parts += ["experts between micro-batches"] * (self.experts == "between")
-        parts += ["transfers interleaved"] * (self.transfers == "interleaved")
-        again = {"all": ["recomputation"], "none": []}.get(self.recompute, [f"recomputation of {self.recompute}"])
-        parts += again
-        shared = {"optimizer": ["dense optimizer states sharded"], "full": ["dense part fully sharded"]}
-        parts += shared.get(self.dense_state, [])
-        return ", ".join(parts)
-
-
-class LayerPlacement(Spec):
-    """Where one layer's experts live: `experts[rank]` are hosted there, `replicated` on every attending rank."""
-
-    experts: list[list[NonNegativeInt]]
-    replicated: list[NonNegativeInt] = Field(default_factory=list)
-
-
-class Layout(Spec):
-    """All that the schedule, the simulator and the engine need to know of a plan.
-
-    `sequences_per_rank[r]` is what rank r attends to per micro-batch; 0 makes it a pure expert rank.
-    """
-
-    schedule: ScheduleChoice
-    sequences_per_rank: list[NonNegativeInt] = Field(min_length=1)
-    placement: list[LayerPlacement] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> "Layout":
-        if not any(self.sequences_per_rank):
-            raise ValueError("sequences_per_rank: at least one rank must attend to a sequence")
-        counts = {len(p.replicated) + sum(map(len, p.experts)) for p in self.placement}
-        for layer, placement in enumerate(self.placement):
-            if len(placement.experts) != self.world_size:
-                raise ValueError(
-                    f"placement.{layer}.experts: {len(placement.experts)} ranks listed, "
-                    f"sequences_per_rank has {self.world_size}"
-                )
-            everyone = sorted([e for host in placement.experts for e in host] + placement.replicated)
-            if everyone != list(range(len(everyone))) or len(counts) != 1:
-                raise ValueError(f"placement.{layer}: every expert must be placed exactly once")
-        return self
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return len(self.sequences_per_rank)
-
-    @property
-    def layers(self) -> int:
-        """Number of layers."""
-        return len(self.placement)
-
-    @property
-    def experts(self) -> int:
-        """Experts of a layer."""
-        return len(self.placement[0].replicated) + sum(map(len, self.placement[0].experts))
-
-    @property
-    def micro_batches(self) -> int:
-        """R."""
-        return self.schedule.micro_batches
-
-    @property
-    def micro_batches_alive(self) -> int:
-        """Micro-batches whose activations are kept at once."""
-        return self.schedule.window
-
-    @property
-    def sequences_per_micro_batch(self) -> int:
-        """Sequences of one micro-batch over all ranks."""
-        return sum(self.sequences_per_rank)
-
-    @property
-    def attending(self) -> list[int]:
-        """Ranks that attend to at least one sequence."""
-        return [rank for rank, count in enumerate(self.sequences_per_rank) if count]
-
-    def hosting(self, layer: int) -> list[int]:
-        """Ranks that host at least one expert of `layer` (replicated ones not counted)."""
-        return [rank for rank, experts in enumerate(self.placement[layer].experts) if experts]
-
-    def local_experts(self, layer: int, rank: int) -> list[int]:
-        """Experts of `layer` that `rank` computes: hosted, then (if it attends) replicated."""
-        placement = self.placement[layer]
-        return placement.experts[rank] + (placement.replicated if self.sequences_per_rank[rank] else [])
+Assignment = Literal["optimal", "gather_squeeze", "ep", "dist_ep", "hetero_ep", "manual"]
 
 
 class Group(Spec):

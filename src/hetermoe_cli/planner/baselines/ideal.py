@@ -17,7 +17,8 @@ from hetermoe_cli.cost.model import STATE_BYTES, CostModel
 from hetermoe_cli.planner.baselines.even import even_placement
 from hetermoe_cli.planner.baselines.rival import Rival, best, schedules, with_schedule
 from hetermoe_cli.planner.deal import rotate
-from hetermoe_cli.spec.plan import Inputs, Layout, ScheduleChoice
+from hetermoe_cli.spec.layout import Layout, ScheduleChoice
+from hetermoe_cli.spec.plan import Inputs
 
 
 def ep_ideal(cost: CostModel, limit: int, *, overlaps: bool = True) -> Rival:

@@ -13,7 +13,7 @@ from math import floor
 import numpy as np
 
 from hetermoe_cli.cost.model import STATE_BYTES, CostModel
-from hetermoe_cli.spec.plan import ScheduleChoice
+from hetermoe_cli.spec.layout import ScheduleChoice
 from hetermoe_cli.spec.train import Recompute
 
 Unit = tuple[int, ...]  # ranks

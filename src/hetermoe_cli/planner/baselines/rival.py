@@ -11,7 +11,8 @@ from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.orders import other_orders
 from hetermoe_cli.planner.replay import Overflow, busy_bound, overflow
 from hetermoe_cli.simulator import simulate
-from hetermoe_cli.spec.plan import Baseline, Layout, ScheduleChoice
+from hetermoe_cli.spec.layout import Layout, ScheduleChoice
+from hetermoe_cli.spec.plan import Baseline
 from hetermoe_cli.spec.train import DenseState, Recompute
 
 

@@ -11,7 +11,7 @@ import pulp
 
 from hetermoe_cli.cost.model import STATE_BYTES, CostModel
 from hetermoe_cli.planner.solver import SolverOptions, solve_problem
-from hetermoe_cli.planner.work import type_speeds, work_bound
+from hetermoe_cli.planner.work import rows_of, type_speeds, work_bound
 from hetermoe_cli.spec.cluster import NodeGroup
 
 SECONDS = 5.0  # for the linear program; it takes milliseconds
@@ -24,7 +24,7 @@ def groups_bound(cost: CostModel, limit: int) -> float:
     if cost.shares is not None:
         return work
     nodes, speeds, batch = cost.inputs.cluster.nodes, type_speeds(cost, limit), cost.train.global_batch_sequences
-    rows = cost.model.layers * batch * cost.train.sequence_length * cost.model.top_k
+    rows = rows_of(cost)
     problem = pulp.LpProblem("groups", pulp.LpMinimize)
     time = problem.add_variable("time", 0)  # in work bounds
     attended = [problem.add_variable(f"a{k}", 0) for k in range(len(nodes))]  # shares of the batch

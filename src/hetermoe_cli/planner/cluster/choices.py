@@ -14,7 +14,7 @@ from hetermoe_cli.planner.baselines.rival import micro_batch_counts, recompute_c
 from hetermoe_cli.planner.cluster.parts import Kernels, Part
 from hetermoe_cli.planner.rates import ClassRates
 from hetermoe_cli.planner.space import divisors
-from hetermoe_cli.spec.plan import ScheduleChoice
+from hetermoe_cli.spec.layout import ScheduleChoice
 
 LEVEL_STEPS = 30
 

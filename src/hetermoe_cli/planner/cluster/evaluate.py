@@ -16,7 +16,7 @@ from hetermoe_cli.planner.counts import Counts, fits, from_totals, seconds
 from hetermoe_cli.planner.deal import deal
 from hetermoe_cli.planner.graph import TaskGraph, task_graph
 from hetermoe_cli.planner.rates import Port, Rates
-from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.spec.layout import Layout
 
 FULL = 12  # layers that are timed in full
 FEW = (3, 6)  # layers that a row is timed over

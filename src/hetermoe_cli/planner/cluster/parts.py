@@ -6,7 +6,8 @@ from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.cluster.compositions import Composition, ranks_of
 from hetermoe_cli.planner.rates import ClassRates, device_rates
 from hetermoe_cli.spec.cluster import NodeGroup, subcluster
-from hetermoe_cli.spec.plan import Inputs, ScheduleChoice
+from hetermoe_cli.spec.layout import ScheduleChoice
+from hetermoe_cli.spec.plan import Inputs
 
 
 def group_inputs(inputs: Inputs, ranks: list[int], sequences: int) -> Inputs:

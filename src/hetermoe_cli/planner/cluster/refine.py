@@ -11,7 +11,8 @@ from hetermoe_cli.planner.orders import other_orders
 from hetermoe_cli.planner.search import search
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.simulator import simulate
-from hetermoe_cli.spec.plan import Group, Layout
+from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.plan import Group
 
 MOST_DEVICES = 16
 MOST_TASKS = 4000  # layers x experts: beyond, its linear programs take longer than they are worth

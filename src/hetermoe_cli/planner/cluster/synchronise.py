@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.cluster.evaluate import Evaluated
 from hetermoe_cli.planner.cluster.parts import Part
-from hetermoe_cli.spec.plan import Layout
+from hetermoe_cli.spec.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from hetermoe_cli.spec.cluster import Device
-from hetermoe_cli.spec.plan import LayerPlacement, Layout
+from hetermoe_cli.spec.layout import LayerPlacement, Layout
 
 
 def trimmed(
