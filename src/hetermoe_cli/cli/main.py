@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from hetermoe_cli.cli import plan, profile, simulate, train
+from hetermoe_cli.cli import bench, calibrate, plan, profile, simulate, train
 from hetermoe_cli.errors import ExitCode, UserError
 
 app = typer.Typer(
@@ -18,6 +18,8 @@ app.command("profile")(profile.profile)
 app.command("plan")(plan.plan)
 app.command("simulate")(simulate.simulate)
 app.command("train")(train.train)
+app.command("bench")(bench.bench)
+app.command("calibrate")(calibrate.calibrate)
 
 
 def main() -> None:

@@ -1,0 +1,117 @@
+"""Held-out plans of bench_emulated.py: layouts drawn at random, which no search would choose, with their predictions.
+
+2 A40 + 2 V100 and Mixtral-D1's widths (plans/*/demo.yaml). Drawn: sequence length, R, window, recomputation, order of
+experts, who attends to how many sequences, and who hosts which number of experts in every layer.
+"""
+
+import datetime
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.launch.prepare import automatic_time_scale
+from hetermoe_cli.planner.deal import number
+from hetermoe_cli.planner.plan import embed
+from hetermoe_cli.planner.replay import overflow
+from hetermoe_cli.simulator import simulate
+from hetermoe_cli.spec.cluster import ClusterSpec
+from hetermoe_cli.spec.files import dump, load
+from hetermoe_cli.spec.layout import ExpertOrder, Layout, ScheduleChoice
+from hetermoe_cli.spec.library import load_links, load_profiles
+from hetermoe_cli.spec.model import load_model
+from hetermoe_cli.spec.plan import Bound, Group, Inputs, Plan, Prediction, SolverReport
+from hetermoe_cli.spec.train import Recompute, TrainSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL, CLUSTER, TRAIN = (ROOT / "plans" / kind / "demo.yaml" for kind in ("models", "clusters", "train"))
+LENGTHS = (4096, 8192, 12288, 16384, 24576, 32768)
+MOST_DRAWS = 2000
+LONGEST_SECONDS = 5.0  # of an emulated iteration, so that the bench ends in time
+WINDOWS = {"zebra": (1, (2, 4, 8)), "windowed": (2, (4, 8)), "sequential": (0, (2, 4, 8))}  # windows (0: R), R
+
+
+def inputs_for(sequence_length: int) -> Inputs:
+    """The emulated cluster, model and batch, with the shipped profiles."""
+    folders = [ROOT / "profiles"]
+    cluster = load(ClusterSpec, CLUSTER)
+    return Inputs(
+        model=load_model(str(MODEL)),
+        cluster=cluster,
+        links=load_links(cluster, folders),
+        profiles=load_profiles(cluster, folders),
+        train=load(TrainSpec, TRAIN).model_copy(update={"sequence_length": sequence_length}),
+    )
+
+
+def held_out(folder: Path, count: int, seed: int) -> list[Path]:
+    """Files of `count` plans that fit and whose emulated iteration is short; schedules in turn, half of them at 16K."""
+    random = np.random.default_rng(seed)
+    files: list[Path] = []
+    for _ in range(MOST_DRAWS):
+        if len(files) == count:
+            return files
+        kind = list(WINDOWS)[len(files) % len(WINDOWS)]
+        inputs = inputs_for(16384 if len(files) % 2 else int(random.choice(LENGTHS)))
+        cost = LayoutCost(CostModel(inputs), _draw(inputs, kind, random))
+        if overflow(cost):
+            continue
+        plan = manual_plan(inputs, cost)
+        if plan.predicted.iteration_seconds * automatic_time_scale(plan) <= LONGEST_SECONDS:
+            files.append(folder / f"held-out-{len(files) + 1}.yaml")
+            dump(plan, files[-1], "A layout drawn at random by scripts/emulated_plans.py; its prediction is simulated.")
+    raise RuntimeError(f"{MOST_DRAWS} draws gave {len(files)} plans that fit and are short enough, {count} are wanted")
+
+
+def _draw(inputs: Inputs, kind: str, random: np.random.Generator) -> Layout:
+    """A layout of a kind of schedule: who attends is drawn once, who hosts in every layer."""
+    parts, counts = WINDOWS[kind]
+    micro_batches = int(random.choice(counts))
+    schedule = ScheduleChoice(
+        micro_batches=micro_batches,
+        window=micro_batches // parts if parts else 1,
+        experts=random.choice(get_args(ExpertOrder)),
+        recompute=random.choice(get_args(Recompute)),
+    )
+    share = inputs.train.global_batch_sequences // micro_batches
+    attending = [0.5, 0.5, 0, 0] if random.random() < 0.5 else [0.35, 0.35, 0.15, 0.15]
+    return Layout(
+        schedule=schedule,
+        sequences_per_rank=random.multinomial(share, attending).tolist(),
+        placement=[number(_hosting(inputs, random), 0) for _ in range(inputs.model.layers)],
+    )
+
+
+def _hosting(inputs: Inputs, random: np.random.Generator) -> list[int]:
+    """Experts of a layer on every rank: two ranks or more host two or more each, so that no task is short."""
+    world = inputs.cluster.world_size
+    hosts = random.choice(world, random.integers(2, world + 1), replace=False)
+    counts = np.zeros(world, int)
+    counts[hosts] = 2 + random.multinomial(inputs.model.experts - 2 * len(hosts), np.full(len(hosts), 1 / len(hosts)))
+    found: list[int] = counts.tolist()
+    return found
+
+
+def manual_plan(inputs: Inputs, cost: LayoutCost) -> Plan:
+    """A plan of a given layout: predicted, not searched for."""
+    layout, embedded, trace = cost.layout, embed(inputs), simulate(cost)
+    ranks = range(layout.world_size)
+    tokens = inputs.train.global_batch_sequences * inputs.train.sequence_length
+    return Plan(
+        date=datetime.date.today(),
+        assignment="manual",
+        groups=[Group.of(layout, [list(ranks)])],
+        predicted=Prediction(
+            iteration_seconds=trace.seconds,
+            tokens_per_second=tokens / trace.seconds,
+            busy_share_per_rank=trace.busy_share(layout.world_size),
+        ),
+        bound=Bound(iteration_seconds=0.0, work_iteration_seconds=0.0, exact_over="not solved"),
+        gap=0.0,
+        memory=[cost.memory(rank) for rank in ranks],
+        baselines={},
+        solver=SolverReport(name="none", status="not searched", seconds=0.0),
+        inputs=embedded,
+        inputs_sha256=embedded.hashes(),
+    )
