@@ -11,14 +11,11 @@ from hetermoe_cli.spec.model import NAMED_MODELS
 from roofline import Rates, attention_work
 
 GEMM_SHARE = 0.6  # of the data sheet's dense rate: the middle of the 40-80 % that large GEMMs reach
-CORE_SHARE = (
-    0.36  # of the data sheet's rate, 0.6 of sustained GEMMs: FlashAttention 2 on Ampere and Ada workstation cards
-)
 BANDWIDTH_SHARE = 0.9  # of the data sheet's bandwidth: a device copy on an H100 measured 3.0 of 3.35 TB/s
 
-# Where a kernel's own paper measured it on this very GPU, the core runs at the low end of that, as a share of the data
-# sheet's rate: training has shorter runs, causal masks and other kernels between.
-A100_CORE_SHARE = 0.5  # FA2: 50-73 %
+# The attention core runs at the low end of what the kernel's own paper measured, as a share of the data sheet's rate:
+# training has shorter runs, causal masks and other kernels between.
+FA2_CORE_SHARE = 0.5  # FA2: 50-73 % on an A100; taken for the same kernel on all of Ampere and Ada
 H100_CORE_SHARE = 0.525  # FA3: 1.5-2.0 x (forward) and 1.5-1.75 x (backward) FA2's 35 %; at best 740 TFLOP/s
 
 V100_EXPERT_SLOWDOWN = 1 / 0.8  # paper: V100 runs experts at 80 % of A40's speed at every length
@@ -65,8 +62,8 @@ class Gpu:
 
 def new_gpu(
     sheet: Sheet,
-    core_share: float = CORE_SHARE,
-    core_source: str = "FlashAttention 2, 0.6 of sustained GEMMs",
+    core_share: float = FA2_CORE_SHARE,
+    core_source: str = "FlashAttention 2, low end of its paper's 50-73 % on an A100",
 ) -> Gpu:
     """Rates as stated shares of the data sheet; `core_share` is the attention core's."""
     peak = sheet.teraflops * 1e12
@@ -116,7 +113,7 @@ def gpus() -> dict[str, Gpu]:
         "V100": old_gpu(v100, a40, V100_EXPERT_SLOWDOWN, V100_ATTENTION_SLOWDOWN),
         "L40S": l40s,
         "T4": old_gpu(t4, l40s, T4_EXPERT_SLOWDOWN, T4_ATTENTION_SLOWDOWN),
-        "A100-80": new_gpu(a100, A100_CORE_SHARE, "FlashAttention 2, low end of its paper's 50-73 % on an A100"),
+        "A100-80": new_gpu(a100),
         "H100": new_gpu(
             h100, H100_CORE_SHARE, "FlashAttention 3, low end of its paper's 1.5-2.0 x the 35 % of FlashAttention 2"
         ),

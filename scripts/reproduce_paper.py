@@ -30,7 +30,7 @@ ASSUMED = Case()
 OTHERS = {  # the same with one assumption changed
     "4 sequences": Case(per_attention_gpu=4),
     "16 sequences": Case(per_attention_gpu=16),
-    "EP without overlap": Case(ep_overlaps=False),
+    "EP with overlap": Case(ep_overlaps=True),
 }
 SHARE_WITHIN = 0.8
 COLUMNS = {"ep": "EP", "dist_ep": "DistEP", "ep_ideal": "EP (Ideal)", "ep_ideal_charged": "charged", "pp": "PP"}

@@ -37,7 +37,7 @@ def test_the_greedy_cannot_act_where_counts_do_not_divide() -> None:
 
 
 def test_ep_that_overlaps_nothing_is_slower() -> None:
-    at = [point(case, "O1", "D1", 4) for case in (CASE, Case(ep_overlaps=False))]
+    at = [point(case, "O1", "D1", 4) for case in (Case(ep_overlaps=True), Case(ep_overlaps=False))]
     assert paper_points.run(at[1], "ep").seconds > paper_points.run(at[0], "ep").seconds
     assert paper_points.run(at[1], "hetermoe").seconds == paper_points.run(at[0], "hetermoe").seconds
 

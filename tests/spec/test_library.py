@@ -1,6 +1,7 @@
 """Profiles and links are found by name in folders, the first folder first; one line where they are not."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -17,9 +18,9 @@ def named_cluster(link: str) -> ClusterSpec:
     return cluster.model_copy(update={"nodes": nodes})
 
 
-def record(name: str, bandwidth: float) -> LinkRecord:
+def record(name: str, bandwidth: float, source: Literal["measured", "modelled"] = "modelled") -> LinkRecord:
     link = Link(bandwidth_gigabytes_per_second=bandwidth, latency_microseconds=0.0)
-    return LinkRecord(name=name, source="modelled", date=DAY, link=link)
+    return LinkRecord(name=name, source=source, date=DAY, link=link)
 
 
 def test_the_first_folder_wins(tmp_path: Path) -> None:
@@ -30,6 +31,20 @@ def test_the_first_folder_wins(tmp_path: Path) -> None:
     cluster = named_cluster("wire")
     assert load_links(cluster, folders)["wire"].bandwidth_gigabytes_per_second == 1.0
     assert load_profiles(cluster, folders)["new"].device == "new"
+
+
+def test_measured_wins_over_modelled_and_must_not_contradict_itself(tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    cluster, profile = named_cluster("wire"), make_profile("new")
+    dump(profile.model_copy(update={"source": "modelled"}), tmp_path / "a" / "new.yaml")
+    dump(profile.model_copy(update={"source": "measured"}), tmp_path / "b" / "new.yaml")
+    assert load_profiles(cluster, folders)["new"].source == "measured"
+    dump(record("wire", 1.0), tmp_path / "a" / "links" / "wire.yaml")
+    dump(record("wire", 2.0, "measured"), tmp_path / "b" / "links" / "wire.yaml")
+    assert load_links(cluster, folders)["wire"].bandwidth_gigabytes_per_second == 2.0
+    dump(record("wire", 3.0, "measured"), tmp_path / "a" / "links" / "wire.yaml")
+    with pytest.raises(UserError, match=r"field link: contradicts .*, measured as well"):
+        load_links(cluster, folders)
 
 
 def test_what_is_missing_or_wrong_is_named(tmp_path: Path) -> None:
@@ -53,4 +68,4 @@ def test_the_working_directory_comes_before_what_ships(tmp_path: Path, monkeypat
     assert default_folders() == [packaged_folder()]
     assert (packaged_folder() / "A40.yaml").is_file()
     (tmp_path / "profiles").mkdir()
-    assert default_folders() == [Path("profiles")]
+    assert default_folders() == [Path("profiles"), packaged_folder()]

@@ -17,51 +17,56 @@ def packaged_folder() -> Path:
 
 
 def default_folders() -> list[Path]:
-    """`profiles` in the working directory where there is one, else what ships with hetermoe."""
-    local = Path("profiles")
-    return [local] if local.is_dir() else [packaged_folder()]
+    """`profiles` in the working directory where there is one, then what ships with hetermoe."""
+    local, packaged = Path("profiles"), packaged_folder()
+    return [local] * (local.is_dir() and local.resolve() != packaged.resolve()) + [packaged]
 
 
 def load_profiles(cluster: ClusterSpec, folders: Sequence[Path]) -> dict[str, Profile]:
-    """One profile per device type of the cluster, from the first folder that has it."""
+    """One profile per device type of the cluster: measured ones before modelled ones, then by the folders' order."""
     return {device: _load_profile(cluster, device, folders) for device in cluster.device_types}
 
 
 def load_links(cluster: ClusterSpec, folders: Sequence[Path]) -> dict[str, Link]:
-    """The link records that the cluster names, from the first folder that has each."""
+    """The link records that the cluster names, chosen like profiles. UserError where two measured ones differ."""
     return {name: _load_link(cluster, name, folders) for name in sorted(cluster.link_names())}
 
 
 def _load_profile(cluster: ClusterSpec, device: str, folders: Sequence[Path]) -> Profile:
-    path = _find(f"{device}.yaml", folders)
-    if path is None:
+    found = [(path, load(Profile, path)) for path in _find(f"{device}.yaml", folders)]
+    if not found:
         raise UserError(
             f"cluster {cluster.name}: no profile {device}.yaml in {_names(folders)}: run `hetermoe profile` on a "
             f"machine with a {device}, or name the folder with --profiles"
         )
-    profile = load(Profile, path)
+    path, profile = min(found, key=lambda pair: pair[1].source != "measured")
     if profile.device != device:
         raise UserError(f"{path}: field device: expected {device!r}, found {profile.device!r}")
     return profile
 
 
 def _load_link(cluster: ClusterSpec, name: str, folders: Sequence[Path]) -> Link:
-    path = _find(f"links/{name}.yaml", folders)
-    if path is None:
+    found = [(path, load(LinkRecord, path)) for path in _find(f"links/{name}.yaml", folders)]
+    if not found:
         raise UserError(
             f"cluster {cluster.name}: no link record links/{name}.yaml in {_names(folders)}: run `hetermoe profile` "
             "between two workers, or write the link's numbers into the cluster file"
         )
-    record = load(LinkRecord, path)
+    path, record = min(found, key=lambda pair: pair[1].source != "measured")
     if record.name != name:
         raise UserError(f"{path}: field name: expected {name!r}, found {record.name!r}")
+    for other, rival in found:
+        if rival.source == record.source == "measured" and rival.link != record.link:
+            raise UserError(
+                f"{other}: field link: contradicts {path}, measured as well: leave one of the two folders out"
+            )
     return record.link
 
 
-def _find(name: str, folders: Sequence[Path]) -> Path | None:
+def _find(name: str, folders: Sequence[Path]) -> list[Path]:
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"{name!r} is no name of a profile or link: it must not leave the profiles folder")
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+    return [folder / name for folder in folders if (folder / name).is_file()]
 
 
 def _names(folders: Sequence[Path]) -> str:
