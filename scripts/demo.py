@@ -21,6 +21,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 HETERMOE = str(Path(sys.executable).parent / "hetermoe")
 STEPS, SHORT_STEPS = 42, 5
+MICRO_BATCHES = 4  # with more, tasks get so short that emulating them takes long
 EXECUTED_SEQUENCE_LENGTH = 96
 stderr = Console(stderr=True)
 
@@ -41,7 +42,7 @@ def plan(folder: Path, assignment: str) -> Path:
     output = folder / f"{assignment}.yaml"
     inputs = ("--model", "plans/models/demo.yaml", "--cluster", "plans/clusters/demo.yaml")
     spec = ("--train", "plans/train/demo.yaml", "--assignment", assignment, "--output", output)
-    hetermoe("plan", *inputs, *spec)
+    hetermoe("plan", *inputs, *spec, "--max-micro-batches", MICRO_BATCHES)
     return output
 
 

@@ -1,5 +1,6 @@
 """From a plan and options to a RunSpec: everything is checked here, before a single worker starts."""
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.spec.profile import Precision
 from hetermoe_cli.spec.run import Emulation, RunSpec
 
-SHORTEST_EMULATED_SECONDS = 0.013  # below about 2 ms real work overruns its target; four processes share few cores
+SHORTEST_EMULATED_SECONDS = 0.013  # of common tasks: four processes share few cores, and what overruns adds up
+LEAST_EMULATED_SECONDS = 0.004  # of rare ones: below about 2 ms real work overruns its target
+SHORT_SHARE = 0.04  # of a rank's compute that rare short tasks may take
 
 
 @dataclass(frozen=True)
@@ -135,20 +138,21 @@ def small_model(nominal: ModelConfig) -> ModelConfig:
 
 
 def automatic_time_scale(plan: Plan) -> float:
-    """Seconds of an emulated run per nominal second, such that real work ends before its targets."""
-    return SHORTEST_EMULATED_SECONDS / _shortest_task_seconds(plan)
+    """Seconds of an emulated run per nominal second, such that real work ends before its targets.
 
-
-def _shortest_task_seconds(plan: Plan) -> float:
-    """Shortest attention or expert task of the plan under a balanced router, in nominal seconds."""
+    SHORTEST_EMULATED_SECONDS for all attention and expert tasks but the shortest ones, which together take at most
+    SHORT_SHARE of any rank's; those get LEAST_EMULATED_SECONDS.
+    """
     from hetermoe_cli.cost import CostModel, LayoutCost, balanced_load
     from hetermoe_cli.schedule.action import Kind
 
     model = CostModel(plan.inputs)
     cost = LayoutCost(model, plan.layout, balanced_load(model, plan.layout))  # an expert may be assumed to get no row
-    return min(
-        cost.seconds(rank, action)
-        for rank, order in enumerate(training_schedule(plan.layout).compute)
-        for action in order
-        if action.kind in (Kind.ATTENTION, Kind.EXPERT)
-    )
+    scale = 0.0
+    for rank, order in enumerate(training_schedule(plan.layout).compute):
+        tasks = sorted(cost.seconds(rank, a) for a in order if a.kind in (Kind.ATTENTION, Kind.EXPERT))
+        sums = itertools.accumulate(tasks)
+        common = next((task for task, taken in zip(tasks, sums, strict=True) if taken > SHORT_SHARE * sum(tasks)), None)
+        if common is not None:
+            scale = max(scale, SHORTEST_EMULATED_SECONDS / common, LEAST_EMULATED_SECONDS / tasks[0])
+    return scale
