@@ -1,4 +1,4 @@
-"""Run every scripts/bench_*.py in turn, keep the results in runs/bench/, fail if a bar fails or is missing."""
+"""Run every bench_*.py and reproduce_paper.py, keep the results in runs/bench/, fail if a bar fails or is missing."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 def main() -> None:
     """Exit 1 unless every bar holds."""
     good = True
-    for script in sorted(HERE.glob("bench_*.py")):
+    for script in [*sorted(HERE.glob("bench_*.py")), HERE / "reproduce_paper.py"]:
         if script.name == Path(__file__).name:
             continue
         print(f"== {script.name}", file=sys.stderr)
