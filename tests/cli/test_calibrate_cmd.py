@@ -1,41 +1,19 @@
 """`hetermoe calibrate`: files, tables, JSON, dry runs, and every documented refusal."""
 
 import json
-import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from builders import make_layout, make_model, make_profile
-from hetermoe_cli.cli.main import main
+from command import Hetermoe, Result
 from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.spec.profile import Profile
 from run_builders import measured_plan, scaled_inputs, write_run
 
 RATIOS = {"new": {"attention forward": 1.25, "expert backward": 2.0}}
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-class Hetermoe:
-    """Runs the command in this process, in an empty working directory."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch, self._capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: object) -> Result:
-        self._monkeypatch.setattr(sys, "argv", ["hetermoe", *map(str, arguments)])
-        self._capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        code = caught.value.code
-        return Result(code if isinstance(code, int) else 0, *self._capsys.readouterr())
 
 
 @pytest.fixture

@@ -3,40 +3,19 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
 
 from builders import make_inputs, make_layout, make_plan, make_profile
-from hetermoe_cli.cli.main import main
+from command import Hetermoe, Result
 from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.schedule.schedule import parse_schedule
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.trace import Trace, read_trace
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-class Hetermoe:
-    """Runs the command in this process."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch, self._capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: object) -> Result:
-        self._monkeypatch.setattr(sys, "argv", ["hetermoe", *map(str, arguments)])
-        self._capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        code = caught.value.code
-        return Result(code if isinstance(code, int) else 0, *self._capsys.readouterr())
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The rivals as planner.md and section 3 of paper.md define them, on figures worked out by hand."""
+"""The rivals as their modules define them, on figures worked out by hand."""
 
 from math import inf
 

@@ -9,7 +9,7 @@ lane     the transfers that a device receives follow each other; so do those tha
          through the NIC of a node;
 memory   experts that a device can hold.
 For a given time each of them limits the experts of a device; the bound is the least time at which all experts of all
-layers find a place (bisection). Source of the terms: planner.md and the simulator's edges.
+layers find a place (bisection). Source of the terms: the edges of the task graph.
 """
 
 from collections.abc import Sequence

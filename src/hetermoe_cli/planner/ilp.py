@@ -1,4 +1,4 @@
-"""The MILP of one choice: build, solve, extract (design: planner.md, "One group, fixed order").
+"""The MILP of one choice: build, solve, extract.
 
 Classes share variables. Of an uneven class the `largest` model charges every device as the one with most experts: its
 makespan is never below the simulator's replay. The `mean` model charges the class's mean where several devices add

@@ -81,7 +81,7 @@ _SOURCES = {  # the task that one of layer l needs, and its layer's distance fro
 
 @lru_cache(maxsize=65536)
 def inputs(action: Action, layers: int) -> tuple[Action, ...]:
-    """Tasks whose results `action` needs, whether or not they exist for a given rank (source: paper section 2).
+    """Tasks whose results `action` needs, whether or not a given rank has them (source: arXiv 2504.03871).
 
     Order on one rank's compute stream is not repeated here: the schedule's order implies it.
     """

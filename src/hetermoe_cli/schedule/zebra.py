@@ -1,4 +1,4 @@
-"""The one generator of orders: Layout -> compute order per rank (paper section 2, Theorem 1)."""
+"""The one generator of orders: Layout -> compute order per rank (Theorem 1 of arXiv 2504.03871)."""
 
 from collections.abc import Sequence
 from functools import lru_cache

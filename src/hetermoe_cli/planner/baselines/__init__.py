@@ -7,7 +7,7 @@ ep_ideal            ideal.py     EP on each type alone, throughputs added; no re
 ep_ideal_charged    ideal.py     the same, and the all-reduce of all gradients between the types
 pp                  pipeline.py  layers over stages, tuned under memory limits; data parallel replicas
 
-Definitions: planner.md, paper.md sections 3 and 5. What has no Layout cannot be run by this engine, and its
+Assumptions in the reproduction: docs/paper.md. What has no Layout cannot be run by this engine, and its
 Rival says in words how it runs.
 """
 

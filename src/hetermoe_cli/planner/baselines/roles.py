@@ -91,7 +91,7 @@ def split_layout(cost: CostModel, roles: Roles, schedule: ScheduleChoice, given:
 
 
 def offloaded(cost: CostModel, roles: Roles, schedule: ScheduleChoice) -> list[int]:
-    """Algorithm 1 (paper.md section 3): experts that the attending ranks take together, per layer.
+    """Algorithm 1 of the paper (arXiv 2504.03871): experts that the attending ranks take together, per layer.
 
     Nothing where the counts do not divide each other. With several hosting types the slowest counts.
     """
