@@ -1,6 +1,6 @@
 """The simulator's rules in the plainest form: one task a rank and action, lists of what each waits for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from hetermoe_cli.cost import LayoutCost
 from hetermoe_cli.schedule.action import Action, Kind
@@ -19,17 +19,23 @@ def waits(schedule: Schedule, layers: int, ports: Callable[[Action], object]) ->
             task = (-1 if action.kind is Kind.SYNCHRONISE else rank, action)
             found = result.setdefault(task, [])
             found += [previous] if previous else []
-            found += [(-1, s) for s in inputs(action, layers) if rank in schedule.receivers.get(s, ())]
+            found += [(-1, s) for s in sources(schedule, action, layers) if rank in schedule.receivers.get(s, ())]
             previous = task
     last: dict[object, Task] = {}
     for action in schedule.transfers:
         used = [("port", port) for port in ports(action)]  # type: ignore[attr-defined]
-        used += [(action.towards_experts, rank) for rank in participants(schedule, action)]
+        used += [(action.lane, rank) for rank in participants(schedule, action)]
         found = [last[key] for key in used if key in last]
         found += [(rank, source) for source in inputs(action, layers) for rank in schedule.senders[action]]
         result[-1, action] = [task for task in found if task in result]
         last |= dict.fromkeys(used, (-1, action))
     return result
+
+
+def sources(schedule: Schedule, action: Action, layers: int) -> Sequence[Action]:
+    if action.kind is Kind.SYNCHRONISE:
+        return [t for t in schedule.transfers if t.kind is Kind.REDUCE]
+    return inputs(action, layers)
 
 
 def participants(schedule: Schedule, action: Action) -> set[int]:

@@ -74,7 +74,7 @@ def _predecessors(schedule: Schedule, ports: Sequence[tuple[int, ...]]) -> list[
     kinds: dict[object, int] = {}  # transfers that use the same ports and lanes
     kind_of = []
     for action, used in zip(schedule.transfers, ports, strict=True):
-        key = (action.towards_experts, used, schedule.senders[action], schedule.receivers[action])
+        key = (action.lane - 1, used, schedule.senders[action], schedule.receivers[action])
         kind_of.append(kinds.setdefault(key, len(kinds)))
     conflicts = _conflicts(schedule.world_size, kinds)
     last = [-1] * len(kinds)
@@ -89,10 +89,10 @@ def _conflicts(world: int, kinds: Iterable[Any]) -> list[list[int]]:
     """For each kind of transfer those that share a port or a lane with it."""
     keys = list(kinds)
     lanes = 1 + max((max(ports, default=-1) for _, ports, _, _ in keys), default=-1)
-    uses = np.zeros((len(keys), lanes + 2 * world), dtype=np.float32)
-    for row, (towards_experts, ports, senders, receivers) in zip(uses, keys, strict=True):
+    uses = np.zeros((len(keys), lanes + 3 * world), dtype=np.float32)
+    for row, (number, ports, senders, receivers) in zip(uses, keys, strict=True):
         row[list(ports)] = 1
-        lane = row[lanes + world * towards_experts :]
+        lane = row[lanes + world * number :]
         lane[list(senders)] = lane[list(receivers)] = 1
     return [np.flatnonzero(row).tolist() for row in uses @ uses.T]
 
@@ -163,11 +163,17 @@ class _Graph:
             for earlier in transfer.before:
                 self._edge(first + earlier, number)
         for task, compute in enumerate(self.compute):
-            for source in inputs(compute.action, self._layers):
+            for source in self._sources(compute.action):
                 if source in numbers:
                     for _, places in self._chosen([task], schedule.receivers[source]):
                         compute.arrivals.append((numbers[source] - first, places))
                         self._edge(numbers[source], task)
+
+    def _sources(self, action: Action) -> Sequence[Action]:
+        """What a compute task needs; the end of synchronisation needs all gradients."""
+        if action.kind is Kind.SYNCHRONISE:
+            return [t for t in self._schedule.transfers if t.kind is Kind.REDUCE]
+        return inputs(action, self._layers)
 
     def _chosen(self, tasks: Sequence[int], ranks: tuple[int, ...]) -> list[tuple[int, Places]]:
         """Those of `tasks` that run on some of `ranks`, and where these stand among the task's own."""

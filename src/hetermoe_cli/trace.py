@@ -11,7 +11,7 @@ from hetermoe_cli.schedule.action import Action, Kind
 from hetermoe_cli.spec.files import read_text, write_atomic
 
 Origin = Literal["simulated", "measured", "emulated"]
-LANES = ("compute", "to experts", "from experts")
+LANES = ("compute", "to experts", "from experts", "gradients")
 _WORDS = {Kind.HEAD: "head", Kind.SYNCHRONISE: "synchronise", Kind.OPTIMIZER: "optimizer"}
 
 
@@ -122,9 +122,7 @@ def _span(event: dict[str, Any]) -> Span:
 
 def lane_of(action: Action) -> str:
     """The lane that a task runs on."""
-    if not action.is_transfer:
-        return LANES[0]
-    return LANES[1] if action.towards_experts else LANES[2]
+    return LANES[action.lane]
 
 
 def display_name(action: Action) -> str:

@@ -93,11 +93,26 @@ def test_precision_scales_the_traffic() -> None:
 def test_dense_and_replicated_gradients_are_synchronised() -> None:
     model = make_model()
     plain = make_cost(make_layout((1, 1), (2, 2)), model=model)
-    assert plain.synchronise_seconds == pytest.approx(2 * model.dense_parameters / 1e9)
+    embedding, layer = model.hidden_size * model.vocab_size, model.attention_layer_parameters
+    segments = [layer + embedding, layer, model.edge_parameters - embedding]
+    assert sum(segments) == model.dense_parameters
+    found = [plain.reduce(place).seconds for place in range(3)]
+    assert found == pytest.approx([2 * segment / 1e9 for segment in segments])  # two bytes
     replicated = make_cost(make_layout((1, 1), (1, 2), replicated=1), model=model)
-    more = 2 * 2 * model.expert_parameters / 1e9  # two layers, two bytes
-    assert replicated.synchronise_seconds == pytest.approx(plain.synchronise_seconds + more)
-    assert make_cost(make_layout(), model=model).synchronise_seconds == 0.0
+    more = 2 * model.expert_parameters / 1e9
+    assert [replicated.reduce(place).seconds for place in range(2)] == pytest.approx([s + more for s in found[:2]])
+    assert replicated.reduce(2) == plain.reduce(2)
+    assert make_cost(make_layout(), model=model).reduce(0) == (0.0, ())
+
+
+def test_gradients_occupy_the_ring_of_attending_ranks() -> None:
+    # Two nodes of two: the ring through all four uses the NICs both ways and the interconnects inside.
+    cost = make_cost(make_layout((1, 1, 1, 1), (1, 1, 1, 1)), [("new", 2), ("new", 2)], model=make_model())
+    network = cost.cost.network
+    ring = [(0, 1), (1, 2), (2, 3), (3, 0)]
+    ports = {int(p) for s, d in ring for p in (network.out_port[s, d], network.in_port[s, d])}
+    assert cost.transfer(action("0RB0")) == cost.reduce(0)
+    assert set(cost.reduce(0).ports) == ports
 
 
 def test_a_recorded_load_equal_to_the_balanced_one_costs_the_same() -> None:

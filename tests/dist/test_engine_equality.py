@@ -1,6 +1,6 @@
 """The engine equals the plain single-device model: loss and every gradient, over several optimizer steps."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -9,12 +9,12 @@ import torch
 from builders import make_schedule
 from workers import run_workers
 
-from hetermoe_cli.model.data import Batches
+from hetermoe_cli.model.data import END_OF_TEXT, Batches
 from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
 from hetermoe_cli.model.transformer import Transformer, initialise, named_state, named_tensors, parameter_slices
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.layout import ExpertOrder, LayerPlacement, Layout, ScheduleName, TransferOrder
-from hetermoe_cli.spec.train import Recompute, TrainSpec
+from hetermoe_cli.spec.train import Documents, Recompute, TrainSpec
 
 STEPS, LENGTH = 3, 12
 MODEL = ModelConfig(
@@ -35,11 +35,16 @@ class Case:
     transfers: TransferOrder = "layered"
     recompute: Recompute = "none"
     router: str = "learned"
+    documents: Documents = "joined"
     features: dict[str, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> ModelConfig:
         return ModelConfig.model_validate(MODEL.model_dump() | self.features)
+
+    @property
+    def train(self) -> TrainSpec:
+        return TRAIN.model_copy(update={"documents": self.documents})
 
     @property
     def layout(self) -> Layout:
@@ -65,6 +70,12 @@ MIXED = [
 SIGMOID = {"router_score": "sigmoid", "router_renormalise": False, "router_scale": 2.5, "shared_experts": 2}
 LOSSES = {"router_balance": "auxiliary", "router_auxiliary_loss": 0.5, "router_z_loss": 0.1}
 BIAS = {"router_score": "sigmoid", "router_balance": "bias", "router_bias_rate": 0.05, "router_auxiliary_loss": 0.1}
+CAPACITY = {"router_capacity": 0.8}
+ROPE = {
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4, "beta_fast": 2.0, "beta_slow": 0.1
+    }
+}  # fmt: skip
 CASES = {
     "1+1 R=1": Case([8, 0], hosts([], list(range(6))), 1),
     "1+1 R=2": Case([4, 0], hosts([], list(range(6))), 2),
@@ -106,6 +117,15 @@ CASES = {
     "router losses, EP, R=4": Case([1, 1], hosts([0, 1, 2], [3, 4, 5]), 4, features=LOSSES),
     "bias, EP": Case([2, 2], hosts([0, 1, 2], [3, 4, 5]), 2, features=BIAS),
     "bias, mixed, windows": Case([1, 1, 0, 0], MIXED, 4, schedule="windowed", features=BIAS),
+    "capacity, R=1": Case([8, 0], hosts([], list(range(6))), 1, features=CAPACITY),
+    "capacity, EP, R=4": Case([1, 1], hosts([0, 1, 2], [3, 4, 5]), 4, features=CAPACITY | LOSSES),
+    "capacity, mixed, windows, recompute": Case(
+        [1, 1, 0, 0], MIXED, 4, schedule="windowed", recompute="all", features=CAPACITY | BIAS
+    ),
+    "documents": Case([4, 0], hosts([], list(range(6))), 2, documents="masked"),
+    "documents, mixed, windows, recompute, rope scaling": Case(
+        [1, 1, 0, 0], MIXED, 4, schedule="windowed", recompute="all", documents="masked", features=ROPE | LOSSES
+    ),
 }  # fmt: skip
 TRAIN = TrainSpec(
     sequence_length=LENGTH, global_batch_sequences=8, steps=STEPS, warmup_steps=1, learning_rate=0.01, seed=3
@@ -113,7 +133,9 @@ TRAIN = TrainSpec(
 
 
 def batches() -> Batches:
+    """Random bytes; one in six ends a document, so that some sequences hold several and some none."""
     tokens = np.random.default_rng(0).integers(0, 256, 4000).astype(np.uint8)
+    tokens[np.random.default_rng(1).random(4000) < 1 / 6] = END_OF_TEXT
     return Batches(tokens, LENGTH, 8, seed=1)
 
 
@@ -151,7 +173,8 @@ def arrays(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 def reference(case: Case) -> list[Step]:
     torch.set_num_threads(1)
-    model = Transformer(case.model, case.router).double()
+    end = END_OF_TEXT if case.documents == "masked" else None
+    model = Transformer(case.model, case.router, end).double()
     initialise(model, case.model, seed=3)
     starve(model)
     optimizer, data, result = make_optimizer(model, TRAIN), batches(), []
@@ -178,7 +201,7 @@ def work(rank: int, case: Case):
     layout = case.layout
     mesh = join(layout, "cpu")
     trainer = Trainer.build(
-        case.model, layout, TRAIN, mesh, sequence_length=LENGTH, precision="fp64", router=case.router
+        case.model, layout, case.train, mesh, sequence_length=LENGTH, precision="fp64", router=case.router
     )
     starve(trainer.parts)
     result = []
@@ -209,6 +232,23 @@ def test_equals_single_device_reference(name: str) -> None:
             for name, bias in found.biases.items():  # bit by bit, on every attending rank
                 np.testing.assert_array_equal(bias, wanted.biases[name], err_msg=name)
         assert seen == wanted.gradients.keys()
+
+
+def test_capacity_drops_rows_of_some_experts_in_every_step() -> None:
+    for step in reference(CASES["capacity, R=1"]):
+        dropped = 8 * LENGTH * MODEL.top_k - step.rows.sum(axis=1)
+        assert (dropped > 0).all()
+        assert step.rows.max() <= 8 * 4  # ceil(0.8 * 12 * 2 / 6) a sequence
+        assert step.rows.min() < 8 * 4
+
+
+@pytest.mark.parametrize("name", ["documents", "documents, mixed, windows, recompute, rope scaling"])
+def test_masks_and_scaled_positions_matter(name: str) -> None:
+    case = CASES[name]
+    masked = reference(case)[0].figures[0]
+    assert masked != pytest.approx(reference(replace(case, documents="joined"))[0].figures[0], abs=1e-4)
+    if case.features:
+        assert masked != pytest.approx(reference(replace(case, features=LOSSES))[0].figures[0], abs=1e-5)
 
 
 def test_a_bias_moves_the_choice_within_the_tested_steps() -> None:

@@ -1,5 +1,6 @@
 """The gate: scores, weights, losses by hand, the bias that balances, and its precision."""
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch.nn import functional
 from builders import make_model
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.model.attention import AttentionBlock
-from hetermoe_cli.model.gate import Choice, Gate, balance_loss, wide_linear
+from hetermoe_cli.model.gate import Choice, Gate, balance_loss, beyond, wide_linear
 from hetermoe_cli.model.optimizer import make_optimizer
 from hetermoe_cli.model.training_state import restore_training, training_shapes, training_tensors
 from hetermoe_cli.model.transformer import Transformer, named_state
@@ -108,6 +109,47 @@ def test_losses_pass_gradcheck() -> None:
         return choice.losses
 
     assert torch.autograd.gradcheck(losses, (rows(2, 3).requires_grad_(), weight))
+
+
+# --- capacity ---
+
+
+def test_capacity_keeps_the_first_rows_of_each_sequence() -> None:
+    """Three experts, two sequences of four tokens, top-2: at most three rows an expert and sequence."""
+    experts = torch.tensor([[[0, 1], [0, 2], [0, 1], [1, 0]], [[2, 1], [1, 0], [2, 1], [1, 2]]])
+    late = [[[0, 0], [0, 0], [0, 0], [0, 1]], [[0, 0], [0, 0], [0, 0], [1, 0]]]
+    assert beyond(experts, 3, 3).tolist() == torch.tensor(late, dtype=torch.bool).tolist()
+
+
+@pytest.mark.parametrize("capacity", [0.1, 0.8, 1.25, 6.0])
+def test_dropped_choices_have_no_weight_and_the_others_keep_theirs(capacity: float) -> None:
+    gate, free, x = make(router_capacity=capacity), make(), rows(4, 20)
+    choice, before = gate(x), free(x)
+    limit = math.ceil(capacity * 20 * 3 / 6)
+    expected, seen = before.experts.clone(), torch.zeros(4, 6, dtype=torch.int64)
+    for slot, expert in enumerate(before.experts.flatten().tolist()):
+        sequence = slot // 60
+        seen[sequence, expert] += 1
+        if seen[sequence, expert] > limit:
+            expected.view(-1)[slot] = 6
+    assert torch.equal(choice.experts, expected)
+    dropped = expected == 6
+    assert dropped.any() == (capacity < 6)
+    assert torch.equal(choice.weights, before.weights * ~dropped)
+
+
+def test_capacity_does_not_depend_on_how_a_batch_is_cut_and_sees_no_later_token() -> None:
+    gate, x = make(router_capacity=0.7), rows(4, 20)
+    whole = gate(x).experts.view(4, 20, 3)
+    assert torch.equal(whole, torch.cat([gate(part).experts.view(-1, 20, 3) for part in (x[:1], x[1:])]))
+    changed = x.clone()
+    changed[:, 13:] = -changed[:, 13:]
+    assert torch.equal(gate(changed).experts.view(4, 20, 3)[:, :13], whole[:, :13])
+
+
+def test_losses_count_dropped_choices() -> None:
+    fields = {"router_balance": "auxiliary", "router_auxiliary_loss": 0.3}
+    assert torch.equal(make(**fields)(rows()).losses, make(**fields, router_capacity=0.1)(rows()).losses)
 
 
 # --- bias ---

@@ -20,14 +20,20 @@ def choices(layout: Layout, seed: int, top_k: int) -> dict[int, torch.Tensor]:
     }
 
 
-@given(layouts(), st.integers(0, 1000))
-def test_rows_reach_their_expert_and_return_to_their_token(layout: Layout, seed: int) -> None:
+@given(layouts(), st.integers(0, 1000), st.sampled_from([0.0, 0.3, 1.0]))
+def test_rows_reach_their_expert_and_return_to_their_token(layout: Layout, seed: int, dropped: float) -> None:
     top_k = min(2, layout.experts)
     maps = [LayerMap(layout, 0, rank) for rank in range(layout.world_size)]
     chosen = choices(layout, seed, top_k)
+    for experts in chosen.values():
+        late = torch.rand(experts.shape, generator=torch.Generator().manual_seed(seed)) < dropped
+        experts[late] = layout.experts
     rows = {rank: torch.arange(TOKENS * WIDTH).view(TOKENS, WIDTH) + 1000.0 * rank for rank in chosen}
     routings = {rank: maps[rank].route(experts) for rank, experts in chosen.items()}
-    sent = {rank: routings[rank].gather(rows[rank]).split(routings[rank].sizes) for rank in chosen}
+    sent = {
+        rank: routings[rank].gather(rows[rank])[: sum(routings[rank].sizes)].split(routings[rank].sizes)
+        for rank in chosen
+    }
 
     returned: dict[int, list[torch.Tensor]] = {rank: [] for rank in chosen}
     for target in range(layout.world_size):
@@ -45,8 +51,12 @@ def test_rows_reach_their_expert_and_return_to_their_token(layout: Layout, seed:
 
     for rank, experts in chosen.items():
         outputs = routings[rank].to_tokens(torch.cat(returned[rank]))
-        assert torch.equal(outputs[..., :WIDTH], rows[rank].unsqueeze(1).expand(-1, top_k, -1))
-        assert torch.equal(outputs[..., WIDTH].long(), experts)
+        kept = experts < layout.experts
+        assert torch.equal(outputs[..., :WIDTH], rows[rank].unsqueeze(1) * kept.unsqueeze(-1))
+        assert torch.equal(outputs[..., WIDTH].long(), experts * kept)
+        counted = experts[kept].bincount(minlength=layout.experts)
+        assert routings[rank].by_expert == counted.tolist()
+        assert sum(routings[rank].sizes) == int(kept.sum())
 
 
 @given(layouts(), st.integers(0, 1000))

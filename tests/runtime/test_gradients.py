@@ -29,7 +29,7 @@ def add(p: nn.Parameter, value: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_small_contributions_of_many_micro_batches_are_not_lost(dtype: torch.dtype) -> None:
     shared, own = parameter(dtype), parameter(dtype)
-    gradients = Gradients([shared], [own], MESH, dtype)
+    gradients = Gradients([[shared]], [own], MESH, dtype)
     for p in (shared, own):
         add(p, 1.0)
         for _ in range(2**12):
@@ -45,7 +45,7 @@ def test_small_contributions_of_many_micro_batches_are_not_lost(dtype: torch.dty
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_wide_gradients_accumulate_in_place(dtype: torch.dtype) -> None:
     shared, own = parameter(dtype), parameter(dtype)
-    gradients = Gradients([shared], [own], MESH, dtype)
+    gradients = Gradients([[shared]], [own], MESH, dtype)
     for p in (shared, own):
         add(p, 1.0)
         add(p, 0.5)
@@ -59,7 +59,7 @@ def test_wide_gradients_accumulate_in_place(dtype: torch.dtype) -> None:
 def test_shared_gradients_are_kept_as_they_are_exchanged_own_ones_in_the_ranks_precision() -> None:
     for own, exchange in ((torch.float32, torch.bfloat16), (torch.float16, torch.float32)):
         shared, hosted = parameter(own), parameter(own)
-        gradients = Gradients([shared], [hosted], MESH, exchange)
+        gradients = Gradients([[shared]], [hosted], MESH, exchange)
         for p in (shared, hosted):
             add(p, 0.25)
             gradients.fold([p])
@@ -71,7 +71,7 @@ def test_shared_gradients_are_kept_as_they_are_exchanged_own_ones_in_the_ranks_p
 def test_a_step_undoes_the_scale(exchange: torch.dtype) -> None:
     """Also where some gradients are in place and some are not."""
     shared, own = parameter(torch.float32), parameter(torch.float32)
-    gradients = Gradients([shared], [own], MESH, exchange)
+    gradients = Gradients([[shared]], [own], MESH, exchange)
     plain = [parameter(torch.float32) for _ in range(2)]
     for p in (shared, own):
         add(p, 512.0)

@@ -8,7 +8,7 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import Action, Kind, Pass, parse_action
 
 ACTIONS = st.builds(Action, st.sampled_from(Kind), st.sampled_from(Pass), st.integers(0, 999), st.integers(0, 999))
-TRANSFERS = ACTIONS.filter(lambda action: action.is_transfer)
+ROWS = ACTIONS.filter(lambda action: action.kind in (Kind.DISPATCH, Kind.COMBINE))
 
 
 @given(ACTIONS)
@@ -44,13 +44,17 @@ def test_an_action_cannot_be_changed() -> None:
 def test_direction_of_transfers(text: str, towards: bool) -> None:
     assert parse_action(text).is_transfer
     assert parse_action(text).towards_experts is towards
+    assert parse_action(text).lane == (1 if towards else 2)
 
 
-def test_only_dispatch_and_combine_are_transfers() -> None:
-    assert {kind for kind in Kind if Action(kind, Pass.FORWARD).is_transfer} == {Kind.DISPATCH, Kind.COMBINE}
+def test_rows_and_gradients_are_transferred() -> None:
+    transfers = {kind for kind in Kind if Action(kind, Pass.FORWARD).is_transfer}
+    assert transfers == {Kind.DISPATCH, Kind.COMBINE, Kind.REDUCE}
+    assert parse_action("3RB7").lane == 3
+    assert {parse_action(text).lane for text in ("0AF0", "0EB0", "0HB0", "0SB0", "0OB0")} == {0}
 
 
-@given(TRANSFERS)
+@given(ROWS)
 def test_an_answer_goes_the_other_way_and_back(transfer: Action) -> None:
     answer = transfer.answer
     assert answer.is_transfer

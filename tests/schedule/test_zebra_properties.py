@@ -42,7 +42,9 @@ def travels(layout: Layout, layer: int) -> bool:
 
 
 def expected_transfers(layout: Layout, passes: tuple[Pass, ...]) -> Counter[Action]:
-    return Counter(
+    reduces = range(layout.layers + 1) if BACKWARD in passes and len(layout.attending) > 1 else ()
+    last = layout.micro_batches - 1
+    return Counter(Action(Kind.REDUCE, BACKWARD, layer, last) for layer in reduces) + Counter(
         Action(kind, direction, layer, j)
         for layer in range(layout.layers)
         if travels(layout, layer)
@@ -67,7 +69,8 @@ def test_every_task_exactly_once(layout: Layout) -> None:
 def test_attending_ranks_and_hosts_take_part_in_transfers(layout: Layout) -> None:
     schedule = training_schedule(layout)
     for transfer in schedule.transfers:
-        attending, hosts = tuple(layout.attending), tuple(layout.hosting(transfer.layer))
+        attending = tuple(layout.attending)
+        hosts = attending if transfer.kind is Kind.REDUCE else tuple(layout.hosting(transfer.layer))
         ends = (schedule.senders[transfer], schedule.receivers[transfer])
         assert ends == ((attending, hosts) if transfer.towards_experts else (hosts, attending))
 
@@ -124,8 +127,9 @@ def test_sequential_validation_with_one_layer_does_not_deadlock(layers: int) -> 
 @given(layouts(), st.data())
 def test_a_removed_transfer_is_found(layout: Layout, data: st.DataObject) -> None:
     schedule = training_schedule(layout)
-    assume(schedule.transfers)
-    gone = data.draw(st.sampled_from(schedule.transfers))
+    rows = [t for t in schedule.transfers if t.kind is not Kind.REDUCE]
+    assume(rows)
+    gone = data.draw(st.sampled_from(rows))
     mutant = Schedule(
         schedule.compute,
         tuple(t for t in schedule.transfers if t != gone),
@@ -139,8 +143,8 @@ def test_a_removed_transfer_is_found(layout: Layout, data: st.DataObject) -> Non
 @given(layouts(), st.data())
 def test_swapped_transfers_of_a_micro_batch_are_found(layout: Layout, data: st.DataObject) -> None:
     schedule = training_schedule(layout)
-    assume(schedule.transfers)
     order = list(schedule.transfers)
+    assume([t for t in order if t.kind is not Kind.REDUCE])
     first, second = draw_pair(data, order)
     order[first], order[second] = order[second], order[first]
     with pytest.raises(UserError, match="deadlock"):
@@ -174,9 +178,10 @@ def timeline_or_nothing(cost: LayoutCost, schedule: Schedule) -> list[Span]:
 
 
 def draw_pair(data: st.DataObject, order: list[Action]) -> tuple[int, int]:
-    """Indices of two tasks of one micro-batch."""
-    micro_batch = data.draw(st.sampled_from(order)).micro_batch
-    places = [index for index, action in enumerate(order) if action.micro_batch == micro_batch]
+    """Indices of two tasks of one micro-batch, all-reduces left out: they are no part of its chain."""
+    chained = [(index, action) for index, action in enumerate(order) if action.kind is not Kind.REDUCE]
+    micro_batch = data.draw(st.sampled_from(chained))[1].micro_batch
+    places = [index for index, action in chained if action.micro_batch == micro_batch]
     assume(len(places) > 1)
     pair = data.draw(st.lists(st.sampled_from(places), min_size=2, max_size=2, unique=True))
     return min(pair), max(pair)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hetermoe_cli.model.attention import rope_table, rotate
 from hetermoe_cli.model.moe import combine
+from hetermoe_cli.model.rope import rope_table, rotate
 from hetermoe_cli.spec.model import LatentAttention, ModelConfig
 
 

@@ -19,6 +19,7 @@ from hetermoe_cli.spec.model import (
     ModelConfig,
     load_model,
 )
+from hetermoe_cli.spec.rope import LinearScaling, YarnScaling
 
 # A config.json in the form that transformers 5 writes for Mixtral-8x7B.
 MIXTRAL: dict[str, Any] = {
@@ -41,6 +42,14 @@ MIXTRAL: dict[str, Any] = {
     "vocab_size": 32000,
 }
 
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096, "beta_fast": 16.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 LATENT = {"query_rank": 24, "key_value_rank": 20, "nope_size": 10, "rope_size": 6, "value_size": 12}
 
 
@@ -103,7 +112,7 @@ def test_latent_attention_and_shared_experts_count_every_matrix_once() -> None:
 def test_files_and_hashes_from_before_these_fields_stay_valid() -> None:
     model = load_model("tiny")
     for spec in (model, model.shape):
-        assert not {"shared_experts", "latent"} & spec.model_dump(mode="json").keys()
+        assert not {"shared_experts", "latent", "rope_scaling"} & spec.model_dump(mode="json").keys()
     assert sha256(model) == "d90d0ff2a88f1ea0f93df4dc8c19ffea40edfa4546194f7d9cd8c1f5b56455ed"  # in users' plans
     assert LayerShape.model_validate(model.shape.model_dump()) == model.shape
 
@@ -125,6 +134,7 @@ def test_the_engine_refuses_what_it_cannot_run() -> None:
 
 def test_router_fields_are_in_files_only_where_they_are_set() -> None:
     router = {"router_score": "sigmoid", "router_renormalise": False, "router_scale": 2.5, "router_z_loss": 1e-3}
+    router["router_capacity"] = 1.25
     model = make_model(**router)
     data = model.model_dump(mode="json")
     assert {name: value for name, value in data.items() if name in ROUTER_FIELDS} == router
@@ -162,6 +172,26 @@ def test_hugging_face_config_of_transformers_4(tmp_path: Path) -> None:
     assert (model.rope_theta, model.head_size) == (250000.0, 64)
 
 
+def test_hugging_face_rope_scaling(tmp_path: Path) -> None:
+    model = load_model(config_file(tmp_path, rope_parameters={**YARN, "rope_theta": 2e6, "attention_factor": None}))
+    assert model.rope_scaling == YarnScaling.model_validate(YARN)
+    assert model.rope_theta == 2e6
+
+
+@pytest.mark.parametrize(
+    ("old", "expected"),
+    [
+        ({"type": "linear", "factor": 2}, LinearScaling(factor=2)),
+        ({"type": "yarn", "factor": 8}, YarnScaling(factor=8, original_max_position_embeddings=32768)),
+        ({"rope_type": "default"}, None),
+    ],
+)
+def test_hugging_face_rope_scaling_of_transformers_4(tmp_path: Path, old: dict[str, Any], expected: object) -> None:
+    changes = {"rope_parameters": ..., "rope_theta": 5e5, "rope_scaling": old, "max_position_embeddings": 32768}
+    model = load_model(config_file(tmp_path, **changes))
+    assert (model.rope_scaling, model.rope_theta) == (expected, 5e5)
+
+
 def test_hugging_face_default_of_rope_theta(tmp_path: Path) -> None:
     assert load_model(config_file(tmp_path, rope_parameters=...)).rope_theta == 1e6
 
@@ -173,9 +203,10 @@ def test_hugging_face_default_of_rope_theta(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "field hidden_act: the value 'gelu' is not supported"),
         ({"sliding_window": 4096}, "field sliding_window: the value 4096 is not supported"),
         ({"tie_word_embeddings": True}, "field tie_word_embeddings: the value True is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "field rope_parameters: the value {'rope_type': 'yarn'}"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "field rope_scaling: the value {'rope_type': 'linear'}"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "field rope_scaling: the value {'type': 'linear'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "field rope_scaling: Input tag 'longrope' found"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "field rope_scaling.linear.factor: Field required"),
+        ({"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}, "field rope_scaling.yarn.partial_rotary_factor"),
+        ({"rope_parameters": ..., "rope_scaling": {"type": "dynamic", "factor": 2}}, "Input tag 'dynamic' found"),
         ({"num_local_experts": ...}, "field experts: Field required"),
         ({"num_attention_heads": 0}, "field attention_heads: Input should be greater than 0"),
         ({"num_key_value_heads": 5}, "attention_heads 32 is not a multiple of kv_heads 5"),
@@ -199,7 +230,7 @@ def test_json_that_is_no_config(tmp_path: Path, text: str, words: str) -> None:
         load_model(str(path))
 
 
-@pytest.mark.parametrize("model", [make_model(layers=7), NAMED_MODELS["deepseek-v3"]])
+@pytest.mark.parametrize("model", [make_model(layers=7), make_model(rope_scaling=YARN), NAMED_MODELS["deepseek-v3"]])
 def test_yaml_model_round_trip(tmp_path: Path, model: ModelConfig) -> None:
     dump(model, tmp_path / "model.yaml")
     assert load_model(str(tmp_path / "model.yaml")) == model
@@ -223,8 +254,14 @@ def test_neither_file_nor_name_lists_the_names() -> None:
         ({"latent": LATENT}, "kv_heads 2 must be attention_heads 4 with latent attention"),
         ({"latent": LATENT, "kv_heads": 4, "head_size": 18}, r"head_size 18 must be latent.nope_size .*, 10 \+ 6"),
         ({"latent": {**LATENT, "nope_size": 9, "rope_size": 7}, "kv_heads": 4}, "rope_size 7 must be even"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "greater than or equal to 1"),
+        ({"rope_scaling": {**YARN, "beta_slow": 16.0}}, "beta_fast 16.0 must be above beta_slow 16.0"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 5.0}}, "high_freq_factor 4.0 must be above low_freq_factor 5"),
+        ({"rope_scaling": {**LLAMA3, "beta_fast": 5.0}}, "Extra inputs are not permitted"),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, "rope_theta 1.0 must be above 1 with rope_scaling"),
         ({"router_score": "tanh"}, "'softmax' or 'sigmoid'"),
         ({"router_scale": 0}, "greater than 0"),
+        ({"router_capacity": 0}, "greater than 0"),
         ({"router_balance": "auxiliary"}, "needs a router_auxiliary_loss above 0"),
         ({"router_balance": "bias"}, "needs a router_bias_rate above 0"),
         ({"router_auxiliary_loss": 0.1}, "router_auxiliary_loss 0.1 needs router_balance auxiliary or bias"),

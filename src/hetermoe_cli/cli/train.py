@@ -31,6 +31,12 @@ def train(
     validation_batches: Annotated[int, typer.Option(min=1, help="Global batches of a validation.")] = 4,
     trace_steps: TraceSteps = 5,
     resume: Annotated[bool, typer.Option("--resume", help="Continue bit-exactly from the newest checkpoint.")] = False,
+    rebalance: Annotated[
+        bool, typer.Option("--rebalance", help="Move experts where the measured load or speeds want them, if it pays.")
+    ] = False,
+    drift_every: Annotated[
+        int, typer.Option(min=0, help="Steps between comparisons of load and speeds with the plan's; 0: never.")
+    ] = 20,
     emulate: Emulate = False,
     executed: Executed = None,
     executed_sequence_length: ExecutedLength = 64,
@@ -53,6 +59,8 @@ def train(
         validation_batches=validation_batches,
         trace_steps=trace_steps,
         resume=resume,
+        drift_every=drift_every,
+        rebalance=rebalance,
         emulate=run_options.emulation(emulate, executed, executed_sequence_length, executed_precision, time_scale),
     )
     run = prepare(plan, options)

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from copy import copy
 from typing import NamedTuple
 
 from hetermoe_cli.errors import UserError
@@ -46,6 +47,13 @@ class Curve:
         forward, backward, saved = (c[index - 1] + share * (c[index] - c[index - 1]) for c in self._columns)
         return Cost(max(forward, 0.0), max(backward, 0.0), max(saved, 0.0))
 
+    def slowed(self, factor: float) -> "Curve":
+        """The same with all seconds multiplied."""
+        result = copy(self)
+        forward, backward, saved = self._columns
+        result._columns = [[factor * value for value in forward], [factor * value for value in backward], saved]
+        return result
+
 
 class AttentionCurve:
     """Cost over the number of sequences at one sequence length.
@@ -82,6 +90,12 @@ class AttentionCurve:
                 for a, b in zip(first, second, strict=True)
             )
         )
+
+    def slowed(self, factor: float) -> "AttentionCurve":
+        """The same with all seconds multiplied."""
+        result = copy(self)
+        result._curves = [(length, curve.slowed(factor)) for length, curve in self._curves]
+        return result
 
 
 def _curve(points: Sequence[AttentionPoint]) -> Curve:

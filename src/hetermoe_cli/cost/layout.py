@@ -80,6 +80,7 @@ class LayoutCost:
         self._by_rank: dict[object, Matrix] = {}
         self._transfers: dict[tuple[int, int, bool], TransferCost] = {}
         self._busy: dict[object, Matrix] = {}
+        self._reduces: list[TransferCost] = []
         self._ports: dict[tuple[bytes, bool], tuple[int, ...]] = {}
 
     def expert_rows(self, rank: int, layer: int, micro_batch: int) -> list[float]:
@@ -166,10 +167,12 @@ class LayoutCost:
         return attention.backward + (attention.forward if self.layout.schedule.recompute_attention else 0.0)
 
     def transfer(self, action: Action) -> TransferCost:
-        """Seconds of a dispatch or combine, and the ports that the layout lets it use.
+        """Seconds of a transfer, and the ports that the layout lets it use.
 
         The ports do not depend on the rows, so that the order on every port is known before any row is counted.
         """
+        if action.kind is Kind.REDUCE:
+            return self.reduce(action.layer)
         layer, micro_batch = action.layer, 0 if self._alike else action.micro_batch
         key = (layer, micro_batch, action.towards_experts)
         if key not in self._transfers:
@@ -197,11 +200,20 @@ class LayoutCost:
             self._ports[key] = self.cost.network.ports(*(pair if towards_experts else pair[::-1]))
         return self._ports[key]
 
+    def reduce(self, layer: int) -> TransferCost:
+        """All-reduce of the gradients that attending ranks share of a layer; model.layers: of the head."""
+        if not self._reduces:
+            ports, attending = self.cost.network.ring_ports(self.layout.attending), self.layout.attending
+            for place in range(self.layout.layers + 1):
+                copies = len(self.layout.placement[place].replicated) if place < self.layout.layers else 0
+                seconds = self.cost.reduce_seconds(self.layout.schedule, attending, place, copies)
+                self._reduces.append(TransferCost(seconds, ports))
+        return self._reduces[layer]
+
     @cached_property
     def synchronise_seconds(self) -> float:
-        """Synchronisation of dense and replicated gradients over the attending ranks."""
-        replicated = sum(len(placement.replicated) for placement in self.layout.placement)
-        return self.cost.synchronise_seconds(self.layout.schedule, self.layout.attending, replicated)
+        """What of the synchronisation begins after the whole backward."""
+        return self.cost.after_backward_seconds(self.layout.schedule, self.layout.attending)
 
     def parameters(self, rank: int) -> float:
         """Parameters that `rank` updates; a sharded dense part counts by its share."""

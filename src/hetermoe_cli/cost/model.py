@@ -159,6 +159,32 @@ class CostModel:
         size = self.dense_gradient_bytes + replicated * self.expert_gradient_bytes
         return self.network.all_reduce_seconds(attending, size) + self.gather_seconds(schedule, attending)
 
+    def reduce_seconds(self, schedule: ScheduleChoice, attending: Sequence[int], layer: int, replicated: int) -> float:
+        """The part of it that follows a layer's backward: the dense part of the layer and its `replicated` experts.
+
+        `layer` 0 brings the embedding with it, model.layers is the head. Where the dense part's states are sharded this
+        is a reduce-scatter of its gradients, half an all-reduce.
+        """
+        size = self.segment_parameters(layer) * STATE_BYTES[self.train.precision][1]
+        share = 1.0 if schedule.dense_state == "replicated" else 0.5
+        return self.network.all_reduce_seconds(attending, share * size + replicated * self.expert_gradient_bytes)
+
+    def segment_parameters(self, layer: int) -> int:
+        """Dense parameters whose gradients are complete after the layer's last backward; model.layers: the head's."""
+        model = self.model
+        embedding = model.hidden_size * model.vocab_size
+        if layer == model.layers:
+            return model.edge_parameters - embedding
+        return model.attention_layer_parameters + (0 if layer else embedding)
+
+    def after_backward_seconds(self, schedule: ScheduleChoice, attending: Sequence[int]) -> float:
+        """The part of it that nothing overlaps: where the dense part's states are sharded, the all-gather of its new
+        weights, and the gathers of a fully sharded one."""
+        if schedule.dense_state == "replicated":
+            return 0.0
+        gather = self.network.all_reduce_seconds(attending, self.dense_gradient_bytes) / 2
+        return gather + self.gather_seconds(schedule, attending)
+
     def gather_seconds(self, schedule: ScheduleChoice, attending: Sequence[int]) -> float:
         """What a fully sharded dense part adds: in every window its weights are gathered forward and backward, and its
         gradients scattered at the end (the last time is part of the all-reduce).

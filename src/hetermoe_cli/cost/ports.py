@@ -88,6 +88,11 @@ class Network:
         nics = self._nic[ranks[reached < len(others)]]
         return {*nics.tolist(), *(self._nics + ranks[reached > itself[ranks]]).tolist()}
 
+    def ring_ports(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        """Ports of a ring through `ranks` in their order."""
+        ring = list(zip(ranks, [*ranks[1:], ranks[0]], strict=True)) if len(ranks) > 1 else []
+        return tuple(sorted({int(p) for s, d in ring for p in (self.out_port[s, d], self.in_port[s, d])}))
+
     def all_reduce_seconds(self, ranks: Sequence[int], size: float) -> float:
         """Ring all-reduce of `size` bytes: 2 (m - 1) / m of them over the slowest link, 2 (m - 1) latencies.
 
@@ -96,7 +101,6 @@ class Network:
         m = len(ranks)
         if m < 2 or not size:
             return 0.0
-        ring = list(zip(ranks, [*ranks[1:], ranks[0]], strict=True))
-        ports = np.array([port for s, d in ring for port in (self.out_port[s, d], self.in_port[s, d])])
+        ports = np.array(self.ring_ports(ranks))
         rounds = 2 * (m - 1)
         return float(rounds / m * size * self._byte_seconds[ports].max() + rounds * self._latency[ports].max())

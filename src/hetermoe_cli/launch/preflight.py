@@ -15,11 +15,8 @@ def check_devices(plan: Plan) -> None:
             f"cluster {plan.inputs.cluster.name}: field nodes: {devices[-1].node + 1} nodes; workers start on one "
             "machine only: plan for one node, or pass --emulate"
         )
-    profiles = plan.inputs.profiles
-    if len({profiles[device.type].accelerator for device in devices}) > 1:
-        raise UserError(f"cluster {plan.inputs.cluster.name}: CPU and CUDA devices in one run are not supported yet")
     for device in devices:
-        _check_device(profiles[device.type], device.rank)
+        _check_device(plan.inputs.profiles[device.type], plan.inputs.device_index(device.rank))
 
 
 def _check_device(profile: Profile, index: int) -> None:

@@ -44,6 +44,8 @@ class TrainOptions:
     validation_batches: int = 4
     trace_steps: int = 5
     resume: bool = False
+    drift_every: int = 20
+    rebalance: bool = False
     emulate: EmulateOptions | None = None
 
 
@@ -64,7 +66,7 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
     precision = options.emulate.precision if options.emulate else plan.inputs.train.precision
     if not emulation:
         check_devices(plan)
-    corpus = load_corpus(options.sources or None)
+    corpus = load_corpus(options.sources or None, separator=plan.inputs.train.document_separator)
     run = RunSpec(
         plan=plan,
         folder=str(options.folder.resolve()),
@@ -78,13 +80,15 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
         validate_every=options.validate_every,
         validation_batches=options.validation_batches,
         trace_steps=options.trace_steps,
+        drift_every=options.drift_every,
+        rebalance=options.rebalance,
         emulation=emulation,
     )
     _check_text(run, corpus)
     if run.resume_from:
-        from hetermoe_cli.runtime.saving import check_resumable  # loads torch
+        from hetermoe_cli.runtime.saving import check_resumable, resumed_placement  # loads torch
 
-        run = run.model_copy(update={"start_step": check_resumable(run)})
+        run = run.model_copy(update={"start_step": check_resumable(run), "rebalanced": resumed_placement(run)})
     return run
 
 

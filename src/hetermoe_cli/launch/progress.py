@@ -50,6 +50,8 @@ class Follower:
         for line in self._new_lines():
             if line["event"] == "step":
                 view.step(line["step"] + 1, describe(line))
+            elif line["event"] in ("drift", "rebalance"):
+                view.note(f"step {line['step'] + 1}: {line['message']}")
             elif line["event"] == "validation":
                 view.note(f"step {line['step'] + 1}: validation loss {line['loss']:.4f} nats a token")
 

@@ -2,11 +2,12 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hetermoe_cli.model.documents import Documents, attend_within
 from hetermoe_cli.model.gate import Gate, Router
+from hetermoe_cli.model.rope import rope_table, rotate
 from hetermoe_cli.spec.model import ModelConfig
 
 
@@ -14,7 +15,8 @@ class Routed(NamedTuple):
     """What an attention stage hands on: T = B * S tokens, k choices each.
 
     `hidden` [B, S, H] is the residual; `rows` [T, H] what experts read; `weights` [T, k] the combine weights
-    (they carry the gate's gradient); `experts` [T, k] the chosen experts, int64; `losses` [2] the gate's own, if any.
+    (they carry the gate's gradient); `experts` [T, k] the chosen experts, int64, E where dropped; `losses` [2] the
+    gate's own, if any.
     """
 
     hidden: Tensor
@@ -38,28 +40,33 @@ class AttentionBlock(nn.Module):
         self.gate = Gate(config, router)
         self.shared = SharedExperts(config) if config.shared_experts else None
 
-    def forward(self, hidden: Tensor) -> Routed:
-        """hidden [B, S, H] -> Routed."""
-        hidden = hidden + self._attend(self.attention_norm(hidden))
+    def forward(self, hidden: Tensor, documents: Documents | None = None) -> Routed:
+        """hidden [B, S, H] -> Routed; with `documents` no token attends to another document."""
+        hidden = hidden + self._attend(self.attention_norm(hidden), documents)
         normed = self.expert_norm(hidden)
         weights, experts, losses = self.gate(normed)
         if self.shared is not None:
             hidden = hidden + self.shared(normed)
         return Routed(hidden, normed.flatten(0, 1), weights, experts, losses)
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, documents: Documents | None = None) -> Tensor:
         c = self.config
         batch, length, _ = x.shape
         sizes = [c.attention_heads * c.head_size, c.kv_heads * c.head_size, c.kv_heads * c.head_size]
         query, key, value = (
             part.view(batch, length, -1, c.head_size).transpose(1, 2) for part in self.qkv(x).split(sizes, dim=-1)
         )
-        cos, sin = rope_table(length, c.head_size, c.rope_theta, x.device, x.dtype)
+        cos, sin = rope_table(length, c.head_size, c.rope_theta, x.device, x.dtype, c.rope_scaling)
+        if documents is not None:
+            cos, sin = cos[documents.positions][:, None], sin[documents.positions][:, None]
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         groups = c.attention_heads // c.kv_heads
         if groups > 1:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        if documents is None:
+            mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        else:
+            mixed = attend_within(query, key, value, documents)
         out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
         return out
 
@@ -77,18 +84,3 @@ class SharedExperts(nn.Module):
         """normed [B, S, H] -> [B, S, H]."""
         gate, up = self.gate_up(normed).chunk(2, dim=-1)
         return self.down(functional.silu(gate) * up)  # type: ignore[no-any-return]
-
-
-def rope_table(
-    length: int, head_size: int, theta: float, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [S, head_size / 2]."""
-    frequency = theta ** -(torch.arange(0, head_size, 2, device=device, dtype=torch.float64) / head_size)
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float64), frequency)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on x [B, heads, S, head_size], halves convention (Hugging Face's rotate_half)."""
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 Bytes = npt.NDArray[np.uint8]
 
 VOCAB_SIZE = 256
-_END_OF_TEXT = b"\0"
+END_OF_TEXT = 0  # the byte that ends every document; no text contains it
+_END_OF_TEXT = bytes([END_OF_TEXT])
 _LARGEST_SOURCE_BYTES = 256 * 1024
 # Tests, parts that some distributions or later versions lack, and encodings: tables that are near copies of each other.
 _SKIPPED_PACKAGES = {
@@ -37,10 +38,12 @@ class Corpus:
     source: str
 
 
-def load_corpus(sources: list[Path] | None, validation_share: float = 0.05) -> Corpus:
+def load_corpus(sources: list[Path] | None, validation_share: float = 0.05, separator: str | None = None) -> Corpus:
     """Text of files and folders (every UTF-8 file in them, hidden ones not), or the Python standard library's.
 
-    The same text gives the same split. UserError if a source is missing, unreadable, not text, or everything is empty.
+    A file is one document, or those between its `separator`s. The same text gives the same split.
+
+    UserError if a source is missing, unreadable, not text, or everything is empty.
     """
     if not 0 < validation_share < 1:
         raise ValueError(f"validation_share {validation_share} must lie between 0 and 1")
@@ -49,6 +52,8 @@ def load_corpus(sources: list[Path] | None, validation_share: float = 0.05) -> C
     else:
         name = ", ".join(map(str, sources))
         texts = [text for source in sources for text in _read_source(source)]
+    if separator:
+        texts = [document for text in texts for document in text.split(separator.encode()) if document.strip()]
     train, validation = _split(texts, validation_share)
     if not train or not validation:
         raise UserError(f"{name}: no text to train on: name files or folders that hold UTF-8 text")

@@ -1,5 +1,6 @@
 """The gate of one layer: scores in fp32 or wider, the choice of experts, the losses and the bias that balance it."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -17,8 +18,8 @@ _SMALLEST_SUM = 1e-20  # sigmoid scores of all choices may underflow (DeepSeek-V
 class Choice(NamedTuple):
     """T = B * S tokens, k choices each: combine `weights` [T, k] and chosen `experts` [T, k] int64.
 
-    `losses` [2]: auxiliary and z-loss with their coefficients, summed over tokens as the cross entropy is; None where
-    the model has neither.
+    A choice that its expert has no room for is weight 0 of "expert" E. `losses` [2]: auxiliary and z-loss with their
+    coefficients, summed over tokens as the cross entropy is; None where the model has neither.
     """
 
     weights: Tensor
@@ -53,7 +54,9 @@ class Gate(nn.Module):
         scores = logits.softmax(dim=-1) if self.config.router_score == "softmax" else logits.sigmoid()
         top, experts = self._choose(scores)
         weights = self._combine_weights(top.flatten(0, 1)).to(normed.dtype)
-        return Choice(weights, experts.flatten(0, 1), self._losses(logits, scores, experts))
+        losses = self._losses(logits, scores, experts)  # of what was asked for, dropped or not
+        weights, experts = self._drop(weights, experts)
+        return Choice(weights, experts.flatten(0, 1), losses)
 
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and indices of the chosen experts, [B, S, k]. `balanced` forces equal loads and keeps the scores."""
@@ -75,6 +78,15 @@ class Gate(nn.Module):
             total = top.sum(dim=-1, keepdim=True)
             top = top / (total + _SMALLEST_SUM if c.router_score == "sigmoid" else total)
         return top if c.router_scale == 1.0 else top * c.router_scale
+
+    def _drop(self, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+        """Drop what exceeds the experts' capacity, of weights [T, k] and experts [B, S, k]."""
+        c = self.config
+        if c.router_capacity is None:
+            return weights, experts
+        rows = math.ceil(c.router_capacity * experts.shape[1] * c.top_k / c.experts)
+        late = beyond(experts, c.experts, rows)
+        return weights.masked_fill(late.flatten(0, 1), 0.0), experts.masked_fill(late, c.experts)
 
     def _losses(self, logits: Tensor, scores: Tensor, experts: Tensor) -> Tensor | None:
         auxiliary, z = self.config.router_auxiliary_loss, self.config.router_z_loss
@@ -107,6 +119,19 @@ def balance_loss(probabilities: Tensor, experts: Tensor) -> Tensor:
     once = torch.ones_like(chosen, dtype=probabilities.dtype)
     rows = probabilities.new_zeros(len(chosen), count).scatter_add_(1, chosen, once)
     return (rows * (count / chosen.shape[1]) * probabilities.sum(dim=1)).sum()
+
+
+def beyond(experts: Tensor, count: int, capacity: int) -> Tensor:
+    """Which choices [B, S, k] of `count` experts come after the first `capacity` of their expert in their sequence.
+
+    In token order, so that no token depends on later ones; each sequence by itself, as in `balance_loss`.
+    """
+    chosen = experts.flatten(1)
+    order = chosen.argsort(dim=1, stable=True)
+    rows = chosen.new_zeros(len(chosen), count).scatter_add_(1, chosen, torch.ones_like(chosen))
+    first = (rows.cumsum(dim=1) - rows).gather(1, chosen.gather(1, order))  # place of each expert's first choice
+    place = torch.arange(chosen.shape[1], device=chosen.device) - first
+    return torch.zeros_like(chosen, dtype=torch.bool).scatter_(1, order, place >= capacity).view_as(experts)
 
 
 def wide_linear(rows: Tensor, weight: Tensor) -> Tensor:

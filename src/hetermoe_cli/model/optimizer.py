@@ -35,6 +35,19 @@ class AdamW(torch.optim.AdamW):
         """What is stepped on in place of `parameter`: in fp32 or wider."""
         return self._masters.get(parameter, parameter)
 
+    def add(self, masters: Mapping[nn.Parameter, Tensor]) -> None:
+        """Step on further matrices as well; `masters`: of each, or itself."""
+        self._masters |= {parameter: master for parameter, master in masters.items() if master is not parameter}
+        self.param_groups[0]["params"] += masters.values()
+
+    def drop(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Forget matrices and their state."""
+        gone = {self._masters.pop(parameter, parameter) for parameter in parameters}
+        group = self.param_groups[0]
+        group["params"] = [master for master in group["params"] if master not in gone]
+        for master in gone:
+            self.state.pop(master, None)
+
     def update(self, gradients: Mapping[nn.Parameter, Tensor], factor: float) -> None:
         """One step from `factor` times `gradients` of any precision, then round the masters to their weights.
 

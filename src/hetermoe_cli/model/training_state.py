@@ -36,12 +36,17 @@ def training_tensors(parts: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
     made yet; NAME of every selection bias."""
     result = named_state(parts)
     for name, (parameter, index) in parameter_slices(parts).items():
-        master = optimizer.master(parameter)
-        state = optimizer.state.get(master, {})
-        whole = [master, *(state.get(moment, torch.zeros_like(master)) for moment in _MOMENTS)]
-        for full, tensor in zip(_with_moments(name), whole, strict=True):
-            result[full] = _part(tensor, index)
+        result |= zip(_with_moments(name), state_slices(optimizer, parameter, index), strict=True)
     return result
+
+
+def state_slices(optimizer: AdamW, parameter: nn.Parameter, index: int | None) -> list[Tensor]:
+    """Master and both moments of a parameter, or of the expert at `index` in it: views, but for zeros in place of
+    moments that no step has made yet."""
+    master = optimizer.master(parameter)
+    state = optimizer.state.get(master, {})
+    whole = [master, *(state.get(moment, torch.zeros_like(master)) for moment in _MOMENTS)]
+    return [_part(tensor, index) for tensor in whole]
 
 
 def restore_training(parts: nn.Module, optimizer: AdamW, tensors: Mapping[str, Tensor], step: int) -> None:
@@ -53,7 +58,7 @@ def restore_training(parts: nn.Module, optimizer: AdamW, tensors: Mapping[str, T
     _refuse_difference(parts, tensors)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = _fresh_state(parameter, step, on_device=group["fused"] or group["capturable"])
+            optimizer.state[parameter] = fresh_state(optimizer, parameter, step)
     with torch.no_grad():
         for name, (parameter, index) in slices.items():
             state = optimizer.state[optimizer.master(parameter)]
@@ -65,8 +70,9 @@ def restore_training(parts: nn.Module, optimizer: AdamW, tensors: Mapping[str, T
             tensor.copy_(tensors[name])
 
 
-def _fresh_state(parameter: Tensor, step: int, on_device: bool) -> dict[str, Tensor]:
+def fresh_state(optimizer: AdamW, parameter: Tensor, step: int) -> dict[str, Tensor]:
     """What AdamW itself makes at its first step, with the count at `step`."""
+    on_device = optimizer.defaults["fused"] or optimizer.defaults["capturable"]
     count = torch.tensor(float(step), dtype=torch.float32, device=parameter.device if on_device else "cpu")
     moments = {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in _MOMENTS}
     return {"step": count, **moments}

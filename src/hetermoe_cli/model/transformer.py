@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hetermoe_cli.model.attention import AttentionBlock, Routed
+from hetermoe_cli.model.documents import Documents, find_documents
 from hetermoe_cli.model.embedding import Embedding
 from hetermoe_cli.model.gate import Router
 from hetermoe_cli.model.moe import ExpertGroup, combine
@@ -15,18 +16,28 @@ from hetermoe_cli.spec.model import ModelConfig
 
 
 class DenseModel(nn.Module):
-    """Everything but the experts: embedding, attention blocks, final norm, head."""
+    """Everything but the experts: embedding, attention blocks, final norm, head.
 
-    def __init__(self, config: ModelConfig, router: Router = "learned") -> None:
+    With `document_end`, the token that ends a document, attention and positions stay inside documents.
+    """
+
+    def __init__(self, config: ModelConfig, router: Router = "learned", document_end: int | None = None) -> None:
         super().__init__()
+        self.document_end = document_end
         self.embedding = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(AttentionBlock(config, router) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def stage(self, layer: int, hidden: Tensor) -> Routed:
+    def documents(self, tokens: Tensor) -> Documents | None:
+        """What the stages need to know of tokens [B, S], on the CPU; None where attention does not stop at borders."""
+        if self.document_end is None:
+            return None
+        return find_documents(tokens, self.document_end, self.head.weight.device)
+
+    def stage(self, layer: int, hidden: Tensor, documents: Documents | None = None) -> Routed:
         """Attention stage of `layer` on hidden [B, S, H]."""
-        routed: Routed = self.layers[layer](hidden)
+        routed: Routed = self.layers[layer](hidden, documents)
         return routed
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -54,10 +65,10 @@ class Outcome(NamedTuple):
 class Transformer(nn.Module):
     """The whole model on one device: what every distributed run is compared with."""
 
-    def __init__(self, config: ModelConfig, router: Router = "learned") -> None:
+    def __init__(self, config: ModelConfig, router: Router = "learned", document_end: int | None = None) -> None:
         super().__init__()
         self.config = config
-        self.dense = DenseModel(config, router)
+        self.dense = DenseModel(config, router, document_end)
         self.experts = nn.ModuleList(
             ExpertGroup(config, layer, range(config.experts)) for layer in range(config.layers)
         )
@@ -69,14 +80,15 @@ class Transformer(nn.Module):
 
     def run(self, tokens: Tensor, targets: Tensor) -> Outcome:
         """One pass over tokens and targets, [B, S] int64 each."""
-        hidden = self.dense.embedding(tokens)
+        hidden, documents = self.dense.embedding(tokens), self.dense.documents(tokens)
         router_losses, rows = hidden.new_zeros(2), []
         for layer, group in enumerate(self.experts):
-            routed = self.dense.stage(layer, hidden)
-            order = routed.experts.flatten().argsort(stable=True)
-            counts = routed.experts.flatten().bincount(minlength=self.config.experts)
+            routed = self.dense.stage(layer, hidden, documents)
+            chosen, count = routed.experts.flatten(), self.config.experts
+            counts = chosen.bincount(minlength=count)[:count]
+            order = chosen.argsort(stable=True)[: int(counts.sum())]  # dropped ones sort last
             outputs = group(routed.rows[order // self.config.top_k], counts.tolist())
-            in_token_order = torch.empty_like(outputs).index_copy(0, order, outputs)
+            in_token_order = outputs.new_zeros(len(chosen), outputs.shape[-1]).index_copy(0, order, outputs)
             hidden = combine(
                 routed.hidden, in_token_order.view(len(routed.rows), self.config.top_k, -1), routed.weights
             )

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetermoe_cli.planner.arrays import FloatArray, IntArray, largest
-from hetermoe_cli.planner.graph import Hosts, Shares, TaskGraph
+from hetermoe_cli.planner.graph import Condition, Hosts, Ring, TaskGraph
 from hetermoe_cli.planner.rates import Port, Rates
 from hetermoe_cli.schedule.action import Kind, Pass
 
@@ -61,8 +61,8 @@ def seconds(rates: Rates, graph: TaskGraph, counts: Counts) -> FloatArray:
     for before, after, condition in graph.edges:
         end = starts[before] + lengths[before]
         starts[after] = np.maximum(starts[after], end if condition is None else end * conditions[condition])
-    ends = [starts[node] + lengths[node] for node in graph.last if node is not None]
-    return largest(ends) + _after_compute(rates, counts)
+    ends = [starts[node] + lengths[node] for node in (*graph.last, graph.reduced) if node is not None]
+    return largest(ends) + _after_backward(rates, counts)
 
 
 def transfer_seconds(rates: Rates, counts: Counts) -> FloatArray:
@@ -82,9 +82,11 @@ def _port_bytes(rates: Rates, port: Port, counts: Counts) -> FloatArray:
     return load + port.source_bytes * (rates.experts - counts.replicated)
 
 
-def _holds(rates: Rates, hosts: NDArray[np.bool_], condition: Hosts | Shares) -> NDArray[np.bool_]:
+def _holds(rates: Rates, hosts: NDArray[np.bool_], condition: Condition) -> NDArray[np.bool_]:
     if isinstance(condition, Hosts):
         return hosts[..., condition.layer, condition.device_class]
+    if isinstance(condition, Ring):
+        return np.asarray(hosts[..., condition.layer, list(rates.ring)].any(-1))
     first, second = condition.first, condition.second
     result = np.zeros(hosts.shape[:-2], dtype=bool)
     for c, d in rates.conflicts:
@@ -94,6 +96,11 @@ def _holds(rates: Rates, hosts: NDArray[np.bool_], condition: Hosts | Shares) ->
 
 def _length(rates: Rates, graph: TaskGraph, node: int, counts: Counts, transfers: FloatArray) -> FloatArray | float:
     number, action = graph.tasks[node]
+    if action.kind is Kind.REDUCE:
+        if action.layer == counts.replicated.shape[-1]:
+            return rates.reduces[-1][0]  # the head's
+        base, each = rates.reduces[action.layer]
+        return np.asarray(base + each * counts.replicated[..., action.layer], dtype=np.float64)
     if action.is_transfer:
         return transfers[..., action.layer]
     r, c, way = rates.of[number], rates.classes[number], int(action.direction is Pass.BACKWARD)
@@ -105,13 +112,12 @@ def _length(rates: Rates, graph: TaskGraph, node: int, counts: Counts, transfers
     return counts.hosted[..., action.layer, number] * r.hosted[way] + copies * r.replicated[way]
 
 
-def _after_compute(rates: Rates, counts: Counts) -> FloatArray:
-    base, each = rates.synchronise
+def _after_backward(rates: Rates, counts: Counts) -> FloatArray:
     replicated = counts.replicated.sum(-1)
     totals = counts.totals([c.count for c in rates.classes]).sum(-2)
     steps = [
         r.optimizer_base + r.optimizer_per_expert * (-(-totals[..., i] // c.count) + (replicated if c.attends else 0))
         for i, (c, r) in enumerate(zip(rates.classes, rates.of, strict=True))
     ]
-    result: FloatArray = base + each * replicated + np.maximum.reduce(steps)
+    result: FloatArray = rates.after_backward + np.maximum.reduce(steps)
     return result

@@ -59,10 +59,10 @@ def shares(cost: LayoutCost, steps: list[Step]) -> dict[str, float]:
 
 def _resource(cost: LayoutCost, step: Step) -> str:
     """`attention of V100`, `NIC of NODE GROUP`, `interconnect of A40` or `synchronisation`."""
+    if step.action.kind in (Kind.REDUCE, Kind.SYNCHRONISE):
+        return SYNCHRONISATION
     if step.action.is_transfer:
         return _link(cost, cost.slowest_port(step.action))
-    if step.action.kind is Kind.SYNCHRONISE:
-        return SYNCHRONISATION
     return f"{_WORDS[step.action.kind]} of {cost.cost.devices[step.rank].type}"
 
 

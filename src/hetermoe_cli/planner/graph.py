@@ -8,7 +8,7 @@ from typing import NamedTuple
 from hetermoe_cli.planner.choice import Choice, DeviceClass
 from hetermoe_cli.schedule.action import Action, Kind
 from hetermoe_cli.schedule.lower import training_schedule
-from hetermoe_cli.schedule.schedule import Schedule, inputs
+from hetermoe_cli.schedule.schedule import inputs
 
 
 class Task(NamedTuple):
@@ -34,21 +34,32 @@ class Shares:
     second: int
 
 
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """Condition: transfers of `layer` use a port of the all-reduce between attending ranks."""
+
+    layer: int
+
+
+Condition = Hosts | Shares | Ring
+
+
 class Edge(NamedTuple):
     """`after` starts when `before` has ended, where `condition` holds."""
 
     before: int
     after: int
-    condition: Hosts | Shares | None
+    condition: Condition | None
 
 
 @dataclass
 class TaskGraph:
-    """Tasks in an order in which every edge points forward, edges, and the last task of every class."""
+    """Tasks in an order in which every edge points forward, edges, every class's last task, the last all-reduce."""
 
     tasks: list[Task] = field(default_factory=list)
     edges: list[Edge] = field(default_factory=list)
     last: list[int | None] = field(default_factory=list)
+    reduced: int | None = None
 
 
 def task_graph(choice: Choice, classes: Sequence[DeviceClass], layers: int) -> TaskGraph:
@@ -68,8 +79,11 @@ def task_graph(choice: Choice, classes: Sequence[DeviceClass], layers: int) -> T
         graph.last.append(index[Task(number, order[-1])] if order else None)
     for action in schedule.transfers:
         index[Task(-1, action)] = len(index)
+    rows = [action for action in schedule.transfers if action.kind is not Kind.REDUCE]
     graph.edges += _data_edges(index, len(classes), layers)
-    graph.edges += _lane_edges(index, schedule)
+    graph.edges += _lane_edges(index, rows)
+    graph.edges += _ring_edges(index, schedule.transfers)
+    graph.reduced = next((index[Task(-1, a)] for a in schedule.transfers[::-1] if a.kind is Kind.REDUCE), None)
     graph.tasks = list(index)
     return _sorted(graph)
 
@@ -97,15 +111,15 @@ def _condition(before: Task, after: Task) -> Hosts | None:
     return Hosts(compute.action.layer, compute.device_class) if compute.action.kind is Kind.EXPERT else None
 
 
-def _lane_edges(index: dict[Task, int], schedule: Schedule) -> list[Edge]:
-    """Transfers of a lane follow each other; where the lane changes, those that share a port do as well.
+def _lane_edges(index: dict[Task, int], transfers: Sequence[Action]) -> list[Edge]:
+    """Dispatches and combines of a lane follow each other; where the lane changes, those that share a port do as well.
 
     Earlier transfers on the other lane, and those of the same micro-batch, come first by their data.
     """
     edges = []
     last: dict[bool, int] = {}
     previous: Action | None = None
-    for action in schedule.transfers:
+    for action in transfers:
         node, lane = index[Task(-1, action)], action.towards_experts
         if lane in last:
             edges.append(Edge(last[lane], node, None))
@@ -113,6 +127,25 @@ def _lane_edges(index: dict[Task, int], schedule: Schedule) -> list[Edge]:
             layers = sorted((previous.layer, action.layer))
             edges.append(Edge(index[Task(-1, previous)], node, Shares(*layers)))
         last[lane], previous = node, action
+    return edges
+
+
+def _ring_edges(index: dict[Task, int], transfers: Sequence[Action]) -> list[Edge]:
+    """All-reduces follow each other, and the last transfers before them and the next ones after on shared ports.
+
+    Earlier and later ones than those come before and after by the order of their lanes, or by that of all-reduces.
+    """
+    edges: list[Edge] = []
+    reduces = [place for place, action in enumerate(transfers) if action.kind is Kind.REDUCE]
+    edges += _chain([index[Task(-1, transfers[place])] for place in reduces])
+    for place in reduces:
+        node = index[Task(-1, transfers[place])]
+        for side, before in ((transfers[place::-1], True), (transfers[place:], False)):
+            for towards in (True, False):
+                near = next((a for a in side if a.kind is not Kind.REDUCE and a.towards_experts is towards), None)
+                if near:
+                    pair = (index[Task(-1, near)], node) if before else (node, index[Task(-1, near)])
+                    edges.append(Edge(*pair, Ring(near.layer)))
     return edges
 
 
@@ -134,4 +167,5 @@ def _sorted(graph: TaskGraph) -> TaskGraph:
         [graph.tasks[node] for node in order],
         sorted((Edge(place[e.before], place[e.after], e.condition) for e in graph.edges), key=lambda e: e.after),
         [None if node is None else place[node] for node in graph.last],
+        None if graph.reduced is None else place[graph.reduced],
     )

@@ -19,7 +19,7 @@ from hetermoe_cli.planner.graph import TaskGraph
 from hetermoe_cli.planner.patterns import Limits
 from hetermoe_cli.planner.rates import Rates
 from hetermoe_cli.planner.solver import Run, SolverOptions, solve_problem
-from hetermoe_cli.schedule.action import Action
+from hetermoe_cli.schedule.action import Action, Kind
 
 Mode = Literal["largest", "mean"]
 
@@ -47,14 +47,16 @@ class Model:
     total: list[Any] = field(default_factory=list)  # experts of all layers on the fullest device of a class
     transfer: list[Any] = field(default_factory=list)
     shares: dict[tuple[int, int], Any] = field(default_factory=dict)
+    ring: dict[int, Any] = field(default_factory=dict)  # whether a layer's transfers use a port of the all-reduce
     start: list[Any] = field(default_factory=list)
     finish: Any = None
     optimizer: Any = None
 
     @cached_property
     def transfers(self) -> dict[Action, int]:
-        """Node of every transfer."""
-        return {task.action: node for node, task in enumerate(self.graph.tasks) if task.action.is_transfer}
+        """Node of every dispatch and combine."""
+        kinds = (Kind.DISPATCH, Kind.COMBINE)
+        return {task.action: node for node, task in enumerate(self.graph.tasks) if task.action.kind in kinds}
 
     @property
     def layers(self) -> range:
@@ -107,6 +109,7 @@ def build(
     ilp_time.variables(model)
     ilp_time.transfer_lengths(model)
     ilp_time.port_sharing(model)
+    ilp_time.ring_sharing(model)
     ilp_time.precedence(model)
     ilp_time.single_tasks(model)
     ilp_time.optimizer_steps(model)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pulp
 
-from hetermoe_cli.planner.graph import Edge, Hosts, Shares
+from hetermoe_cli.planner.graph import Edge, Hosts, Ring, Shares
 from hetermoe_cli.planner.ilp import Model
 from hetermoe_cli.planner.rates import Port
 from hetermoe_cli.schedule.action import Kind, Pass
@@ -18,6 +18,8 @@ def variables(model: Model) -> None:
     used = {e.condition for e in model.graph.edges if isinstance(e.condition, Shares)} if model.rates.conflicts else ()
     for shares in sorted(used, key=lambda s: (s.first, s.second)):
         model.shares[shares.first, shares.second] = add(f"shares_{shares.first}_{shares.second}", 0, 1)
+    if model.graph.reduced is not None and model.rates.ring:
+        model.ring = {layer: add(f"ring_{layer}", 0, 1) for layer in model.layers}
     model.finish, model.optimizer = add("finish", 0), add("optimizer", 0)
 
 
@@ -58,6 +60,14 @@ def port_sharing(model: Model) -> None:
             model.problem += shares >= both, f"shares_{first}_{second}_{c}_{d}"
 
 
+def ring_sharing(model: Model) -> None:
+    """ring = 1 where hosts of a layer send or receive through a link direction of the all-reduce."""
+    for layer, ring in model.ring.items():
+        for c, sure in model.rates.ring.items():
+            flags = model.hosts if sure or model.mode == "largest" else model.all_host
+            model.problem += ring >= flags[layer, c], f"ring_{layer}_{c}"
+
+
 def precedence(model: Model) -> None:
     """Streams, lanes and data: a task starts when those before it have ended, where the condition holds."""
     earliest, remaining = windows(model)
@@ -77,12 +87,17 @@ def _indicator(model: Model, edge: Edge) -> Any:
         return model.flag(edge.condition.layer, edge.condition.device_class)
     if isinstance(edge.condition, Shares):
         return model.shares.get((edge.condition.first, edge.condition.second))
+    if isinstance(edge.condition, Ring):
+        return model.ring.get(edge.condition.layer)
     return None
 
 
 def length(model: Model, node: int) -> Any:
     """Seconds of a task, as an expression."""
     number, action = model.graph.tasks[node]
+    if action.kind is Kind.REDUCE:
+        base, each = model.rates.reduces[action.layer]
+        return base + each * model.replicated[action.layer] if each else base
     if action.is_transfer:
         return model.transfer[action.layer]
     if action.kind is not Kind.EXPERT:
@@ -98,6 +113,8 @@ def length(model: Model, node: int) -> Any:
 def fixed_length(model: Model, node: int) -> float:
     """Seconds that a task takes under any placement."""
     number, action = model.graph.tasks[node]
+    if action.kind is Kind.REDUCE:
+        return model.rates.reduces[action.layer][0]
     if action.kind is Kind.HEAD:
         return model.rates.of[number].head
     if action.kind is Kind.ATTENTION:
@@ -110,8 +127,9 @@ def windows(model: Model) -> tuple[list[float], list[float]]:
     tasks, edges = model.graph.tasks, [e for e in model.graph.edges if e.condition is None]
     lengths = [fixed_length(model, node) for node in range(len(tasks))]
     earliest = [0.0] * len(tasks)
-    after_compute = model.rates.synchronise[0] + max(r.optimizer_base for r in model.rates.of)
-    remaining = [after_compute] * len(tasks)
+    last = model.rates.after_backward + max(r.optimizer_base for r in model.rates.of)
+    after = last + model.rates.reduces[0][0]
+    remaining = [last if task.action.kind is Kind.REDUCE else after for task in tasks]
     for before, after, _ in edges:
         earliest[after] = max(earliest[after], earliest[before] + lengths[before])
     for before, after, _ in reversed(edges):
@@ -153,12 +171,15 @@ def optimizer_steps(model: Model) -> None:
 
 
 def objective(model: Model) -> None:
-    """Makespan: compute, all-reduce of dense and replicated gradients, optimizer step."""
+    """Makespan: compute, all-reduces of dense and replicated gradients, optimizer step."""
     for node in model.graph.last:
         if node is not None:
             model.problem += model.finish >= model.start[node] + length(model, node), f"finish_{node}"
-    base, each = model.rates.synchronise
     makespan = model.problem.add_variable("makespan", 0, model.horizon)  # no constant in the objective: bounds omit it
-    end = model.finish + model.optimizer + each * pulp.lpSum(model.replicated) + base
-    model.problem += makespan >= end, "makespan_end"
+    base, each = model.rates.reduces[0]
+    after = model.optimizer + model.rates.after_backward
+    model.problem += makespan >= model.finish + base + each * model.replicated[0] + after, "makespan_end"
+    if model.graph.reduced is not None:
+        end = model.start[model.graph.reduced] + length(model, model.graph.reduced)
+        model.problem += makespan >= end + after, "makespan_reduced"
     model.problem.setObjective(makespan + 0)

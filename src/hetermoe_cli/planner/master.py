@@ -53,16 +53,16 @@ def mixture(rates: Rates, horizon: float, *, mixed: bool = False) -> Mixture | N
 
 
 class Rows:
-    """All rows of some patterns: chains, then optimizer steps and memory of every class.
+    """All rows of some patterns: chains and all-reduces, then optimizer steps and memory of every class.
 
-    A row says: variable >= constant + sum over layers; the variable is the makespan without all-reduce and optimizer,
-    the optimizer step, or nothing.
+    A row says: variable >= constant + sum over layers; the variable is the makespan without layer 0's all-reduce and
+    what follows, the optimizer step, or nothing.
     """
 
     def __init__(self, forward: Side, backward: Side, mixed: bool) -> None:
         self.sides, self.mixed, self.patterns = (forward, backward), mixed, forward.patterns
         self.rates = self.patterns.rates
-        chains = rows_of(*self.sides, mixed)
+        chains = [*rows_of(*self.sides, mixed), self._reduces()]
         classes = range(len(self.rates.classes))
         self.rows = [*chains, *map(self._step, classes), *map(self._memory, classes)]
         self.kinds = np.repeat([0, 1, 2], [len(chains), len(classes), len(classes)])
@@ -77,10 +77,20 @@ class Rows:
         """[patterns] compute of the class that has most in a layer."""
         return largest([*(self.sides[0].stream + self.sides[1].stream)])
 
-    @property
-    def price(self) -> FloatArray:
-        """[patterns] seconds that a layer's copies add to the all-reduce."""
-        return np.asarray(self.rates.synchronise[1] * self.patterns.replicated, dtype=np.float64)
+    def _reduces(self) -> Row:
+        """All-reduces one after another, from the last head on."""
+        schedule, rates = self.rates.choice.schedule, self.rates
+        reduces, each = rates.reduces, rates.reduces[-2][1]
+        start = 0.0
+        for r, c in zip(rates.of, rates.classes, strict=True):
+            if c.attends:
+                both = schedule.micro_batches * (rates.layers * sum(r.attention) + r.head)
+                start = max(start, both - schedule.window * rates.layers * r.attention[1])
+
+        def copies() -> FloatArray:
+            return np.asarray(each * self.patterns.replicated, dtype=np.float64)
+
+        return Row("reduce", (copies,), (copies,), start + sum(base for base, _ in reduces[1:]))
 
     def _step(self, c: int) -> Row:
         r, attends = self.rates.of[c], self.rates.classes[c].attends
@@ -105,8 +115,8 @@ class Rows:
         return Row("memory", (used,), (used,), r.memory_base / r.memory_limit - 1)
 
     def weigh(self, weights: FloatArray, *, last: bool) -> FloatArray:
-        """[patterns] weighted sum of the rows, and the price."""
-        result = self.price
+        """[patterns] weighted sum of the rows."""
+        result = np.zeros(len(self.patterns.replicated))
         for row, weight in zip(self.rows, weights, strict=True):
             if weight > 0:
                 for part in row.last if last else row.every:
@@ -122,7 +132,7 @@ class Rows:
 
 def _run(rows: Rows, horizon: float) -> Mixture:
     """Add the patterns that promise most until the bound is within PRECISION of the mixture, or above horizon."""
-    layers, base = rows.rates.layers, rows.rates.synchronise[0]
+    layers, base = rows.rates.layers, rows.rates.after_compute
     master, best = _Restricted(rows, horizon), _Proof(rows, np.zeros(len(rows.rows)), -np.inf, 0.0, 0.0)
     master.add(_first(rows))
     for _ in range(ROUNDS):
@@ -195,7 +205,7 @@ def uniform(rates: Rates, horizon: float, count: int) -> IntArray:
     rows = Rows(Side(patterns, 0), Side(patterns, 1), mixed=False)
     every, last = rows.values
     value = (rates.layers - 1) * every + last + rows.constants[:, None]
-    times = value[rows.kinds == 0].max(0) + value[rows.kinds == 1].max(0) + rates.layers * rows.price
+    times = value[rows.kinds == 0].max(0) + value[rows.kinds == 1].max(0)
     times[(value[rows.kinds == 2] > 0).any(0)] = np.inf
     tables = np.vstack([patterns.totals, patterns.replicated]).T
     return tables[_smallest(times, count)]
@@ -234,13 +244,13 @@ class _Restricted:
         for last, values in enumerate(part.values):
             index = np.append(np.arange(count), count + 1 - last if last == 0 else count + 1).astype(np.int32)
             index[-1] = count + last
-            for column, price in zip(values.T, part.price, strict=True):
-                self.highs.addCol(float(price), 0.0, 1e30, count + 1, index, np.append(-column, 1.0))
+            for column in values.T:
+                self.highs.addCol(0.0, 0.0, 1e30, count + 1, index, np.append(-column, 1.0))
         self.columns = np.concatenate([self.columns, new])
         self.order = np.concatenate([getattr(self, "order", np.zeros(0, dtype=np.int64)), new, new])
 
     def solve(self) -> tuple[float, FloatArray]:
-        """Value without the all-reduce of dense gradients, and row weights that prove a bound."""
+        """Value without what follows compute, and row weights that prove a bound."""
         self.highs.run()
         duals = np.maximum(np.array(self.highs.getSolution().row_dual)[: len(self.rows.rows)], 0.0)
         for kind in (0, 1):

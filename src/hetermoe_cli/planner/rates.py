@@ -5,6 +5,8 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
+
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import STATE_BYTES, CostModel
 from hetermoe_cli.planner.choice import Choice, DeviceClass, symmetry_keys
@@ -117,12 +119,46 @@ class Rates:
         attending = sum(c.count for c in self.classes if c.attends)
         self.of = [device_rates(cost, c.ranks[0], c.sequences, choice.schedule, total, attending) for c in self.classes]
 
+    @property
+    def _attending(self) -> list[int]:
+        return sorted(rank for c in self.classes if c.attends for rank in c.ranks)
+
     @cached_property
-    def synchronise(self) -> tuple[float, float]:
-        """Seconds of the all-reduce: without replicated experts, and for each one."""
-        ranks = sorted(rank for c in self.classes if c.attends for rank in c.ranks)
-        base, more = (self.cost.synchronise_seconds(self.choice.schedule, ranks, copies) for copies in (0, 1))
-        return base, more - base
+    def reduces(self) -> list[tuple[float, float]]:
+        """Seconds of the all-reduce of every layer's gradients and of the head's: without replicated experts, and for
+        each one."""
+        result = []
+        for layer in range(self.layers + 1):
+            base, more = (
+                self.cost.reduce_seconds(self.choice.schedule, self._attending, layer, copies) for copies in (0, 1)
+            )
+            result.append((base, more - base if layer < self.layers else 0.0))
+        return result
+
+    @cached_property
+    def after_backward(self) -> float:
+        """Seconds of what follows the last all-reduce, without the optimizer step."""
+        return self.cost.after_backward_seconds(self.choice.schedule, self._attending)
+
+    @property
+    def after_compute(self) -> float:
+        """Seconds from the last compute task to the optimizer step, at least: layer 0's all-reduce and what follows."""
+        return self.reduces[0][0] + self.after_backward
+
+    @cached_property
+    def ring(self) -> dict[int, bool]:
+        """Classes whose transfers can use a port of the all-reduce; whether those of any of their devices do."""
+        attending, network = np.array(self._attending), self.cost.network
+        ports = np.array(network.ring_ports(self._attending), dtype=np.intp)
+        result = {}
+        for number, device_class in enumerate(self.classes):
+            ranks = np.array(device_class.ranks)
+            there, back = np.ix_(attending, ranks), np.ix_(ranks, attending)
+            towards = np.isin([network.out_port[there], network.in_port[there]], ports).any((0, 1))
+            away = np.isin([network.out_port[back], network.in_port[back]], ports).any((0, 2))
+            if (towards | away).any():
+                result[number] = bool((towards & away).all())
+        return result
 
     def scaled(self, unit: float) -> "Rates":
         """The same with all times in units of `unit` seconds."""
@@ -131,15 +167,15 @@ class Rates:
         result.ports = [
             replace(port, byte_seconds=port.byte_seconds / unit, latency=port.latency / unit) for port in self.ports
         ]
-        result.synchronise = (self.synchronise[0] / unit, self.synchronise[1] / unit)
+        result.reduces = [(base / unit, each / unit) for base, each in self.reduces]
+        result.after_backward = self.after_backward / unit
         return result
 
     @cached_property
     def serial(self) -> float:
         """More seconds than any placement takes: every task and transfer after one another, as large as can be."""
-        base, each = self.synchronise
         everything = self.layers * self.experts
-        total = base + each * everything
+        total = self.after_backward + sum(base + each * self.experts for base, each in self.reduces)
         for r in self.of:
             tasks = self.layers * sum(r.attention) + r.head + everything * (sum(r.hosted) + sum(r.replicated))
             total += self.choice.schedule.micro_batches * tasks

@@ -6,7 +6,7 @@ Nothing waits, and nothing travels but the all-reduce of the dense gradients.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hetermoe_cli.cost.model import CostModel, DeviceCost
+from hetermoe_cli.cost.model import STATE_BYTES, CostModel, DeviceCost
 from hetermoe_cli.planner.baselines import micro_batch_counts
 
 STEPS = 60  # bisection steps
@@ -35,7 +35,8 @@ def work_bound(cost: CostModel, micro_batch_limit: int) -> float:
 
     The linear program has a sequence and a row share per type; for a given time the devices that are best at attention
     compared with experts attend (comparative advantage), the rest of all time goes to experts. If m devices attend,
-    the fastest at it would take a m-th of all sequences each, and the dense gradients go round a ring of m.
+    the fastest at it would take a m-th of all sequences each; of the dense gradients, those of embedding and layer 0
+    can go round a ring of m only when all is computed.
     """
     speeds = list(type_speeds(cost, micro_batch_limit).values())
     batch = cost.train.global_batch_sequences
@@ -50,9 +51,11 @@ def work_bound(cost: CostModel, micro_batch_limit: int) -> float:
 
 
 def _ring_seconds(cost: CostModel) -> float:
-    """Seconds of an all-reduce of the dense gradients in an endless ring over the fastest links, latencies left out."""
+    """All-reduce of the gradients of embedding and layer 0 in an endless ring over the fastest links, no latencies."""
     links = [link for device in cost.devices for link in (device.network, device.interconnect)]
-    return 2 * cost.dense_gradient_bytes / (max(link.bandwidth_gigabytes_per_second for link in links) * 1e9)
+    size = cost.segment_parameters(0) * STATE_BYTES[cost.train.precision][1]
+    share = 0.5 if cost.train.dense_state != "replicated" else 1.0
+    return 2 * share * size / (max(link.bandwidth_gigabytes_per_second for link in links) * 1e9)
 
 
 def _enough(speeds: list[Speed], seconds: float, sequences: float, rows: float) -> bool:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hetermoe_cli.report.run_figures import RunFigures, figures
+from hetermoe_cli.report.run_memory import memory_table, run_memory
 from hetermoe_cli.spec.run import RunSpec
 
 
@@ -31,11 +32,13 @@ def print_dry_run(what: dict[str, Any], as_json: bool) -> None:
 
 def print_summary(folder: Path, as_json: bool) -> None:
     """Figures of the finished run on stdout."""
-    found = figures(folder)
+    found, memory = figures(folder), run_memory(folder)
     if as_json:
-        print(json.dumps({"folder": str(folder), **found.as_dict()}))
+        print(json.dumps({"folder": str(folder), **found.as_dict(), "memory": memory.as_dict()}))
         return
-    Console().print(summary_table(found, str(folder)))
+    console = Console()
+    console.print(summary_table(found, str(folder)))
+    console.print(memory_table(memory))
 
 
 def summary_table(found: RunFigures, title: str) -> Table:

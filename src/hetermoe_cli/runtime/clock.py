@@ -1,19 +1,35 @@
 """Clock: when tasks ran. The engine asks it after every task; emulation replaces it by a clock that stretches them."""
 
 import time
+from typing import Any, NamedTuple
 
+from hetermoe_cli.runtime.dispatcher import Routing
 from hetermoe_cli.runtime.lanes import Handoff
 from hetermoe_cli.schedule.action import Action
 from hetermoe_cli.trace import Span, display_name, lane_of
 
+Mark = Any  # a moment: seconds on the monotonic clock, or what a subclass' `mark` returns
+
+
+class Timing(NamedTuple):
+    """Seconds that a compute task took, and the rows of each local expert if it was one of experts."""
+
+    action: Action
+    seconds: float
+    rows: list[int] | None
+
 
 class Clock:
-    """Real time: spans are what the machine took. Times are seconds on the machine's monotonic clock."""
+    """Real time: spans are what the machine took. Times are seconds on the machine's monotonic clock.
+
+    `timings`: the compute tasks of the last step.
+    """
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.spans: list[Span] = []
         self.starts: dict[int, float] = {}
+        self.timings: list[Timing] = []
         self._zero = time.monotonic()
         self._pending: list[Span] = []
         self._step = 0
@@ -23,9 +39,13 @@ class Clock:
         """The run starts now; all ranks call this together."""
         self._zero = time.monotonic()
 
+    def go_on(self, earlier: "Clock") -> None:
+        """Take over the zero and the spans of a clock that stops here, between two steps."""
+        self._zero, self.spans, self.starts = earlier._zero, earlier.spans, earlier.starts
+
     def begin_step(self, step: int, record: bool) -> float:
         """Start an iteration, whose spans are kept if `record`; seconds since the run's start."""
-        self._step, self._recording = step, record
+        self._step, self._recording, self.timings = step, record, []
         return self.step_start() - self._zero
 
     def end_step(self, start: float) -> None:
@@ -40,29 +60,39 @@ class Clock:
         """When this rank's iteration starts."""
         return time.monotonic()
 
-    def compute(self, action: Action, began: float, arrived: float, rows: list[int] | None = None) -> None:
+    def mark(self) -> Mark:
+        """This moment, for the work that is started next."""
+        return time.monotonic()
+
+    def compute(self, action: Action, began: Mark, arrived: float, rows: list[int] | None = None) -> None:
         """A compute task has just run.
 
-        began: when its work started; arrived: end of the transfer that it needed (0 if none); rows: per local expert.
+        began: mark before its work; arrived: end of the transfer that it needed (0 if none); rows: per local expert.
         """
-        self._record(action, began, time.monotonic())
+        ended = self.mark()
+        if isinstance(ended, float):  # a moment on a device is known later only
+            self.timings.append(Timing(action, ended - began, rows))
+        self._span(action, began, ended)
 
-    def counted(self, layer: int, micro_batch: int, counts: list[int]) -> None:
-        """This rank's rows per expert of (layer, micro-batch) are known."""
+    def counted(self, layer: int, micro_batch: int, routing: Routing) -> None:
+        """This rank has routed its rows of (layer, micro-batch)."""
 
     def sent(self, action: Action) -> None:
         """Rows for `action` are about to be handed to a lane."""
 
     def transferred(self, action: Action, handoff: Handoff) -> None:
-        """A lane has just finished `action`; handoff.start and .end are real times."""
-        self._record(action, handoff.start, handoff.end)
+        """A lane has just finished `action`; handoff.start and .end are marks."""
+        self._span(action, handoff.start, handoff.end)
 
     def synchronising(self) -> None:
         """This rank has finished its backward."""
 
-    def synchronised(self, action: Action, began: float) -> None:
+    def synchronised(self, action: Action, began: Mark) -> None:
         """The gradient synchronisation has just ended."""
-        self._record(action, began, time.monotonic())
+        self._span(action, began, self.mark())
+
+    def _span(self, action: Action, start: Mark, end: Mark) -> None:
+        self._record(action, start, end)
 
     def _record(self, action: Action, start: float, end: float) -> None:
         if self._recording:

@@ -1,55 +1,67 @@
 """Who gets which rows: the permutations of dispatch and combine, as plain tensors and sizes.
 
 T = tokens of the rank's micro-batch, k = choices a token, H = hidden size. A token travels once per chosen expert.
+Permutations are computed where the rows are; sizes go to the host on their own, and who needs them waits for them.
 """
 
-from dataclasses import dataclass, field
-from itertools import accumulate
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hetermoe_cli.model.copies import Fetched, upload, used_here
 from hetermoe_cli.spec.layout import Layout
+
+CPU = torch.device("cpu")
 
 
 class LayerMap:
     """Static facts of one layer on one rank: the order in which rows for each expert are sent and computed."""
 
-    def __init__(self, layout: Layout, layer: int, rank: int) -> None:
+    def __init__(self, layout: Layout, layer: int, rank: int, device: torch.device = CPU) -> None:
         self.rank, self.world_size = rank, layout.world_size
         self.hosted = list(layout.placement[layer].experts)
         self.replicated = layout.placement[layer].replicated
         self.attends = bool(layout.sequences_per_rank[rank])
         self.local = layout.local_experts(layer, rank)
         self.attending = layout.attending
-        self._key = self._send_keys(layout.experts)
-        self._bounds = list(accumulate((self._slots(target) for target in range(self.world_size)), initial=0))
+        self.bounds = list(accumulate((self.slots(target) for target in range(self.world_size)), initial=0))
+        self.keys = self._send_keys(layout.experts)
+        self._key = torch.tensor(self.keys, device=device)
+        self._marks = torch.arange(self.bounds[-1] + 1, device=device)
 
-    def _slots(self, target: int) -> int:
+    def slots(self, target: int) -> int:
         """How many experts this rank's rows can go to on `target`."""
         own = len(self.replicated) if target == self.rank and self.attends else 0
         return len(self.hosted[target]) + own
 
-    def _send_keys(self, experts: int) -> Tensor:
-        """[experts] position of each expert in this rank's sending order: by target rank, then as local there."""
-        key = torch.full((experts,), -1, dtype=torch.int64)
+    def _send_keys(self, experts: int) -> list[int]:
+        """Position of each expert in this rank's sending order: by target rank, then as local there.
+
+        The last one is that of dropped choices: behind all others.
+        """
+        keys = [experts] * (experts + 1)
         position = 0
         for target in range(self.world_size):
             own = self.replicated if target == self.rank and self.attends else []
             for expert in [*self.hosted[target], *own]:
-                key[expert] = position
+                keys[expert] = position
                 position += 1
-        return key
+        return keys
 
     def route(self, experts: Tensor) -> "Routing":
-        """Plan the sending of every (token, choice); experts [T, k]."""
-        keys = self._key.to(experts.device)[experts.flatten()]
-        order = keys.argsort(stable=True)
-        counts = keys.bincount(minlength=self._bounds[-1]).tolist()
-        per_target = [counts[low:high] for low, high in zip(self._bounds, self._bounds[1:], strict=False)]
-        return Routing(order, experts.shape[1], per_target, [counts[key] for key in self._key.tolist()])
+        """Plan the sending of every (token, choice); experts [T, k], the number of experts where dropped.
 
-    def arrivals(self, counts_by_source: dict[int, list[int]], device: torch.device | str = "cpu") -> "Arrivals":
+        Nothing here waits for the device.
+        """
+        keys, order = self._key[experts.flatten()].sort(stable=True)
+        rows = torch.searchsorted(keys, self._marks).diff()
+        return Routing(order, experts.shape[1], rows, self)
+
+    def arrivals(self, counts_by_source: Mapping[int, list[int]], device: torch.device = CPU) -> "Arrivals":
         """Plan the grouping by expert of rows that come source by source."""
         table = [
             (counts + [0] * (len(self.local) - len(counts)))
@@ -58,18 +70,59 @@ class LayerMap:
         return Arrivals.of(table, len(self.local), device)
 
 
-@dataclass
-class Routing:
-    """Sending side of one (layer, micro-batch). `order` [T * k]: the (token, choice) slots in sending order."""
+class Sizes(NamedTuple):
+    """Rows of one (layer, micro-batch) on the host: [target][local expert there], per target, per expert."""
 
-    order: Tensor
-    top_k: int
-    counts: list[list[int]]  # [target][local expert there]
+    counts: list[list[int]]
+    per_target: list[int]
     by_expert: list[int]
-    sizes: list[int] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.sizes = [sum(counts) for counts in self.counts]
+
+class Routing:
+    """Sending side of one (layer, micro-batch). `order` [T * k]: the (token, choice) slots in sending order.
+
+    Dropped ones come last; the M others travel. M is known on the host only later, so that what is gathered has T * k
+    rows, the first M of which count.
+    """
+
+    def __init__(self, order: Tensor, top_k: int, rows: Tensor, layer_map: LayerMap) -> None:
+        """rows [slots]: how many go to each expert, in sending order."""
+        self.order, self.top_k = order, top_k
+        self._rows, self._map = rows, layer_map
+        self._fetched = Fetched(rows)
+        self._host: Sizes | None = None
+
+    def _sizes(self) -> Sizes:
+        if self._host is None:  # two threads may both work it out
+            rows = self._fetched.wait().tolist()
+            counts = [rows[low:high] for low, high in pairwise(self._map.bounds)]
+            self._host = Sizes(counts, [sum(part) for part in counts], [rows[key] for key in self._map.keys[:-1]])
+        return self._host
+
+    @property
+    def counts(self) -> list[list[int]]:
+        """Rows [target][local expert there]; this and the next two wait for the device if they are not here yet."""
+        return self._sizes().counts
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows per target rank."""
+        return self._sizes().per_target
+
+    @property
+    def by_expert(self) -> list[int]:
+        """Rows per expert."""
+        return self._sizes().by_expert
+
+    @property
+    def waited(self) -> float:
+        """Seconds that a thread waited for these sizes."""
+        return self._fetched.waited
+
+    def count_vector(self, target: int, device: torch.device) -> Tensor:
+        """Rows for each expert that another rank hosts, int64, on `device`: for the current stream."""
+        rows = used_here(self._rows) if device.type == self._rows.device.type else self._fetched.wait()
+        return rows[self._map.bounds[target] : self._map.bounds[target + 1]]
 
     def gather(self, rows: Tensor) -> Tensor:
         """rows [T, H] -> [T * k, H] in sending order."""
@@ -80,40 +133,53 @@ class Routing:
         return outputs.flatten(0, 1)[self.order]
 
     def to_tokens(self, sent: Tensor) -> Tensor:
-        """[T * k, H] in sending order -> [T, k, H]."""
-        result = torch.empty_like(sent)
-        result[self.order] = sent
-        return result.view(-1, self.top_k, sent.shape[-1])
+        """[M, H] in sending order -> [T, k, H], zeros where dropped."""
+        slots, (rows, width) = len(self.order), sent.shape
+        result = sent.new_empty(slots, width) if rows == slots else sent.new_zeros(slots, width)
+        result[self.order[:rows]] = sent
+        return result.view(-1, self.top_k, width)
 
 
 @dataclass
 class Arrivals:
     """Receiving side. Rows come source by source, each sorted by local expert; experts compute them grouped.
 
-    `grouping` [M]: arrival positions in computing order; `counts`: rows per local expert; `sizes`: rows per source.
+    `grouping` [M]: arrival positions in computing order, None if that is the order of arrival (one source, or one
+    expert); `counts`: rows per local expert; `sizes`: rows per source.
     """
 
-    grouping: Tensor
+    grouping: Tensor | None
     counts: list[int]
     sizes: list[int]
 
     @classmethod
-    def of(cls, table: list[list[int]], experts: int, device: torch.device | str = "cpu") -> "Arrivals":
+    def of(cls, table: list[list[int]], experts: int, device: torch.device = CPU) -> "Arrivals":
         """table[source][local expert] = rows."""
         matrix = torch.tensor(table, dtype=torch.int64).view(len(table), experts)
-        labels = torch.arange(experts).repeat(len(table)).repeat_interleave(matrix.flatten())
-        return cls(
-            grouping=labels.argsort(stable=True).to(device),
-            counts=matrix.sum(dim=0).tolist(),
-            sizes=matrix.sum(dim=1).tolist(),
-        )
+        by_expert = matrix.T.flatten()
+        arrived = (matrix.flatten().cumsum(0) - matrix.flatten()).view_as(matrix).T.flatten()
+        shift = (arrived - (by_expert.cumsum(0) - by_expert))[by_expert > 0]  # of whole blocks (source, expert)
+        grouping = None
+        if shift.any():
+            blocks = upload(torch.stack([shift, by_expert[by_expert > 0]]), device)
+            rows = int(matrix.sum())
+            grouping = torch.arange(rows, device=device) + blocks[0].repeat_interleave(blocks[1], output_size=rows)
+        return cls(grouping, matrix.sum(dim=0).tolist(), matrix.sum(dim=1).tolist())
+
+    def take(self) -> "Arrivals":
+        """Use it on the current stream."""
+        if self.grouping is not None:
+            used_here(self.grouping)
+        return self
 
     def group(self, rows: Tensor) -> Tensor:
-        """[M, H] by source -> by expert."""
-        return rows[self.grouping]
+        """[M, H] by source -> by expert; the same tensor if that is one order."""
+        return rows if self.grouping is None else rows[self.grouping]
 
     def ungroup(self, rows: Tensor) -> Tensor:
-        """[M, H] by expert -> by source."""
+        """[M, H] by expert -> by source; the same tensor if that is one order."""
+        if self.grouping is None:
+            return rows
         result = torch.empty_like(rows)
         result[self.grouping] = rows
         return result

@@ -11,9 +11,10 @@ from pathlib import Path
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.cost.ports import Matrix
 from hetermoe_cli.runtime.board import Board
-from hetermoe_cli.runtime.clock import Clock
+from hetermoe_cli.runtime.clock import Clock, Timing
+from hetermoe_cli.runtime.dispatcher import Routing
 from hetermoe_cli.runtime.lanes import Handoff
-from hetermoe_cli.schedule.action import Action
+from hetermoe_cli.schedule.action import Action, Kind
 from hetermoe_cli.schedule.schedule import Schedule
 from hetermoe_cli.schedule.zebra import SYNCHRONISE
 from hetermoe_cli.spec.run import RunSpec
@@ -28,21 +29,25 @@ class EmulatedClock(Clock):
     `stretched_seconds` sums the targets' durations.
     """
 
-    def __init__(self, run: RunSpec, schedule: Schedule, rank: int) -> None:
-        """Collective: all ranks open the board together."""
+    def __init__(self, run: RunSpec, schedule: Schedule, rank: int, earlier: "EmulatedClock | None" = None) -> None:
+        """Collective: all ranks open the board together. `earlier`: a clock of this run that stops here."""
         super().__init__(rank)
-        self._layout = run.plan.layout
+        self._layout = run.layout
         self._model = CostModel(run.plan.inputs)
         self._schedule = schedule
         self._row_scale, self._time_scale = run.row_scale, run.time_scale
         self._board = Board(Path(run.folder) / "board.bin", self._layout, [*schedule.transfers, SYNCHRONISE], rank)
         self._before = self._predecessors()
         self._sends = {action for action in schedule.transfers if rank in schedule.senders[action]}
-        self._now = 0.0
+        self._now = self._reduced = 0.0
         self.tasks = self.overruns = 0
         self.overrun_seconds = self.stretched_seconds = 0.0
         self._ends: dict[Action, float] = {}
         self._cost = LayoutCost(self._model, self._layout)
+        if earlier:
+            self.go_on(earlier)
+            self.tasks, self.overruns = earlier.tasks, earlier.overruns
+            self.overrun_seconds, self.stretched_seconds = earlier.overrun_seconds, earlier.stretched_seconds
 
     def _predecessors(self) -> dict[Action, set[Action]]:
         """Earlier transfers on the same port or lane, as the simulator chains them."""
@@ -51,7 +56,7 @@ class EmulatedClock(Clock):
         result: dict[Action, set[Action]] = {}
         for action in self._schedule.transfers:
             ranks = {*self._schedule.senders[action], *self._schedule.receivers[action]}
-            keys = [*ports.transfer(action).ports, *((action.towards_experts, rank) for rank in ranks)]
+            keys = [*ports.transfer(action).ports, *((action.lane, rank) for rank in ranks)]
             result[action] = {last[key] for key in keys if key in last}
             last |= dict.fromkeys(keys, action)
         return result
@@ -74,6 +79,7 @@ class EmulatedClock(Clock):
         else:
             seconds = self._cost.expert_seconds(self.rank, action, [count * self._row_scale for count in rows])
         self._finish(action, start, start + seconds * self._time_scale)
+        self.timings.append(Timing(action, self._now - start, rows))
 
     def _finish(self, action: Action, start: float, target: float) -> None:
         """Sleep until the target; an overrun moves the clock on."""
@@ -89,8 +95,8 @@ class EmulatedClock(Clock):
         self._now = target
         self._record(action, start, target)
 
-    def counted(self, layer: int, micro_batch: int, counts: list[int]) -> None:
-        self._board.post_counts(self._step, layer, micro_batch, counts)
+    def counted(self, layer: int, micro_batch: int, routing: Routing) -> None:
+        self._board.post_counts(self._step, layer, micro_batch, routing.by_expert)
 
     def sent(self, action: Action) -> None:
         if action in self._sends:
@@ -100,6 +106,8 @@ class EmulatedClock(Clock):
         handoff.end = self._end(action)
         handoff.start = handoff.end - self._cost.transfer(action).seconds * self._time_scale
         self._record(action, handoff.start, handoff.end)
+        if action.kind is Kind.REDUCE:
+            self._reduced = handoff.end
 
     def _end(self, action: Action) -> float:
         """When `action` is released; every rank computes the same from the board."""
@@ -117,7 +125,7 @@ class EmulatedClock(Clock):
         return self._ends[action]
 
     def synchronising(self) -> None:
-        self._board.post(self._step, SYNCHRONISE, self._now)
+        self._board.post(self._step, SYNCHRONISE, max(self._now, self._reduced))
 
     def synchronised(self, action: Action, began: float) -> None:
         everyone = range(self._layout.world_size)

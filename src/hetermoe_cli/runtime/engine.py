@@ -6,18 +6,20 @@ from concurrent.futures import Future
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hetermoe_cli.model.documents import Documents
 from hetermoe_cli.model.transformer import DenseModel
 from hetermoe_cli.runtime.clock import Clock
 from hetermoe_cli.runtime.dispatcher import Arrivals, LayerMap, Routing
 from hetermoe_cli.runtime.lanes import Handoff, Lanes, exchange
-from hetermoe_cli.runtime.mesh import Mesh
+from hetermoe_cli.runtime.mesh import Mesh, peer_errors
 from hetermoe_cli.runtime.parts import Parts
 from hetermoe_cli.runtime.stage import AttentionStage, Border, ExpertStage
 from hetermoe_cli.schedule.action import Action, Kind, Pass
-from hetermoe_cli.schedule.schedule import Schedule
+from hetermoe_cli.schedule.schedule import Schedule, inputs
 from hetermoe_cli.spec.layout import Layout
 
 Place = tuple[int, int]  # (layer, micro-batch)
@@ -49,11 +51,13 @@ class Engine:
         loss_scale: float,
         clock: Clock,
         after: Callable[[Action], None] = lambda action: None,
+        gradients: Callable[[int], Tensor] = lambda layer: torch.empty(0),
     ) -> None:
         """Run all compute actions of this rank but S and O, and `after` each; `loss_scale` multiplies the summed loss
-        in backward."""
+        in backward. `gradients`: of a layer, what attending ranks share, summed over them in place."""
         self._schedule, self._batch, self._loss_scale, self._clock = schedule, batch, loss_scale, clock
         self._attention: dict[Place, AttentionStage] = {}
+        self._documents: dict[int, Documents | None] = {}
         self._heads: dict[int, Border] = {}
         self._experts: dict[Place, ExpertStage] = {}
         self._routings: dict[Place, Routing] = {}
@@ -68,6 +72,7 @@ class Engine:
             (self.layout.layers, self.layout.micro_batches, self.layout.experts), np.int32
         )
         training = any(action.direction is Pass.BACKWARD for action in schedule.compute[self.mesh.rank])
+        reduces = {inputs(t, self.layout.layers)[0]: t for t in schedule.transfers if t.kind is Kind.REDUCE}
         self._lanes.start(schedule, self._carry)
         try:
             with torch.set_grad_enabled(training):
@@ -75,7 +80,13 @@ class Engine:
                     if (action.kind, action.direction) in self._handlers:
                         self._handlers[action.kind, action.direction](action)
                         after(action)
+                        if reduce := reduces.get(action):
+                            self._clock.sent(reduce)
+                            self._lanes.put(reduce, gradients(reduce.layer), [])
             self._lanes.finish()
+            for reduce in reduces.values():
+                if handoff := self._lanes.get(reduce):
+                    handoff.take()
         except BaseException as error:
             self._abort(error)
             raise
@@ -94,7 +105,10 @@ class Engine:
         inputs, arrived = self._border_before(layer, j)
         began = time.monotonic()
         dense = self._dense()
-        stage = AttentionStage.forward(dense, layer, inputs, self.layout.schedule.recompute_attention)
+        if layer == 0:
+            self._documents[j] = dense.documents(self._batch(j)[0])
+        recompute = self.layout.schedule.recompute_attention
+        stage = AttentionStage.forward(dense, layer, inputs, recompute, self._documents[j])
         routed = stage.outputs()
         if routed.losses is not None:
             self.router_losses += routed.losses.detach()
@@ -103,7 +117,7 @@ class Engine:
         self._attention[place], self._routings[place] = stage, routing
         self._routed[place].set_result(None)
         self.counts[layer, j] = routing.by_expert
-        self._clock.counted(layer, j, routing.by_expert)
+        self._clock.counted(layer, j, routing)
         self._clock.compute(action, began, arrived)
         self._send(Action(Kind.DISPATCH, Pass.FORWARD, layer, j), rows, routing.sizes)
 
@@ -224,15 +238,20 @@ class Engine:
     # Called by the lanes.
 
     def _carry(self, action: Action, rows: Tensor | None, sent: list[int]) -> Handoff:
-        """Move one transfer: send `rows`, `sent[r]` of them to rank r; receive what comes."""
+        """Move one transfer: send `rows`, `sent[r]` of them to rank r; receive what comes. Gradients are summed."""
         began = time.monotonic()
+        if action.kind is Kind.REDUCE:
+            assert rows is not None
+            with peer_errors():
+                dist.all_reduce(rows, group=self.mesh.attending)
+            return self._carried(action, rows, began)
         group = self.mesh.to_experts if action.towards_experts else self.mesh.from_experts
         rank = self.mesh.rank
         if action.kind is Kind.DISPATCH and action.direction is Pass.FORWARD:
             self._exchange_counts(action)
         sends: dict[int, Tensor] = {}
         if rows is not None:
-            sends = {peer: part for peer, part in enumerate(torch.split(rows, sent)) if peer != rank}
+            sends = {peer: part for peer, part in enumerate(torch.split(rows[: sum(sent)], sent)) if peer != rank}
         buffer = torch.empty(0, device=self.mesh.device)
         receives: dict[int, Tensor] = {}
         if rank in self._schedule.receivers[action]:
@@ -240,7 +259,10 @@ class Engine:
             buffer = torch.empty((sum(sizes), self._width), dtype=self.parts.exchange, device=self.mesh.device)
             receives = {peer: part for peer, part in enumerate(torch.split(buffer, sizes)) if peer != rank}
         exchange(group, sends, receives)
-        handoff = Handoff.of(buffer)
+        return self._carried(action, buffer, began)
+
+    def _carried(self, action: Action, rows: Tensor, began: float) -> Handoff:
+        handoff = Handoff.of(rows)
         handoff.start, handoff.end = began, time.monotonic()
         self._clock.transferred(action, handoff)
         return handoff

@@ -1,6 +1,7 @@
 """Gradients of one rank: where they accumulate, how they are summed over ranks and clipped by the true global norm."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -13,24 +14,30 @@ from hetermoe_cli.runtime.mesh import Mesh, peer_errors
 class Gradients:
     """Preallocated gradients: what got no token is zero, not missing.
 
-    `shared` parameters (dense part, replicated experts) have views of one flat buffer of dtype `exchange`, summed over
-    the attending ranks in one all-reduce; `own` parameters (hosted experts) exist once in the world and have gradients
-    of their own dtype. In fp32 and wider, autograd accumulates into these in place. In fp16 and bf16 it accumulates a
-    parameter's micro-batches in a temporary fp32 gradient, which `fold` rounds into its place once for every run of
-    micro-batches: small contributions are not lost, and only the layer at work has fp32 gradients.
+    `shared` parameters (dense part, replicated experts) have views of one flat buffer of dtype `exchange`, a segment
+    for every layer and one for the head; the engine sums each over the attending ranks as soon as it is complete. `own`
+    parameters (hosted experts) exist once in the world and have gradients of their own dtype. In fp32 and wider,
+    autograd accumulates into these in place. In fp16 and bf16 it accumulates a parameter's micro-batches in a temporary
+    fp32 gradient, which `fold` rounds into its place once for every run of micro-batches: small contributions are not
+    lost, and only the layer at work has fp32 gradients.
     """
 
     def __init__(
-        self, shared: Iterable[nn.Parameter], own: Iterable[nn.Parameter], mesh: Mesh, exchange: torch.dtype
+        self,
+        shared: Sequence[Sequence[nn.Parameter]],
+        own: Iterable[nn.Parameter],
+        mesh: Mesh,
+        exchange: torch.dtype,
     ) -> None:
         self._mesh = mesh
         self._own = list(own)
-        shared = list(shared)
-        self._flat = torch.zeros(sum(p.numel() for p in shared), dtype=exchange, device=mesh.device)
+        sizes = [sum(p.numel() for p in segment) for segment in shared]
+        self._flat = torch.zeros(sum(sizes), dtype=exchange, device=mesh.device)
+        self._segments = torch.split(self._flat, sizes)
         self._places: dict[nn.Parameter, Tensor] = {}
         self._in_place: list[nn.Parameter] = []
         offset = 0
-        for parameter in shared:
+        for parameter in chain.from_iterable(shared):
             self._place(parameter, self._flat[offset : offset + parameter.numel()].view_as(parameter))
             offset += parameter.numel()
         for parameter in self._own:
@@ -67,15 +74,15 @@ class Gradients:
                 place.add_(parameter.grad)
                 parameter.grad = None
 
-    def reduce(self, figures: Tensor) -> tuple[Tensor, float]:
-        """Sum shared gradients over their holders, and `figures` [n] float64 over all ranks.
+    def segment(self, layer: int) -> Tensor:
+        """[n] shared gradients of a layer, or, one after the last layer, of the head."""
+        return self._segments[layer]
+
+    def totals(self, figures: Tensor) -> tuple[Tensor, float]:
+        """Sum `figures` [n] float64 over all ranks, once all segments are summed over their holders.
 
         Returns (summed figures, global gradient norm); the norm is not finite if a gradient of any rank is not.
         """
-        self.fold(self._places)
-        if self._mesh.attending is not None and self._flat.numel():
-            with peer_errors():
-                dist.all_reduce(self._flat, group=self._mesh.attending)
         square = torch.zeros(1, dtype=torch.float64, device=self._mesh.device)
         attends = self._mesh.attending is not None
         if attends and dist.get_rank(self._mesh.attending) == 0:  # one copy of what all attending ranks share

@@ -1,4 +1,5 @@
-"""Lanes: two threads a rank that carry the transfers of one direction each, in the schedule's static order.
+"""Lanes: threads of a rank that carry its transfers of one kind each, in the schedule's static order: towards the
+experts, from them, gradients.
 
 Nothing is tagged: every message has its exact size, and all ranks post the messages of a lane in one order, which is
 what NCCL demands and gloo allows. On CUDA each lane has a stream of its own; events order it against the compute
@@ -19,6 +20,8 @@ from torch import Tensor
 from hetermoe_cli.runtime.mesh import Mesh, peer_errors
 from hetermoe_cli.schedule.action import Action
 from hetermoe_cli.schedule.schedule import Schedule
+
+LANES = 3
 
 
 @dataclass
@@ -66,8 +69,8 @@ class Lanes:
     """
 
     def __init__(self, mesh: Mesh) -> None:
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="lane")
-        self._streams = [_stream(mesh.device) for _ in range(2)]
+        self._pool = ThreadPoolExecutor(LANES, thread_name_prefix="lane")
+        self._streams = [_stream(mesh.device) for _ in range(LANES)]
         self._rank = mesh.rank
         self._outbox: dict[Action, Future[Outgoing]] = {}
         self._inbox: dict[Action, Future[Handoff]] = {}
@@ -79,8 +82,8 @@ class Lanes:
         self._outbox = {action: Future() for action in mine if self._rank in schedule.senders[action]}
         self._inbox = {action: Future() for action in mine if self._rank in schedule.receivers[action]}
         self._running = []
-        for direction, stream in zip((True, False), self._streams, strict=True):
-            actions = [action for action in mine if action.towards_experts is direction]
+        for lane, stream in enumerate(self._streams, 1):
+            actions = [action for action in mine if action.lane == lane]
             jobs = deque((a, self._outbox.get(a), self._inbox.get(a, Future())) for a in actions)
             self._running.append(self._pool.submit(self._work, jobs, stream, carrier))
 
@@ -94,7 +97,7 @@ class Lanes:
         return self._inbox.pop(action).result() if action in self._inbox else None
 
     def finish(self) -> None:
-        """Wait for both lanes, so that every sent tensor is out; raises what a lane raised."""
+        """Wait for all lanes, so that every sent tensor is out; raises what a lane raised."""
         for lane in self._running:
             lane.result()
 

@@ -1,18 +1,23 @@
-"""Mesh: this rank's place, its device and the process groups it talks through."""
+"""Mesh: this rank's place, its device, the process groups it talks through, and where messages lie."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from hetermoe_cli.errors import UserError
+from hetermoe_cli.model.copies import Fetched
 from hetermoe_cli.spec.layout import Layout
 
 TIMEOUT = timedelta(minutes=10)
+Backend = Literal["gloo", "nccl"]
+CPU = torch.device("cpu")
 
 
 class PeerLost(Exception):
@@ -38,7 +43,8 @@ def barrier() -> None:
 class Mesh:
     """Groups: one per transfer direction, so that the two never wait for each other; one of the attending ranks.
 
-    `attending` is None on ranks that do not attend.
+    `attending` is None on ranks that do not attend. `wire`: where messages lie, the device with NCCL, the host with
+    gloo. `ordered`: whether this rank's lanes call in one static order over all of them, as NCCL demands.
     """
 
     rank: int
@@ -47,12 +53,35 @@ class Mesh:
     to_experts: dist.ProcessGroup
     from_experts: dist.ProcessGroup
     attending: dist.ProcessGroup | None
+    wire: torch.device = CPU
+    ordered: bool = False
+
+    def on_wire(self, tensor: Tensor) -> Tensor:
+        """`tensor` where messages lie; if it must come down from the device, this thread waits for it."""
+        return tensor if tensor.device.type == self.wire.type else Fetched(tensor).wait()
+
+    def all_reduce(self, tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
+        """Sum over the ranks of `group` (None: all), in place."""
+        message = self.on_wire(tensor)
+        with peer_errors():
+            dist.all_reduce(message, group=group)
+        if message is not tensor:
+            tensor.copy_(message, non_blocking=True)  # from pinned memory
+
+    def agree(self, digest: int) -> list[int]:
+        """Every rank's `digest`, by rank."""
+        found = [torch.zeros(1, dtype=torch.int64, device=self.wire) for _ in range(self.world_size)]
+        with peer_errors():
+            dist.all_gather(found, torch.tensor([digest], dtype=torch.int64, device=self.wire))
+        return [int(one) for one in found]
 
 
-def join(layout: Layout, accelerator: str) -> Mesh:
+def join(layout: Layout, accelerator: str, backend: Backend | None = None) -> Mesh:
     """Join the launcher's process group (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment).
 
-    UserError if the launcher started another number of workers than the plan has ranks.
+    `accelerator`: this rank's device, cpu, cuda (that of its LOCAL_RANK) or cuda:N. `backend`, the same on all ranks:
+    where some are cpu and some cuda, gloo. None: NCCL for CUDA. UserError if the launcher started another number of
+    workers than the plan has ranks.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != layout.world_size:
@@ -60,12 +89,14 @@ def join(layout: Layout, accelerator: str) -> Mesh:
             f"world size is {world_size}, the plan has {layout.world_size} ranks: "
             f"start exactly {layout.world_size} workers or plan for {world_size} devices"
         )
-    device = torch.device("cpu")
-    if accelerator == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device(accelerator)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index)
         torch.cuda.set_device(device)
+    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+    wire = device if backend == "nccl" else CPU
     with peer_errors():
-        to_experts, from_experts, attending = _groups(layout, device)
+        to_experts, from_experts, attending = _groups(layout, backend, wire)
     rank = dist.get_rank()
     return Mesh(
         rank=rank,
@@ -74,16 +105,21 @@ def join(layout: Layout, accelerator: str) -> Mesh:
         to_experts=to_experts,
         from_experts=from_experts,
         attending=attending if rank in layout.attending else None,
+        wire=wire,
+        ordered=backend == "nccl",
     )
 
 
-def _groups(layout: Layout, device: torch.device) -> tuple[dist.ProcessGroup, dist.ProcessGroup, dist.ProcessGroup]:
-    cuda = device.type == "cuda"
+def _groups(
+    layout: Layout, backend: Backend, wire: torch.device
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup, dist.ProcessGroup]:
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None)
+        if backend == "nccl":  # kernels of several communicators start in the order of their calls (NCCL 2.26)
+            os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=wire if backend == "nccl" else None)
     everyone = list(range(layout.world_size))
     lanes = dist.new_group(everyone), dist.new_group(everyone)
     attending = dist.new_group(layout.attending)
     for lane in lanes:  # NCCL wants all ranks in a group's first call, and a first transfer may leave some out
-        dist.all_reduce(torch.zeros(1, device=device), group=lane)
+        dist.all_reduce(torch.zeros(1, device=wire), group=lane)
     return *lanes, attending

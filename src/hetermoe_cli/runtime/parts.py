@@ -11,7 +11,7 @@ from hetermoe_cli.model.moe import ExpertGroup
 from hetermoe_cli.model.transformer import DenseModel, initialise
 from hetermoe_cli.runtime.mesh import Mesh
 from hetermoe_cli.runtime.stage import ExpertParts
-from hetermoe_cli.schedule.action import Action, Kind
+from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.model import ModelConfig
 
@@ -41,10 +41,17 @@ class Parts(nn.Module):
     `dtype` is this rank's, `exchange` that of rows on their way; `masters`: fp32 values of narrower parameters.
     """
 
-    def __init__(self, config: ModelConfig, layout: Layout, rank: int, router: Router = "learned") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: Layout,
+        rank: int,
+        router: Router = "learned",
+        document_end: int | None = None,
+    ) -> None:
         super().__init__()
         attends = bool(layout.sequences_per_rank[rank])
-        self.dense = DenseModel(config, router) if attends else None
+        self.dense = DenseModel(config, router, document_end) if attends else None
         self.experts = nn.ModuleList(
             ExpertParts(
                 ExpertGroup(config, layer, placement.experts[rank]),
@@ -72,10 +79,25 @@ class Parts(nn.Module):
             for part in parts:
                 yield from part.parameters()
 
-    def shared_parameters(self) -> list[nn.Parameter]:
-        """What every attending rank holds a copy of."""
-        dense = list(self.dense.parameters()) if self.dense else []
-        return dense + [p for layer in range(len(self.experts)) for p in self.experts_of(layer).replicated.parameters()]
+    def shared_segments(self) -> list[list[nn.Parameter]]:
+        """What every attending rank holds a copy of, layer by layer as gradients become complete (cost.reduce_seconds):
+        the embedding goes with layer 0, norm and head come last. All are empty where the rank does not attend."""
+        layers, edge = range(len(self.experts)), Action(Kind.HEAD, Pass.BACKWARD)
+        segments = [list(self.parameters_of(Action(Kind.ATTENTION, Pass.BACKWARD, layer))) for layer in layers]
+        for layer, segment in enumerate(segments):
+            segment += self.experts_of(layer).replicated.parameters()
+        return [*segments, list(self.parameters_of(edge))]
+
+    def widen(self, module: nn.Module, device: torch.device) -> None:
+        """Put `module` on the device, in this rank's precision or, where that is narrower, in fp32."""
+        module.to(device=device, dtype=torch.promote_types(self.dtype, torch.float32))
+
+    def narrow(self, module: nn.Module) -> None:
+        """Round what `widen` left to this rank's precision and keep it as masters, if there is a difference."""
+        for parameter in module.parameters():
+            if parameter.dtype != self.dtype:
+                self.masters[parameter] = parameter.detach()
+                parameter.data = parameter.data.to(self.dtype)
 
     def own_parameters(self) -> list[nn.Parameter]:
         """What exists once in the world: hosted experts."""
@@ -89,15 +111,12 @@ def build_parts(
     precisions: Precisions,
     seed: int,
     router: Router = "learned",
+    document_end: int | None = None,
 ) -> Parts:
     """This rank's modules on its device; masters are initialised equally under every layout and in every precision."""
-    parts = Parts(config, layout, mesh.rank, router)
+    parts = Parts(config, layout, mesh.rank, router, document_end)
     parts.dtype, parts.exchange = DTYPES[precisions.of(mesh.rank)], DTYPES[precisions.exchange]
-    wide = torch.promote_types(parts.dtype, torch.float32)
-    parts.to(device=mesh.device, dtype=wide)
+    parts.widen(parts, mesh.device)
     initialise(parts, config, seed)
-    if parts.dtype != wide:
-        for parameter in parts.parameters():
-            parts.masters[parameter] = parameter.detach()
-            parameter.data = parameter.data.to(parts.dtype)
+    parts.narrow(parts)
     return parts

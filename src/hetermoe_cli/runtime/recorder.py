@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl, expert loads, traces, status.json."""
+"""What a run leaves behind: metrics.jsonl, expert loads, traces, peaks of memory, status.json."""
 
 import json
 import time
@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.spec.files import read_text, write_atomic
+from hetermoe_cli.spec.files import dump, load, read_text, write_atomic
+from hetermoe_cli.spec.rebalance import Rebalance, Rebalances
 from hetermoe_cli.spec.run import RunSpec
 from hetermoe_cli.trace import Trace
 
-METRICS, STATUS, CHECKPOINTS = "metrics.jsonl", "status.json", "checkpoints"
+METRICS, STATUS, CHECKPOINTS, REBALANCES = "metrics.jsonl", "status.json", "checkpoints", "rebalances.yaml"
 
 
 def trace_path(folder: Path, rank: int) -> Path:
@@ -26,14 +27,25 @@ def load_path(folder: Path, rank: int) -> Path:
     return folder / "loads" / f"rank{rank}.npy"
 
 
+def memory_path(folder: Path, rank: int) -> Path:
+    """Where a rank's peaks of memory lie: MemoryMeter.values()."""
+    return folder / "memory" / f"rank{rank}.json"
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl; a last line cut off by a crash is left out. UserError if the file cannot be read."""
     text = read_text(folder / METRICS)
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
+def read_rebalances(folder: Path) -> list[Rebalance]:
+    """Changes of placement in a run, in the order of their steps."""
+    path = folder / REBALANCES
+    return load(Rebalances, path).changes if path.exists() else []
+
+
 class Recorder:
-    """Rank 0 writes metrics and status; every rank its trace; attending ranks their loads."""
+    """Rank 0 writes metrics and status; every rank its trace and peaks of memory; attending ranks their loads."""
 
     def __init__(self, run: RunSpec, rank: int) -> None:
         self._run, self._rank = run, rank
@@ -64,6 +76,21 @@ class Recorder:
         if self._metrics.exists():
             kept = [line for line in read_metrics(self._folder) if line["step"] < step]
             write_atomic(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        known = read_rebalances(self._folder)
+        changes = [change for change in known if change.step <= step]
+        if self._run.rebalanced and self._run.rebalanced not in changes:
+            changes.append(self._run.rebalanced)
+        if changes != known:
+            self._write_rebalances(changes)
+
+    def rebalanced(self, change: Rebalance, seconds: float) -> None:
+        """Experts have moved, which took the run so long in all (rank 0)."""
+        if self._rank == 0:
+            self._write_rebalances([*read_rebalances(self._folder), change])
+            self.event("moved", change.step - 1, seconds=seconds)
+
+    def _write_rebalances(self, changes: list[Rebalance]) -> None:
+        dump(Rebalances(changes=changes), self._folder / REBALANCES, "Where experts moved to in this run.")
 
     def load(self, step: int, counts: NDArray[np.int32]) -> None:
         """Rows per (layer, micro-batch, expert) that this rank sent in `step`."""
@@ -83,6 +110,13 @@ class Recorder:
     def trace(self, trace: Trace) -> None:
         """Write this rank's trace."""
         trace.write(trace_path(self._folder, self._rank))
+
+    def memory(self, values: dict[str, int]) -> None:
+        """Write this rank's peaks of memory; nothing where none were measured."""
+        if values:
+            path = memory_path(self._folder, self._rank)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, json.dumps(values) + "\n")
 
     def status(self, state: str, step: int, **values: Any) -> None:
         """The last word of a run (rank 0): finished or interrupted."""

@@ -18,7 +18,11 @@ from hetermoe_cli.model.transformer import named_state, parameter_slices
 from hetermoe_cli.runtime.mesh import barrier
 from hetermoe_cli.runtime.recorder import CHECKPOINTS
 from hetermoe_cli.runtime.trainer import Trainer
+from hetermoe_cli.spec.files import parse
+from hetermoe_cli.spec.rebalance import Rebalance
 from hetermoe_cli.spec.run import RunSpec
+
+_LATER_FIELDS = {"documents": "joined"}  # of checkpoints that were made before these fields existed
 
 
 def save(run: RunSpec, trainer: Trainer, step: int) -> Path:
@@ -26,7 +30,7 @@ def save(run: RunSpec, trainer: Trainer, step: int) -> Path:
     folder = step_folder(Path(run.folder) / CHECKPOINTS, step)
     tensors = training_tensors(trainer.parts, trainer.optimizer)
     if trainer.mesh.rank != min(trainer.layout.attending):
-        shared = {id(parameter) for parameter in trainer.parts.shared_parameters()}
+        shared = {id(p) for segment in trainer.parts.shared_segments() for p in segment}
         copies = {name for name, (p, _) in parameter_slices(trainer.parts).items() if id(p) in shared}
         copies |= named_state(trainer.parts).keys()
         tensors = {name: tensor for name, tensor in tensors.items() if name.split("@")[0] not in copies}
@@ -38,7 +42,7 @@ def save(run: RunSpec, trainer: Trainer, step: int) -> Path:
             data_digest=run.corpus_sha256,
             model=run.model,
             world_size=trainer.mesh.world_size,
-            extra=_identity(run) | _learning_rate(run) | _loss_scale(trainer),
+            extra=_identity(run) | _learning_rate(run) | _loss_scale(trainer) | _rebalanced(run),
         )
         finish(folder, state, run.keep_checkpoints)
     barrier()
@@ -67,13 +71,21 @@ def check_resumable(run: RunSpec) -> int:
     if manifest.data_digest != run.corpus_sha256:
         raise UserError(f"{folder}: field data_digest: made with other text: pass the same --data as then")
     for field, value in _identity(run).items():
-        if manifest.extra.get(field) != value:
-            raise UserError(
-                f"{folder}: field extra.{field}: made with {manifest.extra.get(field)}, this run has {value}"
-            )
+        found = manifest.extra.get(field, _LATER_FIELDS.get(field))
+        if found != value:
+            raise UserError(f"{folder}: field extra.{field}: made with {found}, this run has {value}")
     if manifest.step >= run.steps:
         raise UserError(f"{folder}: already at step {manifest.step} of {run.steps}: raise --steps to go on")
     return manifest.step
+
+
+def resumed_placement(run: RunSpec) -> Rebalance | None:
+    """Where the checkpoint run.resume_from had moved experts to, if that was under this plan's layout."""
+    assert run.resume_from is not None
+    folder = Path(run.resume_from)
+    stored = read_manifest(folder).extra.get("rebalanced")
+    change = parse(Rebalance, stored, f"{folder / MANIFEST}: extra.rebalanced") if stored else None
+    return change if change and change.is_of(run.plan.layout) else None
 
 
 def resume_note(run: RunSpec) -> str | None:
@@ -81,8 +93,15 @@ def resume_note(run: RunSpec) -> str | None:
     if not run.resume_from:
         return None
     extra = read_manifest(Path(run.resume_from)).extra
+    if run.rebalanced is None and "rebalanced" in extra:
+        return "the checkpoint's experts had moved from their places in another plan: they go where this plan has them"
     changed = [name for name, value in _learning_rate(run).items() if extra.get(name) != value]
     return f"resuming with another {', '.join(changed)}: not as if the run had never stopped" if changed else None
+
+
+def _rebalanced(run: RunSpec) -> dict[str, object]:
+    """Nothing where experts are where the plan has them."""
+    return {"rebalanced": run.rebalanced.model_dump(mode="json")} if run.rebalanced else {}
 
 
 def _loss_scale(trainer: Trainer) -> dict[str, object]:
@@ -108,4 +127,5 @@ def _identity(run: RunSpec) -> dict[str, object]:
         "sequence_length": run.sequence_length,
         "precision": run.precision,
         "router": run.router,
+        "documents": train.documents,
     }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hetermoe_cli.model.attention import Routed
+from hetermoe_cli.model.documents import Documents
 from hetermoe_cli.model.moe import ExpertGroup, combine
 from hetermoe_cli.model.transformer import DenseModel
 
@@ -55,12 +56,14 @@ class AttentionStage:
     kept: bool
 
     @classmethod
-    def forward(cls, dense: DenseModel, layer: int, inputs: Border | Tensor, recompute: bool) -> "AttentionStage":
+    def forward(
+        cls, dense: DenseModel, layer: int, inputs: Border | Tensor, recompute: bool, documents: Documents | None = None
+    ) -> "AttentionStage":
         """Run the stage; grad mode decides whether a graph is built."""
 
         def run() -> Routed:
             hidden = inputs.combined() if isinstance(inputs, Border) else dense.embedding(inputs)
-            return dense.stage(layer, hidden)
+            return dense.stage(layer, hidden, documents)
 
         kept = torch.is_grad_enabled() and not recompute
         with torch.set_grad_enabled(kept):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.model.data import Batches
+from hetermoe_cli.model.data import END_OF_TEXT, Batches
 from hetermoe_cli.model.gate import Router
 from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
 from hetermoe_cli.runtime.clock import Clock
@@ -58,17 +58,30 @@ class Trainer:
         sequence_length: int,
         scaled: bool,
     ) -> None:
-        self.layout, self.train, self.mesh, self.parts, self.engine = layout, train, mesh, parts, engine
+        self.train, self.mesh, self.parts = train, mesh, parts
         self._tokens = layout.sequences_per_micro_batch * layout.micro_batches * sequence_length
         self.optimizer = make_optimizer(parts, train, parts.masters)
-        self.gradients = Gradients(parts.shared_parameters(), parts.own_parameters(), mesh, parts.exchange)
+        self.lay_out(layout, engine)
         self.loss_scale = LossScale(dynamic=scaled)
         self.clock = Clock(mesh.rank)
         self.stop_requested = False
+
+    def lay_out(self, layout: Layout, engine: Engine) -> None:
+        """Run `layout` with `engine` from the next step on; parts and optimizer hold what it needs."""
+        self.layout, self.engine = layout, engine
+        self.gradients = Gradients(
+            self.parts.shared_segments(), self.parts.own_parameters(), self.mesh, self.parts.exchange
+        )
         self._schedule = training_schedule(layout)
-        self._last_of_runs = last_of_runs(self._schedule.compute[mesh.rank])
+        self._last_of_runs = last_of_runs(self._schedule.compute[self.mesh.rank])
         self._validation = validation_schedule(layout)
-        self._first = sum(layout.sequences_per_rank[: mesh.rank])
+        self._first = sum(layout.sequences_per_rank[: self.mesh.rank])
+
+    def release_gradients(self) -> None:
+        """Free the buffers of gradients between two steps, before `lay_out` makes others."""
+        del self.gradients
+        for parameter in self.parts.parameters():
+            parameter.grad = None
 
     @classmethod
     def build(
@@ -88,7 +101,8 @@ class Trainer:
         `precision` is what ranks exchange, and compute in unless `rank_precisions` says otherwise.
         """
         precisions = Precisions(precision, rank_precisions)
-        parts = build_parts(model, layout, mesh, precisions, train.seed, router)
+        document_end = END_OF_TEXT if train.documents == "masked" else None
+        parts = build_parts(model, layout, mesh, precisions, train.seed, router, document_end)
         engine = Engine(layout, mesh, parts, model.hidden_size)
         return cls(layout, train, mesh, parts, engine, sequence_length, precisions.scaled)
 
@@ -101,7 +115,8 @@ class Trainer:
         self.gradients.zero()
         start = self.clock.begin_step(step, record)
         loss_scale = self.loss_scale.scale / self._tokens
-        self.engine.run(self._schedule, partial(self._batch, batches, step), loss_scale, self.clock, self._settle)
+        batch = partial(self._batch, batches, step)
+        self.engine.run(self._schedule, batch, loss_scale, self.clock, self._settle, self.gradients.segment)
         result, first_start = self._synchronise(step, start)
         scale = self.loss_scale.scale
         if not self.loss_scale.follow(finite=not result.skipped):
@@ -141,7 +156,7 @@ class Trainer:
         return float(total) / (count * self._tokens)
 
     def _synchronise(self, step: int, start: float) -> tuple[StepResult, float]:
-        """Reduce gradients and figures; the result, and when the first rank began."""
+        """Norm of the reduced gradients, and figures of all ranks; the result, and when the first rank began."""
         began = time.monotonic()
         self.clock.synchronising()
         layers, experts, world = self.layout.layers, self.layout.experts, self.mesh.world_size
@@ -151,7 +166,7 @@ class Trainer:
         losses = torch.cat([self.engine.loss[None], self.engine.router_losses]).cpu() / self._tokens
         stop = torch.tensor([float(self.stop_requested)], dtype=torch.float64)
         figures = torch.cat([losses, stop, rows, starts])
-        total, norm = self.gradients.reduce(figures.to(self.mesh.device))
+        total, norm = self.gradients.totals(figures.to(self.mesh.device))
         self.clock.synchronised(SYNCHRONISE, began)
         total = total.cpu()
         norm /= self.loss_scale.scale

@@ -18,8 +18,10 @@ import torch.distributed as dist
 
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.model.data import Batches, load_corpus
+from hetermoe_cli.runtime.balancer import Balancer
 from hetermoe_cli.runtime.emulator import EmulatedClock
-from hetermoe_cli.runtime.mesh import PeerLost, barrier, join, peer_errors
+from hetermoe_cli.runtime.memory import MemoryMeter
+from hetermoe_cli.runtime.mesh import Mesh, PeerLost, barrier, join, peer_errors
 from hetermoe_cli.runtime.recorder import Recorder
 from hetermoe_cli.runtime.saving import restore, save
 from hetermoe_cli.runtime.trainer import StepResult, Trainer
@@ -70,11 +72,13 @@ def train(run: RunSpec) -> None:
     """The whole run of one rank."""
     torch.set_num_threads(run.threads_per_rank)
     plan = run.plan
-    mesh = join(plan.layout, "cpu" if run.emulation else _accelerator(run))
+    mesh = _join(run)
     spec = plan.inputs.train.model_copy(update={"steps": run.steps})
+    batches = _batches(run) if mesh.rank in plan.layout.attending else (None, None)
+    meter = MemoryMeter(mesh.device)
     trainer = Trainer.build(
         run.model,
-        plan.layout,
+        run.layout,
         spec,
         mesh,
         sequence_length=run.sequence_length,
@@ -82,33 +86,35 @@ def train(run: RunSpec) -> None:
         rank_precisions=run.rank_precisions,
         router=run.router,
     )
-    batches = _batches(run) if mesh.rank in plan.layout.attending else (None, None)
     if run.resume_from:
         restore(run, trainer)
     recorder = Recorder(run, mesh.rank)
     if run.emulation:
-        trainer.clock = EmulatedClock(run, training_schedule(plan.layout), mesh.rank)
+        trainer.clock = EmulatedClock(run, training_schedule(run.layout), mesh.rank)
     _handle_signals(trainer)
     barrier()
     trainer.clock.set_zero()
-    _loop(run, trainer, recorder, batches)
+    _loop(run, trainer, recorder, batches, meter)
+    recorder.memory(meter.values())
     dist.destroy_process_group()
 
 
-def _accelerator(run: RunSpec) -> str:
-    """Of this rank's device type."""
-    inputs, rank = run.plan.inputs, int(os.environ.get("RANK", "0"))
-    devices = inputs.devices()
-    return inputs.profiles[devices[min(rank, len(devices) - 1)].type].accelerator
+def _join(run: RunSpec) -> Mesh:
+    """On the device that the plan gives this rank: NCCL where all are CUDA, gloo through the hosts where some are."""
+    kinds = ["cpu"] if run.emulation else run.plan.inputs.accelerators()
+    rank = min(int(os.environ.get("RANK", "0")), len(kinds) - 1)  # join refuses a rank too many
+    device = f"cuda:{run.plan.inputs.device_index(rank)}" if kinds[rank] == "cuda" else "cpu"
+    return join(run.layout, device, "gloo" if "cpu" in kinds else "nccl")
 
 
 def _batches(run: RunSpec) -> tuple[Batches, Batches]:
-    corpus = load_corpus([Path(source) for source in run.sources] or None, run.validation_share)
+    train = run.plan.inputs.train
+    sources = [Path(source) for source in run.sources]
+    corpus = load_corpus(sources or None, run.validation_share, train.document_separator)
     if corpus.digest != run.corpus_sha256:
         raise UserError(
             f"{corpus.source}: field corpus_sha256: the text differs from the one this run was prepared for"
         )
-    train = run.plan.inputs.train
     size = (run.sequence_length, train.global_batch_sequences, train.seed)
     return Batches(corpus.train, *size, corpus.source), Batches(corpus.validation, *size, corpus.source)
 
@@ -123,20 +129,30 @@ def _handle_signals(trainer: Trainer) -> None:
         signal.signal(number, request)
 
 
-def _loop(run: RunSpec, trainer: Trainer, recorder: Recorder, batches: tuple[Batches | None, Batches | None]) -> None:
+def _loop(
+    run: RunSpec,
+    trainer: Trainer,
+    recorder: Recorder,
+    batches: tuple[Batches | None, Batches | None],
+    meter: MemoryMeter,
+) -> None:
     (training, validation), start = batches, run.start_step
     traced = range(start + WARM_UP_STEPS, start + WARM_UP_STEPS + run.trace_steps)
     saved, step, stop = start, start, False
+    balancer = Balancer(run, trainer, recorder)
     while step < run.steps and not stop:
         began = time.monotonic()
-        result = trainer.step(training, step, record=step in traced)
+        with meter.step():
+            result = trainer.step(training, step, record=step in traced and balancer.run is run)
         recorder.load(step, trainer.engine.counts)
-        _report(run, recorder, step, result, time.monotonic() - began)
+        _report(balancer.run, recorder, step, result, time.monotonic() - began)
         step, stop = step + 1, result.stop
+        if step < run.steps and not stop:
+            balancer.after(step, result)
         if run.validate_every and step % run.validate_every == 0 and step < run.steps and not stop:
             recorder.event("validation", step - 1, loss=trainer.validate(validation, run.validation_batches))
         if stop or step == run.steps or (run.checkpoint_every and step % run.checkpoint_every == 0):
-            folder = save(run, trainer, step)
+            folder = save(balancer.run, trainer, step)
             recorder.event("checkpoint", step - 1, folder=str(folder))
             saved = step
     recorder.trace(Trace("emulated" if run.emulation else "measured", trainer.clock.spans, trainer.clock.starts))
@@ -159,13 +175,22 @@ def _report(run: RunSpec, recorder: Recorder, step: int, result: StepResult, sec
         learning_rate=result.learning_rate,
         gradient_norm=_finite(result.gradient_norm),
         iteration_seconds=seconds,
-        predicted_iteration_seconds=run.plan.predicted.iteration_seconds * run.time_scale,
+        predicted_iteration_seconds=run.predicted_seconds,
         tokens_per_second=run.tokens_per_second(seconds),
         expert_imbalance=float(highest.mean()),
         expert_load_highest=highest.round(4).tolist(),
         expert_load_lowest=lowest.round(4).tolist(),
+        **_dropped(run, result),
         **({} if result.loss_scale is None else {"loss_scale": result.loss_scale, "skipped": result.skipped}),
     )
+
+
+def _dropped(run: RunSpec, result: StepResult) -> dict[str, object]:
+    """Rows that no expert had room for, by layer; nothing of models without a capacity."""
+    if run.model.router_capacity is None:
+        return {}
+    asked = run.plan.inputs.train.global_batch_sequences * run.sequence_length * run.model.top_k
+    return {"dropped_rows": [asked - int(rows) for rows in result.expert_rows.sum(axis=1)]}
 
 
 def _finite(value: float) -> float | None:

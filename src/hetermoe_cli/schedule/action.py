@@ -8,14 +8,15 @@ from hetermoe_cli.errors import UserError
 
 
 class Kind(StrEnum):
-    """What a task does. D and C are transfers, S is the gradient synchronisation, the others compute."""
+    """What a task does. D, C and R are transfers, S ends the gradient synchronisation, the others compute."""
 
     ATTENTION = "A"  # combine of the layer before, attention, norms, gate
     DISPATCH = "D"  # rows to the hosts of their experts; in backward, the rows' gradients back
     EXPERT = "E"  # the local experts of one layer
     COMBINE = "C"  # expert outputs back to their tokens; in backward, the outputs' gradients out
     HEAD = "H"  # last combine, final norm, head, loss; in training its own backward at once
-    SYNCHRONISE = "S"  # all-reduce of the attending ranks' gradients, global norm
+    REDUCE = "R"  # all-reduce of one layer's gradients that attending ranks share
+    SYNCHRONISE = "S"  # global norm; what of the all-reduce cannot overlap with backward
     OPTIMIZER = "O"  # optimizer step
 
     __hash__ = str.__hash__  # an enum's own is a Python function; actions are looked up all the time
@@ -31,7 +32,11 @@ class Pass(StrEnum):
 
 
 class Action(NamedTuple):
-    """`layer` `kind` `pass` `micro_batch`, printed in this order: `3AF1`. H, S and O carry layer 0."""
+    """`layer` `kind` `pass` `micro_batch`, printed in this order: `3AF1`.
+
+    H carries layer 0, S and O micro-batch 0 as well. R carries the last micro-batch, whose backward it follows; the
+    head's gradients are one layer more than the last, the embedding's go with those of layer 0.
+    """
 
     kind: Kind
     direction: Pass
@@ -43,22 +48,30 @@ class Action(NamedTuple):
 
     @property
     def is_transfer(self) -> bool:
-        """Whether the task moves rows between ranks."""
-        return self.kind in (Kind.DISPATCH, Kind.COMBINE)
+        """Whether the task moves rows or gradients between ranks."""
+        return self.kind in _TRANSFERS
+
+    @property
+    def lane(self) -> int:
+        """Index in trace.LANES: 0 compute, 1 towards the experts, 2 from the experts, 3 gradients."""
+        if not self.is_transfer:
+            return 0
+        return 3 if self.kind is Kind.REDUCE else 1 if self.towards_experts else 2
 
     @property
     def towards_experts(self) -> bool:
-        """Of a transfer: attending ranks send and hosts receive (forward dispatch, backward combine)."""
+        """Of a dispatch or combine: attending ranks send and hosts receive (forward dispatch, backward combine)."""
         return (self.kind is Kind.DISPATCH) == (self.direction is Pass.FORWARD)
 
     @property
     def answer(self) -> "Action":
-        """Of a transfer: the one that goes the other way for the same rows."""
+        """Of a dispatch or combine: the one that goes the other way for the same rows."""
         kind = Kind.COMBINE if self.kind is Kind.DISPATCH else Kind.DISPATCH
         return Action(kind, self.direction, self.layer, self.micro_batch)
 
 
-_PATTERN = re.compile(r"(\d+)([ADECHSO])([FB])(\d+)")
+_TRANSFERS = frozenset((Kind.DISPATCH, Kind.COMBINE, Kind.REDUCE))
+_PATTERN = re.compile(r"(\d+)([ADECHRSO])([FB])(\d+)")
 
 
 def parse_action(text: str) -> Action:

@@ -30,6 +30,11 @@ def _lower(layout: Layout, order_of: _OrderOf) -> Schedule:
     senders: dict[Action, tuple[int, ...]] = {}
     receivers: dict[Action, tuple[int, ...]] = {}
     for action in _transfer_order(order_of, layout.layers, windows):
+        if action.kind is Kind.REDUCE:
+            if len(attending) > 1:
+                transfers.append(action)
+                senders[action] = receivers[action] = attending
+            continue
         hosts = hosting[action.layer]
         if not hosts or (hosts == attending and len(attending) == 1):
             continue  # every row stays on its device
@@ -47,6 +52,9 @@ def _transfer_order(order_of: _OrderOf, layers: int, windows: Windows) -> Order:
     between micro-batches, forward answers follow one micro-batch behind and backward answers come one ahead. Where
     transfers are interleaved, all answers come one micro-batch ahead of the next layer's messages. The last stages
     (head of a validation, backward of layer 0) send nothing, so that every answer is in before they end.
+
+    A layer's gradients are reduced once its last backward is done, while the layer before runs its own: just before
+    the last answer there (no stage but the last one waits for that), or after the only one.
     """
     result: list[Action] = []
     waited: list[Action] = []  # answers that the stages of this layer wait for
@@ -72,7 +80,11 @@ def _transfer_order(order_of: _OrderOf, layers: int, windows: Windows) -> Order:
         if between and not backward:
             result += sent[:-1]
             del sent[:-1]
-    return tuple(result)
+        if backward and action.micro_batch == windows.micro_batches - 1:
+            segment = layers if action.kind is Kind.HEAD else action.layer
+            reduce = Action(Kind.REDUCE, Pass.BACKWARD, segment, action.micro_batch)
+            sent.insert(len(sent) - 1 if len(sent) > 1 else len(sent), reduce)
+    return (*result, *waited, *sent)
 
 
 def _sent_by(action: Action, layers: int) -> Action | None:

@@ -86,6 +86,8 @@ def inputs(action: Action, layers: int) -> tuple[Action, ...]:
     Order on one rank's compute stream is not repeated here: the schedule's order implies it.
     """
     kind, direction, layer, micro_batch = action
+    if kind is Kind.REDUCE:
+        return (Action(Kind.HEAD if layer == layers else Kind.ATTENTION, _BACKWARD, layer % layers, micro_batch),)
     if kind is Kind.HEAD:
         return (Action(Kind.COMBINE, _FORWARD, layers - 1, micro_batch),)
     if kind is Kind.COMBINE and direction is _BACKWARD and layer == layers - 1:

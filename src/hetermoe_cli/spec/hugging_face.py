@@ -33,9 +33,11 @@ def hugging_face_fields(path: Path) -> dict[str, Any]:
         found = data.get("model_type") if isinstance(data, dict) else type(data).__name__
         raise UserError(f"{path}: field model_type: expected 'mixtral', found {found!r}")
     _refuse_unsupported(path, data)
-    rope = data.get("rope_parameters") or {}
+    rope = _rope(data)
     values = {ours: data[theirs] for theirs, ours in _HUGGING_FACE_FIELDS.items() if data.get(theirs) is not None}
-    values.setdefault("rope_theta", rope.get("rope_theta", 1e6))
+    values.setdefault("rope_theta", rope.pop("rope_theta", 1e6))
+    if rope.get("rope_type", "default") != "default":
+        values["rope_scaling"] = {name: value for name, value in rope.items() if value is not None}
     hidden, heads = values.get("hidden_size"), values.get("attention_heads")
     if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
         values.setdefault("head_size", hidden // heads)
@@ -43,14 +45,21 @@ def hugging_face_fields(path: Path) -> dict[str, Any]:
     return {"name": name, **values}
 
 
+def _rope(data: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5's rope_parameters, or the rope_scaling of older versions, in which type stood for rope_type."""
+    rope = dict(data.get("rope_parameters") or data.get("rope_scaling") or {})
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    rope.pop("type", None)
+    if rope["rope_type"] in ("llama3", "yarn") and "max_position_embeddings" in data:
+        rope.setdefault("original_max_position_embeddings", data["max_position_embeddings"])
+    return rope
+
+
 def _refuse_unsupported(path: Path, data: dict[str, Any]) -> None:
-    scaling = data.get("rope_scaling") or {}
     unsupported = {
         "hidden_act": data.get("hidden_act", "silu") != "silu",
         "sliding_window": data.get("sliding_window") is not None,
         "tie_word_embeddings": bool(data.get("tie_word_embeddings", False)),
-        "rope_parameters": (data.get("rope_parameters") or {}).get("rope_type", "default") != "default",
-        "rope_scaling": scaling.get("rope_type", scaling.get("type", "default")) != "default",
     }
     for field, refused in unsupported.items():
         if refused:

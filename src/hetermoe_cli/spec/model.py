@@ -9,6 +9,7 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec
 from hetermoe_cli.spec.files import load, parse
 from hetermoe_cli.spec.hugging_face import hugging_face_fields
+from hetermoe_cli.spec.rope import RopeScaling
 
 
 class LatentAttention(Spec):
@@ -41,9 +42,10 @@ ROUTER_FIELDS = (
     "router_auxiliary_loss",
     "router_bias_rate",
     "router_z_loss",
+    "router_capacity",
 )
 
-_LATER = {"shared_experts", "latent", *ROUTER_FIELDS}
+_LATER = {"shared_experts", "latent", "rope_scaling", *ROUTER_FIELDS}
 
 
 class _Extended(Spec):
@@ -91,6 +93,8 @@ class ModelConfig(_Extended):
     multiplies by `router_scale`. Loads are balanced by an auxiliary loss per sequence, or by a bias that is added to
     the scores for the selection only and moves by `router_bias_rate` after each step, with or without that loss. Both
     losses are sums over layers: `router_auxiliary_loss` x mean over sequences, `router_z_loss` x mean over tokens.
+    With `router_capacity` an expert takes at most so many times its even share of a sequence's rows, the first ones in
+    token order; the rest are dropped: neither sent nor combined, the other choices of their token keep their weights.
     `shared_experts` of width ffn_size are visited by every token; the attending device runs them on its own tokens in
     the attention stage. Planned but not trained in yet: `latent` attention in place of GQA, whose head_size is that of
     queries and keys.
@@ -117,7 +121,9 @@ class ModelConfig(_Extended):
     router_auxiliary_loss: NonNegativeFloat = 0.0
     router_bias_rate: NonNegativeFloat = 0.0
     router_z_loss: NonNegativeFloat = 0.0
+    router_capacity: PositiveFloat | None = None
     rope_theta: PositiveFloat = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_epsilon: PositiveFloat = 1e-5
     initializer_range: NonNegativeFloat = 0.02
 
@@ -129,6 +135,8 @@ class ModelConfig(_Extended):
             raise ValueError(f"attention_heads {self.attention_heads} is not a multiple of kv_heads {self.kv_heads}")
         if self.head_size % 2:
             raise ValueError(f"head_size {self.head_size} must be even for RoPE")
+        if self.rope_scaling and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta {self.rope_theta} must be above 1 with rope_scaling")
         if self.latent:
             self._check_latent(self.latent)
         self._check_router()

@@ -170,6 +170,15 @@ class Inputs(Spec):
         """One Device per rank."""
         return devices(self.cluster, self.links)
 
+    def accelerators(self) -> list[str]:
+        """cpu or cuda, for every rank."""
+        return [self.profiles[device.type].accelerator for device in self.devices()]
+
+    def device_index(self, rank: int) -> int:
+        """Which of its node's devices of one accelerator `rank` works on: they go to ranks in turn."""
+        places = [(d.node, kind) for d, kind in zip(self.devices(), self.accelerators(), strict=True)]
+        return places[:rank].count(places[rank])
+
 
 class Plan(Spec):
     """Groups with their prediction, bounds, memory, baselines, and the inputs with their hashes.

@@ -5,9 +5,11 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from hetermoe_cli.spec.base import NonNegativeInt, PositiveFloat, PositiveInt, Spec
+from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.spec.profile import Precision
+from hetermoe_cli.spec.rebalance import Rebalance
 
 
 class Emulation(Spec):
@@ -30,7 +32,11 @@ class Emulation(Spec):
 
 
 class RunSpec(Spec):
-    """One training run. Paths are absolute; `sources` empty means the default corpus."""
+    """One training run. Paths are absolute; `sources` empty means the default corpus.
+
+    Every `drift_every` steps (0: never) measured load and speeds are compared with what the placement was solved for;
+    `rebalance`: experts move then, where that pays. `rebalanced`: where they had moved to when the run resumes.
+    """
 
     kind: Literal["run"] = "run"
     schema_version: Literal[1] = 1
@@ -50,6 +56,9 @@ class RunSpec(Spec):
     validation_batches: PositiveInt = 4
     trace_steps: NonNegativeInt = 5
     threads_per_rank: PositiveInt = 1
+    drift_every: NonNegativeInt = 20
+    rebalance: bool = False
+    rebalanced: Rebalance | None = None
     emulation: Emulation | None = None
 
     @model_validator(mode="after")
@@ -62,6 +71,18 @@ class RunSpec(Spec):
     def model(self) -> ModelConfig:
         """The model that is really trained."""
         return self.emulation.executed if self.emulation else self.plan.inputs.model
+
+    @property
+    def layout(self) -> Layout:
+        """The plan's layout with the experts where they are now."""
+        layout = self.plan.layout
+        return self.rebalanced.apply(layout) if self.rebalanced else layout
+
+    @property
+    def predicted_seconds(self) -> float:
+        """Of an iteration, as predicted for where the experts are now."""
+        found = self.rebalanced or self.plan.predicted
+        return found.iteration_seconds * self.time_scale
 
     @property
     def rank_precisions(self) -> list[Precision]:

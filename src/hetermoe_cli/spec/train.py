@@ -12,10 +12,16 @@ Recompute = Literal["none", "attention", "experts", "all"]
 # The dense part's state: whole on every attending rank; its optimizer states (ZeRO-1), or also its weights and
 # gradients, in equal shares over a group's attending ranks, with the weights gathered in every forward and backward.
 DenseState = Literal["replicated", "optimizer", "full"]
+# Text is packed into sequences without gaps, whatever its documents' lengths. "joined": attention crosses from one
+# document to the next; "masked": it does not, and positions start again in each.
+Documents = Literal["joined", "masked"]
 
 
 class TrainSpec(Spec):
-    """Batch, precision and optimizer of a run. The learning rate warms up linearly, then follows a cosine."""
+    """Batch, precision, text and optimizer of a run. The learning rate warms up linearly, then follows a cosine.
+
+    Every text file is a document, or several where `document_separator` (such as <|endoftext|>) stands between them.
+    """
 
     kind: Literal["train"] = "train"
     schema_version: Literal[1] = 1
@@ -25,6 +31,8 @@ class TrainSpec(Spec):
     device_precision: dict[str, Precision] = Field(default_factory=dict)  # of these device types instead
     recompute: Recompute | Literal["auto"] = "auto"
     dense_state: DenseState | Literal["auto"] = "replicated"
+    documents: Documents = "joined"
+    document_separator: str | None = Field(default=None, min_length=1)
     steps: PositiveInt = 100
     learning_rate: PositiveFloat = 1e-3
     minimum_learning_rate_ratio: NonNegativeFloat = Field(default=0.1, le=1)
@@ -41,7 +49,12 @@ class TrainSpec(Spec):
     def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Files and hashes that were written before these fields existed stay what they are."""
         data: dict[str, Any] = handler(self)
-        later: dict[str, Any] = {"dense_state": "replicated", "device_precision": {}}
+        later: dict[str, Any] = {
+            "dense_state": "replicated",
+            "device_precision": {},
+            "documents": "joined",
+            "document_separator": None,
+        }
         return {name: value for name, value in data.items() if name not in later or value != later[name]}
 
     def precision_of(self, device_type: str) -> Precision:

@@ -36,6 +36,11 @@ class GroupRates(Rates):
             kernels.rates(part.kind_of[c.ranks[0]], c.sequences, choice.schedule, total, attending) for c in classes
         ]
 
+    @property
+    def ring(self) -> dict[int, bool]:
+        """Groups synchronise after all of them have computed."""
+        return {}
+
     @cached_property
     def _port_pairs(self) -> list[tuple[Port | None, Port | None]]:
         network = self.cost.network
@@ -155,7 +160,7 @@ def _without_steps(rates: GroupRates) -> GroupRates:
     """Compute and transfers alone."""
     result = GroupRates.__new__(GroupRates)
     result.__dict__.update(rates.__dict__)
-    result.__dict__["synchronise"] = (0.0, 0.0)
+    result.__dict__["reduces"], result.__dict__["after_backward"] = [(0.0, 0.0)] * (rates.layers + 1), 0.0
     result.of = [replace(r, optimizer_base=0.0, optimizer_per_expert=0.0) for r in rates.of]
     return result
 

@@ -6,6 +6,7 @@ from functools import cached_property
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.cost.ports import TransferCost
 from hetermoe_cli.planner.cluster.parts import group_inputs
 from hetermoe_cli.planner.cluster.synchronise import Copy, synchronise_seconds
 from hetermoe_cli.schedule.zebra import OPTIMIZER
@@ -14,11 +15,16 @@ from hetermoe_cli.spec.plan import Group, Inputs, Memory
 
 
 class GroupCost(LayoutCost):
-    """A layout whose synchronisation is not its own affair: it lasts until all groups have synchronised."""
+    """A layout whose synchronisation is not its own affair: it begins when all groups have computed, and lasts until
+    all have synchronised."""
 
     def __init__(self, cost: CostModel, group: Group, synchronise: float) -> None:
         super().__init__(cost, group.layout)
         self._synchronise = synchronise
+
+    def reduce(self, layer: int) -> TransferCost:
+        """Nothing: not during backward."""
+        return TransferCost(0.0, ())
 
     @cached_property
     def synchronise_seconds(self) -> float:
@@ -81,8 +87,11 @@ def replay_groups(inputs: Inputs, groups: Sequence[Group], whole: CostModel | No
 
 
 def joined(done: list[ReplayedGroup], whole: CostModel) -> Replayed:
-    """Replayed layouts side by side."""
+    """Replayed layouts side by side. A group that is alone synchronises during its backward: what that adds counts."""
     copies = [Copy(g.group.layout, ranks, g.cost) for g in done for ranks in g.group.replicas]
+    if len(copies) == 1:
+        alone = simulate(LayoutCost(done[0].cost, done[0].group.layout)).seconds
+        return Replayed(done, alone - done[0].trace.seconds)
     return Replayed(done, synchronise_seconds(whole, copies))
 
 

@@ -41,7 +41,7 @@ class Copy:
 
 
 def synchronise_seconds(whole: CostModel, copies: Sequence[Copy]) -> float:
-    """Seconds from the last group's last gradient to synchronised gradients; of one group what LayoutCost says."""
+    """Seconds from the last group's last gradient to synchronised gradients, if all begins then."""
     attending = sorted(rank for copy in copies for rank in copy.attending)
     size = whole.dense_gradient_bytes + max(copy.replicated for copy in copies) * whole.expert_gradient_bytes
     hosted: dict[int, int] = {}

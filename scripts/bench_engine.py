@@ -1,0 +1,102 @@
+"""The engine on this machine's CPU, nothing emulated: against its own simulation, its overlap, and its growth.
+
+One attending rank and one that hosts the experts (1+1), a thread each, the same global batch in four micro-batches
+(zebra), in four of which one at a time is in flight (sequential), and in one (R = 1); and plain expert parallelism
+(EP). They run in turn. engine_replay.py and engine_overlap.py define what is compared. Leave the machine alone.
+"""
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import bars
+import engine_growth
+from demo import ROOT, hetermoe
+from engine_overlap import exposure, stretch
+from engine_replay import Run, compare, read
+from engine_shapes import Shape, Widths, measure_profile, write_plan
+
+FOLDER = ROOT / "runs" / "bench-engine"
+PAIR = Shape(
+    Widths("pair", hidden=256, ffn=384, heads=8), layers=4, experts=8, length=256, sequences=(2, 0), hosts=(1,),
+    micro_batches=4,
+)  # fmt: skip
+SHAPES = {
+    "zebra": PAIR,
+    "r1": PAIR.split(1),
+    "sequential": replace(PAIR, window=1),
+    "ep": replace(PAIR, sequences=(4, 4), hosts=(0, 1), micro_batches=1),
+}
+ROUNDS, STEPS, WARM_UP = 3, 12, 2
+MOST_EXCESS, LEAST_HIDDEN, LEAST_GAIN = 0.03, 0.90, 1.5
+MOST_SECONDS = 600
+
+
+def run(folder: Path) -> dict[str, Any]:
+    """All shapes in turn; `hetermoe bench`'s figures."""
+    profiles = folder / "profiles"
+    profiles.mkdir(parents=True)
+    measure_profile(PAIR.widths, [PAIR.length], profiles)
+    plans = [write_plan(shape, profiles, folder / f"{name}.yaml") for name, shape in SHAPES.items()]
+    timing = ("--repeats", ROUNDS, "--steps", STEPS, "--warm-up", WARM_UP, "--trace-steps", STEPS - WARM_UP)
+    return hetermoe("bench", *plans, "--output", folder / "runs", "--router", "balanced", *timing)
+
+
+def rounds(entry: dict[str, Any]) -> list[Run]:
+    """The traced runs of a plan."""
+    return [read(Path(folder)) for folder in entry["runs"]]
+
+
+def against_simulation(runs: dict[str, list[Run]]) -> dict[str, dict[str, float]]:
+    """Medians over rounds."""
+    found = {name: [asdict(compare(run)) for run in mine] for name, mine in runs.items()}
+    return {name: {key: median(one[key] for one in each) for key in each[0]} for name, each in found.items()}
+
+
+def overlap(runs: dict[str, list[Run]]) -> dict[str, Any]:
+    """Of the zebra schedule: means over rounds, for every rank and for both; and the stretch of the stages."""
+    ranks = range(len(PAIR.sequences))
+    return {
+        "hidden": _hidden(runs["zebra"], ranks),
+        "hidden_per_rank": [_hidden(runs["zebra"], [rank]) for rank in ranks],
+        "stretch": median(stretch(one, other) for one, other in zip(runs["zebra"], runs["sequential"], strict=True)),
+    }
+
+
+def _hidden(runs: Sequence[Run], ranks: Sequence[int]) -> float:
+    found = [exposure(run, ranks) for run in runs]
+    return 1 - mean(one.exposed_seconds for one in found) / mean(one.transfer_seconds for one in found)
+
+
+def measure() -> tuple[list[bars.Bar], dict[str, Any]]:
+    """Run, compare, grow, draw."""
+    began = time.monotonic()
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    bench = run(FOLDER)
+    entries = {entry["name"]: entry for entry in bench["entries"]}
+    runs = {name: rounds(entry) for name, entry in entries.items()}
+    replayed, hidden = against_simulation(runs), overlap(runs)
+    found = [
+        bars.at_most(
+            f"{name}: iteration over a simulation with its own stage times, less one", one["excess"], MOST_EXCESS
+        )
+        for name, one in replayed.items()
+    ]
+    found += [
+        bars.at_least("1+1, R = 4: share of communication that is hidden", hidden["hidden"], LEAST_HIDDEN),
+        bars.at_least("1+1: speed of R = 4 over R = 1", entries["r1"]["ratio"]["median"], LEAST_GAIN),
+    ]
+    grown = engine_growth.growth(FOLDER / "growth")
+    curves = engine_growth.fits(grown)
+    engine_growth.draw(grown, curves, engine_growth.PICTURE)
+    found.append(bars.at_most("seconds of this benchmark", time.monotonic() - began, MOST_SECONDS))
+    growth = {name: {"points": grown[name], "fit": asdict(curve)} for name, curve in curves.items()}
+    return found, {"bench": bench, "against_simulation": replayed, "overlap": hidden, "growth": growth}
+
+
+if __name__ == "__main__":
+    bars.report(__doc__, measure)

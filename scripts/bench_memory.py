@@ -1,0 +1,179 @@
+"""Predicted peak of memory per rank against measured: real training on this machine's CPU, shapes of 500 MB and more.
+
+Each shape is profiled (what autograd keeps), laid out by hand and trained for a few steps. Measured is the resident
+size of the process at its peak in a step, less its size before the model was built; predicted is the plan's memory
+less what it allows for the framework. So what malloc keeps after a free counts as measured.
+
+    python scripts/bench_memory.py --json > memory.json
+"""
+
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import bars
+from demo import ROOT, hetermoe
+from emulated_plans import manual_plan
+from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.spec.cluster import ClusterSpec
+from hetermoe_cli.spec.files import dump, load
+from hetermoe_cli.spec.layout import LayerPlacement, Layout, ScheduleChoice
+from hetermoe_cli.spec.library import load_links, load_profiles
+from hetermoe_cli.spec.model import ModelConfig
+from hetermoe_cli.spec.plan import Inputs
+from hetermoe_cli.spec.profile import Precision
+from hetermoe_cli.spec.train import TrainSpec
+
+FOLDER = ROOT / "runs" / "bench-memory"
+LEAST_BYTES, MOST_ERROR = 500e6, 0.10
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, a batch and who holds what on two ranks: experts of a layer `hosted` by each, the rest replicated."""
+
+    name: str
+    model: dict[str, int]
+    length: int
+    sequences: list[int]
+    hosted: list[int]
+    schedule: dict[str, Any] = field(default_factory=dict)
+    precision: Precision = "fp32"
+    micro_batches: int = 2
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model; fields that are not given are those of a small one."""
+        small = {"attention_heads": 4, "kv_heads": 2, "experts": 8, "top_k": 2, "vocab_size": 256}
+        fields = {**small, **self.model}
+        head = fields["hidden_size"] // fields["attention_heads"]
+        return ModelConfig(name=self.name, head_size=head, initializer_range=0.02, **fields)
+
+    @property
+    def layout(self) -> Layout:
+        """Experts by number: those of rank 0, those of rank 1, the replicated ones."""
+        first, both, experts = self.hosted[0], sum(self.hosted), self.config.experts
+        placement = LayerPlacement(
+            experts=[list(range(first)), list(range(first, both))], replicated=list(range(both, experts))
+        )
+        return Layout(
+            schedule=ScheduleChoice(
+                **{"window": self.micro_batches, "recompute": "none", **self.schedule}, micro_batches=self.micro_batches
+            ),
+            sequences_per_rank=self.sequences,
+            placement=[placement] * self.config.layers,
+        )
+
+    @property
+    def train(self) -> TrainSpec:
+        """As short as it gets."""
+        batch = sum(self.sequences) * self.micro_batches
+        return TrainSpec(
+            sequence_length=self.length, global_batch_sequences=batch, precision=self.precision, steps=STEPS,
+            warmup_steps=1,
+        )  # fmt: skip
+
+
+SHAPES = [
+    Shape(
+        "attention",
+        {"layers": 4, "hidden_size": 256, "ffn_size": 512},
+        length=1024,
+        sequences=[2, 0],
+        hosted=[0, 8],
+        micro_batches=4,
+    ),
+    Shape(
+        "weights",
+        {"layers": 4, "hidden_size": 512, "ffn_size": 1024},
+        length=128,
+        sequences=[2, 2],
+        hosted=[4, 4],
+    ),
+    Shape(
+        "long-recomputed",
+        {"layers": 6, "hidden_size": 256, "ffn_size": 768, "experts": 16},
+        length=4096,
+        sequences=[1, 1],
+        hosted=[8, 8],
+        schedule={"recompute": "all"},
+    ),
+    Shape(
+        "windows",
+        {"layers": 6, "hidden_size": 384, "ffn_size": 768},
+        length=1024,
+        sequences=[1, 1],
+        hosted=[3, 3],
+        schedule={"window": 2},
+        micro_batches=4,
+    ),
+    Shape(
+        "masters",
+        {"layers": 6, "hidden_size": 512, "ffn_size": 1024, "experts": 8},
+        length=512,
+        sequences=[1, 1],
+        hosted=[3, 3],
+        schedule={"recompute": "experts"},
+        precision="bf16",
+    ),
+]
+
+
+def plan(shape: Shape, folder: Path) -> Path:
+    """Profile what the shape needs, and write the plan of its layout."""
+    folder.mkdir(parents=True)
+    model_file, plan_file = folder / "model.yaml", folder / "plan.yaml"
+    dump(shape.config, model_file, "Written by scripts/bench_memory.py.")
+    rows = sum(shape.sequences) * shape.length * shape.config.top_k // shape.config.experts
+    own = {count * shape.length * shape.config.top_k // shape.config.experts for count in shape.sequences if count}
+    tokens = {rows, *own, *(count * shape.length for count in shape.sequences if count)}
+    hetermoe(
+        "profile", "--quick", "--device", "cpu", "--model", model_file, "--precision", shape.precision,
+        "--sequence-lengths", shape.length, "--sequences", ",".join(map(str, {n for n in shape.sequences if n})),
+        "--tokens", ",".join(map(str, sorted(tokens))), "--output", folder / "profiles",
+    )  # fmt: skip
+    cluster = load(ClusterSpec, ROOT / "plans/clusters/cpu2.yaml")
+    folders = [folder / "profiles"]
+    inputs = Inputs(
+        model=shape.config,
+        cluster=cluster,
+        links=load_links(cluster, folders),
+        profiles=load_profiles(cluster, folders),
+        train=shape.train,
+    )
+    dump(manual_plan(inputs, LayoutCost(CostModel(inputs), shape.layout)), plan_file, "By scripts/bench_memory.py.")
+    return plan_file
+
+
+def run(shape: Shape) -> dict[str, Any]:
+    """Train; what `hetermoe train` says of every rank's memory."""
+    folder = FOLDER / shape.name
+    figures = hetermoe("train", plan(shape, folder), "--run-folder", folder / "run", "--router", "balanced")
+    found: dict[str, Any] = figures["memory"]
+    return found
+
+
+def checks(name: str, memory: dict[str, Any]) -> list[bars.Bar]:
+    """Both ranks of a shape."""
+    found = []
+    for rank, (predicted, measured) in enumerate(zip(memory["predicted_bytes"], memory["measured_bytes"], strict=True)):
+        label = f"{name}, rank {rank}: {predicted / 1e6:.0f} MB predicted"
+        found.append(bars.at_least(f"{label}; measured MB", measured / 1e6, LEAST_BYTES / 1e6))
+        found.append(bars.at_most(f"{label}, relative error", abs(predicted / measured - 1), MOST_ERROR))
+    return found
+
+
+def measure() -> tuple[list[bars.Bar], dict[str, Any]]:
+    """All shapes."""
+    began = time.monotonic()
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    results = {shape.name: run(shape) for shape in SHAPES}
+    found = [bar for name, memory in results.items() for bar in checks(name, memory)]
+    return found, results | {"seconds": time.monotonic() - began}
+
+
+if __name__ == "__main__":
+    bars.report(__doc__, measure)

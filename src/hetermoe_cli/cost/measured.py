@@ -1,0 +1,35 @@
+"""MeasuredCost: a plan's costs with the expert load and the devices' speeds that a run has measured."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.spec.load import ExpertLoad
+from hetermoe_cli.spec.plan import Inputs
+
+
+class MeasuredCost(CostModel):
+    """`inputs` under `load`; every compute task of rank r takes `slowdown[r]` times its profiled seconds.
+
+    Ranks of one type with different slowdowns count as different types.
+    """
+
+    def __init__(self, inputs: Inputs, load: ExpertLoad | None, slowdown: Sequence[float]) -> None:
+        super().__init__(inputs.model_copy(update={"expert_load": load}))
+        known = dict(self.types)
+        names = [
+            f"{d.type} x {factor:g}" if factor != 1 else d.type
+            for d, factor in zip(self.devices, slowdown, strict=True)
+        ]
+        self.types = {}
+        for name, device, factor in zip(names, self.devices, slowdown, strict=True):
+            cost = known[device.type]
+            self.types[name] = replace(
+                cost,
+                type=name,
+                attention=cost.attention.slowed(factor),
+                expert=cost.expert.slowed(factor),
+                head=cost.head.slowed(factor),
+                optimizer_seconds_per_parameter=cost.optimizer_seconds_per_parameter * factor,
+            )
+        self.devices = [d.model_copy(update={"type": name}) for d, name in zip(self.devices, names, strict=True)]

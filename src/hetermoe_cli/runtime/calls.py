@@ -1,0 +1,210 @@
+"""The communication calls of an iteration, rank by rank, derived from the schedule before anything runs. No torch.
+
+NCCL neither tags messages nor checks them: it pairs what two ranks call by position, and hangs where positions differ
+or where two communicators are entered in different orders. So every rank's list is derived and compared beforehand.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import groupby, pairwise
+from typing import Literal, NamedTuple, NoReturn
+
+from hetermoe_cli import __version__
+from hetermoe_cli.errors import UserError
+from hetermoe_cli.schedule.action import Action, Kind, Pass
+from hetermoe_cli.schedule.schedule import Schedule
+from hetermoe_cli.spec.layout import Layout
+
+COMMUNICATORS = ("world", "to experts", "from experts", "attending")  # by an action's lane
+COUNTS = "int64"
+
+Operation = Literal["send", "receive", "all-reduce"]
+Payload = Literal["counts", "rows", "gradients", "figures"]
+
+
+class Call(NamedTuple):
+    """One call of one rank. Neighbours of one `batch` are issued together.
+
+    `peer`: the other rank of a message, -1 for a collective; `size`: elements, None where tokens decide (a message of
+    none is left out by both of its ranks).
+    """
+
+    communicator: str
+    action: Action
+    payload: Payload
+    operation: Operation
+    peer: int
+    dtype: str
+    size: int | None = None
+
+    @property
+    def batch(self) -> "Batch":
+        """What is issued at once; the same on all ranks that take part."""
+        return Batch(self.communicator, self.action, self.payload)
+
+    @property
+    def content(self) -> tuple[Action, Payload, str, int | None]:
+        """What both ends of a message must agree on."""
+        return self.action, self.payload, self.dtype, self.size
+
+
+class Batch(NamedTuple):
+    """A group of calls that ranks enter together."""
+
+    communicator: str
+    action: Action
+    payload: Payload
+
+    def __str__(self) -> str:
+        return f"{self.action} {self.payload} ({self.communicator})"
+
+
+Calls = list[Call]
+
+
+def calls_of(schedule: Schedule, layout: Layout, rank: int, exchange: str) -> Calls:
+    """What `rank` calls in one iteration, in its one order over all communicators; rows travel in `exchange`."""
+    calls: Calls = []
+    for action in schedule.transfers_of(rank):
+        if action.kind is Kind.REDUCE:
+            calls.append(_all_reduce(action, "gradients", exchange))
+            continue
+        if has_counts(action):
+            calls += _messages(schedule, action, rank, "counts", COUNTS, layout)
+        calls += _messages(schedule, action, rank, "rows", exchange)
+    ends = [action for action in schedule.compute[rank] if action.kind is Kind.SYNCHRONISE]
+    return calls + [_all_reduce(action, "figures", "float64") for action in ends]
+
+
+def has_counts(action: Action) -> bool:
+    """Whether a count vector goes ahead of the rows: all other sizes of an iteration follow from these."""
+    return action.kind is Kind.DISPATCH and action.direction is Pass.FORWARD
+
+
+def _all_reduce(action: Action, payload: Payload, dtype: str) -> Call:
+    return Call(COMMUNICATORS[action.lane], action, payload, "all-reduce", -1, dtype)
+
+
+def _messages(
+    schedule: Schedule, action: Action, rank: int, payload: Payload, dtype: str, counted: Layout | None = None
+) -> Iterator[Call]:
+    """Sends by peer, then receives by peer. `counted`: count vectors, one number for each expert of the receiver."""
+    senders, receivers = schedule.senders[action], schedule.receivers[action]
+    directions: list[tuple[Operation, tuple[int, ...], tuple[int, ...]]] = [
+        ("send", senders, receivers),
+        ("receive", receivers, senders),
+    ]
+    for operation, own, others in directions:
+        for peer in sorted(others) if rank in own else ():
+            if peer != rank:
+                host = peer if operation == "send" else rank
+                size = len(counted.placement[action.layer].experts[host]) if counted else None
+                yield Call(COMMUNICATORS[action.lane], action, payload, operation, peer, dtype, size)
+
+
+def verify(calls: Sequence[Calls]) -> None:
+    """UserError, one line, unless all ranks' calls (`calls[rank]`) fit together.
+
+    The k-th message from r to p on a communicator is the k-th that p receives from r on it; members of a communicator
+    enter the same collectives in one order; and one order over all communicators exists that every rank keeps, so
+    that no lane waits for another in a circle.
+    """
+    _check_messages(calls)
+    _check_collectives(calls)
+    _check_order([[batch for batch, _ in groupby(mine, key=lambda call: call.batch)] for mine in calls])
+
+
+def _check_messages(calls: Sequence[Calls]) -> None:
+    sent: dict[tuple[str, int, int], Calls] = defaultdict(list)
+    received: dict[tuple[str, int, int], Calls] = defaultdict(list)
+    for rank, mine in enumerate(calls):
+        for call in mine:
+            if call.operation == "send":
+                sent[call.communicator, rank, call.peer].append(call)
+            elif call.operation == "receive":
+                received[call.communicator, call.peer, rank].append(call)
+    for key in sorted({*sent, *received}):
+        communicator, source, target = key
+        out, back = sent[key], received[key]
+        for place in range(max(len(out), len(back))):
+            left, right = (_at(found, place) for found in (out, back))
+            if left != right:
+                _refuse(
+                    f"message {place + 1} ({communicator}) from rank {source} to rank {target} is "
+                    f"{_told(out, place)} there and {_told(back, place)} here"
+                )
+
+
+def _at(found: Calls, place: int) -> object:
+    return found[place].content if place < len(found) else None
+
+
+def _told(found: Calls, place: int) -> str:
+    if place >= len(found):
+        return "none"
+    action, payload, dtype, size = found[place].content
+    return f"{action} {payload} ({'' if size is None else f'{size} x '}{dtype})"
+
+
+def _check_collectives(calls: Sequence[Calls]) -> None:
+    entered: dict[str, dict[int, Calls]] = defaultdict(dict)
+    for rank, mine in enumerate(calls):
+        for call in mine:
+            if call.operation == "all-reduce":
+                entered[call.communicator].setdefault(rank, []).append(call)
+    for communicator, by_rank in sorted(entered.items()):
+        if communicator == COMMUNICATORS[0]:
+            by_rank = {rank: by_rank.get(rank, []) for rank in range(len(calls))}
+        first = min(by_rank)
+        for rank, mine in by_rank.items():
+            for place in range(max(len(mine), len(by_rank[first]))):
+                if _at(mine, place) != _at(by_rank[first], place):
+                    _refuse(
+                        f"collective {place + 1} ({communicator}) is {_told(by_rank[first], place)} on rank {first} "
+                        f"and {_told(mine, place)} on rank {rank}"
+                    )
+
+
+def _check_order(batches: Sequence[Sequence[Batch]]) -> None:
+    """Merge the ranks' orders into one; where that is impossible, name two ranks' places in the circle."""
+    following: dict[Batch, list[Batch]] = defaultdict(list)
+    waiting: dict[Batch, int] = {}
+    for rank, mine in enumerate(batches):
+        if len(set(mine)) < len(mine):
+            twice = next(batch for place, batch in enumerate(mine) if batch in mine[:place])
+            _refuse(f"rank {rank} calls {twice} twice")
+        for before, after in pairwise(mine):
+            following[before].append(after)
+            waiting[after] = waiting.get(after, 0) + 1
+    ready = [batch for batch in {batch: None for mine in batches for batch in mine} if batch not in waiting]
+    for batch in ready:  # grows while it is read
+        for after in following[batch]:
+            waiting[after] -= 1
+            if not waiting[after]:
+                ready.append(after)
+    stuck = {batch for batch, count in waiting.items() if count}
+    if stuck:
+        firsts = {rank: next((b for b in mine if b in stuck), None) for rank, mine in enumerate(batches)}
+        told = [f"rank {rank} calls {batch}" for rank, batch in firsts.items() if batch]
+        _refuse(f"ranks wait for each other in a circle: next, {', '.join(told)}")
+
+
+def _refuse(problem: str) -> NoReturn:
+    raise UserError(f"schedule: {problem}: ranks would hang: plan again, and start all workers from one run.yaml")
+
+
+def digest(schedule: Schedule, layout: Layout, exchange: str) -> int:
+    """63 bits of a sha256 over all that the ranks' lists are derived from: equal means equal lists."""
+    text = "\n".join([__version__, str(schedule), layout.model_dump_json(), exchange])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def check_agreement(digests: Sequence[int]) -> None:
+    """UserError if a rank derived other lists than rank 0; `digests` by rank."""
+    for rank, found in enumerate(digests):
+        if found != digests[0]:
+            raise UserError(
+                f"rank {rank} derives other communication calls from its run.yaml than rank 0: start all workers "
+                "from one run.yaml and one version of hetermoe"
+            )

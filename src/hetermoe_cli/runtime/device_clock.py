@@ -1,0 +1,44 @@
+"""DeviceClock: when tasks ran on a CUDA device. Kernels run long after the host launched them, so events tell."""
+
+import time
+from typing import Any
+
+import torch
+
+from hetermoe_cli.runtime.clock import Clock, Mark
+from hetermoe_cli.schedule.action import Action
+
+
+class DeviceClock(Clock):
+    """Spans by events of the streams that tasks run on, converted to the host's clock at the end of a traced step.
+
+    Only traced steps have events, and wait for the device once more, after the optimizer. An iteration starts when its
+    host does: the optimizer of the one before may still be running then.
+    """
+
+    def __init__(self, rank: int, device: torch.device) -> None:
+        super().__init__(rank)
+        self._device = device
+        self._events: list[tuple[Action, Any, Any]] = []  # lanes append to it as well
+
+    def mark(self) -> Mark:
+        """An event on the current stream; None where nothing is recorded."""
+        if not self._recording:
+            return None
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _span(self, action: Action, start: Mark, end: Mark) -> None:
+        if start is not None and end is not None:
+            self._events.append((action, start, end))
+
+    def end_step(self, start: float) -> None:
+        if self._events:
+            last = self.mark()
+            torch.cuda.synchronize(self._device)
+            now = time.monotonic()
+            for action, began, ended in self._events:
+                self._record(action, *(now - event.elapsed_time(last) / 1000 for event in (began, ended)))
+            self._events = []
+        super().end_step(start)

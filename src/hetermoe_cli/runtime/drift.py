@@ -1,0 +1,96 @@
+"""DriftMonitor: what a run measures of its expert load and its devices' speeds, compared now and then with what its
+placement was solved for."""
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.planner.drift import Drift, find_drift
+from hetermoe_cli.runtime.clock import Timing
+from hetermoe_cli.runtime.mesh import Mesh, peer_errors
+from hetermoe_cli.runtime.trainer import StepResult, Trainer
+from hetermoe_cli.schedule.action import Kind
+from hetermoe_cli.spec.load import ExpertLoad
+from hetermoe_cli.spec.run import RunSpec
+
+WINDOW_STEPS = 10  # the last ones before a comparison, over which expert rows are averaged: loads move on
+TIMED_STEPS = 5  # the last ones, whose tasks are set against their profiled seconds
+
+
+class DriftMonitor:
+    """Keeps the expert rows and compute seconds of the last steps before a comparison.
+
+    Speeds are compared where profiles are measured or emulated, and tasks are timed where they run: not on CUDA, whose
+    host only issues them.
+    """
+
+    def __init__(self, run: RunSpec, mesh: Mesh) -> None:
+        self._mesh = mesh
+        device = run.plan.inputs.devices()[mesh.rank]
+        measured = run.emulation is not None or run.plan.inputs.profiles[device.type].source == "measured"
+        self._timed = measured and mesh.device.type == "cpu"
+        self._told: Drift | None = None
+        self.follow(run)
+
+    def follow(self, run: RunSpec) -> None:
+        """Compare with what the placement of `run` was solved for from now on; what was measured so far is dropped."""
+        self._run, self._told = run, None
+        change = run.rebalanced
+        self.assumed: tuple[ExpertLoad | None, Sequence[float]] = (
+            (change.expert_load, change.slowdown)
+            if change
+            else (run.plan.inputs.expert_load, [1.0] * self._mesh.world_size)
+        )
+        self._restart()
+
+    def _restart(self) -> None:
+        self._rows: deque[NDArray[np.float64]] = deque(maxlen=WINDOW_STEPS)
+        self._last = -1
+        self._timings: deque[list[Timing]] = deque(maxlen=TIMED_STEPS)
+
+    def watch(self, step: int, result: StepResult, trainer: Trainer) -> None:
+        """After every step."""
+        self._rows.append(result.expert_rows)
+        self._last = step
+        if self._timed:
+            self._timings.append(trainer.clock.timings)
+
+    def compare(self) -> tuple[Drift, ExpertLoad, list[float], int] | None:
+        """Collective: on rank 0 the drift if it is news, the load and slowdowns measured, and since which step."""
+        slowdown = torch.zeros(self._mesh.world_size, dtype=torch.float64, device=self._mesh.device)
+        slowdown[self._mesh.rank] = self._slowdown()
+        with peer_errors():
+            dist.all_reduce(slowdown)
+        rows, first = np.array(self._rows), self._last + 1 - len(self._rows)
+        self._restart()
+        if self._mesh.rank:
+            return None
+        load = ExpertLoad(source=f"mean of steps {first} to {self._last}", layers=rows.mean(axis=0).tolist())
+        factors = [round(factor, 2) for factor in slowdown.tolist()]
+        run = self._run
+        drift = find_drift(run.plan.inputs, run.layout, self.assumed, (load, factors))
+        if not drift.is_news_after(self._told):
+            return None
+        self._told = drift
+        if not any(departure.layer is None for departure in drift.departures):
+            factors = list(self.assumed[1])
+        return drift, load, factors, first
+
+    def _slowdown(self) -> float:
+        """This rank's compute seconds over the profiled ones for the rows that it really had; as assumed if unknown."""
+        run, rank = self._run, self._mesh.rank
+        cost = LayoutCost(CostModel(run.plan.inputs), run.layout)
+        measured = profiled = 0.0
+        for timing in (timing for step in self._timings for timing in step):
+            measured += timing.seconds
+            if timing.action.kind is Kind.EXPERT and timing.rows is not None:
+                rows = [count * run.row_scale for count in timing.rows]
+                profiled += cost.expert_seconds(rank, timing.action, rows)
+            else:
+                profiled += cost.seconds(rank, timing.action)
+        return measured / (profiled * run.time_scale) if profiled else self.assumed[1][rank]

@@ -1,0 +1,88 @@
+"""`hetermoe train` with packed documents, a capacity and scaled positions, all from YAML; and how it resumes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from builders import make_inputs, make_layout, make_model, make_plan, make_profile
+from hetermoe_cli.spec.files import dump
+
+HETERMOE = [str(Path(sys.executable).parent / "hetermoe")]
+SCALING = {"rope_type": "llama3", "factor": 4, "low_freq_factor": 1, "high_freq_factor": 2}
+MODEL = make_model(
+    layers=2, experts=4, hidden_size=16, ffn_size=24, head_size=4, router_capacity=0.75,
+    rope_scaling={**SCALING, "original_max_position_embeddings": 16},
+)  # fmt: skip
+STEPS, LENGTH, BATCH = 6, 32, 4
+
+
+def plan_file(folder: Path, documents: str, sequences: tuple[int, int] = (1, 1)) -> Path:
+    profile = make_profile("cpu", model=MODEL, precision="fp32", source="measured", sequence_lengths=(LENGTH,))
+    inputs = make_inputs(
+        (("cpu", 2),), model=MODEL, profiles={"cpu": profile}, sequence_length=LENGTH,
+        global_batch_sequences=BATCH, precision="fp32",
+    )  # fmt: skip
+    changes = {"steps": STEPS, "warmup_steps": 2, "documents": documents, "document_separator": "<|end|>"}
+    train = inputs.train.model_copy(update=changes)
+    layout = make_layout(sequences, (1, 3), micro_batches=2)
+    path = folder / f"{documents}-{sequences[0]}.yaml"
+    dump(make_plan(inputs.model_copy(update={"train": train}), layout), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One file of 3000 documents, of 3 to 40 bytes."""
+    file = tmp_path_factory.mktemp("text") / "corpus.txt"
+    file.write_text("<|end|>".join(f"{n}: {'abc ' * (n % 10)}" for n in range(3000)))
+    return file
+
+
+def train(plan: Path, folder: Path, text: Path, *options: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [*HETERMOE, "train", plan, "--run-folder", folder, "--data", text, "--checkpoint-every", 3, *options]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "step"]
+
+
+def resume(plan: Path, whole: Path, folder: Path, text: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    (folder / "checkpoints").mkdir(parents=True)
+    shutil.copytree(whole / "checkpoints/step-00000003", folder / "checkpoints/step-00000003")
+    return train(plan, folder, text, "--resume", code=code)
+
+
+def test_masked_documents_and_capacity_resume_bit_exact_and_under_another_layout(text: Path, tmp_path: Path) -> None:
+    whole, moved = tmp_path / "whole", plan_file(tmp_path, "masked", (2, 0))
+    masked = plan_file(tmp_path, "masked")
+    train(masked, whole, text)
+    resume(masked, whole, tmp_path / "half", text)
+    resume(moved, whole, tmp_path / "moved", text)
+    found = steps(whole)
+    assert [line["loss"] for line in steps(tmp_path / "half")] == [line["loss"] for line in found[3:]]
+    assert steps(tmp_path / "moved")[0]["loss"] == pytest.approx(found[3]["loss"], rel=1e-5)
+    loads = sum(np.load(whole / f"loads/rank{rank}.npy") for rank in (0, 1))  # [steps, layers, micro-batches, experts]
+    for line, rows in zip(found, loads.sum(axis=(2, 3)), strict=True):
+        assert line["dropped_rows"] == [BATCH * LENGTH * MODEL.top_k - kept for kept in rows]
+        assert all(0.25 * BATCH * LENGTH * MODEL.top_k <= dropped for dropped in line["dropped_rows"])
+    assert loads.max() <= 2 * 12  # two sequences a micro-batch, 0.75 * 32 * 2 / 4 rows each
+
+
+def test_masked_documents_are_another_run_than_joined_ones(text: Path, tmp_path: Path) -> None:
+    masked, joined = plan_file(tmp_path, "masked"), plan_file(tmp_path, "joined")
+    train(masked, tmp_path / "masked", text, "--steps", 3)
+    train(joined, tmp_path / "joined", text, "--steps", 1)
+    assert steps(tmp_path / "masked")[0]["loss"] != steps(tmp_path / "joined")[0]["loss"]
+    refused = resume(joined, tmp_path / "masked", tmp_path / "other", text, code=3)
+    assert "field extra.documents: made with masked, this run has joined" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1

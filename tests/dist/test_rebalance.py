@@ -1,0 +1,105 @@
+"""Experts that move between two steps: training goes on as if they had always been there."""
+
+import numpy as np
+import pytest
+from test_engine_equality import BIAS, LENGTH, MIXED, STEPS, TRAIN, Case, arrays, batches, hosts, reference, starve
+from workers import run_workers
+
+from hetermoe_cli.model.training_state import training_tensors
+from hetermoe_cli.spec.layout import LayerPlacement
+
+SPREAD = [
+    LayerPlacement(experts=[[0, 5], [1], [2], [3, 4]]),
+    LayerPlacement(experts=[[4], [5], [], [0, 1, 2]], replicated=[3]),
+    LayerPlacement(experts=[[], [2, 1], [0, 5], [3, 4]]),
+]
+CASES = {
+    "2+2, everything moves, copies come and go": (Case([3, 1, 0, 0], MIXED, 2), SPREAD),
+    "2+2, back again": (Case([2, 2, 0, 0], SPREAD, 2, recompute="all", features=BIAS), MIXED),
+    "EP 2 -> one host": (Case([2, 2], hosts([0, 1, 2], [3, 4, 5]), 2), hosts([], list(range(6)))),
+    "one host -> all replicated": (Case([4, 0], hosts([], list(range(6))), 2), hosts([], [], replicated=(0, 1, 2, 3, 4, 5))),
+    "only one layer, windows": (
+        Case([1, 1, 0, 0], hosts([], [], [4, 1, 2], [3, 0, 5]), 4, schedule="windowed"),
+        [*hosts([], [], [4, 1, 2], [3, 0, 5])[:2], LayerPlacement(experts=[[], [], [0, 4, 1, 5], [3, 2]])],
+    ),
+}  # fmt: skip
+MOVED_AFTER = 1  # steps
+
+
+def work(rank: int, case: Case, placement: list[LayerPlacement] | None):
+    """Per step the loss and the state of all parameters; experts move after the first step."""
+    from hetermoe_cli.runtime.mesh import join
+    from hetermoe_cli.runtime.rebalance import move_experts
+    from hetermoe_cli.runtime.trainer import Trainer
+
+    mesh = join(case.layout, "cpu")
+    trainer = Trainer.build(case.model, case.layout, TRAIN, mesh, sequence_length=LENGTH, precision="fp64")
+    starve(trainer.parts)
+    result = []
+    for step in range(STEPS):
+        found = trainer.step(batches(), step)
+        if step + 1 == MOVED_AFTER and placement:
+            layout = trainer.layout.model_copy(update={"placement": placement})
+            before = {layer: parts.hosted.gate_up for layer, parts in enumerate(trainer.parts.experts)}
+            move_experts(trainer, case.model, layout, step + 1)
+            for layer, parts in enumerate(trainer.parts.experts):
+                assert parts.hosted.ids == placement[layer].experts[rank]
+                same = case.placement[layer].experts[rank] == placement[layer].experts[rank]
+                assert (parts.hosted.gate_up is before[layer]) is same
+            held = {id(master) for group in trainer.optimizer.param_groups for master in group["params"]}
+            assert held == {id(p) for p in trainer.parts.parameters()} == {id(p) for p in trainer.optimizer.state}
+        result.append((found.loss, arrays(training_tensors(trainer.parts, trainer.optimizer))))
+    return result
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_reference_and_a_run_that_moves_nothing(name: str) -> None:
+    case, placement = CASES[name]
+    expected = reference(case)
+    moved, still = (run_workers(len(case.sequences), work, case, goal) for goal in (placement, None))
+    for step, wanted in enumerate(expected):
+        seen: dict[str, np.ndarray] = {}
+        unmoved = {key: value for ranks in still for key, value in ranks[step][1].items()}
+        for loss, tensors in (ranks[step] for ranks in moved):
+            assert loss == pytest.approx(wanted.figures[0], rel=1e-12)
+            for key, value in tensors.items():
+                np.testing.assert_allclose(value, unmoved[key], rtol=0, atol=1e-9, err_msg=key)
+                if "@" not in key and key in wanted.weights:
+                    np.testing.assert_allclose(value, wanted.weights[key], rtol=0, atol=1e-9, err_msg=key)
+            seen |= tensors
+        assert seen.keys() == unmoved.keys()
+
+
+def there_and_back(rank: int, case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], float]:
+    """Ranks of several precisions: masters, moments and rounded weights before and after two moves; the next loss."""
+    from hetermoe_cli.runtime.mesh import join
+    from hetermoe_cli.runtime.rebalance import move_experts
+    from hetermoe_cli.runtime.trainer import Trainer
+
+    precisions = ["fp16", "bf16", "fp32", "bf16"]
+    trainer = Trainer.build(
+        case.model, case.layout, TRAIN, join(case.layout, "cpu"),
+        sequence_length=LENGTH, precision="bf16", rank_precisions=precisions,
+    )  # fmt: skip
+    taken = sum(not trainer.step(batches(), step).skipped for step in range(4))
+
+    def state() -> dict[str, np.ndarray]:
+        weights = {f"{name}@weight": p.detach().float() for name, p in trainer.parts.named_parameters()}
+        return arrays(training_tensors(trainer.parts, trainer.optimizer) | weights)
+
+    before = state()
+    assert all(before[key].any() for key in before if key.endswith("gate_up@exp_avg_sq"))
+    for placement in (SPREAD, MIXED):
+        move_experts(trainer, case.model, case.layout.model_copy(update={"placement": placement}), taken)
+        assert {p.dtype for p in trainer.parts.parameters()} == {trainer.parts.dtype}
+        assert len(trainer.parts.masters) == len(list(trainer.parts.parameters())) * (precisions[rank] != "fp32")
+    return before, state(), trainer.step(batches(), 4).loss
+
+
+def test_there_and_back_is_bit_exact_on_ranks_of_several_precisions() -> None:
+    found = run_workers(4, there_and_back, CASES["2+2, everything moves, copies come and go"][0])
+    assert 0 < found[0][2] < 10
+    for before, after, loss in found:
+        assert loss == found[0][2]
+        assert before.keys() == after.keys()
+        assert all(np.array_equal(before[key], after[key]) for key in before)

@@ -1,0 +1,138 @@
+"""Packed documents: a packed sequence gives what its documents give one by one, and no more is computed or seen."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from builders import make_model
+from hetermoe_cli.model.documents import attend_within, find_documents, has_varlen
+from hetermoe_cli.model.transformer import Transformer, initialise, named_tensors
+
+torch.set_num_threads(1)
+END, CPU = 0, torch.device("cpu")
+MODEL = make_model(layers=2, experts=4, hidden_size=16, ffn_size=12, attention_heads=4, kv_heads=2, head_size=4)
+
+
+def make(document_end: int | None) -> Transformer:
+    model = Transformer(MODEL, document_end=document_end).double()
+    initialise(model, MODEL, 0)
+    with torch.no_grad():
+        for tensor in named_tensors(model).values():
+            tensor.mul_(5.0 if tensor.dim() > 1 else 1.0)  # sharp attention, a decisive gate
+    return model
+
+
+def packed(*lengths: int, sequences: int = 1) -> tuple[Tensor, Tensor]:
+    """Tokens and targets of documents of these lengths, their last token END."""
+    total = sum(lengths)
+    tokens = torch.randint(1, 256, (sequences * total + 1,), generator=torch.Generator().manual_seed(total))
+    tokens[torch.tensor(lengths * sequences).cumsum(0) - 1] = END
+    return tokens[:-1].view(sequences, total), tokens[1:].view(sequences, total)
+
+
+def logits(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
+    """[B * S, vocabulary]."""
+    seen: list[Tensor] = []
+    handle = model.dense.head.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    model(tokens, targets)
+    handle.remove()
+    return seen[0].flatten(0, 1)
+
+
+def test_documents_by_hand() -> None:
+    tokens = torch.tensor([[5, 6, 0, 7, 8], [0, 0, 9, 9, 0]])
+    found = find_documents(tokens, END, CPU)
+    assert found.lengths == [3, 2, 1, 1, 3]
+    assert found.borders.tolist() == [0, 3, 5, 6, 7, 10]
+    assert found.borders.dtype == torch.int32
+    assert found.positions.tolist() == [[0, 1, 2, 0, 1], [0, 0, 0, 1, 2]]
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=3))
+def test_every_token_is_in_one_document(rows: list[list[int]]) -> None:
+    found = find_documents(torch.tensor(rows), END, CPU)
+    assert sum(found.lengths) == 6 * len(rows)
+    assert found.borders.diff().tolist() == found.lengths
+    for row, places in zip(rows, found.positions.tolist(), strict=True):
+        position = 0
+        for token, place in zip(row, places, strict=True):
+            assert place == position
+            position = 0 if token == END else position + 1
+
+
+@pytest.mark.parametrize("lengths", [(12,), (1, 11), (3, 4, 5), (1,) * 12])
+def test_a_packed_sequence_gives_what_its_documents_give_one_by_one(lengths: tuple[int, ...]) -> None:
+    model, (tokens, targets) = make(END), packed(*lengths, sequences=2)
+    alone = make(None)  # one document at a time needs no mask
+    whole = logits(model, tokens, targets)
+    parts = [part.split(lengths, dim=1) for part in (tokens, targets)]
+    for sequence in range(2):
+        for index, (document, follows) in enumerate(zip(*parts, strict=True)):
+            start = 12 * sequence + sum(lengths[:index])
+            expected = logits(alone, document[sequence : sequence + 1], follows[sequence : sequence + 1])
+            found = whole[start : start + len(expected)]
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_gradients_are_those_of_the_documents_one_by_one() -> None:
+    (tokens, targets), lengths = packed(3, 4, 5), (3, 4, 5)
+    together, alone = make(END), make(None)
+    together(tokens, targets).backward()
+    for document, follows in zip(tokens.split(lengths, dim=1), targets.split(lengths, dim=1), strict=True):
+        alone(document, follows).backward()
+    for found, expected in zip(together.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-11)
+
+
+def test_without_a_mask_documents_see_each_other() -> None:
+    tokens, targets = packed(3, 4, 5)
+    joined, masked = logits(make(None), tokens, targets), logits(make(END), tokens, targets)
+    torch.testing.assert_close(joined[:3], masked[:3], rtol=0, atol=1e-12)
+    assert (joined[3:] - masked[3:]).abs().amax(dim=1).min() > 1e-3
+
+
+def attention_inputs(device: str, dtype: torch.dtype, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = torch.randn(3, 2, 4, 64, size, dtype=torch.float64, generator=generator)
+    return query.to(device, dtype), key.to(device, dtype), value.to(device, dtype)
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, tokens: Tensor) -> Tensor:
+    ends = (tokens == END).long()
+    number = (ends.cumsum(1) - ends).to(query.device)
+    mask = (number[:, :, None] == number[:, None, :]).tril()[:, None]
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def test_attention_is_that_of_a_block_mask() -> None:
+    tokens, _ = packed(10, 1, 30, 23, sequences=2)
+    inputs = attention_inputs("cpu", torch.float64, 8)
+    found = attend_within(*inputs, find_documents(tokens, END, CPU))
+    torch.testing.assert_close(found, masked_attention(*inputs, tokens), rtol=0, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [64, 12])
+def test_attention_on_cuda_is_that_of_a_block_mask(dtype: torch.dtype, size: int) -> None:
+    """With FlashAttention over documents where the card has it, else document by document."""
+    tokens, _ = packed(10, 1, 30, 23, sequences=2)
+    documents = find_documents(tokens, END, torch.device("cuda"))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    results = []
+    for inputs, mixed in (
+        (attention_inputs("cuda", dtype, size), lambda q, k, v: attend_within(q, k, v, documents)),
+        (attention_inputs("cuda", torch.float32, size), lambda q, k, v: masked_attention(q, k, v, tokens)),
+    ):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        output = mixed(*leaves)
+        output.float().square().sum().backward()
+        results.append([output, *(leaf.grad for leaf in leaves)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
+    modern = torch.cuda.get_device_capability() >= (8, 0)
+    assert has_varlen(attention_inputs("cuda", dtype, size)[0]) == (modern and dtype != torch.float32 and size == 64)
