@@ -30,7 +30,9 @@ def test_category_of_a_name(name: str, expected: str) -> None:
 
 
 def test_every_task_has_a_category_of_its_own() -> None:
-    found = {category(display_name(Action(kind, direction))) for kind in Kind for direction in Pass}
+    every = [Action(kind, direction) for kind in Kind for direction in Pass]
+    every.remove(Action(Kind.REDUCE, Pass.FORWARD))  # gradients come from backward
+    found = {category(display_name(action)) for action in every}
     assert found == set(CATEGORIES) - {"other"}
 
 

@@ -16,6 +16,7 @@ _OF_LAYER = {
     (Kind.DISPATCH, Pass.BACKWARD): "dispatch",
     (Kind.COMBINE, Pass.FORWARD): "combine",
     (Kind.COMBINE, Pass.BACKWARD): "combine",
+    (Kind.REDUCE, Pass.BACKWARD): "synchronise",
 }
 OTHER = "other"
 CATEGORIES = (

@@ -23,8 +23,8 @@ COLOURS = {
     OTHER: "#c9c9c9",
 }
 _WIDTH_INCHES = 15.0
-_LANE_TOPS = dict(zip(LANES, (0.06, 0.56, 0.74), strict=True))  # of a rank's row, which is one high
-_LANE_HEIGHTS = dict(zip(LANES, (0.48, 0.16, 0.16), strict=True))
+_LANE_TOPS = dict(zip(LANES, (0.06, 0.54, 0.68, 0.82), strict=True))  # of a rank's row, which is one high
+_LANE_HEIGHTS = dict(zip(LANES, (0.46, 0.13, 0.13, 0.13), strict=True))
 _CHARACTER_INCHES = 0.055  # of the numbers in the bars
 
 
