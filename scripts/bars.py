@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 Bar = dict[str, Any]
+SKIPPED = 77  # exit code of a benchmark whose device is not here
 
 
 def at_most(name: str, value: float | None, limit: float) -> Bar:

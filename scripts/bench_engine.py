@@ -22,7 +22,7 @@ from engine_shapes import Shape, Widths, measure_profile, write_plan
 
 FOLDER = ROOT / "runs" / "bench-engine"
 PAIR = Shape(
-    Widths("pair", hidden=256, ffn=384, heads=8), layers=4, experts=8, length=256, sequences=(2, 0), hosts=(1,),
+    Widths("pair", hidden=256, ffn=320, heads=8), layers=4, experts=8, length=256, sequences=(2, 0), hosts=(1,),
     micro_batches=4,
 )  # fmt: skip
 SHAPES = {

@@ -50,14 +50,13 @@ def fit(sizes: list[float], seconds: list[float], degree: int) -> Fit:
     return Fit(found.tolist(), float(np.abs(off).max()))
 
 
-def in_words(name: str, found: Fit) -> str:
-    """`12 ms + 3.4 ms x layers`, with the largest distance."""
-    terms = []
+def in_words(found: Fit) -> str:
+    """`12 ms + 3.4 ms n`, n being the size, with the largest distance of a point."""
+    text = ""
     for power, coefficient in enumerate(found.coefficients):
-        size = ("", f" × {name}", f" × {name}²")[power]
-        text = f"{abs(coefficient) * 1e3:.3g} ms{size}"
-        terms.append(text if not power and coefficient >= 0 else f"{'-' if coefficient < 0 else '+'} {text}")
-    return f"{' '.join(terms)} (±{found.worst:.0%})"
+        sign = "- " if coefficient < 0 else "+ " if text else ""
+        text += f"{' ' * bool(text)}{sign}{abs(coefficient) * 1e3:.3g} ms{('', ' n', ' n²')[power]}"
+    return f"{text} (±{found.worst:.0%})"
 
 
 def shape(layers: int, experts: int, length: int, ranks: int) -> Shape:
@@ -118,14 +117,14 @@ def draw(found: dict[str, list[dict[str, float]]], curves: dict[str, Fit], path:
         panel.plot(sizes, [point["seconds"] * 1e3 for point in points], "o", label="measured, median")
         line = np.linspace(min(sizes), max(sizes), 100)
         panel.plot(line, [curves[name](size) * 1e3 for size in line], label="fit")
-        panel.set_title(in_words(name, curves[name]), fontsize="small")
+        panel.set_title(in_words(curves[name]), fontsize="small")
         panel.set_xticks(sizes)
-        panel.set_ylim(bottom=0)
-        panel.set_xlabel(f"{name} (sharing {os.cpu_count()} cores)" if name == "ranks" else name)
+        panel.set_ylim(0, 1.1e3 * max(point["seconds"] for point in points))
+        panel.set_xlabel(f"n = {name}" + f", sharing {os.cpu_count()} cores" * (name == "ranks"))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("ms an iteration")
     panels[0].legend()
-    figure.suptitle(_caption())
+    figure.suptitle(_caption(), fontsize="medium")
     figure.savefig(path, metadata={"Date": None})
 
 
@@ -134,6 +133,6 @@ def _caption() -> str:
     sizes = ", ".join(f"{name} {value}" for name, value in others.items())
     batch = f"{SEQUENCES * MICRO_BATCHES} sequences in {MICRO_BATCHES} micro-batches"
     return (
-        f"Real training on {os.cpu_count()} CPU cores, a thread a rank, half of the ranks host the experts; {batch}; "
-        f"where not varied: {sizes}"
+        f"Real training on {os.cpu_count()} CPU cores, a thread a rank, half of the ranks host the experts\n"
+        f"{batch}; where not varied: {sizes}"
     )

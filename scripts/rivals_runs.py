@@ -63,7 +63,7 @@ def mixtral_config(model: ModelConfig, sequence_length: int) -> dict[str, Any]:
 
 
 def mixtral_weights(model: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """The engine's weights at step 0 under the names that transformers 5 has in memory (experts stacked, gate first)."""
+    """The engine's weights at step 0 under transformers' names in memory (experts stacked, gate before up)."""
     reference = Transformer(model)
     initialise(reference, model, seed)
     ours = named_tensors(reference)
@@ -81,7 +81,7 @@ def _layer(model: ModelConfig, layer: int, ours: dict[str, Tensor]) -> dict[str,
     before, after = f"layers.{layer}.", f"model.layers.{layer}."
     theirs = {after + new: ours[before + old] for old, new in _RENAMED.items()}
     query, key = model.attention_heads * model.head_size, model.kv_heads * model.head_size
-    parts = ours[before + "qkv.weight"].split([query, key, key])
+    parts = torch.split(ours[before + "qkv.weight"], [query, key, key])
     theirs |= {f"{after}self_attn.{name}_proj.weight": part for name, part in zip("qkv", parts, strict=True)}
     for old, new in (("gate_up", "gate_up_proj"), ("down", "down_proj")):
         stacked = [ours[f"{before}experts.{expert}.{old}"] for expert in range(model.experts)]
@@ -175,7 +175,8 @@ class Rival:
                 worker.stdin.flush()
             except BrokenPipeError:
                 raise self._failed(rank, "has ended") from None
-        return Steps(**[self._answer(rank) for rank in range(WORLD_SIZE)][0])
+        answers = [self._answer(rank) for rank in range(WORLD_SIZE)]
+        return Steps(**answers[0])
 
     def _answer(self, rank: int) -> dict[str, Any]:
         output = self._ranks[rank].stdout

@@ -1,9 +1,10 @@
-"""One rank of a rival: DeepSpeed AutoEP, or Hugging Face under DistributedDataParallel. Runs in the rivals' environment.
+"""One rank of a rival, in the rivals' environment: DeepSpeed AutoEP, or Hugging Face under DistributedDataParallel.
 
     RANK=0 ... python rivals_worker.py JOB.json    (rivals_runs.py writes the job and starts the ranks)
 
-Trains the job's Mixtral on the job's tokens from the job's weights. Reads lines "START STOP" from standard input, trains
-these steps and answers each with one line of JSON on standard output; whatever libraries print goes to standard error.
+Trains the job's Mixtral on the job's tokens from the job's weights. Reads lines "START STOP" from standard input,
+trains these steps and answers each with one line of JSON on standard output; what libraries print goes to standard
+error.
 """
 
 import argparse

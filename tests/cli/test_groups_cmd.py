@@ -92,10 +92,10 @@ def test_train_refuses_a_sharded_dense_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layout = make_layout()
-    schedule = layout.schedule.model_copy(update={"dense_state": "optimizer"})
+    schedule = layout.schedule.model_copy(update={"dense_state": "full"})
     dump(make_plan(make_inputs(), layout.model_copy(update={"schedule": schedule})), tmp_path / "plan.yaml")
     assert hetermoe(monkeypatch, "train", tmp_path / "plan.yaml") == 3
-    assert "field groups.0.schedule.dense_state: optimizer: it can be planned" in capsys.readouterr().err
+    assert "field groups.0.schedule.dense_state: full: it can be planned" in capsys.readouterr().err
 
 
 def files(folder: Path, edit: Any = None) -> list[object]:

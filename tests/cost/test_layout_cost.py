@@ -11,7 +11,7 @@ from hetermoe_cli.schedule.action import Action, parse_action
 from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import Inputs
-from hetermoe_cli.spec.profile import Profile
+from hetermoe_cli.spec.profile import Precision, Profile
 
 # Builder defaults: 64 tokens a sequence, top-2 of 4 experts, so a sequence gives every expert 32 rows of 128 bytes.
 # "new": attention 1 s a sequence, expert 0.01 s a row, head 0.005 s a token; backward is twice as long.
@@ -170,42 +170,66 @@ def test_parameters_add_up_to_the_model() -> None:
     assert sum(cost.parameters(rank) for rank in range(3)) == model.parameters
 
 
-def test_memory_by_kind(inputs: Inputs, layout: Layout) -> None:
+def saving(saved_bytes: int = 1000, head_saved_bytes: int = 1000, precision: Precision = "fp16") -> Inputs:
+    """Inputs whose kernels save so many bytes a token or row."""
+    profiles = {
+        name: make_profile(
+            name, saved_bytes=saved_bytes, head_saved_bytes=head_saved_bytes, precision=precision, memory_bytes=10**10
+        )
+        for name in ("new", "old")
+    }
+    return make_inputs(profiles=profiles, precision=precision)
+
+
+def test_memory_by_kind(layout: Layout) -> None:
+    inputs = saving()
     cost = LayoutCost(CostModel(inputs), layout)
     model = inputs.model
     attending, hosting = cost.memory(0), cost.memory(1)
     assert attending.weights_bytes == attending.gradients_bytes == 2 * model.dense_parameters
     assert attending.optimizer_bytes == 12 * model.dense_parameters
     assert hosting.weights_bytes == 2 * 8 * model.expert_parameters
-    # 100 bytes a token or row: 2 layers x 2 micro-batches, and the largest task once more.
-    assert attending.activations_bytes == 2 * 2 * 64 * 100 + 64 * 100
-    assert hosting.activations_bytes == 2 * 2 * 4 * ROWS * 100 + ROWS * 100
-    # Both directions: the own tokens' rows, and all experts' rows.
+    # 1000 bytes a token or row: 2 layers x 2 micro-batches, the residual of each stage being that of the one before;
+    # then the gradient of the head's residual, and the head: what it saves beside its 3 inputs, and 2 + 4 + 4 bytes for
+    # each element of its matrix.
+    kept = 2 * (2 * 64 * (1000 - ROW_BYTES) + 64 * ROW_BYTES)
+    assert attending.activations_bytes == kept + 64 * (1000 - 3 * ROW_BYTES) + 10 * 64 * 256
+    # One expert's task, and the gradients of a layer's: 4 bytes in fp32, 2 when new, two thirds stacked
+    working = 4 * (4 + 2 + 2 / 3 * 4) * model.expert_parameters - 4 * ROWS * 1000
+    assert hosting.activations_bytes == int(2 * 2 * 4 * ROWS * 1000 + ROWS * 1000 + working)
+    # Both directions the own tokens' rows; all experts' rows, and the gradients of both micro-batches.
     assert attending.buffers_bytes == 2 * 64 * 2 * ROW_BYTES
-    assert hosting.buffers_bytes == 2 * 4 * ROWS * ROW_BYTES
+    assert hosting.buffers_bytes == 3 * 4 * ROWS * ROW_BYTES
     assert attending.framework_bytes == 10**6
     assert attending.total_bytes == (
         16 * model.dense_parameters + attending.activations_bytes + attending.buffers_bytes + 10**6
     )
 
 
-def test_recompute_keeps_only_the_inputs_of_stages(inputs: Inputs) -> None:
+def test_recompute_keeps_only_the_inputs_of_stages() -> None:
+    """And a stage as a whole while it is at work: of attention more than the head, of experts more than gradients."""
+    inputs = saving(saved_bytes=200_000, head_saved_bytes=0, precision="fp32")
     cost = LayoutCost(CostModel(inputs), make_layout(recompute="all"))
-    tokens = 64 * ROW_BYTES
-    assert cost.memory(0).activations_bytes == 2 * 2 * 3 * tokens + 64 * 100
-    assert cost.memory(1).activations_bytes == 2 * 2 * 4 * ROWS * ROW_BYTES + ROWS * 100
+    row = 2 * ROW_BYTES
+    stage = 64 * (200_000 - 3 * row)
+    assert cost.memory(0).activations_bytes == 2 * (2 * 64 * 3 * row + 64 * row) + stage
+    working = 4 * ROWS * (200_000 - row)
+    assert cost.memory(1).activations_bytes == 2 * 2 * 4 * ROWS * row + ROWS * 200_000 + working
 
 
-@pytest.mark.parametrize(("head_saved_bytes", "largest"), [(30, 100), (250, 250)])
-def test_the_largest_task_is_kept_once_more(head_saved_bytes: int, largest: int) -> None:
-    profiles = {name: make_profile(name, head_saved_bytes=head_saved_bytes) for name in ("new", "old")}
-    cost = LayoutCost(CostModel(make_inputs(profiles=profiles)), make_layout())
-    assert cost.memory(0).activations_bytes == 2 * 2 * 64 * 100 + 64 * largest
+def test_gradients_of_wide_weights_need_no_room_but_for_what_is_new() -> None:
+    inputs = saving(precision="fp32")
+    model, kept = inputs.model, 4 * ROWS * 1000
+    memory = LayoutCost(CostModel(inputs), make_layout()).memory(1)
+    new = int(2 * 2 * kept + ROWS * 1000 + 4 * 5 / 3 * 4 * model.expert_parameters - kept)
+    assert memory.activations_bytes == new
 
 
-def test_sequential_keeps_one_micro_batch(inputs: Inputs) -> None:
-    cost = LayoutCost(CostModel(inputs), make_layout(schedule="sequential"))
-    assert cost.memory(0).activations_bytes == 2 * 64 * 100 + 64 * 100
+def test_sequential_keeps_one_micro_batch() -> None:
+    cost = LayoutCost(CostModel(saving()), make_layout(schedule="sequential"))
+    whole = LayoutCost(CostModel(saving()), make_layout())
+    kept = 2 * 64 * (1000 - ROW_BYTES) + 64 * ROW_BYTES
+    assert whole.memory(0).activations_bytes - cost.memory(0).activations_bytes == kept
 
 
 def test_a_missing_profile_is_named(inputs: Inputs) -> None:

@@ -45,7 +45,7 @@ def make_run(folder: Path, sequences: tuple[int, ...], hosted: tuple[int, ...]) 
 
 def work(rank: int, run: RunSpec) -> tuple[list[Span], list[np.ndarray], int]:
     from hetermoe_cli.runtime.emulator import EmulatedClock
-    from hetermoe_cli.runtime.mesh import barrier, join
+    from hetermoe_cli.runtime.mesh import common_moment, join
     from hetermoe_cli.runtime.trainer import Trainer
     from hetermoe_cli.schedule.lower import training_schedule
 
@@ -57,8 +57,7 @@ def work(rank: int, run: RunSpec) -> tuple[list[Span], list[np.ndarray], int]:
     tokens = np.random.default_rng(0).integers(0, 256, 4000).astype(np.uint8)
     batches = Batches(tokens, LENGTH, train.global_batch_sequences, 0)
     counts = []
-    barrier()
-    clock.set_zero()
+    clock.set_zero(common_moment(mesh.wire))
     for step in range(STEPS):
         trainer.step(batches, step, record=True)
         counts.append(trainer.engine.counts.copy())

@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import make_schedule
 from workers import run_workers
 
+from builders import make_schedule
 from hetermoe_cli.model.data import END_OF_TEXT, Batches
 from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
 from hetermoe_cli.model.transformer import Transformer, initialise, named_state, named_tensors, parameter_slices
-from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.layout import ExpertOrder, LayerPlacement, Layout, ScheduleName, TransferOrder
+from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.train import Documents, Recompute, TrainSpec
 
 STEPS, LENGTH = 3, 12
@@ -152,7 +152,7 @@ def gradients(parts: torch.nn.Module) -> dict[str, np.ndarray]:
     result = {}
     for name, (parameter, index) in parameter_slices(parts).items():
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        result[name] = (grad if index is None else grad[index]).numpy().copy()
+        result[name] = (grad if index is None else grad[index]).cpu().numpy().copy()
     return result
 
 
@@ -168,7 +168,7 @@ class Step:
 
 
 def arrays(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy().copy() for name, tensor in tensors.items()}
+    return {name: tensor.cpu().numpy().copy() for name, tensor in tensors.items()}
 
 
 def reference(case: Case) -> list[Step]:
@@ -194,12 +194,12 @@ def reference(case: Case) -> list[Step]:
     return result
 
 
-def work(rank: int, case: Case):
+def work(rank: int, case: Case, devices: list[str] | None = None, backend: Any = None):
     from hetermoe_cli.runtime.mesh import join
     from hetermoe_cli.runtime.trainer import Trainer
 
     layout = case.layout
-    mesh = join(layout, "cpu")
+    mesh = join(layout, devices[rank] if devices else "cpu", backend)
     trainer = Trainer.build(
         case.model, layout, case.train, mesh, sequence_length=LENGTH, precision="fp64", router=case.router
     )
@@ -216,15 +216,18 @@ def work(rank: int, case: Case):
 @pytest.mark.parametrize("name", CASES)
 def test_equals_single_device_reference(name: str) -> None:
     case = CASES[name]
-    expected = reference(case)
-    ranks = run_workers(len(case.sequences), work, case)
-    for step, wanted in enumerate(expected):
+    compare(case, run_workers(len(case.sequences), work, case))
+
+
+def compare(case: Case, ranks: list[list[Step]], error: float = 1e-12) -> None:
+    """Every rank's steps with the reference's; `error`: of figures and gradients."""
+    for step, wanted in enumerate(reference(case)):
         seen: set[str] = set()
         for rank, found in enumerate(steps[step] for steps in ranks):
-            assert found.figures == pytest.approx(wanted.figures, rel=1e-12, abs=1e-12)
+            assert found.figures == pytest.approx(wanted.figures, rel=error, abs=error)
             np.testing.assert_array_equal(found.rows, wanted.rows)
             for name, gradient in found.gradients.items():
-                np.testing.assert_allclose(gradient, wanted.gradients[name], rtol=0, atol=1e-12, err_msg=name)
+                np.testing.assert_allclose(gradient, wanted.gradients[name], rtol=0, atol=error, err_msg=name)
                 seen.add(name)
             for name, weight in found.weights.items():
                 np.testing.assert_allclose(weight, wanted.weights[name], rtol=0, atol=1e-9, err_msg=name)

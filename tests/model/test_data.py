@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.model.bigram import bigram_loss, fit_bigram
-from hetermoe_cli.model.data import Batches, Corpus, load_corpus
+from hetermoe_cli.model.data import END_OF_TEXT, Batches, Corpus, load_corpus
 
 
 def documents(count: int, size: int = 200) -> list[str]:
@@ -59,6 +59,21 @@ def test_one_long_file_is_split_into_blocks(tmp_path: Path) -> None:
     assert len(validation) == path.stat().st_size // 10
     assert validation in path.read_bytes()
     assert validation not in corpus.train.tobytes()
+
+
+def test_a_separator_stands_between_documents_of_one_file(tmp_path: Path) -> None:
+    texts, path = documents(100), tmp_path / "all.txt"
+    path.write_text("<|end|>" + "<|end|>".join(texts) + "<|end|>\n")
+    corpus = load_corpus([path], separator="<|end|>")
+    assert sorted(texts_of(corpus.train) + texts_of(corpus.validation)) == sorted(texts)
+    apart = load_corpus([write_folder(tmp_path / "apart", texts)])
+    assert corpus.digest == apart.digest
+
+
+def test_the_end_of_a_document_is_a_byte_that_no_text_holds(tmp_path: Path) -> None:
+    corpus = load_corpus([write_folder(tmp_path / "text", documents(40))])
+    for part in (corpus.train, corpus.validation):
+        assert (part == END_OF_TEXT).sum() == len(texts_of(part))
 
 
 def test_split_does_not_depend_on_where_the_text_lies(tmp_path: Path) -> None:

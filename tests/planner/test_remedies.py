@@ -51,14 +51,14 @@ def remedy(pattern: str, message: str) -> int:
 
 def test_more_devices() -> None:
     message = refused(tight(4e6))
-    assert "rank 0 (new) needs 4.80 MB of 3.60 MB usable, most of it optimizer" in message
+    assert "rank 0 (new) needs 5.69 MB of 3.60 MB usable, most of it optimizer" in message
     extra = remedy(r"(\d+) more new", message)
     planned(tight(4e6, extra=extra))
     assert not possible(tight(4e6), 16)
 
 
 def test_recomputation() -> None:
-    lacking: dict[str, Any] = {"memory": 8e6, "saved_bytes": 10_000}
+    lacking: dict[str, Any] = {"memory": 9e6, "saved_bytes": 20_000}
     assert refused(tight(**lacking, recompute="none")).endswith("with recompute: auto it would fit")
     assert planned(tight(**lacking)).groups[0].schedule.recompute != "none"
 
@@ -66,7 +66,7 @@ def test_recomputation() -> None:
 def test_sharded_state() -> None:
     model = make_model(vocab_size=4096)  # the head's states are most of all
     profiles = {
-        name: make_profile(name, model=model, sequence_lengths=(64,), memory_bytes=8_000_000) for name in ("new", "old")
+        name: make_profile(name, model=model, sequence_lengths=(64,), memory_bytes=10**7) for name in ("new", "old")
     }
     inputs = make_inputs([("new", 2), ("old", 2)], model=model, profiles=profiles, global_batch_sequences=4)
     assert refused(inputs).endswith("with dense_state: auto it would fit")
@@ -97,7 +97,7 @@ def test_shorter_sequences() -> None:
 
 
 def test_a_smaller_batch_or_more_micro_batches() -> None:
-    lacking: dict[str, Any] = {"memory": 8e6, "saved_bytes": 40_000}
+    lacking: dict[str, Any] = {"memory": 12e6, "saved_bytes": 40_000}
     message = refused(tight(**lacking, batch=16), limit=2)
     assert remedy(r"a batch of (\d+) sequences", message) == 2
     assert remedy(r"--max-micro-batches (\d+)", message) == 16
@@ -113,6 +113,6 @@ def test_no_single_change() -> None:
 
 def test_without_a_confirmation_the_least_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remedies, "SECONDS", -1.0)
-    assert smallest_change(tight(3e6), 16) == "it would take at least one of these, perhaps more of it: 2 more new"
-    assert possible(tight(3e6, extra=2), 16)
-    assert not possible(tight(3e6, extra=1), 16)
+    assert smallest_change(tight(3e6), 16) == "it would take at least one of these, perhaps more of it: 3 more new"
+    assert possible(tight(3e6, extra=3), 16)
+    assert not possible(tight(3e6, extra=2), 16)

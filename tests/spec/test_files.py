@@ -38,6 +38,21 @@ def test_dump_and_load_return_an_equal_spec(tmp_path: Path) -> None:
     assert path.read_text().startswith("# written by a test\n# second line\n")
 
 
+def test_fields_of_later_versions_are_in_files_only_where_they_are_set() -> None:
+    sizes = {"sequence_length": 64, "global_batch_sequences": 8}
+    later = {"documents": "masked", "document_separator": "<|end|>"}
+    assert not later.keys() & TrainSpec.model_validate(sizes).model_dump().keys()
+    data = TrainSpec.model_validate(sizes | later).model_dump()
+    assert data.items() >= later.items()
+    assert TrainSpec.model_validate(data) == TrainSpec.model_validate(sizes | later)
+
+
+def test_a_wrong_field_is_named(tmp_path: Path) -> None:
+    text = "sequence_length: 64\nglobal_batch_sequences: 8\n"
+    assert error_of(write(tmp_path, text + "documents: packed\n")).startswith("field documents: Input should be")
+    assert error_of(write(tmp_path, text + "document_separator: ''\n")).startswith("field document_separator: String")
+
+
 def test_missing_file_names_the_path_and_the_reason(tmp_path: Path) -> None:
     assert error_of(tmp_path / "none.yaml") == "cannot be read (No such file or directory)"
 

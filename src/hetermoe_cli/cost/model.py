@@ -23,6 +23,7 @@ STATE_BYTES: dict[str, tuple[int, int, int]] = {
     "fp32": (4, 4, 8),
     "fp64": (8, 8, 16),
 }
+_WIDE_BYTES = 4  # what gradients of fp16 and bf16 are added up in
 
 
 @dataclass(frozen=True)
@@ -154,19 +155,21 @@ class CostModel:
     def synchronise_seconds(self, schedule: ScheduleChoice, attending: Sequence[int], replicated: int) -> float:
         """All-reduce of dense and `replicated` experts' gradients over a group's attending ranks, one after another.
 
-        Sharded optimizer states take the same bytes (a reduce-scatter of gradients, an all-gather of new weights).
+        New weights of sharded optimizer states are gathered on top, half an all-reduce. A fully sharded dense part has its
+        gradients scattered and its weights gathered in as many bytes as one all-reduce.
         """
-        size = self.dense_gradient_bytes + replicated * self.expert_gradient_bytes
-        return self.network.all_reduce_seconds(attending, size) + self.gather_seconds(schedule, attending)
+        size = (1.5 if schedule.dense_state == "optimizer" else 1.0) * self.dense_gradient_bytes
+        seconds = self.network.all_reduce_seconds(attending, size + replicated * self.expert_gradient_bytes)
+        return seconds + self.gather_seconds(schedule, attending)
 
     def reduce_seconds(self, schedule: ScheduleChoice, attending: Sequence[int], layer: int, replicated: int) -> float:
         """The part of it that follows a layer's backward: the dense part of the layer and its `replicated` experts.
 
-        `layer` 0 brings the embedding with it, model.layers is the head. Where the dense part's states are sharded this
-        is a reduce-scatter of its gradients, half an all-reduce.
+        `layer` 0 brings the embedding with it, model.layers is the head. The gradients of a fully sharded dense part are
+        scattered, which is half an all-reduce.
         """
         size = self.segment_parameters(layer) * STATE_BYTES[self.train.precision][1]
-        share = 1.0 if schedule.dense_state == "replicated" else 0.5
+        share = 0.5 if schedule.dense_state == "full" else 1.0
         return self.network.all_reduce_seconds(attending, share * size + replicated * self.expert_gradient_bytes)
 
     def segment_parameters(self, layer: int) -> int:
@@ -201,29 +204,79 @@ class CostModel:
         """AdamW step over `parameters` parameters."""
         return device.optimizer_seconds_per_parameter * parameters
 
-    # Memory. Each of the following is linear in what a device holds, so that the MILP can use it as it is.
+    # Memory at the turn from forward to backward, when a window's activations are all alive. Each of the following is
+    # linear in what a device holds, so that the MILP can use it as it is. Tensors are named as in runtime/stage.py.
 
     def expert_activation_bytes(self, device: DeviceCost, rows: float, recompute: bool) -> float:
-        """Kept from forward to backward by one expert on `rows` rows of one micro-batch."""
+        """Kept from forward to backward by one expert on `rows` rows of one micro-batch: what autograd saved with the
+        rows themselves, or only these. Its outputs are sent and dropped."""
         return rows * self.row_bytes if recompute else device.expert(rows).saved_bytes
 
-    def attention_activation_bytes(self, device: DeviceCost, sequences: int, recompute: bool) -> float:
-        """Kept by one attention stage for one micro-batch: with recompute only its inputs (residual, k outputs)."""
-        if not recompute:
-            return device.attention(sequences).saved_bytes
-        tokens = sequences * self.train.sequence_length
-        return tokens * self.row_bytes * (1 + self.model.top_k)
+    def _border_bytes(self, sequences: int, tensors: int) -> float:
+        """So many tensors of a micro-batch's tokens, [T, H] each."""
+        return tensors * sequences * self.train.sequence_length * self.row_bytes
 
-    def transient_bytes(self, device: DeviceCost, sequences: int) -> float:
-        """Largest working set of a single attention or head task of an attending device."""
+    def attention_activation_bytes(self, device: DeviceCost, sequences: int, recompute: bool) -> float:
+        """Kept by one attention stage for one micro-batch: with recompute only its inputs (residual, k outputs).
+
+        Else what autograd saved, with the inputs; the residual that it reads is the one that the stage before saved.
+        """
+        if recompute:
+            return self._border_bytes(sequences, 1 + self.model.top_k)
+        return max(0.0, device.attention(sequences).saved_bytes - self._border_bytes(sequences, 1))
+
+    def attention_kept_bytes(self, device: DeviceCost, sequences: int, recompute: bool) -> float:
+        """Kept by an attending device for one micro-batch, all layers together.
+
+        The first stage has no k outputs to read but the head does; to this comes the gradient of the head's residual,
+        which waits for its attention stage.
+        """
+        each = self.attention_activation_bytes(device, sequences, recompute)
+        return self.model.layers * each + self._border_bytes(sequences, 1)
+
+    def transient_bytes(self, device: DeviceCost, sequences: int, recompute: bool) -> float:
+        """Largest working set of a single attention or head task of an attending device, beside what is kept.
+
+        Head: what it saves without its inputs, and the gradient of its matrix. Attention: what is saved when it runs
+        again. Where gradients are narrower than fp32, those of the part at work are in fp32 beside (`Gradients.fold`).
+        """
         if not sequences:
             return 0.0
-        return max(device.attention(sequences).saved_bytes, self.head_cost(device, sequences).saved_bytes)
+        inputs = self._border_bytes(sequences, 1 + self.model.top_k)
+        matrix, narrow = self.model.hidden_size * self.model.vocab_size, self._narrow(device)
+        # of the matrix: its new gradient, and in fp32 that and the sum of those before
+        head = float(matrix * (self._element_bytes(device) + narrow * 2 * _WIDE_BYTES))
+        head += max(0.0, self.head_cost(device, sequences).saved_bytes - inputs)
+        stage = float(narrow * _WIDE_BYTES * self.model.attention_layer_parameters)
+        if recompute:
+            stage += max(0.0, device.attention(sequences).saved_bytes - inputs)
+        return max(head, stage)
 
-    def buffer_bytes(self, sequences_per_micro_batch: int, sequences: int, hosted_share: float) -> float:
-        """One message in flight each way: rows of the own tokens, and rows for a share of all experts."""
-        rows = (sequences + hosted_share * sequences_per_micro_batch) * self.train.sequence_length * self.model.top_k
-        return 2 * rows * self.row_bytes
+    def expert_transient_bytes(self, device: DeviceCost, rows: float, recompute: bool) -> float:
+        """Working set of one expert of a layer's backward, beside what is kept: what is saved when it runs again, or
+        after that is used up its gradient, which autograd stacks with those of the other experts of the layer: two
+        thirds of it (gate_up) exist twice for a moment. fp32 gradients as in `transient_bytes`.
+
+        Not in it: what the task of a single expert computes and drops, about as much as it saves.
+        """
+        saved, size, narrow = device.expert(rows).saved_bytes, self.model.expert_parameters, self._narrow(device)
+        stacked = self._element_bytes(device) * (1 if narrow else 5 / 3) + narrow * 2 / 3 * _WIDE_BYTES
+        kept = self.expert_activation_bytes(device, rows, recompute)
+        return narrow * _WIDE_BYTES * size + max(saved, kept, stacked * size) - kept
+
+    def _element_bytes(self, device: DeviceCost) -> int:
+        return BYTES_PER_ELEMENT[self.train.precision_of(device.type)]
+
+    def _narrow(self, device: DeviceCost) -> bool:
+        return self._element_bytes(device) < _WIDE_BYTES
+
+    def buffer_bytes(
+        self, sequences_per_micro_batch: int, sequences: int, hosted_share: float, window: int = 1
+    ) -> float:
+        """Messages in flight: rows of the own tokens each way, and rows for a share of all experts. A host's working
+        set is one of them; the gradients of a whole `window` may wait for it, as heads are done before experts."""
+        rows = 2 * sequences + (1 + window) * hosted_share * sequences_per_micro_batch
+        return rows * self.train.sequence_length * self.model.top_k * self.row_bytes
 
     def memory(
         self,
@@ -248,25 +301,26 @@ class CostModel:
             for size, part in zip(STATE_BYTES[self.train.precision], dense, strict=True)
         )
         again = schedule.recompute_experts
+        expected, own = self.rows_per_expert(sequences_per_micro_batch), self.rows_per_expert(sequences)
         if rows:
             each = [*rows.hosted, *rows.replicated]
             kept = sum(self.expert_activation_bytes(device, count, again) for count in each)
             largest, share = max((device.expert(count).saved_bytes for count in each), default=0.0), rows.largest_share
         else:
-            expected, own = self.rows_per_expert(sequences_per_micro_batch), self.rows_per_expert(sequences)
             kept = sum(hosted) * self.expert_activation_bytes(device, expected, again)
             kept += sum(replicated) * self.expert_activation_bytes(device, own, again)  # no rows where none attends
             largest = device.expert(expected).saved_bytes * bool(held)
             share = max(hosted, default=0) / self.model.experts
         if sequences:
-            kept += self.model.layers * self.attention_activation_bytes(device, sequences, schedule.recompute_attention)
-        peak = self.transient_bytes(device, sequences) + largest
+            kept += self.attention_kept_bytes(device, sequences, schedule.recompute_attention)
+        peak = self.transient_bytes(device, sequences, schedule.recompute_attention) + largest
+        peak += max(hosted, default=0) * self.expert_transient_bytes(device, expected, again)
         return Memory(
             weights_bytes=int(weights),
             gradients_bytes=int(gradients),
             optimizer_bytes=int(optimizer),
             activations_bytes=int(schedule.window * kept + peak),
-            buffers_bytes=int(self.buffer_bytes(sequences_per_micro_batch, sequences, share)),
+            buffers_bytes=int(self.buffer_bytes(sequences_per_micro_batch, sequences, share, schedule.window)),
             framework_bytes=device.framework_bytes,
             capacity_bytes=device.memory_bytes,
         )

@@ -8,13 +8,18 @@ from hetermoe_cli.spec.profile import Profile
 
 
 def check_devices(plan: Plan) -> None:
-    """UserError if this machine does not have the device of every rank, as its profile was measured."""
-    devices = plan.inputs.devices()
-    if any(device.node for device in devices):
-        raise UserError(
-            f"cluster {plan.inputs.cluster.name}: field nodes: {devices[-1].node + 1} nodes; workers start on one "
-            "machine only: plan for one node, or pass --emulate"
-        )
+    """UserError if this machine does not have the device of every rank, as its profile was measured.
+
+    A machine's CPU and its GPUs are two nodes of a cluster.
+    """
+    devices, kinds = plan.inputs.devices(), plan.inputs.accelerators()
+    for kind in sorted(set(kinds)):
+        nodes = {device.node for device, found in zip(devices, kinds, strict=True) if found == kind}
+        if len(nodes) > 1:
+            raise UserError(
+                f"cluster {plan.inputs.cluster.name}: field nodes: {len(nodes)} nodes; workers start on one "
+                "machine only: plan for one node, or pass --emulate"
+            )
     for device in devices:
         _check_device(plan.inputs.profiles[device.type], plan.inputs.device_index(device.rank))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.launch.preflight import check_devices
 from hetermoe_cli.model.data import VOCAB_SIZE, Batches, Corpus, load_corpus
+from hetermoe_cli.runtime.calls import calls_of, verify
 from hetermoe_cli.runtime.recorder import CHECKPOINTS, METRICS
 from hetermoe_cli.schedule.lower import training_schedule, validation_schedule
 from hetermoe_cli.simulator import check_deadlock
@@ -54,13 +55,15 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
     plan = load(Plan, plan_path)
     plan.verify(str(plan_path))
     plan.check_one_group(str(plan_path))
-    if (state := plan.schedule.dense_state) != "replicated":
+    if (state := plan.schedule.dense_state) == "full":
         raise UserError(
             f"{plan_path}: field groups.0.schedule.dense_state: {state}: it can be planned and simulated, but train "
-            "holds the dense part on every attending rank: plan with train.dense_state: replicated"
+            "holds the dense part's weights on every attending rank: plan with train.dense_state: optimizer"
         )
     for schedule in (training_schedule(plan.layout), validation_schedule(plan.layout)):
         check_deadlock(schedule, plan.layout.layers)
+        ranks = range(plan.layout.world_size)
+        verify([calls_of(schedule, plan.layout, rank, plan.inputs.train.precision) for rank in ranks])
     emulation = _emulation(plan, options.emulate) if options.emulate else None
     (emulation.executed if emulation else plan.inputs.model).check_trainable()
     precision = options.emulate.precision if options.emulate else plan.inputs.train.precision

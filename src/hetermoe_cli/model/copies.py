@@ -34,8 +34,8 @@ class Fetched:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on `device`, in the order of the current stream; the tensor itself if it is there."""
-    if device.type == "cpu":
+    """A tensor of the host on `device`, in the order of the current stream; the tensor itself if it is there."""
+    if tensor.device.type == device.type:
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
 

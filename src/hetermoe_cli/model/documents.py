@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hetermoe_cli.model.copies import upload
+
 _VARLEN_CAPABILITY, _VARLEN_WIDEST_HEAD = (8, 0), 256  # FlashAttention 2's
 
 
@@ -29,7 +31,7 @@ def find_documents(tokens: Tensor, end: int, device: torch.device) -> Documents:
     borders = torch.cat([after.new_zeros(1), after])
     lengths = borders.diff()
     positions = torch.arange(tokens.numel()) - borders[:-1].repeat_interleave(lengths)
-    return Documents(positions.view_as(tokens).to(device), borders.int().to(device), lengths.tolist())
+    return Documents(upload(positions.view_as(tokens), device), upload(borders.int(), device), lengths.tolist())
 
 
 def attend_within(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:

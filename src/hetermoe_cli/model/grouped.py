@@ -14,8 +14,9 @@ _CUDA_MAJORS = (9, 10)  # compute capabilities with a grouped kernel; it takes b
 def has_grouped_gemm(rows: Tensor, widths: Sequence[int]) -> bool:
     """Whether one call for all experts is right for rows like these, times matrices of these widths.
 
-    On a CPU it is as fast as a loop over experts with many rows each, and up to twice as fast with few. On CUDA cards
-    without the kernel it is a loop that copies the counts back from the device: worse than our own. None has fp64.
+    On a CPU a loop over experts takes 0.94 to 1.06 of its time where they have many rows each or there is one, 1.1 to
+    1.5 with 24 experts of 10 to 20 rows. On CUDA cards without the kernel it is a loop that copies the counts back from
+    the device: worse than our own. None has fp64.
     """
     if any(width * rows.element_size() % _ALIGNMENT_BYTES for width in widths):
         return False

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,17 +24,42 @@ def learning_rate(train: TrainSpec, step: int) -> float:
     return train.learning_rate * (lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-class AdamW(torch.optim.AdamW):
-    """AdamW that steps on fp32 masters of fp16 and bf16 weights; a wider weight is its own master."""
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, stop) of a flattened parameter that several ranks share out; `weight` is a view of them."""
 
-    def __init__(self, groups: list[dict[str, Any]], masters: Mapping[nn.Parameter, Tensor], **options: Any) -> None:
+    start: int
+    stop: int
+    weight: Tensor
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The same elements of a tensor like the parameter."""
+        return tensor.detach().flatten()[self.start : self.stop]
+
+
+Pieces = Mapping[nn.Parameter, Piece | None]  # None: other ranks step all of it
+
+
+class AdamW(torch.optim.AdamW):
+    """AdamW that steps on fp32 masters of fp16 and bf16 weights; a wider weight is its own master.
+
+    Of parameters in `pieces` it holds and steps that piece only.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        masters: Mapping[Tensor, Tensor],
+        pieces: Pieces | None = None,
+        **options: Any,
+    ) -> None:
         """`groups` hold masters; `masters` names those of weights that are not their own."""
         super().__init__(groups, **options)
-        self._masters = dict(masters)
+        self._masters, self.pieces = dict(masters), pieces or {}
 
-    def master(self, parameter: nn.Parameter) -> Tensor:
-        """What is stepped on in place of `parameter`: in fp32 or wider."""
-        return self._masters.get(parameter, parameter)
+    def master(self, weight: Tensor) -> Tensor:
+        """What is stepped on in place of a parameter, or of a piece's weight: in fp32 or wider."""
+        return self._masters.get(weight, weight)
 
     def add(self, masters: Mapping[nn.Parameter, Tensor]) -> None:
         """Step on further matrices as well; `masters`: of each, or itself."""
@@ -48,12 +74,21 @@ class AdamW(torch.optim.AdamW):
         for master in gone:
             self.state.pop(master, None)
 
-    def update(self, gradients: Mapping[nn.Parameter, Tensor], factor: float) -> None:
-        """One step from `factor` times `gradients` of any precision, then round the masters to their weights.
+    def _stepped(self, gradients: Mapping[Any, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weights that are stepped, with their gradients."""
+        for parameter, gradient in gradients.items():
+            if parameter not in self.pieces:
+                yield parameter, gradient
+            elif piece := self.pieces[parameter]:
+                yield piece.weight, piece.of(gradient)
+
+    def update(self, gradients: Mapping[Any, Tensor], factor: float) -> None:
+        """One step from `factor` times `gradients` of any precision, by parameter, then round masters to weights.
 
         Gradients are widened some parameters at a time, so that few wide copies live at once.
         """
         self.zero_grad()
+        gradients = dict(self._stepped(gradients))
         with torch.no_grad():
             for chunk in _chunks(gradients):
                 for parameter in chunk:
@@ -67,8 +102,8 @@ class AdamW(torch.optim.AdamW):
                         parameter.copy_(master)
 
 
-def _chunks(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    chunk: list[nn.Parameter] = []
+def _chunks(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    chunk: list[Tensor] = []
     for parameter in parameters:
         if chunk and sum(p.numel() for p in chunk) + parameter.numel() > _CHUNK_ELEMENTS:
             yield chunk
@@ -78,22 +113,32 @@ def _chunks(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         yield chunk
 
 
-def make_optimizer(parts: nn.Module, train: TrainSpec, masters: Mapping[nn.Parameter, Tensor] | None = None) -> AdamW:
+def make_optimizer(
+    parts: nn.Module,
+    train: TrainSpec,
+    masters: Mapping[Any, Tensor] | None = None,
+    pieces: Pieces | None = None,
+) -> AdamW:
     """AdamW over all parameters of `parts`, decaying only matrices; fused where torch has a kernel.
 
-    `masters`: fp32 values of the narrower parameters.
+    `masters`: fp32 values of the narrower parameters and pieces. `pieces`: what to step of the parameters in it.
     """
-    masters = masters or {}
-    parameters = [masters.get(p, p) for p in parts.parameters()]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    masters, pieces = masters or {}, pieces or {}
+    groups: dict[bool, list[Tensor]] = {True: [], False: []}  # matrices, others
+    for parameter in parts.parameters():
+        piece = pieces.get(parameter)
+        if piece or parameter not in pieces:
+            weight = piece.weight if piece else parameter
+            groups[parameter.dim() >= 2].append(masters.get(weight, weight))
     return AdamW(
-        groups,
+        [
+            {"params": groups[True], "weight_decay": train.weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
         masters,
+        pieces,
         lr=learning_rate(train, 0),
         betas=(train.beta1, train.beta2),
         eps=train.adam_epsilon,
-        fused=all(p.device.type in _FUSED_DEVICES for p in parameters),
+        fused=all(p.device.type in _FUSED_DEVICES for p in parts.parameters()),
     )

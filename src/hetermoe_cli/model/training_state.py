@@ -1,6 +1,6 @@
 """Weights, AdamW state and selection biases by layout-independent name: out of a module, and back into any split."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -32,18 +32,24 @@ def training_names(parts: nn.Module) -> set[str]:
 
 
 def training_tensors(parts: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
-    """NAME (the master's values), NAME@exp_avg and NAME@exp_avg_sq of every parameter, zeros for state that no step has
-    made yet; NAME of every selection bias."""
+    """NAME (the master's values), NAME@exp_avg and NAME@exp_avg_sq of every parameter that this rank holds all of,
+    zeros for state that no step has made yet; NAME of every selection bias."""
     result = named_state(parts)
     for name, (parameter, index) in parameter_slices(parts).items():
-        result |= zip(_with_moments(name), state_slices(optimizer, parameter, index), strict=True)
+        if parameter not in optimizer.pieces:
+            result |= state_tensors(name, state_slices(optimizer, parameter, index))
     return result
 
 
-def state_slices(optimizer: AdamW, parameter: nn.Parameter, index: int | None) -> list[Tensor]:
-    """Master and both moments of a parameter, or of the expert at `index` in it: views, but for zeros in place of
-    moments that no step has made yet."""
-    master = optimizer.master(parameter)
+def state_tensors(name: str, states: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Master and both moments of what is called `name`, by their names in a checkpoint."""
+    return dict(zip(_with_moments(name), states, strict=True))
+
+
+def state_slices(optimizer: AdamW, weight: Tensor, index: int | None) -> list[Tensor]:
+    """Master and both moments of a parameter or a piece's weight, or of the expert at `index` in it: views, but for
+    zeros in place of moments that no step has made yet."""
+    master = optimizer.master(weight)
     state = optimizer.state.get(master, {})
     whole = [master, *(state.get(moment, torch.zeros_like(master)) for moment in _MOMENTS)]
     return [_part(tensor, index) for tensor in whole]
@@ -61,13 +67,19 @@ def restore_training(parts: nn.Module, optimizer: AdamW, tensors: Mapping[str, T
             optimizer.state[parameter] = fresh_state(optimizer, parameter, step)
     with torch.no_grad():
         for name, (parameter, index) in slices.items():
-            state = optimizer.state[optimizer.master(parameter)]
-            whole = [optimizer.master(parameter), *(state[moment] for moment in _MOMENTS)]
-            for full, tensor in zip(_with_moments(name), whole, strict=True):
-                _part(tensor, index).copy_(tensors[full])
+            sources = [tensors[full] for full in _with_moments(name)]
+            if parameter not in optimizer.pieces:
+                _copy(sources, state_slices(optimizer, parameter, index))
+            elif piece := optimizer.pieces[parameter]:
+                _copy([piece.of(source) for source in sources], state_slices(optimizer, piece.weight, None))
             _part(parameter, index).copy_(tensors[name])  # rounded, where it is not its own master
         for name, tensor in named_state(parts).items():
             tensor.copy_(tensors[name])
+
+
+def _copy(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
 
 
 def fresh_state(optimizer: AdamW, parameter: Tensor, step: int) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from hetermoe_cli.spec.load import ExpertLoad
 from hetermoe_cli.spec.plan import Inputs
 
 TOLERANCE = 1.25  # factors up to here, or down to its inverse, are no departure
+LEAST_FACTOR = 0.01  # reported: of a rank that gets no row any more, or is faster than its profile beyond belief
 NAMED = 3  # ranks in a message
 
 
@@ -95,7 +96,7 @@ def _load_factors(before: LayoutCost, after: LayoutCost) -> list[tuple[float, in
         old, new = (np.array([sum(cost.expert_rows(rank, layer, 0)) for layer in layers]) for cost in (before, after))
         ratios = np.divide(new, old, out=np.ones(len(old)), where=old > 0)
         layer = int(ratios.argmax())
-        result.append((float(ratios[layer]), layer))
+        result.append((max(float(ratios[layer]), LEAST_FACTOR), layer))
     return result
 
 

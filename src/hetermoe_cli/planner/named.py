@@ -120,8 +120,9 @@ class Named:
             most = max([*held.hosted, *held.replicated], default=0.0)
             saved = self.cost.of(rank).expert
             result[rank] = saved(hottest).saved_bytes - saved(most).saved_bytes
-            result[rank] += self.cost.buffer_bytes(total, sequences, max(0.0, share - held.largest_share))
-            result[rank] -= self.cost.buffer_bytes(total, sequences, 0.0)
+            more, window = max(0.0, share - held.largest_share), self.layout.schedule.window
+            result[rank] += self.cost.buffer_bytes(total, sequences, more, window)
+            result[rank] -= self.cost.buffer_bytes(total, sequences, 0.0, window)
         return result
 
     def seconds(self, layer: int) -> FloatArray:

@@ -28,7 +28,7 @@ class ClassRates:
     memory_per_hosted: float
     memory_per_replicated: float
     memory_if_any: float  # the working set of one expert task, where any expert is held
-    memory_per_share: float  # receive buffers, per expert of the layer with most hosted ones
+    memory_per_share: float  # receive buffers and working set, per expert of the layer with most hosted ones
     memory_limit: float
 
     def scaled(self, unit: float) -> "ClassRates":
@@ -86,8 +86,9 @@ def device_rates(
 
     state = sum(STATE_BYTES[cost.train.precision]) * model.expert_parameters
     dense = cost.dense_updates(schedule, attending) if sequences else 0
-    buffers = cost.buffer_bytes(total, sequences, 0.0)
-    kept = cost.attention_activation_bytes(device, sequences, attention_again) if sequences else 0.0
+    buffers = cost.buffer_bytes(total, sequences, 0.0, alive)
+    kept = cost.attention_kept_bytes(device, sequences, attention_again) if sequences else 0.0
+    per_share = (cost.buffer_bytes(total, sequences, 1.0, alive) - buffers) / model.experts
     return ClassRates(
         attention=pair(Kind.ATTENTION) if sequences else (0.0, 0.0),
         head=pair(Kind.HEAD)[1] if sequences else 0.0,
@@ -96,14 +97,14 @@ def device_rates(
         optimizer_base=cost.optimizer_seconds(device, dense),
         optimizer_per_expert=cost.optimizer_seconds(device, model.expert_parameters),
         memory_base=(sum(cost.dense_state_bytes(schedule, attending)) if sequences else 0)
-        + alive * model.layers * kept
-        + cost.transient_bytes(device, sequences)
+        + alive * kept
+        + cost.transient_bytes(device, sequences, attention_again)
         + buffers
         + device.framework_bytes,
         memory_per_hosted=state + alive * cost.expert_activation_bytes(device, rows, experts_again),
         memory_per_replicated=state + alive * cost.expert_activation_bytes(device, own, experts_again),
         memory_if_any=device.expert(rows).saved_bytes,
-        memory_per_share=(cost.buffer_bytes(total, sequences, 1.0) - buffers) / model.experts,
+        memory_per_share=per_share + cost.expert_transient_bytes(device, rows, experts_again),
         memory_limit=device.memory_bytes * cost.train.memory_headroom,
     )
 

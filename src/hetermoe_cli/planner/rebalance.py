@@ -6,6 +6,7 @@ plus the time that moving takes, and must fit into memory.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from math import inf
 
@@ -21,14 +22,16 @@ from hetermoe_cli.spec.rebalance import Decision
 
 SOLVE_SECONDS = 3.0
 LEAST_GAIN = 0.02  # of the iteration: less is within what a prediction is off
+NOT_FASTER = "no placement is predicted to be clearly faster"
+UNSTEADY = "the load is not steady: what would have been best some steps ago is no better now than what is there"
 
 
 class _Search:
     """The layout whose steps and move are shortest together, of those that fit into memory."""
 
-    def __init__(self, cost: CostModel, current: Layout, remaining_steps: int, seconds: float) -> None:
+    def __init__(self, cost: CostModel, current: Layout, remaining_steps: int) -> None:
         self.cost, self.current, self.remaining = cost, current, remaining_steps
-        self.deadline = time.monotonic() + seconds
+        self._deadline = time.monotonic() + SOLVE_SECONDS
         self.layout: Layout | None = None
         self.seconds = self.total = self.fastest = inf
         self.offer(current)
@@ -36,7 +39,7 @@ class _Search:
     @property
     def over(self) -> bool:
         """Whether the time is up."""
-        return time.monotonic() > self.deadline
+        return time.monotonic() > self._deadline
 
     def offer(self, layout: Layout) -> bool:
         """Keep `layout` if it is better."""
@@ -52,38 +55,31 @@ class _Search:
         return True
 
 
-def decide(
-    cost: CostModel,
-    current: Layout,
-    planned: Layout,
-    remaining_steps: int,
-    *,
-    copies: bool = True,
-    seconds: float = SOLVE_SECONDS,
-) -> Decision:
+def decide(cost: CostModel, earlier: CostModel, current: Layout, planned: Layout, remaining_steps: int) -> Decision:
     """Where experts should be for the `remaining_steps` under the load and speeds of `cost`.
 
-    `planned`: the plan's layout, whose counts say what ranks have time for. Without `copies`, what is replicated stays.
+    `earlier`: of the steps before those. What would have been best then must be faster now, or else the load moves on
+    too fast for any placement. `planned`: the plan's layout, whose counts say what ranks have time for.
     """
     before = simulate(LayoutCost(cost, current)).seconds
-    search = _Search(cost, current, remaining_steps, seconds)
-    fits = search.layout is not None
-    for layout in _candidates(search, planned, copies):
-        search.offer(layout)
-        if search.over:
-            break
+    search = _searched(cost, current, planned, remaining_steps)
     found = search.layout
     if found is None:
         return _stay(before, "no placement fits into memory under this load")
     if found.placement == current.placement:
         if before - search.fastest < LEAST_GAIN * before:
-            return _stay(before, "no placement is predicted to be clearly faster")
+            return _stay(before, NOT_FASTER)
         gain = (before - search.fastest) * 1e3
         return _stay(
             before, f"moving takes longer than the {gain:.3g} ms an iteration that {remaining_steps} steps gain"
         )
-    if fits and before - search.seconds < LEAST_GAIN * before:
-        return _stay(before, "no placement is predicted to be clearly faster")
+    if overflow(LayoutCost(cost, current)) is None:
+        if before - search.seconds < LEAST_GAIN * before:
+            return _stay(before, NOT_FASTER)
+        then = _searched(earlier, current, planned, remaining_steps).layout or current
+        gain = before - simulate(LayoutCost(cost, then)).seconds
+        if gain < LEAST_GAIN * before:
+            return _stay(before, UNSTEADY)
     return Decision(
         placement=found.placement,
         before_seconds=before,
@@ -93,19 +89,28 @@ def decide(
     )
 
 
+def _searched(cost: CostModel, current: Layout, planned: Layout, remaining_steps: int) -> _Search:
+    search = _Search(cost, current, remaining_steps)
+    for layout in _candidates(search, planned):
+        search.offer(layout)
+        if search.over:
+            break
+    return search
+
+
 def _stay(seconds: float, reason: str) -> Decision:
     return Decision(
         placement=None, reason=reason, before_seconds=seconds, after_seconds=seconds, move_seconds=0.0, moved=0
     )
 
 
-def _candidates(search: _Search, planned: Layout, copies: bool) -> Iterator[Layout]:
+def _candidates(search: _Search, planned: Layout) -> Iterator[Layout]:
     """Layouts to offer; later ones start from the best so far."""
     kinds = _kinds(search.cost, search.current)
-    aimed = [Named(search.cost, layout) for layout in _different(planned, search.current)]
+    aimed = [_named(search.cost, layout) for layout in _different(planned, search.current)]
     for named in aimed:
         for aim in AIMS:
-            if (aim.more_copies and not copies) or (aim.mean and named.steady):
+            if aim.mean and named.steady:  # no other aim
                 continue
             if layout := named.place(aim):
                 yield renumbered(layout, search.current, kinds)
@@ -115,12 +120,18 @@ def _candidates(search: _Search, planned: Layout, copies: bool) -> Iterator[Layo
         for layer in range(search.cost.model.layers):
             base = search.layout or search.current
             for placement in neighbours(aimed[0], base, layer):
-                if copies or placement.replicated == base.placement[layer].replicated:
-                    yield _with_layer(base, layer, placement)
+                yield _with_layer(base, layer, placement)
                 if search.layout is not base:  # the others start from where it was
                     break
         if search.total >= before:
             return
+
+
+def _named(cost: CostModel, layout: Layout) -> Named:
+    """Its ranks should have time for what they have in `layout` at their profiled speeds."""
+    named = Named(cost, layout)
+    named.target = Named(CostModel(cost.inputs), layout).target
+    return named
 
 
 def _different(first: Layout, second: Layout) -> list[Layout]:
@@ -142,19 +153,26 @@ def _kinds(cost: CostModel, layout: Layout) -> list[list[int]]:
 
 
 def renumbered(layout: Layout, current: Layout, kinds: list[list[int]]) -> Layout:
-    """`layout` with the bundles of equal ranks exchanged, layer by layer, so that most experts stay where they are."""
+    """`layout` with the bundles of equal ranks exchanged, layer by layer, so that many experts stay where they are.
+
+    Greedy: the bundle that has most in common with what a rank holds goes there first.
+    """
+    kind_of = {rank: index for index, ranks in enumerate(kinds) for rank in ranks}
     placements = []
     for old, new in zip(current.placement, layout.placement, strict=True):
-        experts = list(new.experts)
+        host = {expert: rank for rank, experts in enumerate(old.experts) for expert in experts}
+        pairs = Counter(
+            (rank, host[expert]) for rank, held in enumerate(new.experts) for expert in held if expert in host
+        )
+        goal: dict[int, int] = {}
+        taken: set[int] = set()
+        for (rank, to), _ in sorted(pairs.items(), key=lambda item: (-item[1], item[0][0] != item[0][1], item[0])):
+            if rank not in goal and to not in taken and kind_of[rank] == kind_of[to]:
+                goal[rank] = to
+                taken.add(to)
         for ranks in kinds:
-            pairs = [
-                (len({*old.experts[to]} & {*new.experts[rank]}), to == rank, rank, to) for rank in ranks for to in ranks
-            ]
-            sources, targets = set(ranks), set(ranks)
-            for *_, rank, to in sorted(pairs, key=lambda pair: (-pair[0], not pair[1])):
-                if rank in sources and to in targets:
-                    experts[to] = new.experts[rank]
-                    sources.remove(rank)
-                    targets.remove(to)
+            free = [to for to in ranks if to not in taken]
+            goal |= zip((rank for rank in ranks if rank not in goal), free, strict=True)
+        experts = [new.experts[rank] for rank in sorted(goal, key=lambda rank: goal[rank])]
         placements.append(LayerPlacement(experts=experts, replicated=new.replicated))
     return layout.model_copy(update={"placement": placements})

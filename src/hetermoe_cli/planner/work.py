@@ -54,7 +54,7 @@ def _ring_seconds(cost: CostModel) -> float:
     """All-reduce of the gradients of embedding and layer 0 in an endless ring over the fastest links, no latencies."""
     links = [link for device in cost.devices for link in (device.network, device.interconnect)]
     size = cost.segment_parameters(0) * STATE_BYTES[cost.train.precision][1]
-    share = 0.5 if cost.train.dense_state != "replicated" else 1.0
+    share = 0.5 if cost.train.dense_state in ("full", "auto") else 1.0
     return 2 * share * size / (max(link.bandwidth_gigabytes_per_second for link in links) * 1e9)
 
 

@@ -12,7 +12,8 @@ import torch
 
 from hetermoe_cli import __version__
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.profiler.kernels import Sizes, profile_kernels, require_precision
+from hetermoe_cli.model.warm_up import warm_up
+from hetermoe_cli.profiler.kernels import DTYPES, Sizes, profile_kernels, require_precision
 from hetermoe_cli.profiler.measure import Effort, Progress
 from hetermoe_cli.profiler.nvml import cpu_facts, gpu_facts
 from hetermoe_cli.spec.model import ModelConfig
@@ -87,7 +88,7 @@ def profile_device(
     facts = device_facts(device)
     shapes = list({model.shape: model for model in models}.values())
     with torch_threads(threads):
-        framework = framework_bytes(device)
+        framework = framework_bytes(device, DTYPES[precision])
         tables = [
             profile_kernels(model, precision, device, sizes, effort, _part(progress, index, len(shapes)))
             for index, model in enumerate(shapes)
@@ -112,17 +113,18 @@ def profile_device(
     )
 
 
-def framework_bytes(device: torch.device) -> int:
-    """Memory that python, torch and (on CUDA) the context take before any tensor of the model.
+def framework_bytes(device: torch.device, dtype: torch.dtype) -> int:
+    """Memory that python, torch and (on CUDA) the context take before any tensor of the model, after a first step of
+    training.
 
-    CPU: this process' resident memory now. CUDA: what a first product leaves in use beside torch's own allocations,
-    other processes on that GPU included.
+    CPU: this process' resident memory. CUDA: what is in use beside torch's own allocations, other processes on that
+    GPU included.
     """
+    warm_up(device, dtype)
     if device.type == "cpu":
         pages = int(_RESIDENT.read_text().split()[1]) if _RESIDENT.exists() else 0
         return pages * os.sysconf("SC_PAGE_SIZE")
-    square = torch.ones(64, 64, device=device)
-    (square @ square).sum().item()
+    torch.cuda.synchronize(device)
     free, total = torch.cuda.mem_get_info(device)
     return total - free - torch.cuda.memory_reserved(device)
 

@@ -1,8 +1,9 @@
 """Figures of a finished run: metrics, expert loads, and the prediction that replays the recorded loads."""
 
+import itertools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,9 +13,10 @@ import numpy as np
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.cost.layout import RecordedLoad
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.runtime.recorder import METRICS, STATUS, load_path, read_metrics
+from hetermoe_cli.runtime.recorder import METRICS, STATUS, load_path, read_metrics, read_rebalances
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.files import load, read_text
+from hetermoe_cli.spec.rebalance import Rebalance
 from hetermoe_cli.spec.run import RunSpec
 
 WARM_UP_STEPS = 2
@@ -22,11 +24,22 @@ REPLAYED_STEPS = 20
 
 
 @dataclass(frozen=True)
+class Moved:
+    """Experts moved before `step`; medians of measured iterations before and after it, null where there are none."""
+
+    step: int
+    experts: int
+    before_seconds: float | None
+    after_seconds: float | None
+
+
+@dataclass(frozen=True)
 class RunFigures:
     """Seconds are the run's own (an emulated run's are nominal x time_scale); medians over the steps
-    since the last start, after the warm-up. Tokens/s of an emulated run are nominal.
+    since the last start or move of experts, after the warm-up. Tokens/s of an emulated run are nominal.
 
-    `predicted_seconds` assumes a balanced router; `replayed_seconds` replays the expert rows that were recorded.
+    `predicted_seconds` is the plan's, or after a move that for the load which caused it; `replayed_seconds` replays
+    the expert rows that were recorded.
     """
 
     steps: int
@@ -43,10 +56,11 @@ class RunFigures:
     overruns: int | None
     time_scale: float
     router: str
+    moves: list[Moved] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
-        return dict(vars(self))
+        return asdict(self)
 
 
 def read_run(folder: Path) -> RunSpec:
@@ -70,18 +84,49 @@ def recorded_load(run: RunSpec, step: int) -> RecordedLoad | None:
 
 
 def replayed_seconds(run: RunSpec, steps: list[int]) -> float | None:
-    """Median over steps of the simulated iteration with the rows recorded in each; nominal seconds."""
-    cost = CostModel(run.plan.inputs)
+    """Median over steps, with experts where they are in the last, of the simulated iteration with the rows recorded in
+    each; nominal seconds."""
+    cost, layout = CostModel(run.plan.inputs), _in_the_end(run).layout
     loads = [recorded_load(run, step) for step in steps]
-    found = [simulate(LayoutCost(cost, run.plan.layout, load)).seconds for load in loads if load]
+    found = [simulate(LayoutCost(cost, layout, load)).seconds for load in loads if load]
     return median(found) if found else None
 
 
 def timed_steps(run: RunSpec, metrics: list[dict[str, Any]], warm_up: int = WARM_UP_STEPS) -> list[dict[str, Any]]:
-    """Step lines since the last start, after the warm-up (all of them if there are no more)."""
+    """Step lines since the last start or move of experts, after the warm-up (all of them if there are no more)."""
     steps = [line for line in metrics if line["event"] == "step"]
-    recent = [line for line in steps if line["step"] >= run.start_step] or steps  # an earlier part had another plan
+    first = max([run.start_step, *(change.step for change in _moves_since_start(run))])
+    recent = [line for line in steps if line["step"] >= first] or steps  # an earlier part had another layout
     return recent[warm_up:] or recent
+
+
+def _moves_since_start(run: RunSpec) -> list[Rebalance]:
+    return [change for change in read_rebalances(Path(run.folder)) if change.step > run.start_step]
+
+
+def _in_the_end(run: RunSpec) -> RunSpec:
+    """The run with the experts where they are in its last steps."""
+    return run.model_copy(update={"rebalanced": changes[-1]}) if (changes := _moves_since_start(run)) else run
+
+
+def _moved(run: RunSpec, steps: list[dict[str, Any]], warm_up: int) -> list[Moved]:
+    """Every move since the last start, with up to REPLAYED_STEPS iterations on each side, the first one left out."""
+    changes = _moves_since_start(run)
+    borders = [run.start_step + warm_up - 1, *(change.step for change in changes), run.steps]
+    seconds = {line["step"]: line["iteration_seconds"] for line in steps}
+    parts = [
+        [seconds[step] for step in range(first + 1, last) if step in seconds]
+        for first, last in itertools.pairwise(borders)
+    ]
+    return [
+        Moved(
+            step=change.step,
+            experts=change.moved,
+            before_seconds=median(before[-REPLAYED_STEPS:]) if before else None,
+            after_seconds=median(after[:REPLAYED_STEPS]) if after else None,
+        )
+        for change, before, after in zip(changes, parts, parts[1:], strict=False)
+    ]
 
 
 def figures(folder: Path, warm_up: int = WARM_UP_STEPS) -> RunFigures:
@@ -103,7 +148,7 @@ def figures(folder: Path, warm_up: int = WARM_UP_STEPS) -> RunFigures:
         last_loss=losses[-1],
         validation_loss=validation[-1] if validation else None,
         measured_seconds=measured,
-        predicted_seconds=run.plan.predicted.iteration_seconds * run.time_scale,
+        predicted_seconds=_in_the_end(run).predicted_seconds,
         replayed_seconds=None if replayed is None else replayed * run.time_scale,
         tokens_per_second=run.tokens_per_second(measured),
         expert_imbalance=median(line["expert_imbalance"] for line in timed),
@@ -112,4 +157,5 @@ def figures(folder: Path, warm_up: int = WARM_UP_STEPS) -> RunFigures:
         overruns=status.get("overruns"),
         time_scale=run.time_scale,
         router=run.router,
+        moves=_moved(run, steps, warm_up),
     )

@@ -52,16 +52,24 @@ def summary_table(found: RunFigures, title: str) -> Table:
     if found.validation_loss is not None:
         table.add_row("validation loss (nats a token)", f"{found.validation_loss:.3f}")
     table.add_row(f"iteration, {kind} (median)", f"{found.measured_seconds * 1e3:.1f} ms")
-    table.add_row("iteration, predicted by the plan", _against(found.predicted_seconds, found.measured_seconds))
+    source = "for the experts' new places" if found.moves else "by the plan"
+    table.add_row(f"iteration, predicted {source}", _against(found.predicted_seconds, found.measured_seconds))
     table.add_row(
         "iteration, predicted from the recorded loads", _against(found.replayed_seconds, found.measured_seconds)
     )
     table.add_row(f"tokens/s, {kind}{' (nominal)' if found.emulated else ''}", f"{found.tokens_per_second:,.0f}")
     table.add_row("expert load, hottest over mean", f"{found.expert_imbalance:.2f}")
+    for move in found.moves:
+        iteration = f"iteration {_milliseconds(move.before_seconds)} -> {_milliseconds(move.after_seconds)} ({kind})"
+        table.add_row(f"experts moved after step {move.step}", f"{move.experts}, {iteration}")
     if found.emulated:
         valid = "valid" if found.emulation_valid else "INVALID: real work did not keep up with the targets"
         table.add_row(f"emulation (time scale {found.time_scale:.3g})", f"{valid}, {found.overruns} overruns")
     return table
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "?" if seconds is None else f"{seconds * 1e3:.1f} ms"
 
 
 def _against(predicted: float | None, measured: float) -> str:

@@ -42,7 +42,7 @@ class RunTasks:
 
     def costs(self, plan: Inputs) -> dict[int, LayoutCost]:
         """The cost of every step, by its load."""
-        cost, layout = CostModel(plan), self.spec.plan.layout
+        cost, layout = CostModel(plan), self.spec.layout
         return {
             step: LayoutCost(cost, layout, load or balanced_load(cost, layout)) for step, load in self.loads.items()
         }
@@ -66,7 +66,7 @@ class RunTasks:
     def _seconds(self) -> dict[tuple[int, int, Action], float]:
         """Seconds by step, rank and compute task, from ready to done."""
         spans = {(span.step, span.rank, span.name): span for span in self.trace.spans}
-        layers = self.spec.plan.layout.layers
+        layers = self.spec.layout.layers
         result: dict[tuple[int, int, Action], float] = {}
         for step in self.loads:
             for rank, order in enumerate(self.schedule.compute):
@@ -103,7 +103,7 @@ def read_run_tasks(folder: Path, *, allow_emulated: bool = False) -> tuple[RunTa
         notes.append("a single step was traced: its warm-up is part of the figures (train with more --trace-steps)")
     loads = {step: _load(spec, step) for step in steps}
     kept = Trace(trace.origin, [span for span in trace.spans if span.step in loads])
-    return RunTasks(spec, kept, loads, training_schedule(spec.plan.layout)), notes
+    return RunTasks(spec, kept, loads, training_schedule(spec.layout)), notes
 
 
 def _load(spec: RunSpec, step: int) -> RecordedLoad | None:

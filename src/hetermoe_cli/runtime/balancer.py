@@ -3,9 +3,9 @@
 import time
 
 from hetermoe_cli.cost.measured import MeasuredCost
-from hetermoe_cli.planner.drift import Drift
-from hetermoe_cli.planner.rebalance import decide
-from hetermoe_cli.runtime.drift import DriftMonitor
+from hetermoe_cli.planner.rebalance import UNSTEADY, decide
+from hetermoe_cli.runtime.calls import calls_of, check_agreement, digest, verify
+from hetermoe_cli.runtime.drift import DriftMonitor, Measured
 from hetermoe_cli.runtime.emulator import EmulatedClock
 from hetermoe_cli.runtime.rebalance import move_experts, share_change
 from hetermoe_cli.runtime.recorder import Recorder
@@ -13,7 +13,6 @@ from hetermoe_cli.runtime.trainer import StepResult, Trainer
 from hetermoe_cli.schedule.lower import training_schedule, validation_schedule
 from hetermoe_cli.simulator import check_deadlock
 from hetermoe_cli.spec.base import sha256
-from hetermoe_cli.spec.load import ExpertLoad
 from hetermoe_cli.spec.rebalance import Decision, Rebalance
 from hetermoe_cli.spec.run import RunSpec
 
@@ -24,6 +23,7 @@ class Balancer:
     def __init__(self, run: RunSpec, trainer: Trainer, recorder: Recorder) -> None:
         self.run, self._trainer, self._recorder = run, trainer, recorder
         self._monitor = DriftMonitor(run, trainer.mesh)
+        self._undecided = False  # because the load was not steady
 
     def after(self, done: int, result: StepResult) -> None:
         """Collective, after `done` steps of the run, of which this was not the last; `run` says what is in force."""
@@ -31,35 +31,42 @@ class Balancer:
         if not self.run.drift_every or done % self.run.drift_every:
             return
         began, change = time.monotonic(), None
-        if news := self._monitor.compare():
-            drift, load, slowdown, first = news
-            self._tell(drift, done, first)
-            if self.run.rebalance and drift.departures:
-                change = self._decide(done, load, slowdown)
+        if measured := self._monitor.compare():
+            if measured.news:
+                self._tell(measured, done)
+            if self.run.rebalance and measured.drift.departures and (measured.news or self._undecided):
+                change = self._decide(measured, done)
         if self.run.rebalance and (change := share_change(self._trainer.mesh, change)):
             self._move(change, began)
 
-    def _tell(self, drift: Drift, done: int, first: int) -> None:
-        hint = "; with --rebalance experts would move" if drift.departures and not self.run.rebalance else ""
+    def _tell(self, measured: Measured, done: int) -> None:
+        drift, first = measured.drift, measured.first
+        hint = "; --rebalance moves experts where that pays" if drift.departures and not self.run.rebalance else ""
         message = f"since step {first + 1}: {drift.message()}{hint}"
         self._recorder.event(
             "drift", done - 1, since_step=first, message=message, **drift.model_dump(exclude_none=True)
         )
 
-    def _decide(self, done: int, load: ExpertLoad, slowdown: list[float]) -> Rebalance | None:
+    def _decide(self, measured: Measured, done: int) -> Rebalance | None:
         run, planned = self.run, self.run.plan.layout
-        cost = MeasuredCost(run.plan.inputs, load, slowdown)
-        copies = run.layout.schedule.dense_state == "replicated"  # else their optimizer states are in shards
-        decision = decide(cost, run.layout, planned, run.steps - done, copies=copies)
+        now, then = (
+            MeasuredCost(run.plan.inputs, load, measured.slowdown) for load in (measured.load, measured.earlier)
+        )
+        decision = decide(now, then, run.layout, planned, run.steps - done)
+        self._undecided = decision.reason == UNSTEADY
         self._record(done, decision)
         if decision.placement is None:
             return None
+        layout = run.layout.model_copy(update={"placement": decision.placement})
+        for schedule in (training_schedule(layout), validation_schedule(layout)):
+            check_deadlock(schedule, layout.layers)
+            verify([calls_of(schedule, layout, rank, run.precision) for rank in range(layout.world_size)])
         return Rebalance(
             step=done,
             placement=decision.placement,
             moved=decision.moved,
-            expert_load=load,
-            slowdown=slowdown,
+            expert_load=measured.load,
+            slowdown=measured.slowdown,
             iteration_seconds=decision.after_seconds,
             plan_layout_sha256=sha256(planned),
         )
@@ -76,8 +83,7 @@ class Balancer:
 
     def _move(self, change: Rebalance, began: float) -> None:
         trainer, run = self._trainer, self.run.model_copy(update={"rebalanced": change})
-        for schedule in (training_schedule(run.layout), validation_schedule(run.layout)):
-            check_deadlock(schedule, run.layout.layers)
+        check_agreement(trainer.mesh.agree(digest(training_schedule(run.layout), run.layout, run.precision)))
         move_experts(trainer, run.model, run.layout, trainer.loss_scale.taken(change.step))
         if isinstance(trainer.clock, EmulatedClock):
             trainer.clock = EmulatedClock(run, training_schedule(run.layout), trainer.mesh.rank, trainer.clock)

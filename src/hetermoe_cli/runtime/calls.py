@@ -18,9 +18,10 @@ from hetermoe_cli.spec.layout import Layout
 
 COMMUNICATORS = ("world", "to experts", "from experts", "attending")  # by an action's lane
 COUNTS = "int64"
+WIDEST = "widest"  # of the attending ranks' precisions
 
-Operation = Literal["send", "receive", "all-reduce"]
-Payload = Literal["counts", "rows", "gradients", "figures"]
+Operation = Literal["send", "receive", "all-reduce", "all-gather"]
+Payload = Literal["counts", "rows", "gradients", "figures", "weights"]
 
 
 class Call(NamedTuple):
@@ -64,26 +65,30 @@ Calls = list[Call]
 
 
 def calls_of(schedule: Schedule, layout: Layout, rank: int, exchange: str) -> Calls:
-    """What `rank` calls in one iteration, in its one order over all communicators; rows travel in `exchange`."""
+    """What `rank` calls in one iteration, in its one order over all communicators; rows travel in `exchange`.
+
+    An iteration whose step is skipped ends before the optimizer's calls, on all ranks alike.
+    """
     calls: Calls = []
     for action in schedule.transfers_of(rank):
         if action.kind is Kind.REDUCE:
-            calls.append(_all_reduce(action, "gradients", exchange))
+            calls.append(Call(COMMUNICATORS[action.lane], action, "gradients", "all-reduce", -1, exchange))
             continue
         if has_counts(action):
             calls += _messages(schedule, action, rank, "counts", COUNTS, layout)
         calls += _messages(schedule, action, rank, "rows", exchange)
-    ends = [action for action in schedule.compute[rank] if action.kind is Kind.SYNCHRONISE]
-    return calls + [_all_reduce(action, "figures", "float64") for action in ends]
+    for action in schedule.compute[rank]:
+        if action.kind is Kind.SYNCHRONISE:
+            calls.append(Call(COMMUNICATORS[0], action, "figures", "all-reduce", -1, "float64"))
+        elif action.kind is Kind.OPTIMIZER and layout.schedule.dense_state == "optimizer" and rank in layout.attending:
+            segments = layout.layers + 1  # and the head's
+            calls += [Call(COMMUNICATORS[3], action, "weights", "all-gather", -1, WIDEST)] * segments
+    return calls
 
 
 def has_counts(action: Action) -> bool:
     """Whether a count vector goes ahead of the rows: all other sizes of an iteration follow from these."""
     return action.kind is Kind.DISPATCH and action.direction is Pass.FORWARD
-
-
-def _all_reduce(action: Action, payload: Payload, dtype: str) -> Call:
-    return Call(COMMUNICATORS[action.lane], action, payload, "all-reduce", -1, dtype)
 
 
 def _messages(
@@ -151,7 +156,7 @@ def _check_collectives(calls: Sequence[Calls]) -> None:
     entered: dict[str, dict[int, Calls]] = defaultdict(dict)
     for rank, mine in enumerate(calls):
         for call in mine:
-            if call.operation == "all-reduce":
+            if call.peer < 0:
                 entered[call.communicator].setdefault(rank, []).append(call)
     for communicator, by_rank in sorted(entered.items()):
         if communicator == COMMUNICATORS[0]:

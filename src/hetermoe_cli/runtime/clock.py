@@ -35,9 +35,9 @@ class Clock:
         self._step = 0
         self._recording = False
 
-    def set_zero(self) -> None:
-        """The run starts now; all ranks call this together."""
-        self._zero = time.monotonic()
+    def set_zero(self, zero: float) -> None:
+        """When the run started, seconds on the monotonic clock: one moment for all ranks, as their traces are one."""
+        self._zero = zero
 
     def go_on(self, earlier: "Clock") -> None:
         """Take over the zero and the spans of a clock that stops here, between two steps."""

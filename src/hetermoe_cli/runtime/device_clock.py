@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from hetermoe_cli.runtime.clock import Clock, Mark
+from hetermoe_cli.runtime.mesh import Mesh
 from hetermoe_cli.schedule.action import Action
 
 
@@ -42,3 +43,8 @@ class DeviceClock(Clock):
                 self._record(action, *(now - event.elapsed_time(last) / 1000 for event in (began, ended)))
             self._events = []
         super().end_step(start)
+
+
+def make_clock(mesh: Mesh) -> Clock:
+    """The clock that tells when tasks of this rank run."""
+    return DeviceClock(mesh.rank, mesh.device) if mesh.device.type == "cuda" else Clock(mesh.rank)

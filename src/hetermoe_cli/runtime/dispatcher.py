@@ -126,17 +126,20 @@ class Routing:
 
     def gather(self, rows: Tensor) -> Tensor:
         """rows [T, H] -> [T * k, H] in sending order."""
-        return rows[self.order // self.top_k]
+        return rows.index_select(0, self.order // self.top_k)
 
     def gather_choices(self, outputs: Tensor) -> Tensor:
         """outputs [T, k, H] -> [T * k, H] in sending order."""
-        return outputs.flatten(0, 1)[self.order]
+        return outputs.flatten(0, 1).index_select(0, self.order)
 
     def to_tokens(self, sent: Tensor) -> Tensor:
         """[M, H] in sending order -> [T, k, H], zeros where dropped."""
         slots, (rows, width) = len(self.order), sent.shape
-        result = sent.new_empty(slots, width) if rows == slots else sent.new_zeros(slots, width)
-        result[self.order[:rows]] = sent
+        if rows == slots:
+            result = sent.index_select(0, inverse(self.order))
+        else:
+            result = sent.new_zeros(slots, width)
+            result[self.order[:rows]] = sent
         return result.view(-1, self.top_k, width)
 
 
@@ -174,12 +177,13 @@ class Arrivals:
 
     def group(self, rows: Tensor) -> Tensor:
         """[M, H] by source -> by expert; the same tensor if that is one order."""
-        return rows if self.grouping is None else rows[self.grouping]
+        return rows if self.grouping is None else rows.index_select(0, self.grouping)
 
     def ungroup(self, rows: Tensor) -> Tensor:
         """[M, H] by expert -> by source; the same tensor if that is one order."""
-        if self.grouping is None:
-            return rows
-        result = torch.empty_like(rows)
-        result[self.grouping] = rows
-        return result
+        return rows if self.grouping is None else rows.index_select(0, inverse(self.grouping))
+
+
+def inverse(order: Tensor) -> Tensor:
+    """Of a permutation [n]. Reading rows by it is several times faster on a CPU than writing them by `order`."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))

@@ -3,6 +3,7 @@ placement was solved for."""
 
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from hetermoe_cli.cost import CostModel, LayoutCost
-from hetermoe_cli.planner.drift import Drift, find_drift
+from hetermoe_cli.planner.drift import LEAST_FACTOR, Drift, find_drift
 from hetermoe_cli.runtime.clock import Timing
 from hetermoe_cli.runtime.mesh import Mesh, peer_errors
 from hetermoe_cli.runtime.trainer import StepResult, Trainer
@@ -18,23 +19,38 @@ from hetermoe_cli.schedule.action import Kind
 from hetermoe_cli.spec.load import ExpertLoad
 from hetermoe_cli.spec.run import RunSpec
 
-WINDOW_STEPS = 10  # the last ones before a comparison, over which expert rows are averaged: loads move on
+WINDOW_STEPS = 10  # the last ones before a comparison, over which expert rows are averaged; as many before those
 TIMED_STEPS = 5  # the last ones, whose tasks are set against their profiled seconds
+
+
+class Measured(NamedTuple):
+    """A comparison: the load of the last steps, from step `first` on, and of those before; slowdown of every rank.
+
+    `news`: whether the drift is worth telling.
+    """
+
+    drift: Drift
+    news: bool
+    load: ExpertLoad
+    earlier: ExpertLoad
+    slowdown: list[float]
+    first: int
 
 
 class DriftMonitor:
     """Keeps the expert rows and compute seconds of the last steps before a comparison.
 
-    Speeds are compared where profiles are measured or emulated, and tasks are timed where they run: not on CUDA, whose
-    host only issues them.
+    Speeds are compared where profiles are measured and tasks are timed where they run: not on CUDA, whose host only
+    issues them. Emulated devices are as fast as their profiles, overruns are counted apart.
     """
 
     def __init__(self, run: RunSpec, mesh: Mesh) -> None:
         self._mesh = mesh
         device = run.plan.inputs.devices()[mesh.rank]
-        measured = run.emulation is not None or run.plan.inputs.profiles[device.type].source == "measured"
+        measured = run.emulation is None and run.plan.inputs.profiles[device.type].source == "measured"
         self._timed = measured and mesh.device.type == "cpu"
         self._told: Drift | None = None
+        self._last = -1
         self.follow(run)
 
     def follow(self, run: RunSpec) -> None:
@@ -49,8 +65,7 @@ class DriftMonitor:
         self._restart()
 
     def _restart(self) -> None:
-        self._rows: deque[NDArray[np.float64]] = deque(maxlen=WINDOW_STEPS)
-        self._last = -1
+        self._rows: deque[NDArray[np.float64]] = deque(maxlen=2 * WINDOW_STEPS)
         self._timings: deque[list[Timing]] = deque(maxlen=TIMED_STEPS)
 
     def watch(self, step: int, result: StepResult, trainer: Trainer) -> None:
@@ -60,26 +75,33 @@ class DriftMonitor:
         if self._timed:
             self._timings.append(trainer.clock.timings)
 
-    def compare(self) -> tuple[Drift, ExpertLoad, list[float], int] | None:
-        """Collective: on rank 0 the drift if it is news, the load and slowdowns measured, and since which step."""
-        slowdown = torch.zeros(self._mesh.world_size, dtype=torch.float64, device=self._mesh.device)
+    def compare(self) -> Measured | None:
+        """Collective: what rank 0 finds; None on the others."""
+        slowdown = torch.zeros(self._mesh.world_size, dtype=torch.float64, device=self._mesh.wire)
         slowdown[self._mesh.rank] = self._slowdown()
         with peer_errors():
             dist.all_reduce(slowdown)
-        rows, first = np.array(self._rows), self._last + 1 - len(self._rows)
+        rows, half = np.array(self._rows), len(self._rows) // 2
         self._restart()
         if self._mesh.rank:
             return None
-        load = ExpertLoad(source=f"mean of steps {first} to {self._last}", layers=rows.mean(axis=0).tolist())
-        factors = [round(factor, 2) for factor in slowdown.tolist()]
+        load, earlier = (
+            self._load(rows[half:], self._last),
+            self._load(rows[: half or 1], self._last - len(rows) + half),
+        )
+        factors = [max(round(factor, 2), LEAST_FACTOR) for factor in slowdown.tolist()]
         run = self._run
         drift = find_drift(run.plan.inputs, run.layout, self.assumed, (load, factors))
-        if not drift.is_news_after(self._told):
-            return None
-        self._told = drift
+        news = drift.is_news_after(self._told)
+        self._told = drift if news else self._told
         if not any(departure.layer is None for departure in drift.departures):
             factors = list(self.assumed[1])
-        return drift, load, factors, first
+        return Measured(drift, news, load, earlier, factors, self._last + 1 - len(rows) + half)
+
+    @staticmethod
+    def _load(rows: NDArray[np.float64], last: int) -> ExpertLoad:
+        """Mean of rows [steps, layers, experts], of which the latest are those of step `last`."""
+        return ExpertLoad(source=f"steps {last + 1 - len(rows)} to {last}", layers=rows.mean(axis=0).tolist())
 
     def _slowdown(self) -> float:
         """This rank's compute seconds over the profiled ones for the rows that it really had; as assumed if unknown."""

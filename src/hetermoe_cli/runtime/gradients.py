@@ -8,7 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hetermoe_cli.model.optimizer import AdamW
-from hetermoe_cli.runtime.mesh import Mesh, peer_errors
+from hetermoe_cli.runtime.mesh import Mesh
+
+_ROW = 4096  # elements
 
 
 class Gradients:
@@ -81,7 +83,8 @@ class Gradients:
     def totals(self, figures: Tensor) -> tuple[Tensor, float]:
         """Sum `figures` [n] float64 over all ranks, once all segments are summed over their holders.
 
-        Returns (summed figures, global gradient norm); the norm is not finite if a gradient of any rank is not.
+        Returns (summed figures, global gradient norm) on the host, which waits for the device here; the norm is not
+        finite if a gradient of any rank is not.
         """
         square = torch.zeros(1, dtype=torch.float64, device=self._mesh.device)
         attends = self._mesh.attending is not None
@@ -90,13 +93,13 @@ class Gradients:
         for gradient in self._own_gradients:
             square += _square(gradient)
         total = torch.cat([square, figures])
-        with peer_errors():
-            dist.all_reduce(total)
+        self._mesh.all_reduce(total)
+        total = total.cpu()
         return total[1:], float(total[0].sqrt())
 
     def apply(self, optimizer: AdamW, factor: float) -> None:
         """One optimizer step from `factor` times these gradients."""
-        if len(self._in_place) < len(self._places):
+        if optimizer.pieces or len(self._in_place) < len(self._places):
             optimizer.update(self._places, factor)
             return
         if factor != 1:
@@ -112,6 +115,12 @@ def clip_factor(norm: float, limit: float) -> float:
 
 
 def _square(gradient: Tensor) -> Tensor:
-    """Sum of squares in float64."""
-    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float64)
-    return norm.square()
+    """Sum of squares in float64, of rows whose own sums are of the gradient's precision or fp32: a float64 copy of it
+    all would take longer than the optimizer."""
+    flat = gradient.flatten()
+    whole = flat.numel() // _ROW * _ROW
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=wide)
+    rest: Tensor = torch.linalg.vector_norm(flat[whole:], dtype=wide)
+    total: Tensor = norms.double().square().sum() + rest.double().square()
+    return total

@@ -2,21 +2,23 @@
 experts, from them, gradients.
 
 Nothing is tagged: every message has its exact size, and all ranks post the messages of a lane in one order, which is
-what NCCL demands and gloo allows. On CUDA each lane has a stream of its own; events order it against the compute
-stream.
+what NCCL demands and gloo allows. NCCL also wants one order over the communicators: there the lanes take turns to
+call, in the schedule's order. On CUDA each lane has a stream of its own; events order it against the compute stream.
 """
 
+import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hetermoe_cli.model.copies import used_here
 from hetermoe_cli.runtime.mesh import Mesh, peer_errors
 from hetermoe_cli.schedule.action import Action
 from hetermoe_cli.schedule.schedule import Schedule
@@ -28,37 +30,43 @@ LANES = 3
 class Handoff:
     """A tensor that crosses between the compute stream and a lane; `ready` orders the two on CUDA.
 
-    `start` and `end` are when the transfer ran, seconds on the monotonic clock.
+    `start` and `end` are when the transfer ran, marks of the clock.
     """
 
     rows: Tensor
     ready: Any = None
-    start: float = 0.0
-    end: float = 0.0
+    start: Any = 0.0
+    end: Any = 0.0
 
     @classmethod
     def of(cls, rows: Tensor) -> "Handoff":
         """Hand over rows produced on the current stream."""
-        return cls(rows, torch.cuda.current_stream().record_event() if rows.is_cuda else None)
+        return cls(rows, torch.cuda.current_stream(rows.device).record_event() if rows.is_cuda else None)
 
     def take(self) -> Tensor:
         """Use the rows on the current stream."""
         if self.ready is not None:
-            stream = torch.cuda.current_stream()
-            stream.wait_event(self.ready)
-            self.rows.record_stream(stream)
-        return self.rows
+            torch.cuda.current_stream(self.rows.device).wait_event(self.ready)
+        return used_here(self.rows)
+
+
+class Parcel(Protocol):
+    """What knows how many rows go to each rank; asking may wait for the device."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows by rank."""
 
 
 @dataclass
 class Outgoing:
-    """Rows for one transfer, sorted by target rank, `sizes` for each."""
+    """Rows for one transfer, sorted by target rank as `parcel` tells; None of gradients."""
 
     handoff: Handoff
-    sizes: list[int]
+    parcel: Parcel | None
 
 
-Carrier = Callable[[Action, Tensor | None, list[int]], Handoff]
+Carry = Callable[[Action, Tensor | None, Parcel | None], Handoff]
 Job = tuple[Action, "Future[Outgoing] | None", "Future[Handoff]"]
 
 
@@ -71,26 +79,28 @@ class Lanes:
     def __init__(self, mesh: Mesh) -> None:
         self._pool = ThreadPoolExecutor(LANES, thread_name_prefix="lane")
         self._streams = [_stream(mesh.device) for _ in range(LANES)]
-        self._rank = mesh.rank
+        self._rank, self._ordered = mesh.rank, mesh.ordered
+        self._turns: Turns | None = None
         self._outbox: dict[Action, Future[Outgoing]] = {}
         self._inbox: dict[Action, Future[Handoff]] = {}
         self._running: list[Future[None]] = []
 
-    def start(self, schedule: Schedule, carrier: Carrier) -> None:
-        """Begin a pass. `carrier` moves one transfer: (action, rows to send or None, their sizes) -> what came."""
+    def start(self, schedule: Schedule, carry: Carry) -> None:
+        """Begin a pass. `carry` moves one transfer: (action, rows to send or None, their sizes) -> what came."""
         mine = schedule.transfers_of(self._rank)
         self._outbox = {action: Future() for action in mine if self._rank in schedule.senders[action]}
         self._inbox = {action: Future() for action in mine if self._rank in schedule.receivers[action]}
+        self._turns = Turns(mine) if self._ordered else None
         self._running = []
         for lane, stream in enumerate(self._streams, 1):
             actions = [action for action in mine if action.lane == lane]
             jobs = deque((a, self._outbox.get(a), self._inbox.get(a, Future())) for a in actions)
-            self._running.append(self._pool.submit(self._work, jobs, stream, carrier))
+            self._running.append(self._pool.submit(self._work, jobs, stream, carry))
 
-    def put(self, action: Action, rows: Tensor, sizes: list[int]) -> None:
+    def put(self, action: Action, rows: Tensor, parcel: Parcel | None) -> None:
         """Send rows when the lane gets to `action`; nothing happens if this rank sends nothing in it."""
         if action in self._outbox:
-            self._outbox.pop(action).set_result(Outgoing(Handoff.of(rows), sizes))
+            self._outbox.pop(action).set_result(Outgoing(Handoff.of(rows), parcel))
 
     def get(self, action: Action) -> Handoff | None:
         """Wait for what `action` brings to this rank; None if this rank receives nothing in it."""
@@ -106,23 +116,53 @@ class Lanes:
         for future in self._outbox.values():
             future.set_exception(error)
         self._outbox = {}
+        if self._turns:
+            self._turns.abort()
 
-    @staticmethod
-    def _work(jobs: "deque[Job]", stream: "torch.cuda.Stream | None", carrier: Carrier) -> None:
+    def _work(self, jobs: "deque[Job]", stream: "torch.cuda.Stream | None", carry: Carry) -> None:
         context: Any = torch.cuda.stream(stream) if stream is not None else nullcontext()
         with context:
             while jobs:
                 action, outgoing, incoming = jobs.popleft()
                 try:
                     out = outgoing.result() if outgoing else None
-                    incoming.set_result(
-                        carrier(action, out.handoff.take(), out.sizes) if out else carrier(action, None, [])
-                    )
+                    rows, parcel = (out.handoff.take(), out.parcel) if out else (None, None)
+                    with self._turns.turn(action) if self._turns else nullcontext():
+                        incoming.set_result(carry(action, rows, parcel))
                 except BaseException as error:
+                    if self._turns:
+                        self._turns.abort()
                     for future in (incoming, *(job[2] for job in jobs)):  # nobody else sets this lane's futures
                         future.set_exception(error)
                     raise
-                del outgoing, incoming, out
+                del outgoing, incoming, out, rows, parcel
+
+
+class Turns:
+    """One static order over the lanes of a rank: each transfer is called after all before it have been."""
+
+    def __init__(self, order: Sequence[Action]) -> None:
+        self._left = deque(order)
+        self._changed = threading.Condition()
+        self._aborted = False
+
+    @contextmanager
+    def turn(self, action: Action) -> Iterator[None]:
+        """Wait for the turn of `action`, and pass it on at the end; an error if the pass was aborted."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._aborted or self._left[0] == action)
+            if self._aborted:
+                raise RuntimeError(f"transfer {action}: another lane failed")
+        yield
+        with self._changed:
+            self._left.popleft()
+            self._changed.notify_all()
+
+    def abort(self) -> None:
+        """Wake all that wait."""
+        with self._changed:
+            self._aborted = True
+            self._changed.notify_all()
 
 
 def _stream(device: torch.device) -> "torch.cuda.Stream | None":

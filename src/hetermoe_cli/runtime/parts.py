@@ -1,7 +1,8 @@
 """Parts: the modules that one rank holds under a layout."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,10 @@ class Precisions:
         """This rank's own."""
         return self.ranks[rank] if self.ranks else self.exchange
 
+    def gathered(self, ranks: Iterable[int]) -> torch.dtype:
+        """The narrowest that holds what each of `ranks` computes in."""
+        return reduce(torch.promote_types, [DTYPES[self.of(rank)] for rank in ranks])
+
     @property
     def scaled(self) -> bool:
         """Whether anything is in fp16, whose range is too small for gradients as they are."""
@@ -38,7 +43,8 @@ class Precisions:
 class Parts(nn.Module):
     """`dense` on attending ranks, and the local experts of every layer (possibly none).
 
-    `dtype` is this rank's, `exchange` that of rows on their way; `masters`: fp32 values of narrower parameters.
+    `dtype` is this rank's, `exchange` that of rows on their way, `gathered` one that holds the weights of all attending
+    ranks; `masters`: fp32 values of narrower parameters (where the dense part is shared out, of this rank's pieces).
     """
 
     def __init__(
@@ -59,8 +65,8 @@ class Parts(nn.Module):
             )
             for layer, placement in enumerate(layout.placement)
         )
-        self.dtype = self.exchange = torch.get_default_dtype()
-        self.masters: dict[nn.Parameter, Tensor] = {}
+        self.dtype = self.exchange = self.gathered = torch.get_default_dtype()
+        self.masters: dict[nn.Parameter | Tensor, Tensor] = {}
 
     def experts_of(self, layer: int) -> ExpertParts:
         """The local experts of a layer."""
@@ -81,11 +87,17 @@ class Parts(nn.Module):
 
     def shared_segments(self) -> list[list[nn.Parameter]]:
         """What every attending rank holds a copy of, layer by layer as gradients become complete (cost.reduce_seconds):
-        the embedding goes with layer 0, norm and head come last. All are empty where the rank does not attend."""
+        `dense_segments` and every layer's replicated experts."""
+        segments = self.dense_segments()
+        for layer in range(len(self.experts)):
+            segments[layer] += self.experts_of(layer).replicated.parameters()
+        return segments
+
+    def dense_segments(self) -> list[list[nn.Parameter]]:
+        """The dense part of every layer: the embedding goes with layer 0, norm and head come last. All are empty where
+        the rank does not attend."""
         layers, edge = range(len(self.experts)), Action(Kind.HEAD, Pass.BACKWARD)
         segments = [list(self.parameters_of(Action(Kind.ATTENTION, Pass.BACKWARD, layer))) for layer in layers]
-        for layer, segment in enumerate(segments):
-            segment += self.experts_of(layer).replicated.parameters()
         return [*segments, list(self.parameters_of(edge))]
 
     def widen(self, module: nn.Module, device: torch.device) -> None:
@@ -116,6 +128,7 @@ def build_parts(
     """This rank's modules on its device; masters are initialised equally under every layout and in every precision."""
     parts = Parts(config, layout, mesh.rank, router, document_end)
     parts.dtype, parts.exchange = DTYPES[precisions.of(mesh.rank)], DTYPES[precisions.exchange]
+    parts.gathered = precisions.gathered(layout.attending)
     parts.widen(parts, mesh.device)
     initialise(parts, config, seed)
     parts.narrow(parts)

@@ -30,12 +30,12 @@ Slices = dict[int, list[Tensor]]  # expert -> its masters and moments, in a fixe
 def share_change(mesh: Mesh, change: Rebalance | None) -> Rebalance | None:
     """Collective: what rank 0 says, as JSON."""
     text = change.model_dump_json().encode() if change and not mesh.rank else b""
-    size = torch.tensor([len(text)], dtype=torch.int64, device=mesh.device)
+    size = torch.tensor([len(text)], dtype=torch.int64, device=mesh.wire)
     with peer_errors():
         dist.broadcast(size, 0)
         if not size.item():
             return None
-        body = torch.frombuffer(bytearray(text or bytes(int(size))), dtype=torch.uint8).to(mesh.device)
+        body = torch.frombuffer(bytearray(text or bytes(int(size))), dtype=torch.uint8).to(mesh.wire)
         dist.broadcast(body, 0)
     return Rebalance.model_validate_json(bytes(body.tolist()))
 
@@ -115,17 +115,28 @@ def _slices(optimizer: AdamW, groups: list[ExpertGroup]) -> Slices:
 
 def _travel(mesh: Mesh, travelling: list[Move], here: Slices, there: Slices) -> None:
     """One layer's messages."""
-    operations = list(_operations(mesh, travelling, here, there))
+    landed: list[tuple[Tensor, Tensor]] = []  # what came, and where it belongs
+    operations = list(_operations(mesh, travelling, here, there, landed))
     if operations:
         with peer_errors():
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
+    for message, place in landed:
+        place.copy_(message)
 
 
-def _operations(mesh: Mesh, travelling: list[Move], here: Slices, there: Slices) -> Iterator[dist.P2POp]:
+def _operations(
+    mesh: Mesh, travelling: list[Move], here: Slices, there: Slices, landed: list[tuple[Tensor, Tensor]]
+) -> Iterator[dist.P2POp]:
     for move in travelling:
         for target in move.targets:
             if mesh.rank == move.source:
-                yield from (dist.P2POp(dist.isend, t, target, mesh.to_experts) for t in here[move.expert])
+                for tensor in here[move.expert]:
+                    yield dist.P2POp(dist.isend, mesh.on_wire(tensor), target, mesh.to_experts)
             elif mesh.rank == target:
-                yield from (dist.P2POp(dist.irecv, t, move.source, mesh.to_experts) for t in there[move.expert])
+                for place in there[move.expert]:
+                    message = place
+                    if mesh.wire.type != place.device.type:
+                        message = torch.empty_like(place, device=mesh.wire)
+                        landed.append((message, place))
+                    yield dist.P2POp(dist.irecv, message, move.source, mesh.to_experts)

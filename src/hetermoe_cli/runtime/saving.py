@@ -34,6 +34,8 @@ def save(run: RunSpec, trainer: Trainer, step: int) -> Path:
         copies = {name for name, (p, _) in parameter_slices(trainer.parts).items() if id(p) in shared}
         copies |= named_state(trainer.parts).keys()
         tensors = {name: tensor for name, tensor in tensors.items() if name.split("@")[0] not in copies}
+    if trainer.shards:
+        tensors |= trainer.shards.tensors(trainer.optimizer)
     write_shard(folder, trainer.mesh.rank, tensors)
     barrier()
     if trainer.mesh.rank == 0:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from hetermoe_cli.model.attention import Routed
 from hetermoe_cli.model.documents import Documents
@@ -37,13 +38,17 @@ class Border(NamedTuple):
         """[B, S, H] residual plus weighted expert outputs."""
         return combine(self.hidden, self.outputs, self.weights)
 
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the leaves after the next stage's backward."""
-        hidden, outputs, weights = (leaf.grad for leaf in self)
-        assert hidden is not None
-        assert outputs is not None
-        assert weights is not None
-        return hidden, outputs, weights
+    def take_output_gradient(self) -> Tensor:
+        """Gradient of `outputs` after the next stage's backward; not kept, for it is sent at once."""
+        gradient, self.outputs.grad = self.outputs.grad, None
+        assert gradient is not None
+        return gradient
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Gradients of `hidden` and `weights` after the next stage's backward."""
+        assert self.hidden.grad is not None
+        assert self.weights.grad is not None
+        return self.hidden.grad, self.weights.grad
 
 
 @dataclass
@@ -106,7 +111,7 @@ class AttentionStage:
             outputs.append(routed.losses)
             gradients.append(torch.full_like(routed.losses, loss_scale))
         torch.autograd.backward(outputs, gradients)
-        return self.inputs.gradients()[1] if isinstance(self.inputs, Border) else None
+        return self.inputs.take_output_gradient() if isinstance(self.inputs, Border) else None
 
 
 class ExpertParts(nn.Module):
@@ -128,12 +133,12 @@ class ExpertParts(nn.Module):
 
 @dataclass
 class ExpertStage:
-    """One expert stage of one micro-batch."""
+    """One expert stage of one micro-batch. Of a graph that is kept only the end is held, not its values."""
 
     rows: Tensor
     outputs: Tensor | None
     run: Callable[[], Tensor]
-    kept: bool
+    end: GradientEdge | None
 
     @classmethod
     def forward(cls, parts: ExpertParts, rows: Tensor, counts: list[int], recompute: bool) -> "ExpertStage":
@@ -146,21 +151,18 @@ class ExpertStage:
         kept = torch.is_grad_enabled() and not recompute
         with torch.set_grad_enabled(kept):
             outputs = run()
-        return cls(leaf, outputs, run, kept)
+        return cls(leaf, outputs.detach(), run, get_gradient_edge(outputs) if kept and len(leaf) else None)
 
     def take_outputs(self) -> Tensor:
-        """Outputs [M, H] to combine; not kept where backward does not need them."""
+        """Outputs [M, H] to combine; not kept, for backward does not need them."""
         assert self.outputs is not None
-        outputs = self.outputs.detach()
-        if not self.kept:
-            self.outputs = None
+        outputs, self.outputs = self.outputs, None
         return outputs
 
     def backward(self, gradient: Tensor) -> Tensor:
         """Gradient of the outputs [M, H] -> gradient of the rows [M, H]."""
         if not len(self.rows):
             return gradient
-        outputs = self.outputs if self.outputs is not None else self.run()
-        torch.autograd.backward([outputs], [gradient])
+        torch.autograd.backward(self.end or self.run(), gradient)
         assert self.rows.grad is not None
         return self.rows.grad

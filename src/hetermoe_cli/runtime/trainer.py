@@ -1,7 +1,6 @@
 """Trainer: one optimizer step of the whole world, seen from one rank: engine, gradients, optimizer, validation."""
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,15 +11,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hetermoe_cli.errors import UserError
+from hetermoe_cli.model.copies import upload
 from hetermoe_cli.model.data import END_OF_TEXT, Batches
 from hetermoe_cli.model.gate import Router
 from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
 from hetermoe_cli.runtime.clock import Clock
+from hetermoe_cli.runtime.device_clock import make_clock
 from hetermoe_cli.runtime.engine import Engine
 from hetermoe_cli.runtime.gradients import Gradients, clip_factor
 from hetermoe_cli.runtime.loss_scale import LossScale
-from hetermoe_cli.runtime.mesh import Mesh, peer_errors
+from hetermoe_cli.runtime.mesh import Mesh
 from hetermoe_cli.runtime.parts import Parts, Precisions, build_parts
+from hetermoe_cli.runtime.shards import Shards
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.lower import training_schedule, validation_schedule
 from hetermoe_cli.schedule.zebra import OPTIMIZER, SYNCHRONISE
@@ -33,7 +35,8 @@ from hetermoe_cli.spec.train import TrainSpec
 class StepResult:
     """Equal on all ranks. `loss` in nats a token; `router_losses`, auxiliary and z-loss, are not in it, and come with
     their coefficients; `expert_rows` [layers, experts] rows of the whole batch; `loss_scale` of this step, null where
-    nothing is scaled; `skipped`: gradients overflowed, so that nothing was updated."""
+    nothing is scaled; `skipped`: gradients overflowed, so that nothing was updated; `count_wait_seconds`: how long all
+    ranks' threads together waited for their devices to tell numbers of rows, 0 on CPUs."""
 
     loss: float
     router_losses: tuple[float, float]
@@ -41,6 +44,7 @@ class StepResult:
     learning_rate: float
     expert_rows: NDArray[np.float64]
     stop: bool
+    count_wait_seconds: float
     loss_scale: float | None
     skipped: bool
 
@@ -60,10 +64,12 @@ class Trainer:
     ) -> None:
         self.train, self.mesh, self.parts = train, mesh, parts
         self._tokens = layout.sequences_per_micro_batch * layout.micro_batches * sequence_length
-        self.optimizer = make_optimizer(parts, train, parts.masters)
+        sharded = layout.schedule.dense_state == "optimizer" and mesh.attending is not None
+        self.shards = Shards(parts, mesh) if sharded else None
+        self.optimizer = make_optimizer(parts, train, parts.masters, self.shards.pieces if self.shards else None)
         self.lay_out(layout, engine)
         self.loss_scale = LossScale(dynamic=scaled)
-        self.clock = Clock(mesh.rank)
+        self.clock = make_clock(mesh)
         self.stop_requested = False
 
     def lay_out(self, layout: Layout, engine: Engine) -> None:
@@ -125,7 +131,7 @@ class Trainer:
                 f"step {step}: loss {result.loss}, gradient norm {result.gradient_norm}: training diverged: "
                 "lower learning_rate or gradient_clip, then go on with --resume"
             )
-        began = time.monotonic()
+        began = self.clock.mark()
         if not result.skipped:
             self._update(result, scale)
         self.clock.compute(OPTIMIZER, began, 0.0)
@@ -137,6 +143,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = result.learning_rate
         self.gradients.apply(self.optimizer, clip_factor(result.gradient_norm, self.train.gradient_clip) / scale)
+        if self.shards:
+            self.shards.tell(self.optimizer)
         if self.parts.dense:
             self.parts.dense.update_biases(torch.from_numpy(result.expert_rows))
 
@@ -151,32 +159,31 @@ class Trainer:
         for step in range(count):
             self.engine.run(self._validation, partial(self._batch, batches, step), 0.0, Clock(self.mesh.rank))
             total += self.engine.loss
-        with peer_errors():
-            torch.distributed.all_reduce(total)
+        self.mesh.all_reduce(total)
         return float(total) / (count * self._tokens)
 
     def _synchronise(self, step: int, start: float) -> tuple[StepResult, float]:
         """Norm of the reduced gradients, and figures of all ranks; the result, and when the first rank began."""
-        began = time.monotonic()
+        began = self.clock.mark()
         self.clock.synchronising()
         layers, experts, world = self.layout.layers, self.layout.experts, self.mesh.world_size
         starts = torch.zeros(world, dtype=torch.float64)
         starts[self.mesh.rank] = start
         rows = torch.from_numpy(self.engine.counts.sum(axis=1).astype(np.float64)).flatten()
-        losses = torch.cat([self.engine.loss[None], self.engine.router_losses]).cpu() / self._tokens
-        stop = torch.tensor([float(self.stop_requested)], dtype=torch.float64)
-        figures = torch.cat([losses, stop, rows, starts])
-        total, norm = self.gradients.totals(figures.to(self.mesh.device))
+        losses = torch.cat([self.engine.loss[None], self.engine.router_losses]) / self._tokens
+        own = torch.tensor([float(self.stop_requested), self.engine.waited], dtype=torch.float64)
+        host = torch.cat([own, rows, starts])
+        total, norm = self.gradients.totals(torch.cat([losses, upload(host, self.mesh.device)]))
         self.clock.synchronised(SYNCHRONISE, began)
-        total = total.cpu()
         norm /= self.loss_scale.scale
         result = StepResult(
             loss=float(total[0]),
             router_losses=(float(total[1]), float(total[2])),
             gradient_norm=norm,
             learning_rate=learning_rate(self.train, self.loss_scale.taken(step)),
-            expert_rows=total[4:-world].numpy().reshape(layers, experts),
+            expert_rows=total[5:-world].numpy().reshape(layers, experts),
             stop=bool(total[3] > 0),
+            count_wait_seconds=float(total[4]),
             loss_scale=self.loss_scale.scale if self.loss_scale.dynamic else None,
             skipped=not (math.isfinite(float(total[0])) and math.isfinite(norm)),
         )

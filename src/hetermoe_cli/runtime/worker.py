@@ -18,10 +18,13 @@ import torch.distributed as dist
 
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.model.data import Batches, load_corpus
+from hetermoe_cli.model.warm_up import warm_up
 from hetermoe_cli.runtime.balancer import Balancer
+from hetermoe_cli.runtime.calls import check_agreement, digest
 from hetermoe_cli.runtime.emulator import EmulatedClock
 from hetermoe_cli.runtime.memory import MemoryMeter
-from hetermoe_cli.runtime.mesh import Mesh, PeerLost, barrier, join, peer_errors
+from hetermoe_cli.runtime.mesh import Mesh, PeerLost, common_moment, join, peer_errors
+from hetermoe_cli.runtime.parts import DTYPES
 from hetermoe_cli.runtime.recorder import Recorder
 from hetermoe_cli.runtime.saving import restore, save
 from hetermoe_cli.runtime.trainer import StepResult, Trainer
@@ -73,8 +76,10 @@ def train(run: RunSpec) -> None:
     torch.set_num_threads(run.threads_per_rank)
     plan = run.plan
     mesh = _join(run)
+    check_agreement(mesh.agree(digest(training_schedule(run.layout), run.layout, run.precision)))
     spec = plan.inputs.train.model_copy(update={"steps": run.steps})
     batches = _batches(run) if mesh.rank in plan.layout.attending else (None, None)
+    warm_up(mesh.device, DTYPES[run.rank_precisions[mesh.rank]])
     meter = MemoryMeter(mesh.device)
     trainer = Trainer.build(
         run.model,
@@ -92,8 +97,7 @@ def train(run: RunSpec) -> None:
     if run.emulation:
         trainer.clock = EmulatedClock(run, training_schedule(run.layout), mesh.rank)
     _handle_signals(trainer)
-    barrier()
-    trainer.clock.set_zero()
+    trainer.clock.set_zero(common_moment(mesh.wire))
     _loop(run, trainer, recorder, batches, meter)
     recorder.memory(meter.values())
     dist.destroy_process_group()
@@ -181,6 +185,7 @@ def _report(run: RunSpec, recorder: Recorder, step: int, result: StepResult, sec
         expert_load_highest=highest.round(4).tolist(),
         expert_load_lowest=lowest.round(4).tolist(),
         **_dropped(run, result),
+        **({"count_wait_seconds": result.count_wait_seconds} if result.count_wait_seconds else {}),
         **({} if result.loss_scale is None else {"loss_scale": result.loss_scale, "skipped": result.skipped}),
     )
 

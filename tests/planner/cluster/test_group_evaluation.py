@@ -19,7 +19,7 @@ def cases() -> list[tuple[Inputs, tuple[int, ...], int]]:
         (mixed, (4, 4), 16),
         (mixed, (2, 1), 6),
         (fleet(nics=1, bandwidth=1e-3), (2, 4), 8),
-        (fleet(dense_state="auto", memory=3_500_000), (4, 4), 8),
+        (fleet(dense_state="auto", memory=5_000_000), (4, 4), 8),
         (fleet(layers=FULL + 4), (2, 4), 8),
     ]
 

@@ -46,7 +46,7 @@ def check(plan: Plan) -> None:
 
 
 def test_more_devices_than_experts_are_better_off_in_several_groups() -> None:
-    inputs = fleet([("new", 12, 2)], memory=3_500_000, dense_state="auto", batch=48)  # room for 3 of 16 experts
+    inputs = fleet([("new", 12, 2)], memory=4_500_000, dense_state="auto", batch=48)  # room for 3 of 16 experts
     plan = planned(inputs)
     assert plan.group_count > 1
     assert plan.max_groups is None

@@ -77,7 +77,7 @@ class PipelineCost:
             kept=cost.attention_activation_bytes(device, own, again.recompute_attention)
             + self.hosted * cost.expert_activation_bytes(device, rows, again.recompute_experts),
             working=attention.saved_bytes + expert.saved_bytes,
-            working_head=cost.transient_bytes(device, own) + expert.saved_bytes,
+            working_head=cost.transient_bytes(device, own, again.recompute_attention) + expert.saved_bytes,
             usable=device.memory_bytes * cost.train.memory_headroom - device.framework_bytes - buffers,
         )
 

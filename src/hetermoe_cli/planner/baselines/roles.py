@@ -110,8 +110,8 @@ def offloaded(cost: CostModel, roles: Roles, schedule: ScheduleChoice) -> list[i
     squeeze = (time_expert * given + attention.hosted[0] * experts / n * taken) * n / experts
     if given == 0 or squeeze <= 0:
         return [0] * layers
-    least = max(max(0.0, layers * experts / n - _capacity(host)) for host in hosts)
-    most = max(0.0, _capacity(attention)) * m / n
+    least = max(max(0.0, layers * experts / n - _capacity(host, layers)) for host in hosts)
+    most = max(0.0, _capacity(attention, layers)) * m / n
     if gather <= 0:  # no bubble to fill: give up only what does not fit
         scale, gather = ceil(least / given) * squeeze / layers, 1.0
     else:
@@ -131,6 +131,7 @@ def chunks_of(bubble: float, squeeze: float, layers: int, most: int) -> list[int
     return result
 
 
-def _capacity(rates: ClassRates) -> float:
-    """Experts that a device's memory holds over all layers."""
-    return (rates.memory_limit - rates.memory_base - rates.memory_if_any) / rates.memory_per_hosted
+def _capacity(rates: ClassRates, layers: int) -> float:
+    """Experts that a device's memory holds over `layers` layers, one of which may have one more than the mean."""
+    room = rates.memory_limit - rates.memory_base - rates.memory_if_any - rates.memory_per_share
+    return room / (rates.memory_per_hosted + rates.memory_per_share / layers)

@@ -1,0 +1,160 @@
+"""Carrier: moves one transfer in a lane's thread: counts ahead, rows in exact sizes, gradients summed.
+
+Whatever needs numbers on the host waits for them here, never in the compute thread. Messages lie on the mesh's wire:
+with NCCL they stay on the device, with gloo they pass through the host.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hetermoe_cli.model.copies import Fetched, upload
+from hetermoe_cli.runtime.calls import has_counts
+from hetermoe_cli.runtime.clock import Clock
+from hetermoe_cli.runtime.dispatcher import Arrivals, LayerMap, Routing
+from hetermoe_cli.runtime.lanes import Handoff, Parcel, exchange
+from hetermoe_cli.runtime.mesh import Mesh
+from hetermoe_cli.schedule.action import Action, Kind
+from hetermoe_cli.schedule.schedule import Schedule
+from hetermoe_cli.spec.layout import Layout
+
+Place = tuple[int, int]  # (layer, micro-batch)
+
+
+class Carrier:
+    """The sizes of one pass, and the transfers that need them.
+
+    `counts` [layers, micro-batches, experts]: rows that this rank routed.
+    """
+
+    def __init__(
+        self, layout: Layout, mesh: Mesh, maps: Sequence[LayerMap], empty: Tensor, schedule: Schedule, clock: Clock
+    ) -> None:
+        """`empty` [0, H] is like the messages: their width and precision."""
+        self._mesh, self._maps, self._empty, self._schedule, self._clock = mesh, maps, empty, schedule, clock
+        places = [(layer, j) for layer in range(layout.layers) for j in range(layout.micro_batches)]
+        self._routed: dict[Place, Future[Routing]] = {place: Future() for place in places}
+        self._arrivals: dict[Place, Arrivals] = {}
+        self._waits: dict[object, float] = {}  # seconds
+        self.counts: NDArray[np.int32] = np.zeros((layout.layers, layout.micro_batches, layout.experts), np.int32)
+
+    # Called by the compute thread.
+
+    def routed(self, place: Place, routing: Routing) -> None:
+        """The gate has decided."""
+        self._routed[place].set_result(routing)
+
+    def routing(self, place: Place) -> Routing:
+        """The plan of what this rank sends; waits until the gate has decided."""
+        return self._routed[place].result()
+
+    def forget(self, place: Place) -> None:
+        """This rank's rows of `place` are all back."""
+        del self._routed[place]
+
+    def arrivals(self, place: Place) -> Arrivals:
+        """The plan of what this rank's experts get, for the current stream; known once the dispatch has come."""
+        return self._arrivals[place].take()
+
+    def stays(self, place: Place) -> None:
+        """A dispatch that brings this rank's experts no rows of others: plan for its own.
+
+        Here the compute thread waits for sizes: a loop over experts needs them on the host.
+        """
+        if place not in self._arrivals:
+            routing = self.routing(place)
+            self._note(place, routing)
+            own = {self._mesh.rank: routing.counts[self._mesh.rank]}
+            self._arrivals[place] = self._maps[place[0]].arrivals(own, self._mesh.device)
+
+    def incoming(self, action: Action) -> list[int]:
+        """Rows per source rank. A lane may ask for a combine's before the gate has decided: then it waits."""
+        place = action.layer, action.micro_batch
+        return self._arrivals[place].sizes if action.towards_experts else self.routing(place).sizes
+
+    def abort(self, error: BaseException) -> None:
+        """Wake who waits for the gate."""
+        for future in self._routed.values():
+            if not future.done():
+                future.set_exception(error)
+
+    @property
+    def waited(self) -> float:
+        """Seconds that threads of this rank waited for the device to tell numbers of rows; none on the CPU."""
+        return sum(self._waits.values())
+
+    # Called by the lanes.
+
+    def carry(self, action: Action, rows: Tensor | None, parcel: Parcel | None) -> Handoff:
+        """Move one transfer: send `rows` as `parcel` says, receive what comes. Gradients are summed in place."""
+        began = self._clock.mark()
+        if action.kind is Kind.REDUCE:
+            assert rows is not None
+            self._mesh.all_reduce(rows, self._mesh.attending)
+            return self._carried(action, rows, began)
+        mesh = self._mesh
+        group = mesh.to_experts if action.towards_experts else mesh.from_experts
+        if has_counts(action):
+            self._exchange_counts(action, (action.layer, action.micro_batch))
+        sends: dict[int, Tensor] = {}
+        if rows is not None and parcel is not None:
+            sizes = parcel.sizes
+            sends = self._others(mesh.on_wire(rows[: sum(sizes)]), sizes)
+        buffer = self._buffer(0)
+        receives: dict[int, Tensor] = {}
+        if mesh.rank in self._schedule.receivers[action]:
+            sizes = self.incoming(action)
+            buffer = self._buffer(sum(sizes))
+            receives = self._others(buffer, sizes)
+        exchange(group, sends, receives)
+        return self._carried(action, upload(buffer, mesh.device), began)
+
+    def _buffer(self, rows: int) -> Tensor:
+        wire, empty = self._mesh.wire, self._empty
+        pinned = wire.type != self._mesh.device.type
+        return torch.empty((rows, empty.shape[1]), dtype=empty.dtype, device=wire, pin_memory=pinned)
+
+    def _others(self, rows: Tensor, sizes: list[int]) -> dict[int, Tensor]:
+        """Parts of `rows` that cross the wire, by peer."""
+        return {peer: part for peer, part in enumerate(torch.split(rows, sizes)) if peer != self._mesh.rank}
+
+    def _carried(self, action: Action, rows: Tensor, began: object) -> Handoff:
+        handoff = Handoff.of(rows)
+        handoff.start, handoff.end = began, self._clock.mark()
+        self._clock.transferred(action, handoff)
+        return handoff
+
+    def _exchange_counts(self, action: Action, place: Place) -> None:
+        """Hosts learn how many rows come from whom: the only unknown sizes of an iteration.
+
+        With NCCL the counts go out before this rank's host knows them.
+        """
+        mesh, sends, receives = self._mesh, {}, {}
+        senders, receivers = self._schedule.senders[action], self._schedule.receivers[action]
+        if mesh.rank in senders:
+            routing = self.routing(place)
+            sends = {peer: routing.count_vector(peer, mesh.wire) for peer in receivers if peer != mesh.rank}
+        if mesh.rank in receivers:
+            experts = len(self._maps[action.layer].hosted[mesh.rank])
+            receives = {
+                peer: torch.empty(experts, dtype=torch.int64, device=mesh.wire) for peer in senders if peer != mesh.rank
+            }
+        exchange(mesh.to_experts, sends, receives)
+        if mesh.rank in senders:
+            self._note(place, routing)
+        if mesh.rank in receivers:
+            fetched = {peer: Fetched(counts) for peer, counts in receives.items()}
+            table = {peer: counts.wait().tolist() for peer, counts in fetched.items()}
+            self._waits |= {(place, peer): counts.waited for peer, counts in fetched.items()}
+            if mesh.rank in senders:
+                table[mesh.rank] = routing.counts[mesh.rank]
+            self._arrivals[place] = self._maps[action.layer].arrivals(table, mesh.device)
+
+    def _note(self, place: Place, routing: Routing) -> None:
+        """Keep what this rank routed, and how long a thread waited to know."""
+        self.counts[place] = routing.by_expert
+        self._waits[place] = routing.waited

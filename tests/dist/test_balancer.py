@@ -1,0 +1,170 @@
+"""A run that rebalances in its middle tells, decides, moves, and trains like one that does not and like one device."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_engine_equality import LENGTH, MODEL, arrays, batches
+from workers import run_workers
+
+from builders import make_inputs, make_layout, make_plan, make_profile
+from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
+from hetermoe_cli.model.training_state import training_tensors
+from hetermoe_cli.model.transformer import Transformer, initialise, named_tensors
+from hetermoe_cli.runtime.recorder import read_metrics, read_rebalances
+from hetermoe_cli.spec.base import sha256
+from hetermoe_cli.spec.run import Emulation, RunSpec
+from hetermoe_cli.spec.train import TrainSpec
+
+STEPS, EVERY = 12, 3
+TRAIN = TrainSpec(
+    sequence_length=LENGTH,
+    global_batch_sequences=8,
+    precision="fp32",
+    steps=STEPS,
+    warmup_steps=2,
+    learning_rate=3e-3,
+    seed=3,
+)
+
+
+def make_run(folder: Path, *, rebalance: bool, experts: float = 0.02, emulate: bool = False, **options: Any) -> RunSpec:
+    """Two ranks attend, two host three experts a layer, which take `experts` seconds a row (modelled)."""
+    profile = make_profile(
+        "new", model=MODEL, sequence_lengths=(LENGTH,), precision="fp32", attention_seconds=0.01, expert_seconds=experts
+    )
+    inputs = make_inputs((("new", 4),), model=MODEL, profiles={"new": profile}, sequence_length=LENGTH,
+                         global_batch_sequences=8, precision="fp32")  # fmt: skip
+    layout = make_layout((2, 2, 0, 0), (0, 0, 3, 3), layers=MODEL.layers, micro_batches=2)
+    executed = {"executed": MODEL, "sequence_length": LENGTH, "time_scale": 0.02}
+    return RunSpec(
+        plan=make_plan(inputs.model_copy(update={"train": TRAIN}), layout),
+        folder=str(folder),
+        corpus_sha256="",
+        precision="fp64",
+        steps=STEPS,
+        drift_every=EVERY,
+        rebalance=rebalance,
+        emulation=Emulation(**executed) if emulate else None,
+        **options,
+    )
+
+
+def skew(parts: torch.nn.Module) -> None:
+    """Gates mostly choose the first three experts, which all lie on rank 2."""
+    with torch.no_grad():
+        for name, tensor in named_tensors(parts).items():
+            if name.endswith("gate.weight"):
+                tensor[:3] *= 20
+
+
+def work(rank: int, run: RunSpec) -> tuple[list[float], dict[str, np.ndarray], list[list[int]], list[int]]:
+    """Losses, the state at the end, the experts hosted then, and the spans' steps."""
+    from hetermoe_cli.runtime.balancer import Balancer
+    from hetermoe_cli.runtime.emulator import EmulatedClock
+    from hetermoe_cli.runtime.mesh import common_moment, join
+    from hetermoe_cli.runtime.recorder import Recorder
+    from hetermoe_cli.runtime.trainer import Trainer
+    from hetermoe_cli.schedule.lower import training_schedule
+
+    mesh = join(run.layout, "cpu")
+    trainer = Trainer.build(run.model, run.layout, TRAIN, mesh, sequence_length=LENGTH, precision="fp64")
+    skew(trainer.parts)
+    if run.emulation:
+        trainer.clock = EmulatedClock(run, training_schedule(run.layout), rank)
+    balancer = Balancer(run, trainer, Recorder(run, rank))
+    trainer.clock.set_zero(common_moment(mesh.wire))
+    losses = []
+    for step in range(STEPS):
+        result = trainer.step(batches(), step, record=bool(run.emulation))
+        losses.append(result.loss)
+        if step + 1 < STEPS:
+            balancer.after(step + 1, result)
+    state = arrays({name: t.clone() for name, t in training_tensors(trainer.parts, trainer.optimizer).items()})
+    hosted = [trainer.parts.experts_of(layer).hosted.ids for layer in range(MODEL.layers)]
+    return losses, state, hosted, sorted({span.step for span in trainer.clock.spans})
+
+
+def reference() -> tuple[list[float], dict[str, np.ndarray]]:
+    torch.set_num_threads(1)
+    model = Transformer(MODEL).double()
+    initialise(model, MODEL, seed=3)
+    skew(model)
+    optimizer, data, losses = make_optimizer(model, TRAIN), batches(), []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = model(*data.sequences(step, 0, 8)) / (8 * LENGTH)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), TRAIN.gradient_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(TRAIN, step)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, arrays(training_tensors(model, optimizer))
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(folder) if line["event"] == kind]
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path) -> None:
+    for name in ("moving", "still"):
+        (tmp_path / name).mkdir()
+
+
+def test_a_rebalanced_run_equals_the_reference_and_a_run_without(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "moving", rebalance=True)
+    moving = run_workers(4, work, run)
+    still = run_workers(4, work, make_run(tmp_path / "still", rebalance=False))
+
+    changes = read_rebalances(tmp_path / "moving")
+    assert changes, "no rebalance happened"
+    assert changes[0].step == EVERY
+    assert changes[0].is_of(run.plan.layout)
+    assert changes[0].plan_layout_sha256 == sha256(run.plan.layout)
+    for rank, (*_, hosted, _) in enumerate(moving):
+        assert hosted == [placement.experts[rank] for placement in changes[-1].placement]
+    assert [hosted for *_, hosted, _ in moving] != [hosted for *_, hosted, _ in still]
+
+    told = events(tmp_path / "moving", "drift")[0]
+    assert (told["step"], told["since_step"]) == (EVERY - 1, EVERY // 2)
+    hottest = told["departures"][0]
+    assert (hottest["rank"], hottest["device"]) == (2, "new")
+    assert hottest["factor"] > 1.3
+    decided = events(tmp_path / "moving", "rebalance")[0]
+    assert decided["after_seconds"] < decided["before_seconds"]
+    assert decided["moved"] == changes[0].moved > 0
+
+    assert not (tmp_path / "still/rebalances.yaml").exists()
+    assert not events(tmp_path / "still", "rebalance")
+    assert "--rebalance moves experts where that pays" in events(tmp_path / "still", "drift")[0]["message"]
+
+    losses, expected = reference()
+    merged: list[dict[str, np.ndarray]] = [{}, {}]
+    for seen, ranks in zip(merged, (moving, still), strict=True):
+        for found, state, _, _ in ranks:
+            np.testing.assert_allclose(found, losses, rtol=0, atol=1e-9)
+            seen |= state
+    assert merged[0].keys() == merged[1].keys()
+    for name, value in expected.items():
+        for seen in merged:
+            np.testing.assert_allclose(seen[name], value, rtol=0, atol=1e-9, err_msg=name)
+
+
+def test_nothing_moves_and_nothing_is_told_twice_where_experts_cost_nothing(tmp_path: Path) -> None:
+    run_workers(4, work, make_run(tmp_path / "moving", rebalance=True, experts=1e-7))
+    assert not read_rebalances(tmp_path / "moving")
+    decided = events(tmp_path / "moving", "rebalance")
+    assert all(line["message"].startswith("experts stay: no placement is predicted") for line in decided)
+    assert 1 <= len(decided) == len(events(tmp_path / "moving", "drift")) < STEPS // EVERY
+
+
+def test_an_emulated_run_goes_on_with_one_clock(tmp_path: Path) -> None:
+    """Emulated devices are as fast as profiled, whatever this machine does; spans of all steps are kept."""
+    ranks = run_workers(4, work, make_run(tmp_path / "moving", rebalance=True, emulate=True))
+    assert read_rebalances(tmp_path / "moving")
+    assert all(steps == list(range(STEPS)) for *_, steps in ranks)
+    assert not (tmp_path / "moving/board.bin").exists()

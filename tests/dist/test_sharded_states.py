@@ -1,0 +1,128 @@
+"""Optimizer states of the dense part in shares: equal to the reference, saved in whole, resumed on any plan."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_engine_equality import BIAS, CASES, LENGTH, MIXED, SIGMOID, STEPS, Case, batches, hosts, reference, starve
+from workers import run_workers
+
+from hetermoe_cli.model.training_state import restore_training, training_names, training_shapes, training_tensors
+from hetermoe_cli.model.transformer import named_tensors
+from hetermoe_cli.spec.layout import Layout
+
+SHARDED = {
+    "EP 2": CASES["EP 2"],
+    "EP 4 uneven": CASES["EP 4 uneven"],
+    "three attend": Case([3, 1, 0, 4], MIXED, 1, recompute="all", features=SIGMOID),
+    "windows, replicated, bias": Case([1, 1, 0, 0], MIXED, 4, schedule="windowed", features=BIAS),
+    "one attends": CASES["1+1 R=2"],
+}
+PAIR = Case([2, 2], hosts([0, 1], [2, 3], replicated=(4, 5)), 2)
+PRECISIONS = {"fp64": (), "bf16": (), "fp16": ("fp16", "bf16"), "fp32": ("bf16", "fp32")}
+
+
+def build(case: Case, precision: str = "fp64", ranks: tuple[str, ...] = (), state: str = "optimizer"):
+    from hetermoe_cli.runtime.mesh import join
+    from hetermoe_cli.runtime.trainer import Trainer
+
+    layout = case.layout
+    schedule = layout.schedule.model_copy(update={"dense_state": state})
+    layout = Layout.model_validate({**dict(layout), "schedule": schedule})
+    trainer = Trainer.build(
+        case.model, layout, case.train, join(layout, "cpu"), sequence_length=LENGTH, precision=precision,
+        rank_precisions=ranks,
+    )  # fmt: skip
+    starve(trainer.parts)
+    return trainer
+
+
+def arrays(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.detach().float().numpy().copy() for name, tensor in tensors.items()}
+
+
+def weights(rank: int, case: Case) -> list[Any]:
+    """Per step, figures and weights; then the elements that the optimizer holds of the dense part, and all of it."""
+    trainer, result = build(case), []
+    for step in range(STEPS):
+        found = trainer.step(batches(), step)
+        figures = [found.loss, *found.router_losses, found.gradient_norm]
+        result.append((figures, {n: t.numpy().copy() for n, t in named_tensors(trainer.parts).items()}))
+    held = sum(state["exp_avg"].numel() for state in trainer.optimizer.state.values())
+    experts = sum(p.numel() for p in trainer.parts.experts.parameters())
+    dense = sum(p.numel() for p in trainer.parts.dense.parameters()) if trainer.parts.dense else 0
+    return [result, held - experts, dense]
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_equals_single_device_reference(name: str) -> None:
+    case = SHARDED[name]
+    expected, ranks = reference(case), run_workers(len(case.sequences), weights, case)
+    for step, wanted in enumerate(expected):
+        for found, *_ in ranks:
+            assert found[step][0] == pytest.approx(wanted.figures, rel=1e-12, abs=1e-12)
+            for key, weight in found[step][1].items():
+                np.testing.assert_allclose(weight, wanted.weights[key], rtol=0, atol=1e-9, err_msg=key)
+    dense = max(size for _, _, size in ranks)
+    attending, segments = sum(map(bool, case.sequences)), case.model.layers + 1
+    assert sum(held for _, held, _ in ranks) == dense  # each element once
+    assert max(held for _, held, _ in ranks) <= dense / attending + segments
+
+
+def whole(trainer) -> dict[str, torch.Tensor]:
+    """What all ranks save, together."""
+    mine = training_tensors(trainer.parts, trainer.optimizer)
+    if trainer.shards:
+        mine |= trainer.shards.tensors(trainer.optimizer)
+    everyone: list[Any] = [None] * trainer.mesh.world_size
+    torch.distributed.all_gather_object(everyone, {name: tensor.clone() for name, tensor in mine.items()})
+    return {name: tensor for rank in everyone for name, tensor in rank.items()}
+
+
+def resumed(trainer, state: dict[str, torch.Tensor], steps: int):
+    """`trainer` with that state."""
+    needed = {name: state[name] for name in training_names(trainer.parts)}
+    restore_training(trainer.parts, trainer.optimizer, needed, steps)
+    return trainer
+
+
+def interrupted(rank: int, case: Case, precision: str, ranks: tuple[str, ...]) -> dict[str, Any]:
+    """Six steps at once, in two halves, and the second half without shards."""
+    trainer = build(case, precision, ranks)
+    trainer.loss_scale.scale = 1.0
+    for step in range(3):
+        trainer.step(batches(), step)
+    kept = whole(trainer)
+    others = {
+        name: resumed(build(case, precision, ranks, s), kept, 3)
+        for name, s in (("again", "optimizer"), ("plain", "replicated"))
+    }
+    found = {"names": {name: tuple(tensor.shape) for name, tensor in kept.items()}}
+    for name, one in {"at once": trainer, **others}.items():
+        one.loss_scale.scale = 1.0
+        losses = [one.step(batches(), step).loss for step in range(3, 6)]
+        found[name] = losses, arrays(dict(one.parts.named_parameters())), arrays(whole(one))
+    return found
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped_and_without_shards_too(precision: str) -> None:
+    found = run_workers(2, interrupted, PAIR, precision, PRECISIONS[precision])
+    for rank in found:
+        assert rank["names"] == training_shapes(PAIR.model)
+        losses, own, state = rank["at once"]
+        assert rank["again"][0] == losses
+        for mine, theirs in ((own, rank["again"][1]), (state, rank["again"][2])):
+            assert mine.keys() == theirs.keys()
+            assert all(np.array_equal(value, theirs[name]) for name, value in mine.items())
+        assert rank["plain"][0] == pytest.approx(losses, rel=1e-3)
+        for name, value in rank["plain"][2].items():
+            np.testing.assert_allclose(
+                value, state[name], rtol=1e-2, atol=1e-2 if precision != "fp64" else 1e-9, err_msg=name
+            )
+    dense = [{n: v for n, v in rank["at once"][1].items() if n.startswith("dense")} for rank in found]
+    ranks = PRECISIONS[precision]
+    for name, value in dense[0].items():  # to the bit where both ranks compute in one precision
+        if not ranks:
+            np.testing.assert_array_equal(value, dense[1][name], err_msg=name)

@@ -1,0 +1,188 @@
+"""Whether experts move: not when balanced, when skewed, not when it does not pay, never beyond memory."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from builders import make_inputs, make_layout, make_model, make_profile
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.measured import MeasuredCost
+from hetermoe_cli.cost.moving import holders, moves, moving_seconds, state_bytes
+from hetermoe_cli.planner import rebalance
+from hetermoe_cli.planner.rebalance import UNSTEADY, renumbered
+from hetermoe_cli.planner.replay import overflow
+from hetermoe_cli.simulator import simulate
+from hetermoe_cli.spec.cluster import Link
+from hetermoe_cli.spec.layout import LayerPlacement, Layout
+from hetermoe_cli.spec.load import ExpertLoad
+from hetermoe_cli.spec.plan import Inputs
+from hetermoe_cli.spec.rebalance import Decision
+
+EXPERTS, LAYERS = 8, 2
+MODEL = make_model(layers=LAYERS, experts=EXPERTS, top_k=1)
+LAYOUT = make_layout((1, 1, 0, 0), (0, 0, 4, 4), layers=LAYERS, micro_batches=2)
+SKEWED = [[6, 6, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 6, 6]]
+
+
+def inputs(*, gigabytes_per_second: float = 1.0, memory_bytes: int = 10**10) -> Inputs:
+    """Two attending ranks and two that host, which the experts keep busy most of the time."""
+    profile = make_profile(
+        model=MODEL,
+        attention_seconds=0.05,
+        expert_seconds=0.005,
+        optimizer_seconds_per_parameter=1e-9,
+        memory_bytes=memory_bytes,
+    )
+    link = Link(bandwidth_gigabytes_per_second=gigabytes_per_second, latency_microseconds=0.0)
+    return make_inputs(
+        (("new", 4),),
+        model=MODEL,
+        profiles={"new": profile},
+        global_batch_sequences=4,
+        network=link,
+        interconnect=link,
+    )
+
+
+def cost(load: list[list[float]] | None, slowdown: tuple[float, ...] = (1, 1, 1, 1), **given: float) -> MeasuredCost:
+    return MeasuredCost(inputs(**given), ExpertLoad(layers=load) if load else None, slowdown)  # type: ignore[arg-type]
+
+
+def decide(measured: MeasuredCost, current: Layout, planned: Layout, steps: int) -> Decision:
+    """Under a steady load."""
+    return rebalance.decide(measured, measured, current, planned, steps)
+
+
+def test_nothing_moves_under_the_load_that_was_assumed() -> None:
+    for load in (None, [[1.0] * EXPERTS] * LAYERS):
+        decision = decide(cost(load), LAYOUT, LAYOUT, 1000)
+        assert decision.placement is None
+        assert decision.moved == decision.move_seconds == 0
+        assert "no placement is predicted to be clearly faster" in decision.reason
+
+
+def test_a_skewed_load_moves_experts_and_its_replay_is_faster() -> None:
+    measured = cost(SKEWED)
+    decision = decide(measured, LAYOUT, LAYOUT, 1000)
+    assert decision.placement is not None
+    found = LAYOUT.model_copy(update={"placement": decision.placement})
+    assert decision.before_seconds == simulate(LayoutCost(measured, LAYOUT)).seconds
+    assert decision.after_seconds == simulate(LayoutCost(measured, found)).seconds
+    even = simulate(LayoutCost(cost(None), LAYOUT)).seconds
+    assert decision.after_seconds <= even * (1 + 1e-9) < 0.92 * decision.before_seconds
+    assert decision.moved == sum(len(move.targets) for move in moves(LAYOUT, found)) > 0
+    assert decision.move_seconds == moving_seconds(measured, LAYOUT, found)
+
+
+def test_moving_must_pay_in_the_steps_that_are_left() -> None:
+    slow = cost(SKEWED, gigabytes_per_second=1e-3)
+    many, few = (decide(slow, LAYOUT, LAYOUT, steps) for steps in (10_000, 1))
+    assert many.placement is not None
+    gain = many.before_seconds - many.after_seconds
+    assert gain < many.move_seconds < gain * 10_000
+    assert few.placement is None
+    assert "moving takes longer" in few.reason
+
+
+def test_few_steps_left_move_fewer_experts() -> None:
+    slow = cost(SKEWED, gigabytes_per_second=1e-3)
+    moved = [decide(slow, LAYOUT, LAYOUT, steps).moved for steps in (1, 20, 10_000)]
+    assert moved == sorted(moved)
+    assert moved[0] < moved[-1]
+
+
+def test_a_load_that_moves_on_moves_no_expert() -> None:
+    """Some steps ago both hosts had as much to do: what was there was best."""
+    assert rebalance.decide(cost(SKEWED), cost(SKEWED), LAYOUT, LAYOUT, 1000).placement is not None
+    for earlier in (None, [[6, 1, 1, 1, 6, 1, 1, 1]] * LAYERS):
+        assert rebalance.decide(cost(SKEWED), cost(earlier), LAYOUT, LAYOUT, 1000).reason == UNSTEADY
+
+
+def test_a_slow_device_gives_experts_away() -> None:
+    decision = decide(cost(None, (1, 1, 1, 2)), LAYOUT, LAYOUT, 1000)
+    assert decision.placement is not None
+    counts = np.sum([[len(experts) for experts in placement.experts] for placement in decision.placement], axis=0)
+    assert counts[3] < counts[2]
+
+
+def test_only_what_fits_into_memory() -> None:
+    """The measured load leaves room for little more than what is there."""
+    wide = cost(SKEWED)
+    needed = max(LayoutCost(wide, LAYOUT).memory(rank).total_bytes for rank in range(4))
+    tight = cost(SKEWED, memory_bytes=int(needed / wide.train.memory_headroom) + 2)
+    decision = decide(tight, LAYOUT, LAYOUT, 1000)
+    if decision.placement is not None:
+        assert overflow(LayoutCost(tight, LAYOUT.model_copy(update={"placement": decision.placement}))) is None
+    none = cost(SKEWED, memory_bytes=int(needed / 20))
+    assert "no placement fits into memory" in decide(none, LAYOUT, LAYOUT, 1000).reason
+
+
+def test_what_does_not_fit_moves_even_without_a_gain() -> None:
+    """All experts on one rank: the plan's balanced prediction is of no use under a load that overflows it."""
+    crowded = make_layout((1, 1, 0, 0), (0, 0, 8, 0), layers=LAYERS, micro_batches=2)
+    roomy = cost(None)
+    needed = [LayoutCost(roomy, layout).memory(2).total_bytes for layout in (crowded, LAYOUT)]
+    tight = cost([[1.0] * EXPERTS] * LAYERS, memory_bytes=int(sum(needed) / 2 / roomy.train.memory_headroom))
+    assert overflow(LayoutCost(tight, crowded))
+    decision = decide(tight, crowded, crowded, 1)
+    assert decision.placement is not None
+    assert overflow(LayoutCost(tight, crowded.model_copy(update={"placement": decision.placement}))) is None
+
+
+def test_moves_go_from_a_holder_to_those_that_lack_the_expert() -> None:
+    before = Layout(
+        schedule=LAYOUT.schedule,
+        sequences_per_rank=[1, 1, 0, 0],
+        placement=[LayerPlacement(experts=[[], [0], [1], []], replicated=[2])],
+    )
+    after = before.model_copy(
+        update={"placement": [LayerPlacement(experts=[[], [], [], [2, 0]], replicated=[1])]},
+    )
+    assert holders(before, 0) == {0: {1}, 1: {2}, 2: {0, 1}}
+    found = [(move.expert, move.source, move.targets) for move in moves(before, after)]
+    assert found == [(0, 1, (3,)), (1, 2, (0, 1)), (2, 0, (3,))]
+    assert not list(moves(before, before))
+
+
+def test_moving_seconds_are_those_of_the_busiest_link() -> None:
+    """Ranks 2 and 3 swap two experts of a layer: each sends two, at 1 GB/s, in both directions at once."""
+    measured = cost(None)
+    swapped = make_layout((1, 1, 0, 0), (0, 0, 4, 4), layers=LAYERS, micro_batches=2)
+    other = LayerPlacement(experts=[[], [], [0, 1, 4, 5], [2, 3, 6, 7]])
+    swapped = swapped.model_copy(update={"placement": [other, LAYOUT.placement[1]]})
+    assert state_bytes(measured) == 12 * MODEL.expert_parameters
+    assert moving_seconds(measured, LAYOUT, swapped) == pytest.approx(2 * state_bytes(measured) / 1e9)
+
+
+def test_equal_ranks_keep_the_bundles_that_they_have() -> None:
+    swapped = LayerPlacement(experts=[[], [], [4, 5, 6, 7], [0, 1, 2, 3]])
+    layout = LAYOUT.model_copy(update={"placement": [swapped] * LAYERS})
+    assert renumbered(layout, LAYOUT, [[0, 1], [2, 3]]) == LAYOUT
+    assert renumbered(layout, LAYOUT, [[0, 1], [2], [3]]) == layout
+
+
+def test_renumbering_only_exchanges_bundles() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        hosts = random.integers(0, 4, (2, EXPERTS))
+        current, new = (
+            LayerPlacement(experts=[np.flatnonzero(row == rank).tolist() for rank in range(4)]) for row in hosts
+        )
+        layouts = [LAYOUT.model_copy(update={"placement": [p, p]}) for p in (current, new)]
+        found = renumbered(layouts[1], layouts[0], [[0, 1], [2, 3]])
+        for pair in ((0, 1), (2, 3)):
+            bundles = [sorted(placement.experts[rank] for rank in pair) for placement in (found.placement[0], new)]
+            assert bundles[0] == bundles[1]
+        given, *others = (
+            len(list(moves(layouts[0], layouts[1].model_copy(update={"placement": [exchange(new, a, b)] * 2}))))
+            for a, b in itertools.product((False, True), repeat=2)
+        )
+        moved = len(list(moves(layouts[0], found)))
+        most = 2 * EXPERTS
+        assert most - moved >= (most - min(given, *others)) / 2  # half of the best is what a greedy choice is sure of
+
+
+def exchange(placement: LayerPlacement, first: bool, second: bool) -> LayerPlacement:
+    a, b, c, d = placement.experts
+    return LayerPlacement(experts=[*((b, a) if first else (a, b)), *((d, c) if second else (c, d))])

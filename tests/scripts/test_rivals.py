@@ -1,0 +1,94 @@
+"""What the rivals get is what the engine trains on, and what fails says so in one line. Nothing is installed here."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import bench_rivals
+import rivals_environment
+import rivals_runs
+from hetermoe_cli.errors import UserError
+from hetermoe_cli.model.data import Batches, load_corpus
+from hetermoe_cli.model.moe import ExpertGroup
+from hetermoe_cli.model.transformer import Transformer, initialise
+from hetermoe_cli.spec.files import load
+from hetermoe_cli.spec.model import load_model
+from hetermoe_cli.spec.train import TrainSpec
+
+MODEL, TRAIN = load_model(str(bench_rivals.MODEL)), load(TrainSpec, bench_rivals.TRAIN)
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    return rivals_runs.mixtral_weights(MODEL, TRAIN.seed)
+
+
+def test_every_weight_is_handed_over_once(weights: dict[str, Tensor]) -> None:
+    reference = Transformer(MODEL)
+    assert sum(t.numel() for t in weights.values()) == sum(p.numel() for p in reference.parameters())
+    assert len({t.data_ptr() for t in weights.values()}) == len(weights)
+    assert weights["model.layers.3.mlp.experts.gate_up_proj"].shape == (8, 1024, 256)
+    assert weights["model.layers.0.self_attn.k_proj.weight"].shape == (64, 256)
+
+
+def test_experts_compute_the_same_in_the_rivals_layout(weights: dict[str, Tensor]) -> None:
+    """Mixtral's own formula: down(silu(gate x) * up x), gate before up."""
+    reference = Transformer(MODEL)
+    initialise(reference, MODEL, TRAIN.seed)
+    group = reference.experts[2]
+    assert isinstance(group, ExpertGroup)
+    rows, expert = torch.randn(5, MODEL.hidden_size), 6
+    gate, up = weights["model.layers.2.mlp.experts.gate_up_proj"][expert].chunk(2)
+    inner = functional.silu(rows @ gate.T) * (rows @ up.T)
+    theirs = inner @ weights["model.layers.2.mlp.experts.down_proj"][expert].T
+    ours = group(rows, [5 if e == expert else 0 for e in range(MODEL.experts)])
+    torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=1e-5)
+
+
+def test_tokens_are_the_engine_s_batches() -> None:
+    table = rivals_runs.token_table(TRAIN, 2)
+    assert table.shape == (2, TRAIN.global_batch_sequences, TRAIN.sequence_length + 1)
+    corpus = load_corpus(None)
+    batches = Batches(corpus.train, TRAIN.sequence_length, TRAIN.global_batch_sequences, TRAIN.seed)
+    tokens, targets = batches.sequences(1, 0, TRAIN.global_batch_sequences)
+    assert np.array_equal(table[1, :, :-1], tokens.numpy())
+    assert np.array_equal(table[1, :, 1:], targets.numpy())
+
+
+def steps(seconds: float, loss: float) -> list[rivals_runs.Steps]:
+    """Rounds of equal steps after slow first ones."""
+    one = rivals_runs.Steps([loss] * 7, [9.0, 9.0, *[seconds] * 5])
+    return [one] * bench_rivals.ROUNDS
+
+
+def test_bars_follow_from_ratios_and_losses() -> None:
+    found = {"engine": steps(0.6, 5.0), "deepspeed": steps(1.0, 5.00001), "hugging_face": steps(0.8, 5.1)}
+    result, ratios = bench_rivals.judge(found)
+    assert ratios["deepspeed"]["median"] == pytest.approx(0.6)
+    assert ratios["hugging_face"]["high"] == pytest.approx(0.75)
+    assert [bar["holds"] for bar in result] == [True, True, True, False, False, False]
+
+
+def test_a_failed_installation_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^cannot install the rivals.*ERROR: .*nowhere") as caught:
+        rivals_environment.environment(tmp_path / "venv", (str(tmp_path / "nowhere.whl"),))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "venv" / "pinned.txt").exists()
+
+
+def test_a_rank_that_ends_is_told_with_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text("import sys; sys.exit('no such model')")
+    monkeypatch.setattr(rivals_runs, "WORKER", worker)
+    job = {"rival": "deepspeed", "variant": {"zero": 0}}
+    with (
+        rivals_runs.Rival(Path(sys.executable), tmp_path / "run", job) as rival,
+        pytest.raises(UserError, match=r"deepspeed .*: rank 0 has ended: no such model; log: "),
+    ):
+        rival.wait_ready()
