@@ -155,8 +155,8 @@ class CostModel:
     def synchronise_seconds(self, schedule: ScheduleChoice, attending: Sequence[int], replicated: int) -> float:
         """All-reduce of dense and `replicated` experts' gradients over a group's attending ranks, one after another.
 
-        New weights of sharded optimizer states are gathered on top, half an all-reduce. A fully sharded dense part has its
-        gradients scattered and its weights gathered in as many bytes as one all-reduce.
+        New weights of sharded optimizer states are gathered on top, half an all-reduce. A fully sharded dense part has
+        its gradients scattered and its weights gathered in as many bytes as one all-reduce.
         """
         size = (1.5 if schedule.dense_state == "optimizer" else 1.0) * self.dense_gradient_bytes
         seconds = self.network.all_reduce_seconds(attending, size + replicated * self.expert_gradient_bytes)
@@ -165,8 +165,8 @@ class CostModel:
     def reduce_seconds(self, schedule: ScheduleChoice, attending: Sequence[int], layer: int, replicated: int) -> float:
         """The part of it that follows a layer's backward: the dense part of the layer and its `replicated` experts.
 
-        `layer` 0 brings the embedding with it, model.layers is the head. The gradients of a fully sharded dense part are
-        scattered, which is half an all-reduce.
+        `layer` 0 brings the embedding with it, model.layers is the head. The gradients of a fully sharded dense part
+        are scattered, which is half an all-reduce.
         """
         size = self.segment_parameters(layer) * STATE_BYTES[self.train.precision][1]
         share = 0.5 if schedule.dense_state == "full" else 1.0
