@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetermoe_cli.cost.curves import Cost
-from hetermoe_cli.cost.model import CostModel, DeviceCost, ExpertRows
+from hetermoe_cli.cost.device import DeviceCost, ExpertRows
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.ports import Matrix, Ranks, TransferCost
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.spec.layout import LayerPlacement, Layout

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetermoe_cli.cost.model import STATE_BYTES, CostModel
+from hetermoe_cli.cost.device import STATE_BYTES
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.spec.layout import Layout
 
 

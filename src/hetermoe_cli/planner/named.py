@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hetermoe_cli.cost.device import STATE_BYTES
 from hetermoe_cli.cost.layout import LayoutCost
-from hetermoe_cli.cost.model import STATE_BYTES, CostModel
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.arrays import FloatArray, IntArray
 from hetermoe_cli.planner.assign import LayerWork, assign
 from hetermoe_cli.planner.solver import SolverOptions

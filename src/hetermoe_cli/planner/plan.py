@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 
+from hetermoe_cli.cost.device import find_table
 from hetermoe_cli.cost.layout import LayoutCost
-from hetermoe_cli.cost.model import CostModel, find_table
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.baselines import RIVALS, Rival
 from hetermoe_cli.planner.binding import binding, with_runner_ups

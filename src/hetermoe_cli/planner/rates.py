@@ -7,8 +7,9 @@ from functools import cached_property
 
 import numpy as np
 
+from hetermoe_cli.cost.device import STATE_BYTES
 from hetermoe_cli.cost.layout import LayoutCost
-from hetermoe_cli.cost.model import STATE_BYTES, CostModel
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.choice import Choice, DeviceClass, symmetry_keys
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.spec.layout import ScheduleChoice

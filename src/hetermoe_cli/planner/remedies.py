@@ -10,7 +10,8 @@ from itertools import islice
 from math import ceil, inf
 from typing import NamedTuple
 
-from hetermoe_cli.cost.model import STATE_BYTES, CostModel, find_table
+from hetermoe_cli.cost.device import STATE_BYTES, find_table
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.candidates import candidates
 from hetermoe_cli.planner.replay import size_text
 from hetermoe_cli.planner.search import search

@@ -6,7 +6,8 @@ Nothing waits, and nothing travels but the all-reduce of the dense gradients.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hetermoe_cli.cost.model import STATE_BYTES, CostModel, DeviceCost
+from hetermoe_cli.cost.device import STATE_BYTES, DeviceCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.baselines import micro_batch_counts
 
 STEPS = 60  # bisection steps

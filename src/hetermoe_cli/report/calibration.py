@@ -20,7 +20,7 @@ from datetime import date
 from pathlib import Path
 from statistics import median
 
-from hetermoe_cli.cost.model import find_table
+from hetermoe_cli.cost.device import find_table
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.profiler.refit import KINDS, Fit, fit, point_sizes, refit
 from hetermoe_cli.report.link_fit import LinkFit, fit_link

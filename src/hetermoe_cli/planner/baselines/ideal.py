@@ -13,7 +13,8 @@ from math import inf
 
 import numpy as np
 
-from hetermoe_cli.cost.model import STATE_BYTES, CostModel
+from hetermoe_cli.cost.device import STATE_BYTES
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.baselines.even import even_placement
 from hetermoe_cli.planner.baselines.rival import Rival, best, schedules, with_schedule
 from hetermoe_cli.planner.deal import rotate

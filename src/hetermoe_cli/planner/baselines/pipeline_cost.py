@@ -12,7 +12,8 @@ from math import floor
 
 import numpy as np
 
-from hetermoe_cli.cost.model import STATE_BYTES, CostModel
+from hetermoe_cli.cost.device import STATE_BYTES
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.spec.layout import ScheduleChoice
 from hetermoe_cli.spec.train import Recompute
 

@@ -9,7 +9,8 @@ their sum over all its NICs' bandwidth. Activations, latencies, pipelines and sy
 
 import pulp
 
-from hetermoe_cli.cost.model import STATE_BYTES, CostModel
+from hetermoe_cli.cost.device import STATE_BYTES
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.solver import SolverOptions, solve_problem
 from hetermoe_cli.planner.work import rows_of, type_speeds, work_bound
 from hetermoe_cli.spec.cluster import NodeGroup

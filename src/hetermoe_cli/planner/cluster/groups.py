@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd, inf
 
+from hetermoe_cli.cost.device import STATE_BYTES
 from hetermoe_cli.cost.layout import LayoutCost
-from hetermoe_cli.cost.model import STATE_BYTES, CostModel
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.cluster.compositions import Composition, compositions, ranks_of
 from hetermoe_cli.planner.cluster.curves import Curves
