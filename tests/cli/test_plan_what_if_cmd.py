@@ -121,7 +121,7 @@ def test_a_plan_names_what_binds_it(arguments: list[object]) -> None:
 
 def test_a_variant_that_does_not_fit_says_why(arguments: list[object], tmp_path: Path) -> None:
     for path in (tmp_path / "profiles").glob("*.yaml"):
-        path.write_text(path.read_text().replace("memory_bytes: 10000000000", "memory_bytes: 5000000"))
+        path.write_text(path.read_text().replace("memory_bytes: 10000000000", "memory_bytes: 6500000"))
     found = json.loads(run(arguments, "--what-if", "-1 old", "--json").stdout)
     (variant,) = found["what_if"]
     assert variant["iteration_seconds"] is None
