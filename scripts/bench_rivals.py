@@ -38,7 +38,7 @@ TRIALS, TRIAL_STEPS = 2, 4
 COMPARED_STEPS = 4  # losses; later a near-tie in a gate may fall either way
 LOSS_TOLERANCE = 2e-5  # relative, fp32
 LIMITS = {"deepspeed": 0.8, "hugging_face": 0.7}
-MOST_SECONDS = 900
+MOST_SECONDS = 600
 # Not here: experts "batched_mm", which copies an expert's weights for every row (12 GB a rank at this size), and
 # AutoEP's grouped GEMM, which needs Triton.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
