@@ -53,8 +53,10 @@ def _transfer_order(order_of: _OrderOf, layers: int, windows: Windows) -> Order:
     transfers are interleaved, all answers come one micro-batch ahead of the next layer's messages. The last stages
     (head of a validation, backward of layer 0) send nothing, so that every answer is in before they end.
 
-    A layer's gradients are reduced once its last backward is done, while the layer before runs its own: just before
-    the last answer there (no stage but the last one waits for that), or after the only one.
+    A layer's gradients are reduced once its last backward is done, while the layer before runs its own. Layered: just
+    before the last answer there, which only one stage waits for. Interleaved: right after the first one, which the next
+    message towards the experts needs anyway; later, that message would wait for more answers where it shares a port
+    with the gradients.
     """
     result: list[Action] = []
     waited: list[Action] = []  # answers that the stages of this layer wait for
@@ -71,8 +73,7 @@ def _transfer_order(order_of: _OrderOf, layers: int, windows: Windows) -> Order:
             key = (action.kind, action.direction, action.layer)
             waited, sent = waited + sent, []
             due = 2 if ahead else len(waited)
-        result += waited[:due]
-        del waited[:due]
+        result += _taken(waited, due)
         out = _sent_by(action, layers)
         if out:
             result.append(out)
@@ -83,8 +84,19 @@ def _transfer_order(order_of: _OrderOf, layers: int, windows: Windows) -> Order:
         if backward and action.micro_batch == windows.micro_batches - 1:
             segment = layers if action.kind is Kind.HEAD else action.layer
             reduce = Action(Kind.REDUCE, Pass.BACKWARD, segment, action.micro_batch)
-            sent.insert(len(sent) - 1 if len(sent) > 1 else len(sent), reduce)
+            place = 1 if windows.transfers == "interleaved" else max(1, len(sent) - 1)
+            sent.insert(place, reduce)
     return (*result, *waited, *sent)
+
+
+def _taken(waited: list[Action], due: int) -> list[Action]:
+    """Take the first `due` answers, with the all-reduces among and right after them."""
+    count = 0
+    while count < len(waited) and (due or waited[count].kind is Kind.REDUCE):
+        due -= waited[count].kind is not Kind.REDUCE
+        count += 1
+    taken, waited[:] = waited[:count], waited[count:]
+    return taken
 
 
 def _sent_by(action: Action, layers: int) -> Action | None:
