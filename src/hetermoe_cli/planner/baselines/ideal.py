@@ -29,7 +29,10 @@ def ep_ideal(cost: CostModel, limit: int, *, overlaps: bool = True) -> Rival:
 
 
 def ep_ideal_charged(cost: CostModel, limit: int) -> Rival:
-    """With the all-reduce of all gradients between the types, since each holds a full model."""
+    """With the all-reduce of all gradients between the types, since each holds a full model.
+
+    It follows the backward, as that between several groups of a plan does.
+    """
     alone = {name: type_alone(cost, name, limit, overlaps=True) for name in cost.types}
     fitting = [name for name, rival in alone.items() if rival.layout]
     return _added(cost, alone, exchange_seconds(cost, fitting))

@@ -123,7 +123,10 @@ class PipelineCost:
         return max(0, min(room))
 
     def update_seconds(self, pipelines: Sequence[Sequence[tuple[Unit, int]]]) -> float:
-        """Gradient all-reduce, then the slowest optimizer step. Pipelines: (unit, layers) of every stage."""
+        """What of the all-reduce follows the last backward, then the slowest optimizer step.
+
+        Pipelines: (unit, layers) of every stage.
+        """
         steps = [
             self.cost.optimizer_seconds(
                 self.cost.of(rank),
@@ -136,15 +139,18 @@ class PipelineCost:
         return all_reduce_seconds(self.cost, self._rings(pipelines)) + max(steps)
 
     def _rings(self, pipelines: Sequence[Sequence[tuple[Unit, int]]]) -> Iterator[tuple[Unit, int]]:
-        """(ranks, gradient bytes): dense parts over all devices that hold them, experts over those of equal place."""
+        """(ranks, gradient bytes) of layer 0 and the embedding, whose backward comes last: the dense part over all
+        devices that hold it, experts over those of equal place.
+
+        All other gradients are taken to travel during backward, as those of a layout do, and in the rival's favour to
+        hold up none of its messages.
+        """
         gradient, model = STATE_BYTES[self.cost.train.precision][1], self.cost.model
-        holders = [[unit for unit, layers in pipeline for _ in range(layers)] for pipeline in pipelines]
+        units = [pipeline[0][0] for pipeline in pipelines]
+        dense = model.attention_layer_parameters + self.edge_parameters(True, False)
+        yield _together(units), dense * gradient
         experts = self.hosted * model.expert_parameters * gradient
-        for units in zip(*holders, strict=True):
-            yield _together(units), model.attention_layer_parameters * gradient
-            yield from ((ranks, experts) for ranks in zip(*units, strict=True))
-        yield _together([units[0] for units in holders]), self.edge_parameters(True, False) * gradient
-        yield _together([units[-1] for units in holders]), self.edge_parameters(False, True) * gradient
+        yield from ((ranks, experts) for ranks in zip(*units, strict=True))
 
 
 def _together(units: Sequence[Unit]) -> Unit:
@@ -160,9 +166,7 @@ def all_reduce_seconds(cost: CostModel, rings: Iterator[tuple[Unit, int]]) -> fl
     busy = [0.0] * network.count
     for ranks, size in sizes.items():
         m = len(ranks)
-        pairs = list(zip(ranks, [*ranks[1:], ranks[0]], strict=True)) if m > 1 else []
-        ports = {int(port) for s, d in pairs for port in (network.out_port[s, d], network.in_port[s, d])}
-        for port in ports:
+        for port in network.ring_ports(ranks):
             byte_seconds, latency = network.link(port)
             busy[port] += 2 * (m - 1) * (size / m * byte_seconds + latency)
     return max(busy)
