@@ -22,9 +22,8 @@ from hetermoe_cli.runtime.recorder import read_metrics
 from hetermoe_cli.spec.cluster import ClusterSpec, Link, NodeGroup
 from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, ScheduleChoice
-from hetermoe_cli.spec.library import load_links, load_profiles
+from hetermoe_cli.spec.library import collect_inputs
 from hetermoe_cli.spec.model import ModelConfig
-from hetermoe_cli.spec.plan import Inputs
 from hetermoe_cli.spec.profile import Precision
 from hetermoe_cli.spec.train import TrainSpec
 
@@ -96,13 +95,7 @@ def _run(name: str, nodes: list[tuple[str, int]], parts: list[list[int]], precis
         warmup_steps=1,
     )
     folders = [FOLDER / "profiles"]
-    inputs = Inputs(
-        model=MODEL,
-        cluster=cluster,
-        links=load_links(cluster, folders),
-        profiles=load_profiles(cluster, folders),
-        train=train,
-    )
+    inputs = collect_inputs(MODEL, cluster, train, folders)
     place = FOLDER / f"{name} {precision}".replace(" ", "-")
     plan = place.with_suffix(".yaml")
     dump(manual_plan(inputs, LayoutCost(CostModel(inputs), layout)), plan, "A layout of scripts/bench_gpu.py.")

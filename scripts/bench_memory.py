@@ -24,9 +24,8 @@ from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.spec.cluster import ClusterSpec
 from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, ScheduleChoice
-from hetermoe_cli.spec.library import load_links, load_profiles
+from hetermoe_cli.spec.library import collect_inputs
 from hetermoe_cli.spec.model import ModelConfig
-from hetermoe_cli.spec.plan import Inputs
 from hetermoe_cli.spec.profile import Precision
 from hetermoe_cli.spec.train import TrainSpec
 
@@ -137,13 +136,7 @@ def plan(shape: Shape, folder: Path) -> Path:
     )  # fmt: skip
     cluster = load(ClusterSpec, ROOT / "plans/clusters/cpu2.yaml")
     folders = [folder / "profiles"]
-    inputs = Inputs(
-        model=shape.config,
-        cluster=cluster,
-        links=load_links(cluster, folders),
-        profiles=load_profiles(cluster, folders),
-        train=shape.train,
-    )
+    inputs = collect_inputs(shape.config, cluster, shape.train, folders)
     dump(manual_plan(inputs, LayoutCost(CostModel(inputs), shape.layout)), plan_file, "By scripts/bench_memory.py.")
     return plan_file
 

@@ -25,7 +25,7 @@ from hetermoe_cli.schedule.zebra import part_of, training_order, windows_of
 from hetermoe_cli.simulator import SimulatedTrace, compute_seconds, replay
 from hetermoe_cli.spec.cluster import ClusterSpec, NodeGroup
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, ScheduleChoice
-from hetermoe_cli.spec.library import default_folders, load_links, load_profiles
+from hetermoe_cli.spec.library import collect_inputs, default_folders
 from hetermoe_cli.spec.model import load_model
 from hetermoe_cli.spec.plan import Inputs
 from hetermoe_cli.spec.train import TrainSpec
@@ -57,13 +57,7 @@ def inputs(sequences: int) -> Inputs:
     ]
     cluster = ClusterSpec(name="four-types", nodes=nodes)
     train = TrainSpec(sequence_length=SEQUENCE_LENGTH, global_batch_sequences=sequences * MICRO_BATCHES)
-    return Inputs(
-        model=load_model("deepseek-v3"),
-        cluster=cluster,
-        links=load_links(cluster, default_folders()),
-        profiles=load_profiles(cluster, default_folders()),
-        train=train,
-    )
+    return collect_inputs(load_model("deepseek-v3"), cluster, train, default_folders())
 
 
 def placements(layers: int, experts: int, types: list[int]) -> list[LayerPlacement]:

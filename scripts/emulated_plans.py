@@ -19,7 +19,7 @@ from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import ClusterSpec
 from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.layout import ExpertOrder, Layout, ScheduleChoice
-from hetermoe_cli.spec.library import load_links, load_profiles
+from hetermoe_cli.spec.library import collect_inputs
 from hetermoe_cli.spec.model import load_model
 from hetermoe_cli.spec.plan import Bound, Group, Inputs, Plan, Prediction, SolverReport
 from hetermoe_cli.spec.train import Recompute, TrainSpec
@@ -36,12 +36,11 @@ def inputs_for(sequence_length: int) -> Inputs:
     """The emulated cluster, model and batch, with the shipped profiles."""
     folders = [ROOT / "profiles"]
     cluster = load(ClusterSpec, CLUSTER)
-    return Inputs(
-        model=load_model(str(MODEL)),
-        cluster=cluster,
-        links=load_links(cluster, folders),
-        profiles=load_profiles(cluster, folders),
-        train=load(TrainSpec, TRAIN).model_copy(update={"sequence_length": sequence_length}),
+    return collect_inputs(
+        load_model(str(MODEL)),
+        cluster,
+        load(TrainSpec, TRAIN).model_copy(update={"sequence_length": sequence_length}),
+        folders,
     )
 
 

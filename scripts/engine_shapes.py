@@ -10,9 +10,8 @@ from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.spec.cluster import ClusterSpec
 from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, ScheduleChoice
-from hetermoe_cli.spec.library import load_links, load_profiles
+from hetermoe_cli.spec.library import collect_inputs
 from hetermoe_cli.spec.model import ModelConfig
-from hetermoe_cli.spec.plan import Inputs
 from hetermoe_cli.spec.train import TrainSpec
 
 WRITTEN = "Written by scripts/bench_engine.py."
@@ -93,12 +92,6 @@ def write_plan(shape: Shape, profiles: Path, path: Path) -> Path:
     cluster = load(ClusterSpec, ROOT / "plans/clusters/cpu2.yaml")
     nodes = [cluster.nodes[0].model_copy(update={"devices": len(shape.sequences)})]
     cluster = cluster.model_copy(update={"name": f"cpu{len(shape.sequences)}", "nodes": nodes})
-    inputs = Inputs(
-        model=shape.model,
-        cluster=cluster,
-        links=load_links(cluster, [profiles]),
-        profiles=load_profiles(cluster, [profiles]),
-        train=shape.train,
-    )
+    inputs = collect_inputs(shape.model, cluster, shape.train, [profiles])
     dump(manual_plan(inputs, LayoutCost(CostModel(inputs), shape.layout)), path, WRITTEN)
     return path

@@ -19,9 +19,9 @@ from hetermoe_cli.planner.cluster.curves import Curves
 from hetermoe_cli.planner.cluster.replayed import replay_group
 from hetermoe_cli.spec.cluster import ClusterSpec, NodeGroup
 from hetermoe_cli.spec.files import dump, load
-from hetermoe_cli.spec.library import load_links, load_profiles
+from hetermoe_cli.spec.library import collect_inputs
 from hetermoe_cli.spec.model import load_model
-from hetermoe_cli.spec.plan import Group, Inputs, Plan
+from hetermoe_cli.spec.plan import Group, Plan
 from hetermoe_cli.spec.train import TrainSpec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,13 +127,7 @@ def _point(layers: int, micro_batches: int, types: int, gpus: int) -> dict[str, 
     model = load_model("qwen3-235b").model_copy(update={"layers": layers})
     spec, share = cluster(BIG[:types], gpus), micro_batches * max(32, gpus // 4)
     folders = [ROOT / "profiles"]
-    inputs = Inputs(
-        model=model,
-        cluster=spec,
-        links=load_links(spec, folders),
-        profiles=load_profiles(spec, folders),
-        train=training(share, "bf16"),
-    )
+    inputs = collect_inputs(model, spec, training(share, "bf16"), folders)
     began = time.monotonic()
     CostModel(inputs)
     point = Curves(inputs, micro_batches, 1).point(tuple(n.count * n.devices for n in spec.nodes), share)

@@ -116,9 +116,8 @@ def read_inputs(
     """Read everything that a plan is made from."""
     from hetermoe_cli.spec.cluster import ClusterSpec
     from hetermoe_cli.spec.files import load, parse
-    from hetermoe_cli.spec.library import default_folders, load_links, load_profiles
+    from hetermoe_cli.spec.library import collect_inputs, default_folders
     from hetermoe_cli.spec.model import load_model
-    from hetermoe_cli.spec.plan import Inputs
     from hetermoe_cli.spec.train import TrainSpec
 
     for folder in profiles or []:
@@ -127,13 +126,7 @@ def read_inputs(
     folders = profiles or default_folders()
     config, spec, training = load_model(model), load(ClusterSpec, cluster), load(TrainSpec, train)
     given = {name: value for name, value in changes.items() if value is not None}
-    return Inputs(
-        model=config,
-        cluster=spec,
-        links=load_links(spec, folders),
-        profiles=load_profiles(spec, folders),
-        train=parse(TrainSpec, training.model_dump() | given, str(train)),
-    )
+    return collect_inputs(config, spec, parse(TrainSpec, training.model_dump() | given, str(train)), folders)
 
 
 def _with_load(inputs: "Inputs", path: Path) -> "Inputs":

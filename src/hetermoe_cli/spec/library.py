@@ -1,4 +1,5 @@
-"""Library: finds the profile of a device type and the record of a named link in folders of YAML files."""
+"""Library: finds the profile of a device type and the record of a named link in folders of YAML files, and puts a
+plan's inputs together."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +7,10 @@ from pathlib import Path
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.cluster import ClusterSpec, Link, LinkRecord
 from hetermoe_cli.spec.files import load
+from hetermoe_cli.spec.model import ModelConfig
+from hetermoe_cli.spec.plan import Inputs
 from hetermoe_cli.spec.profile import Profile
+from hetermoe_cli.spec.train import TrainSpec
 
 
 def packaged_folder() -> Path:
@@ -20,6 +24,17 @@ def default_folders() -> list[Path]:
     """`profiles` in the working directory where there is one, then what ships with hetermoe."""
     local, packaged = Path("profiles"), packaged_folder()
     return [local] * (local.is_dir() and local.resolve() != packaged.resolve()) + [packaged]
+
+
+def collect_inputs(model: ModelConfig, cluster: ClusterSpec, train: TrainSpec, folders: Sequence[Path]) -> Inputs:
+    """Everything that a plan is made from, with the links and profiles that the cluster needs from `folders`."""
+    return Inputs(
+        model=model,
+        cluster=cluster,
+        links=load_links(cluster, folders),
+        profiles=load_profiles(cluster, folders),
+        train=train,
+    )
 
 
 def load_profiles(cluster: ClusterSpec, folders: Sequence[Path]) -> dict[str, Profile]:
