@@ -1,19 +1,17 @@
 """`hetermoe train` with packed documents, a capacity and scaled positions, all from YAML; and how it resumes."""
 
-import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
+import train_command
 from builders import make_inputs, make_layout, make_model, make_plan, make_profile
 from hetermoe_cli.spec.files import dump
+from train_command import events
 
-HETERMOE = [str(Path(sys.executable).parent / "hetermoe")]
 SCALING = {"rope_type": "llama3", "factor": 4, "low_freq_factor": 1, "high_freq_factor": 2}
 MODEL = make_model(
     layers=2, experts=4, hidden_size=16, ffn_size=24, head_size=4, router_capacity=0.75,
@@ -45,15 +43,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(plan: Path, folder: Path, text: Path, *options: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [*HETERMOE, "train", plan, "--run-folder", folder, "--data", text, "--checkpoint-every", 3, *options]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
-
-
-def steps(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == "step"]
+    given = ("--run-folder", folder, "--data", text, "--checkpoint-every", 3)
+    return train_command.train(plan, *given, *options, code=code)
 
 
 def resume(plan: Path, whole: Path, folder: Path, text: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -68,9 +59,9 @@ def test_masked_documents_and_capacity_resume_bit_exact_and_under_another_layout
     train(masked, whole, text)
     resume(masked, whole, tmp_path / "half", text)
     resume(moved, whole, tmp_path / "moved", text)
-    found = steps(whole)
-    assert [line["loss"] for line in steps(tmp_path / "half")] == [line["loss"] for line in found[3:]]
-    assert steps(tmp_path / "moved")[0]["loss"] == pytest.approx(found[3]["loss"], rel=1e-5)
+    found = events(whole, "step")
+    assert [line["loss"] for line in events(tmp_path / "half", "step")] == [line["loss"] for line in found[3:]]
+    assert events(tmp_path / "moved", "step")[0]["loss"] == pytest.approx(found[3]["loss"], rel=1e-5)
     loads = sum(np.load(whole / f"loads/rank{rank}.npy") for rank in (0, 1))  # [steps, layers, micro-batches, experts]
     for line, rows in zip(found, loads.sum(axis=(2, 3)), strict=True):
         assert line["dropped_rows"] == [BATCH * LENGTH * MODEL.top_k - kept for kept in rows]
@@ -82,7 +73,7 @@ def test_masked_documents_are_another_run_than_joined_ones(text: Path, tmp_path:
     masked, joined = plan_file(tmp_path, "masked"), plan_file(tmp_path, "joined")
     train(masked, tmp_path / "masked", text, "--steps", 3)
     train(joined, tmp_path / "joined", text, "--steps", 1)
-    assert steps(tmp_path / "masked")[0]["loss"] != steps(tmp_path / "joined")[0]["loss"]
+    assert events(tmp_path / "masked", "step")[0]["loss"] != events(tmp_path / "joined", "step")[0]["loss"]
     refused = resume(joined, tmp_path / "masked", tmp_path / "other", text, code=3)
     assert "field extra.documents: made with masked, this run has joined" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1

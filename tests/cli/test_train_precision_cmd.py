@@ -3,18 +3,18 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import train_command
 from builders import make_inputs, make_layout, make_model, make_plan, make_profile
 from hetermoe_cli.model.checkpoint import load_tensors, read_manifest
 from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.profile import Precision
+from train_command import events
 
-HETERMOE = [str(Path(sys.executable).parent / "hetermoe")]
 MODEL = make_model(layers=2, experts=4, hidden_size=16, ffn_size=24, head_size=4)
 STEPS = 8
 
@@ -40,29 +40,21 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(plan: Path, folder: Path, text: Path, *options: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [*HETERMOE, "train", plan, "--run-folder", folder, "--data", text, *options]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
-
-
-def steps(folder: Path) -> list[dict[str, object]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == "step"]
+    return train_command.train(plan, "--run-folder", folder, "--data", text, *options, code=code)
 
 
 def test_bf16_trains_without_a_loss_scale(tmp_path: Path, text: Path) -> None:
     done = train(plan_file(tmp_path, "bf16"), tmp_path / "run", text, "--json")
     summary = json.loads(done.stdout)
     assert summary["last_loss"] < summary["first_loss"]
-    assert "loss_scale" not in steps(tmp_path / "run")[0]
+    assert "loss_scale" not in events(tmp_path / "run", "step")[0]
     assert "loss_scale" not in read_manifest(tmp_path / f"run/checkpoints/step-{STEPS:08d}").extra
 
 
 def test_fp16_resumes_bit_exactly_with_its_loss_scale(tmp_path: Path, text: Path) -> None:
     plan, whole, half = plan_file(tmp_path, "fp16"), tmp_path / "whole", tmp_path / "half"
     train(plan, whole, text, "--checkpoint-every", 4)
-    assert {(line["loss_scale"], line["skipped"]) for line in steps(whole)} == {(2.0**16, False)}
+    assert {(line["loss_scale"], line["skipped"]) for line in events(whole, "step")} == {(2.0**16, False)}
     middle = whole / "checkpoints/step-00000004"
     assert read_manifest(middle).extra["loss_scale"] == {"scale": 2.0**16, "good_steps": 4, "skipped_steps": 0}
     assert load_tensors(middle, {"head.weight"})["head.weight"].dtype == torch.float32
@@ -70,7 +62,7 @@ def test_fp16_resumes_bit_exactly_with_its_loss_scale(tmp_path: Path, text: Path
     (half / "checkpoints").mkdir(parents=True)
     shutil.copytree(middle, half / "checkpoints/step-00000004")
     train(plan, half, text, "--checkpoint-every", 4, "--resume")
-    assert [line["loss"] for line in steps(half)] == [line["loss"] for line in steps(whole)[4:]]
+    assert [line["loss"] for line in events(half, "step")] == [line["loss"] for line in events(whole, "step")[4:]]
     last = f"checkpoints/step-{STEPS:08d}"
     for rank in (0, 1):
         shard = f"{last}/rank-{rank:05d}.safetensors"

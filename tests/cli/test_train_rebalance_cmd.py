@@ -2,10 +2,7 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -13,8 +10,8 @@ import yaml
 from builders import make_inputs, make_layout, make_model, make_plan, make_profile
 from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.plan import Plan
+from train_command import events, train
 
-HETERMOE = [str(Path(sys.executable).parent / "hetermoe")]
 STEPS, EVERY, SAVED = 12, 4, 9
 MODEL = make_model(layers=2, experts=8, top_k=1, hidden_size=16, ffn_size=24, head_size=4, initializer_range=0.5)
 
@@ -38,17 +35,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def train(*arguments: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*HETERMOE, "train", *map(str, arguments)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def lines(folder: Path, event: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["event"] == event]
-
-
 def resumed_from(whole: Path, step: int, folder: Path) -> Path:
     """A new run folder that holds one checkpoint of another."""
     name = f"step-{step:08d}"
@@ -69,7 +55,7 @@ def test_experts_move_and_a_resumed_run_goes_on_where_they_are(text: Path, tmp_p
     assert f"step {EVERY}: since step {EVERY // 2 + 1}: departs from what was assumed: rank " in done.stderr
     assert f"step {moved}: rebalanced: {changes[0]['moved']} experts move" in done.stderr
     assert f"experts moved after step {moved}" in done.stdout
-    steps = lines(whole, "step")
+    steps = events(whole, "step")
     predicted = [line["predicted_iteration_seconds"] for line in steps]
     assert predicted[moved - 1] != predicted[moved] == changes[0]["iteration_seconds"]
     in_force = [change for change in changes if change["step"] <= SAVED][-1]
@@ -82,7 +68,7 @@ def test_experts_move_and_a_resumed_run_goes_on_where_they_are(text: Path, tmp_p
     run = yaml.safe_load((half / "run.yaml").read_text())
     assert run["rebalanced"] == in_force
     assert yaml.safe_load((half / "rebalances.yaml").read_text())["changes"][0] == in_force
-    losses = [line["loss"] for line in lines(half, "step")]
+    losses = [line["loss"] for line in events(half, "step")]
     assert losses == [line["loss"] for line in steps[SAVED:]]  # bit by bit: the experts are where they were
 
     dump(skewed_plan((0, 8, 0)), tmp_path / "other.yaml")
@@ -90,17 +76,17 @@ def test_experts_move_and_a_resumed_run_goes_on_where_they_are(text: Path, tmp_p
     done = train(tmp_path / "other.yaml", "--run-folder", other, "--data", text, "--drift-every", 0, "--resume")
     assert "note: the checkpoint's experts had moved" in done.stderr
     assert yaml.safe_load((other / "run.yaml").read_text())["rebalanced"] is None
-    assert [line["loss"] for line in lines(other, "step")] == pytest.approx(losses, rel=1e-4)
-    assert not lines(other, "drift")
+    assert [line["loss"] for line in events(other, "step")] == pytest.approx(losses, rel=1e-4)
+    assert not events(other, "drift")
 
 
 def test_without_the_option_it_only_says_so(text: Path, tmp_path: Path) -> None:
     dump(skewed_plan(), tmp_path / "plan.yaml")
     folder = tmp_path / "run"
     done = train(tmp_path / "plan.yaml", "--run-folder", folder, "--data", text, "--drift-every", EVERY, "--json")
-    assert len(lines(folder, "drift")) == done.stderr.count("departs from what was assumed") >= 1
+    assert len(events(folder, "drift")) == done.stderr.count("departs from what was assumed") >= 1
     assert "--rebalance moves experts where that pays" in done.stderr
-    assert not lines(folder, "rebalance")
+    assert not events(folder, "rebalance")
     assert json.loads(done.stdout)["moves"] == []
     manifest = json.loads((folder / f"checkpoints/step-{STEPS:08d}/manifest.json").read_text())
     assert "rebalanced" not in manifest["extra"]

@@ -6,14 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from single_device import trained
 from test_engine_equality import LENGTH, MODEL, arrays, batches
 from workers import run_workers
 
+from train_command import events
 from builders import make_inputs, make_layout, make_plan, make_profile
-from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
 from hetermoe_cli.model.training_state import training_tensors
-from hetermoe_cli.model.transformer import Transformer, initialise, named_tensors
-from hetermoe_cli.runtime.recorder import read_metrics, read_rebalances
+from hetermoe_cli.model.transformer import named_tensors
+from hetermoe_cli.runtime.recorder import read_rebalances
 from hetermoe_cli.spec.base import sha256
 from hetermoe_cli.spec.run import Emulation, RunSpec
 from hetermoe_cli.spec.train import TrainSpec
@@ -88,25 +89,8 @@ def work(rank: int, run: RunSpec) -> tuple[list[float], dict[str, np.ndarray], l
 
 
 def reference() -> tuple[list[float], dict[str, np.ndarray]]:
-    torch.set_num_threads(1)
-    model = Transformer(MODEL).double()
-    initialise(model, MODEL, seed=3)
-    skew(model)
-    optimizer, data, losses = make_optimizer(model, TRAIN), batches(), []
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        loss = model(*data.sequences(step, 0, 8)) / (8 * LENGTH)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), TRAIN.gradient_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(TRAIN, step)
-        optimizer.step()
-        losses.append(loss.item())
+    model, optimizer, losses = trained(TRAIN, skew)
     return losses, arrays(training_tensors(model, optimizer))
-
-
-def events(folder: Path, kind: str) -> list[dict[str, Any]]:
-    return [line for line in read_metrics(folder) if line["event"] == kind]
 
 
 @pytest.fixture(autouse=True)

@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
+from single_device import trained
 from test_engine_equality import LENGTH, MODEL, Case, batches, hosts
 from workers import run_workers
 
-from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
-from hetermoe_cli.model.transformer import Transformer, initialise, named_tensors
+from hetermoe_cli.model.transformer import named_tensors
 from hetermoe_cli.spec.train import TrainSpec
 
 STEPS = 200
@@ -32,19 +31,8 @@ def weights_and_loss(rank: int, case: Case) -> tuple[dict[str, np.ndarray], floa
 
 @pytest.fixture(scope="module")
 def reference() -> tuple[dict[str, np.ndarray], float]:
-    torch.set_num_threads(1)
-    model = Transformer(MODEL).double()
-    initialise(model, MODEL, seed=0)
-    optimizer, data, loss = make_optimizer(model, TRAIN), batches(), torch.zeros(())
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        loss = model(*data.sequences(step, 0, 8)) / (8 * LENGTH)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), TRAIN.gradient_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(TRAIN, step)
-        optimizer.step()
-    return {name: tensor.numpy().copy() for name, tensor in named_tensors(model).items()}, loss.item()
+    model, _, losses = trained(TRAIN)
+    return {name: tensor.numpy().copy() for name, tensor in named_tensors(model).items()}, losses[-1]
 
 
 @pytest.mark.parametrize("name", CASES)

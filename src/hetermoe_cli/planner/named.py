@@ -189,6 +189,7 @@ class Named:
         given = self.layout.placement[layer]
         fewest, last = len(given.replicated), np.inf
         most = np.array([len(e) if aim.same_counts else self.experts for e in given.experts])
+        # an upper estimate: layers above the first reduce their copies' gradients during backward
         none, one = (self.cost.synchronise_seconds(self.layout.schedule, self.layout.attending, n) for n in (0, 1))
         for count in range(fewest, min(fewest + MORE_COPIES * aim.more_copies, self.experts) + 1):
             copies, rest = self.hottest[layer, :count], np.sort(self.hottest[layer, count:])

@@ -202,7 +202,8 @@ def _legend(figure: Any, used: set[str]) -> None:
     handles = [Patch(color=COLOURS[name], label=name) for name in CATEGORIES if name in used]
     handles.append(Patch(color="#efefef", label="waiting"))
     note = (
-        "each rank: compute, rows to the experts, rows from the experts; in the bars: layer.micro-batch, or the layer"
+        "each rank: compute, rows to the experts, rows from the experts, gradients; "
+        "in the bars: layer.micro-batch, or the layer"
     )
     figure.legend(
         handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, title=note, frameon=False

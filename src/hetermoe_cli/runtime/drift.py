@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.planner.drift import LEAST_FACTOR, Drift, find_drift
 from hetermoe_cli.runtime.clock import Timing
-from hetermoe_cli.runtime.mesh import Mesh, peer_errors
+from hetermoe_cli.runtime.mesh import Mesh
 from hetermoe_cli.runtime.trainer import StepResult, Trainer
 from hetermoe_cli.schedule.action import Kind
 from hetermoe_cli.spec.load import ExpertLoad
@@ -79,8 +78,7 @@ class DriftMonitor:
         """Collective: what rank 0 finds; None on the others."""
         slowdown = torch.zeros(self._mesh.world_size, dtype=torch.float64, device=self._mesh.wire)
         slowdown[self._mesh.rank] = self._slowdown()
-        with peer_errors():
-            dist.all_reduce(slowdown)
+        self._mesh.all_reduce(slowdown)
         rows, half = np.array(self._rows), len(self._rows) // 2
         self._restart()
         if self._mesh.rank:
@@ -105,14 +103,15 @@ class DriftMonitor:
 
     def _slowdown(self) -> float:
         """This rank's compute seconds over the profiled ones for the rows that it really had; as assumed if unknown."""
-        run, rank = self._run, self._mesh.rank
-        cost = LayoutCost(CostModel(run.plan.inputs), run.layout)
+        rank = self._mesh.rank
+        if not self._timings:
+            return self.assumed[1][rank]
+        cost = LayoutCost(CostModel(self._run.plan.inputs), self._run.layout)
         measured = profiled = 0.0
         for timing in (timing for step in self._timings for timing in step):
             measured += timing.seconds
             if timing.action.kind is Kind.EXPERT and timing.rows is not None:
-                rows = [count * run.row_scale for count in timing.rows]
-                profiled += cost.expert_seconds(rank, timing.action, rows)
+                profiled += cost.expert_seconds(rank, timing.action, [float(count) for count in timing.rows])
             else:
                 profiled += cost.seconds(rank, timing.action)
-        return measured / (profiled * run.time_scale) if profiled else self.assumed[1][rank]
+        return measured / profiled if profiled else self.assumed[1][rank]
