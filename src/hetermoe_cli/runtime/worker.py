@@ -1,6 +1,7 @@
 """A worker: `python -m hetermoe_cli.runtime.worker RUN.yaml`, started by a torch.distributed launcher.
 
-It reads run.yaml and the launcher's environment, and nothing else. It never plans, profiles or guesses.
+It reads run.yaml and the launcher's environment, and nothing else. It never profiles or guesses, and plans nothing but
+new places for experts, on rank 0 and only where the run asks for it (`rebalance`).
 """
 
 import math
