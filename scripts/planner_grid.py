@@ -51,7 +51,10 @@ BAD_CASE = Point("mixtral-d1", "a40x4-v100x3", 32, 4)
 
 
 def sample(point: Point, time_limit: float) -> dict[str, Any]:
-    """Figures of one plan; speed-ups are null where a rival does not fit."""
+    """Figures of one plan; speed-ups are null where a rival does not fit.
+
+    `ep_ideal_ruled_out`: the bound proves that no layout of the searched space is as fast as EP (Ideal).
+    """
     began = time.monotonic()
     plan = point.plan(time_limit)
     seconds = plan.predicted.iteration_seconds
@@ -65,13 +68,16 @@ def sample(point: Point, time_limit: float) -> dict[str, Any]:
         "speed_up": {name: None if value is None else value / seconds for name, value in rivals.items()},
         "gap": plan.gap,
         "work_gap": max(0.0, 1 - plan.bound.work_iteration_seconds / seconds),
+        "ep_ideal_ruled_out": bool(rivals["ep_ideal"] and rivals["ep_ideal"] < plan.bound.iteration_seconds),
         "status": plan.solver.status,
         "seconds": time.monotonic() - began,
     }
     ratios = " ".join(f"{name} {value:.3f}" for name, value in result["speed_up"].items() if value)
     print(
         f"{point.model} {point.cluster} {point.length}K: {seconds:.4f} s, gap {plan.gap:.2%}, "
-        f"work gap {result['work_gap']:.1%}, {result['seconds']:.1f} s; {ratios}",
+        f"work gap {result['work_gap']:.1%}, {result['seconds']:.1f} s; {ratios}"
+        + "; EP (Ideal) ruled out"
+        * result["ep_ideal_ruled_out"],
         file=sys.stderr,
     )
     return result

@@ -17,6 +17,9 @@ WORKER = "hetermoe_cli.runtime.worker"
 RUN_FILE = "run.yaml"
 _SHUTDOWN_SECONDS = 600  # after Ctrl-C: the step in progress, and the checkpoint
 _LOG_TAIL_LINES = 15
+# glibc gives memory at the top of its heap back and takes it again page by page: as experts' rows change from step to
+# step, that took up to 15 % of a worker's time. Blocks below 1 GiB stay with the process; who sets these keeps theirs.
+_KEEP_FREED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 
 def command(run: RunSpec) -> list[str]:
@@ -26,7 +29,8 @@ def command(run: RunSpec) -> list[str]:
 
 def environment(run: RunSpec) -> dict[str, str]:
     """Variables that the workers get beside the launcher's own (RANK, WORLD_SIZE, MASTER_ADDR, ...)."""
-    return {
+    kept = {name: os.environ.get(name, value) for name, value in _KEEP_FREED.items()}
+    return kept | {
         "OMP_NUM_THREADS": str(run.threads_per_rank),
         "GLOO_SOCKET_IFNAME": "lo",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_SECONDS),
