@@ -24,6 +24,7 @@ from hetermoe_cli.spec.files import dump, write_atomic
 from hetermoe_cli.spec.model import NAMED_MODELS, LayerShape
 from hetermoe_cli.spec.profile import (
     AttentionPoint,
+    DensePoint,
     DeviceFacts,
     ExpertPoint,
     HeadPoint,
@@ -37,6 +38,8 @@ from roofline import (
     Work,
     attention_saved_bytes,
     attention_work,
+    dense_saved_bytes,
+    dense_work,
     expert_saved_bytes,
     expert_work,
     head_saved_bytes,
@@ -94,14 +97,25 @@ def tables(gpu: Gpu) -> Iterator[KernelTable]:
 
 def table(gpu: Gpu, shape: LayerShape, precision: Precision, grid: Grid) -> KernelTable:
     """All points of one layer shape."""
+    sizes = [(1024 * kilo, sequences) for kilo, sequences in itertools.product(grid.kilotokens, grid.sequences)]
     attention = [
         AttentionPoint(
-            sequence_length=1024 * kilo,
+            sequence_length=length,
             sequences=sequences,
-            saved_bytes=attention_saved_bytes(shape, 1024 * kilo, sequences, ELEMENT_BYTES),
-            **seconds(gpu.rates, attention_work(shape, 1024 * kilo, sequences)),
+            saved_bytes=attention_saved_bytes(shape, length, sequences, ELEMENT_BYTES),
+            **seconds(gpu.rates, attention_work(shape, length, sequences)),
         )
-        for kilo, sequences in itertools.product(grid.kilotokens, grid.sequences)
+        for length, sequences in sizes
+    ]
+    dense = [
+        DensePoint(
+            sequence_length=length,
+            sequences=sequences,
+            saved_bytes=dense_saved_bytes(shape, length, sequences, ELEMENT_BYTES),
+            **seconds(gpu.rates, dense_work(shape, length, sequences)),
+        )
+        for length, sequences in sizes
+        if shape.dense_ffn_size
     ]
     expert, head = [], []
     for n in grid.tokens:
@@ -113,6 +127,7 @@ def table(gpu: Gpu, shape: LayerShape, precision: Precision, grid: Grid) -> Kern
         shape=shape,
         precision=precision,
         attention=attention,
+        dense=dense,
         expert=expert,
         head=head,
         optimizer_seconds_per_parameter=rounded(OPTIMIZER_BYTES / gpu.rates.bandwidth),
@@ -164,6 +179,7 @@ def header(name: str, gpu: Gpu) -> str:
             f"precision: {precision}",
             "seconds: scripts/roofline.py; backward: GEMM and traffic 2 x forward, attention core 2.5 x (latent 2.6 x)",
             "attention of a shape with shared experts: they run in it, on the device's own tokens",
+            "dense: one dense layer (attention, SwiGLU of dense_ffn_size) of a model that begins with such layers",
             "saved_bytes: counted in model/*.py for 2 bytes an element; tests compare the count with measurements",
             f"optimizer_seconds_per_parameter: {OPTIMIZER_BYTES} bytes of mixed-precision AdamW over the bandwidth",
             "spread, peak_bytes, other facts: null, since nothing was run",

@@ -16,11 +16,13 @@ own width (a kernel that pads them to the keys' width takes up to 20 % longer).
 
 from dataclasses import dataclass
 
-from hetermoe_cli.spec.model import NAMED_MODELS, LatentAttention, LayerShape
+from hetermoe_cli.spec.latent import LatentAttention
+from hetermoe_cli.spec.model import NAMED_MODELS, LayerShape
 
 ELEMENT_BYTES = 2  # fp16 and bf16
 LAUNCH_SECONDS = 5e-6  # one kernel launch, typical of CUDA drivers
 ATTENTION_KERNELS, EXPERT_KERNELS, HEAD_KERNELS = 20, 4, 8  # launches of a forward, counted in model/*.py
+DENSE_KERNELS = 12  # of a dense layer without its SwiGLU network: no combine, no gate
 LATENT_KERNELS = 8  # more than ATTENTION_KERNELS: three projections, two norms, copies that join the parts of a head
 BACKWARD = 2.0
 
@@ -102,21 +104,25 @@ def latent(shape: LayerShape, sizes: LatentAttention) -> Part:
     )
 
 
-def shared(shape: LayerShape) -> Part:
-    """Shared experts as one SwiGLU network of their widths together, added to the residual.
+def swiglu(hidden: int, width: int) -> Part:
+    """A SwiGLU network added to the residual: shared experts of their widths together, or a dense layer's.
 
     Saved: gate and up, silu(gate), their product; the rows are the norm's output.
     """
-    width = shape.shared_experts * shape.ffn_size
     if not width:
         return Part(0, 0, 0)
-    hidden = shape.hidden_size
     return Part(weights=3 * hidden * width, moved=3 * width + 3 * hidden, saved=4 * width, kernels=EXPERT_KERNELS + 1)
 
 
-def parts(shape: LayerShape) -> tuple[Part, Part]:
-    """How the shape attends, and its shared experts."""
-    return latent(shape, shape.latent) if shape.latent else grouped(shape), shared(shape)
+def parts(shape: LayerShape, width: int) -> tuple[Part, Part]:
+    """How the shape attends, and a SwiGLU network behind it."""
+    attends = latent(shape, shape.latent) if shape.latent else grouped(shape)
+    return attends, swiglu(shape.hidden_size, width)
+
+
+def shared_width(shape: LayerShape) -> int:
+    """Of the shared experts together."""
+    return shape.shared_experts * shape.ffn_size
 
 
 def gate_experts(shape: LayerShape) -> int:
@@ -130,15 +136,27 @@ def gate_experts(shape: LayerShape) -> int:
 
 def attention_work(shape: LayerShape, length: int, sequences: int) -> Work:
     """Combine of the layer before, norms, projections, RoPE, causal attention, gate, shared experts."""
-    hidden, experts, tokens = shape.hidden_size, gate_experts(shape), length * sequences
-    added = parts(shape)
-    weights = hidden * experts + sum(part.weights for part in added)
-    combine, norms, residual = (shape.top_k + 2) * hidden, 4 * hidden, 3 * hidden
-    moved = tokens * (combine + norms + residual + 3 * experts + sum(part.moved for part in added)) + weights
+    hidden, experts, added = shape.hidden_size, gate_experts(shape), parts(shape, shared_width(shape))
+    combine = (shape.top_k + 2) * hidden
+    return _stage_work(shape, length, sequences, added, combine + 3 * experts, hidden * experts, ATTENTION_KERNELS)
+
+
+def dense_work(shape: LayerShape, length: int, sequences: int) -> Work:
+    """A dense layer: norms, projections, RoPE, causal attention, SwiGLU network."""
+    return _stage_work(shape, length, sequences, parts(shape, shape.dense_ffn_size), 0, 0, DENSE_KERNELS)
+
+
+def _stage_work(
+    shape: LayerShape, length: int, sequences: int, added: tuple[Part, Part], moved: int, weights: int, kernels: int
+) -> Work:
+    """Norms, residual and attention core with what `added` says; `moved` elements a token and `weights` more."""
+    tokens, norms, residual = length * sequences, 4 * shape.hidden_size, 3 * shape.hidden_size
+    weights += sum(part.weights for part in added)
+    moved = tokens * (moved + norms + residual + sum(part.moved for part in added)) + weights
     key = shape.attention_heads * shape.head_size
     value = shape.attention_heads * (shape.latent.value_size if shape.latent else shape.head_size)
     pairs = sequences * length**2  # of query and key; half of them masked, 2 flops for each product
-    kernels = ATTENTION_KERNELS + sum(part.kernels for part in added)
+    kernels += sum(part.kernels for part in added)
     return Work(
         2 * tokens * weights, pairs * (key + value), pairs * (3 * key + 2 * value), ELEMENT_BYTES * moved, kernels
     )
@@ -165,11 +183,32 @@ def attention_saved_bytes(shape: LayerShape, length: int, sequences: int, elemen
     log-sum-exp beside it); gate scores, top k and their sum, int64 choices, inverse norms; once: cos and sin. Without a
     fused RMSNorm (the CPU) each norm keeps one tensor more.
     """
-    hidden, k, added = shape.hidden_size, shape.top_k, parts(shape)
-    elements = (5 + k) * hidden + gate_experts(shape) + 2 * k + 1 + sum(part.saved for part in added)
+    k, added = shape.top_k, parts(shape, shared_width(shape))
+    elements = (5 + k) * shape.hidden_size + gate_experts(shape) + 2 * k + 1
+    return _stage_saved_bytes(shape, length, sequences, element, fused_norm, added, elements, 8 * k)
+
+
+def dense_saved_bytes(shape: LayerShape, length: int, sequences: int, element: int, fused_norm: bool = True) -> int:
+    """What autograd keeps of a dense layer: both residuals, both norms' outputs; the rest as in an attention stage."""
+    added = parts(shape, shape.dense_ffn_size)
+    return _stage_saved_bytes(shape, length, sequences, element, fused_norm, added, 4 * shape.hidden_size, 0)
+
+
+def _stage_saved_bytes(
+    shape: LayerShape,
+    length: int,
+    sequences: int,
+    element: int,
+    fused_norm: bool,
+    added: tuple[Part, Part],
+    elements: int,
+    others: int,
+) -> int:
+    """`elements` and `others` (bytes) a token, and what `added`, attention core and norms keep."""
+    elements += sum(part.saved for part in added)
     if not fused_norm:
-        elements += 2 * hidden + sum(part.norms for part in added)
-    others = 4 * shape.attention_heads + 8 * k + 2 * 4 + sum(part.saved_bytes for part in added)
+        elements += 2 * shape.hidden_size + sum(part.norms for part in added)
+    others += 4 * shape.attention_heads + 2 * 4 + sum(part.saved_bytes for part in added)
     rope = shape.latent.rope_size if shape.latent else shape.head_size
     return sequences * length * (element * elements + others) + element * length * rope
 

@@ -19,6 +19,7 @@ from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.plan import Bound, Group, Inputs, Plan, Prediction, SolverReport
 from hetermoe_cli.spec.profile import (
     AttentionPoint,
+    DensePoint,
     DeviceFacts,
     ExpertPoint,
     HeadPoint,
@@ -54,6 +55,7 @@ def make_profile(
     model: ModelConfig | None = None,
     sequence_lengths: Sequence[int] = (64,),
     attention_seconds: float = 1.0,
+    dense_seconds: float = 1.5,
     expert_seconds: float = 0.01,
     head_seconds: float = 0.005,
     optimizer_seconds_per_parameter: float = 1e-6,
@@ -63,24 +65,28 @@ def make_profile(
     memory_bytes: int = 10**10,
     source: Literal["measured", "modelled"] = "modelled",
 ) -> Profile:
-    """Forward seconds per sequence (attention), per row (expert) and per token (head); backward is twice as long.
+    """Forward seconds per sequence (attention; a dense layer, if the model has any), per row (expert) and per token
+    (head); backward is twice as long.
 
-    `saved_bytes` is kept per token by attention and per row by an expert, `head_saved_bytes` per token by the head.
+    `saved_bytes` is kept per token by attention and a dense layer and per row by an expert, `head_saved_bytes` per token
+    by the head.
     """
 
     def timing(seconds: float, kept: int) -> dict[str, Any]:
         return {"forward_seconds": seconds, "backward_seconds": BACKWARD * seconds, "saved_bytes": kept}
 
+    shape = (model or make_model()).shape
+    sizes = [{"sequence_length": length, "sequences": n} for length in sequence_lengths for n in (1, 2, 4)]
+
+    def by_size(size: Mapping[str, int], seconds: float) -> dict[str, Any]:
+        n, length = size["sequences"], size["sequence_length"]
+        return {**size, **timing(n * seconds, saved_bytes * n * length)}
+
     table = KernelTable(
-        shape=(model or make_model()).shape,
+        shape=shape,
         precision=precision,
-        attention=[
-            AttentionPoint(
-                sequence_length=length, sequences=n, **timing(n * attention_seconds, saved_bytes * n * length)
-            )
-            for length in sequence_lengths
-            for n in (1, 2, 4)
-        ],
+        attention=[AttentionPoint(**by_size(size, attention_seconds)) for size in sizes],
+        dense=[DensePoint(**by_size(size, dense_seconds)) for size in sizes if shape.dense_ffn_size],
         expert=[ExpertPoint(tokens=n, **timing(n * expert_seconds, saved_bytes * n)) for n in (16, 64, 256)],
         head=[HeadPoint(tokens=n, **timing(n * head_seconds, head_saved_bytes * n)) for n in (64, 256)],
         optimizer_seconds_per_parameter=optimizer_seconds_per_parameter,

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from builders import make_inputs, make_layout, make_model, make_plan, make_profile
 from hetermoe_cli.spec.files import dump
-from hetermoe_cli.spec.model import LatentAttention, ModelConfig
+from hetermoe_cli.spec.latent import LatentAttention
+from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.plan import Plan
 
 HETERMOE = [str(Path(sys.executable).parent / "hetermoe")]

@@ -103,7 +103,7 @@ def test_attention_uses_only_the_two_neighbouring_lengths() -> None:
 @pytest.mark.parametrize("length", [99, 201])
 def test_a_length_outside_the_profile_is_refused(length: int) -> None:
     with pytest.raises(UserError) as caught:
-        AttentionCurve(attention(100, 1.0) + attention(200, 5.0), length, "profile T4")
+        AttentionCurve(attention(100, 1.0) + attention(200, 5.0), length, "profile T4: field attention")
     assert str(caught.value) == (
         f"profile T4: field attention: sequence length {length} is outside the profiled 100..200: "
         f"profile it with --sequence-lengths {length}"

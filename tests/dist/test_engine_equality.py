@@ -70,6 +70,7 @@ MIXED = [
 SIGMOID = {"router_score": "sigmoid", "router_renormalise": False, "router_scale": 2.5, "shared_experts": 2}
 LOSSES = {"router_balance": "auxiliary", "router_auxiliary_loss": 0.5, "router_z_loss": 0.1}
 BIAS = {"router_score": "sigmoid", "router_balance": "bias", "router_bias_rate": 0.05, "router_auxiliary_loss": 0.1}
+DENSE = {"dense_layers": 1, "dense_ffn_size": 20}
 CAPACITY = {"router_capacity": 0.8}
 ROPE = {
     "rope_scaling": {
@@ -121,6 +122,13 @@ CASES = {
     "capacity, EP, R=4": Case([1, 1], hosts([0, 1, 2], [3, 4, 5]), 4, features=CAPACITY | LOSSES),
     "capacity, mixed, windows, recompute": Case(
         [1, 1, 0, 0], MIXED, 4, schedule="windowed", recompute="all", features=CAPACITY | BIAS
+    ),
+    "dense layer": Case([4, 0], hosts([], list(range(6))), 2, features=DENSE),
+    "dense layers, recompute": Case(
+        [3, 1, 0], hosts([], [], list(range(6))), 2, recompute="all", features=DENSE | {"dense_layers": 2} | SIGMOID
+    ),
+    "dense layers, mixed, windows, documents": Case(
+        [1, 1, 0, 0], MIXED, 4, schedule="windowed", documents="masked", features=DENSE | {"dense_layers": 2} | LOSSES
     ),
     "documents": Case([4, 0], hosts([], list(range(6))), 2, documents="masked"),
     "documents, mixed, windows, recompute, rope scaling": Case(

@@ -9,10 +9,12 @@ from hetermoe_cli.spec.plan import Inputs
 
 
 def random_inputs(
-    rng: random.Random, *, devices: int, layers: int, experts: int, batch: int, flat: bool = False, tight: bool = False
-) -> Inputs:
+    rng: random.Random, *, devices: int, layers: int, experts: int, batch: int, flat: bool = False, tight: bool = False,
+    dense_layers: int = 0,
+) -> Inputs:  # fmt: skip
     """Up to three device types on nodes of up to three devices (one each if `flat`); `tight` memory may bind."""
-    model = make_model(layers=layers, experts=experts, top_k=1)
+    dense = {"dense_layers": dense_layers, "dense_ffn_size": 96} if dense_layers else {}
+    model = make_model(layers=layers, experts=experts, top_k=1, **dense)
     types = rng.sample(["new", "old", "older"], rng.choice([1, 2, 3]))
     nodes: list[tuple[str, int]] = []
     while (left := devices - sum(count for _, count in nodes)) > 0:
@@ -23,6 +25,7 @@ def random_inputs(
             name,
             model=model,
             attention_seconds=rng.choice([0.05, 0.3, 1.0, 3.0]),
+            dense_seconds=rng.choice([0.1, 0.5, 2.0]) if dense_layers else 0.0,
             expert_seconds=rng.choice([0.002, 0.01, 0.03]),
             head_seconds=rng.choice([0.0005, 0.005, 0.05]),
             optimizer_seconds_per_parameter=rng.choice([1e-9, 1e-8, 1e-6]),

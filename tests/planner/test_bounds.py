@@ -19,14 +19,23 @@ from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.simulator import simulate
 
 
+@pytest.mark.parametrize("dense_layers", [0, 2])
 @pytest.mark.parametrize("seed", range(60))
-def test_bounds_hold_for_every_device_level_placement(seed: int) -> None:
+def test_bounds_hold_for_every_device_level_placement(seed: int, dense_layers: int) -> None:
     rng = random.Random(seed)
     devices, layers, experts = rng.randint(1, 6), rng.randint(1, 4), rng.randint(1, 7)
     choice = random_choice(rng, devices)
     batch = sum(choice.sequences) * choice.schedule.micro_batches
     cost = CostModel(
-        random_inputs(rng, devices=devices, layers=layers, experts=experts, batch=batch, flat=seed % 3 > 0)
+        random_inputs(
+            rng,
+            devices=devices,
+            layers=layers,
+            experts=experts,
+            batch=batch,
+            flat=seed % 3 > 0,
+            dense_layers=dense_layers,
+        )
     )
     ready = Prepared.of(cost, choice)
     members = kinds(cost.devices)

@@ -100,7 +100,7 @@ def test_split_against_brute_force(
     seconds, most = [t for t, _ in stages], [m for _, m in stages]
     shares = [list(s) for s in product(*(range(1, m + 1) for m in most)) if sum(s) == layers]
     best = min((value(seconds, head, share, micro_batches) for share in shares), default=inf)
-    found = split(layers, seconds, head, most, micro_batches)
+    found = split(layers, seconds, [0.0] * (len(stages) - 1) + [head], most, micro_batches)
     assert (found is None) == (best == inf)
     if found:
         assert found in shares
@@ -108,9 +108,9 @@ def test_split_against_brute_force(
 
 
 def test_split_keeps_to_memory() -> None:
-    assert split(4, [1.0, 3.0], 0.0, [4, 4], 8) == [3, 1]
-    assert split(4, [1.0, 3.0], 0.0, [2, 4], 8) == [2, 2]
-    assert split(4, [1.0, 3.0], 0.0, [2, 1], 8) is None
+    assert split(4, [1.0, 3.0], [0.0, 0.0], [4, 4], 8) == [3, 1]
+    assert split(4, [1.0, 3.0], [0.0, 0.0], [2, 4], 8) == [2, 2]
+    assert split(4, [1.0, 3.0], [0.0, 0.0], [2, 1], 8) is None
 
 
 def test_micro_batches_go_where_they_end_first() -> None:

@@ -51,13 +51,14 @@ def brute_force(inputs: Inputs) -> float:
     return best
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(32))
 def test_equals_brute_force_on_random_instances(seed: int) -> None:
     rng = random.Random(seed)
     devices, layers = rng.choice([(2, 2), (2, 1), (3, 1), (3, 1)])
     inputs = random_inputs(
-        rng, devices=devices, layers=layers, experts=rng.choice([2, 3]), batch=rng.choice([2, 3, 4]), tight=True
-    )
+        rng, devices=devices, layers=layers, experts=rng.choice([2, 3]), batch=rng.choice([2, 3, 4]), tight=True,
+        dense_layers=seed // 24,
+    )  # fmt: skip
     best = brute_force(inputs)
     options = PlanOptions(solver=SolverOptions(relative_gap=GAP))
     if best == inf:

@@ -73,14 +73,17 @@ def instance(
     latency: float = 0.0,
     bandwidth: float = 0.1,
     recompute: str = "none",
+    dense_layers: int = 0,
 ) -> Inputs:
-    model = make_model(layers=layers, experts=experts, top_k=1)
+    dense = {"dense_layers": dense_layers, "dense_ffn_size": 96} if dense_layers else {}
+    model = make_model(layers=layers, experts=experts, top_k=1, **dense)
     link = Link(bandwidth_gigabytes_per_second=bandwidth, latency_microseconds=latency)
     profiles = {
         name: make_profile(
             name,
             model=model,
             attention_seconds=1e-3 * (old if name == "old" else 1.0),
+            dense_seconds=1.4e-3 * (old if name == "old" else 1.0),
             expert_seconds=2.3e-5 * (old_experts if name == "old" else 1.0),
             head_seconds=2e-6,
             optimizer_seconds_per_parameter=1e-10,
@@ -107,6 +110,10 @@ CASES = {
     "3 types": instance((("new", 1), ("old", 1), ("older", 1)), experts=3, batch=4),
     "4 new + 4 old": instance((("new", 4), ("old", 4)), experts=2, batch=2, old=2.0),
     "3 new + 3 old, a NIC each": instance((("new", 1),) * 3 + (("old", 1),) * 3, experts=2, batch=2, old=1.5),
+    "dense layer": instance((("new", 1), ("old", 1)), experts=3, layers=2, batch=4, dense_layers=1),
+    "dense layers, recompute": instance(
+        (("new", 2), ("old", 1)), experts=2, batch=4, dense_layers=2, recompute="auto", memory={"new": 2_200_000}
+    ),
     "memory binds": instance((("new", 1), ("old", 1)), experts=4, batch=4, memory={"new": int(PARAMETERS * 0.75)}),
 }
 

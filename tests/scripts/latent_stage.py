@@ -6,7 +6,8 @@ from torch.nn import functional
 
 from hetermoe_cli.model.moe import combine
 from hetermoe_cli.model.rope import rope_table, rotate
-from hetermoe_cli.spec.model import LatentAttention, ModelConfig
+from hetermoe_cli.spec.latent import LatentAttention
+from hetermoe_cli.spec.model import ModelConfig
 
 
 class LatentStage(nn.Module):

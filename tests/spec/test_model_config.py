@@ -11,10 +11,10 @@ from builders import make_model
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.base import sha256
 from hetermoe_cli.spec.files import dump
+from hetermoe_cli.spec.latent import LatentAttention
 from hetermoe_cli.spec.model import (
     NAMED_MODELS,
     ROUTER_FIELDS,
-    LatentAttention,
     LayerShape,
     ModelConfig,
     load_model,
@@ -42,6 +42,51 @@ MIXTRAL: dict[str, Any] = {
     "vocab_size": 32000,
 }
 
+# As published with DeepSeek-V3, without fields that say nothing of its layers.
+DEEPSEEK: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "initializer_range": 0.02,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096, "beta_fast": 16.0}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -90,14 +135,20 @@ def test_qwen3_235b_has_its_published_parameter_count() -> None:
     assert model.dense_parameters == pytest.approx(8.0e9, rel=0.01)
 
 
-def test_deepseek_v3_has_its_published_parameter_count_but_for_three_dense_layers() -> None:
+def test_deepseek_v3_has_its_published_parameter_count() -> None:
     model = load_model("deepseek-v3")
-    expert = 3 * 7168 * 2048
-    three_moe = 3 * (257 * expert + 256 * 7168)  # routed and shared experts, gate
-    three_dense = 3 * 3 * 7168 * 18432
     gate_biases = 58 * 256  # state in ours, not parameters
-    assert model.parameters - three_moe + three_dense + gate_biases == 671_026_419_200
-    assert model.dense_parameters == pytest.approx(16.1e9, rel=0.01)
+    assert model.parameters + gate_biases == 671_026_419_200
+    assert (model.layers, model.dense_layers) == (58, 3)
+    assert model.dense_parameters == pytest.approx(17.1e9, rel=0.01)
+
+
+def test_dense_layers_count_every_matrix_once() -> None:
+    model = make_model(layers=3, dense_layers=2, dense_ffn_size=96)
+    attention = 2 * 64 * (64 + 32)
+    assert model.dense_layer_parameters == attention + 3 * 64 * 96 + 2 * 64
+    assert model.parameters == make_model(layers=3).parameters + 2 * model.dense_layer_parameters
+    assert model.first_stage_parameters == 2 * model.dense_layer_parameters + model.attention_layer_parameters
 
 
 def test_latent_attention_and_shared_experts_count_every_matrix_once() -> None:
@@ -111,8 +162,9 @@ def test_latent_attention_and_shared_experts_count_every_matrix_once() -> None:
 
 def test_files_and_hashes_from_before_these_fields_stay_valid() -> None:
     model = load_model("tiny")
+    later = {"shared_experts", "latent", "rope_scaling", "dense_layers", "dense_ffn_size"}
     for spec in (model, model.shape):
-        assert not {"shared_experts", "latent", "rope_scaling"} & spec.model_dump(mode="json").keys()
+        assert not later & spec.model_dump(mode="json").keys()
     assert sha256(model) == "d90d0ff2a88f1ea0f93df4dc8c19ffea40edfa4546194f7d9cd8c1f5b56455ed"  # in users' plans
     assert LayerShape.model_validate(model.shape.model_dump()) == model.shape
 
@@ -120,9 +172,10 @@ def test_files_and_hashes_from_before_these_fields_stay_valid() -> None:
 def test_shape_tells_kernels_of_different_speed_apart() -> None:
     model, latent = load_model("deepseek-v3"), load_model("deepseek-v3").latent
     assert latent is not None
-    others = {"shared_experts": 0}, {"latent": None}, {"latent": latent.model_copy(update={"query_rank": 8})}
+    narrow = latent.model_copy(update={"query_rank": 8})
+    others = {"shared_experts": 0}, {"latent": None}, {"dense_ffn_size": 9216}, {"latent": narrow}
     shapes = {model.shape, *(model.model_copy(update=other).shape for other in others)}
-    assert len(shapes) == len({shape.label() for shape in shapes}) == 4
+    assert len(shapes) == len({shape.label() for shape in shapes}) == 5
 
 
 def test_the_engine_refuses_what_it_cannot_run() -> None:
@@ -199,9 +252,10 @@ def test_hugging_face_default_of_rope_theta(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "llama"}, "field model_type: expected 'mixtral', found 'llama'"),
+        ({"model_type": "llama"}, "field model_type: expected 'mixtral' or 'deepseek_v3', found 'llama'"),
         ({"hidden_act": "gelu"}, "field hidden_act: the value 'gelu' is not supported"),
         ({"sliding_window": 4096}, "field sliding_window: the value 4096 is not supported"),
+        ({"attention_bias": True}, "field attention_bias: the value True is not supported"),
         ({"tie_word_embeddings": True}, "field tie_word_embeddings: the value True is not supported"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "field rope_scaling: Input tag 'longrope' found"),
         ({"rope_parameters": {"rope_type": "linear"}}, "field rope_scaling.linear.factor: Field required"),
@@ -220,8 +274,45 @@ def test_hugging_face_refusals(tmp_path: Path, changes: dict[str, Any], words: s
     assert words in str(caught.value)
 
 
+def deepseek_file(folder: Path, **changes: Any) -> str:
+    path = folder / "config.json"
+    path.write_text(json.dumps({name: value for name, value in {**DEEPSEEK, **changes}.items() if value is not ...}))
+    return str(path)
+
+
+def test_hugging_face_config_of_deepseek_v3(tmp_path: Path) -> None:
+    model, named = load_model(deepseek_file(tmp_path)), NAMED_MODELS["deepseek-v3"]
+    assert isinstance(model.rope_scaling, YarnScaling)
+    training = ("router_balance", "router_bias_rate", "router_auxiliary_loss")  # not in the file
+    same = {name: getattr(named, name) for name in ("name", "rope_scaling", *training)}
+    assert model.model_copy(update=same) == named
+
+
+def test_hugging_face_deepseek_without_dense_layers(tmp_path: Path) -> None:
+    model = load_model(deepseek_file(tmp_path, first_k_dense_replace=0))
+    assert (model.layers, model.dense_layers, model.dense_ffn_size) == (61, 0, 0)
+
+
 @pytest.mark.parametrize(
-    ("text", "words"), [("{\n 'a': 1}", "line 2: malformed JSON"), ("[]", "expected 'mixtral', found 'list'")]
+    ("changes", "words"),
+    [
+        ({"first_k_dense_replace": 61}, "field first_k_dense_replace: expected 0 to 60 dense layers of 61, so"),
+        ({"first_k_dense_replace": "3"}, "field first_k_dense_replace: expected 0 to 60 dense layers of 61, so"),
+        ({"intermediate_size": ...}, "dense_layers 3 needs a dense_ffn_size above 0"),
+        ({"q_lora_rank": None}, "field latent.query_rank: Field required"),
+        ({"moe_layer_freq": 2}, "field moe_layer_freq: the value 2 is not supported"),
+    ],
+)
+def test_hugging_face_refusals_of_deepseek_v3(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    path = deepseek_file(tmp_path, **changes)
+    with pytest.raises(UserError) as caught:
+        load_model(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("{\n 'a': 1}", "line 2: malformed JSON"), ("[]", "or 'deepseek_v3', found 'list'")]
 )
 def test_json_that_is_no_config(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "config.json"
@@ -248,6 +339,8 @@ def test_neither_file_nor_name_lists_the_names() -> None:
         ({"kv_heads": 3}, "attention_heads 4 is not a multiple of kv_heads 3"),
         ({"head_size": 15}, "head_size 15 must be even for RoPE"),
         ({"layers": 0}, "greater than 0"),
+        ({"dense_layers": 1}, "dense_layers 1 needs a dense_ffn_size above 0"),
+        ({"dense_ffn_size": 96}, "dense_ffn_size 96 needs dense_layers above 0"),
         ({"shared_experts": -1}, "greater than or equal to 0"),
         ({"latent": {**LATENT, "value_size": 0}}, "greater than 0"),
         ({"latent": {**LATENT, "width": 8}}, "Extra inputs are not permitted"),

@@ -165,6 +165,7 @@ def _print_tables(measured: "Profile", link: "LinkRecord | None") -> None:
         rows: list[tuple[str, str, Timing]] = [
             ("attention", f"{p.sequences} x {p.sequence_length}", p) for p in kernels.attention
         ]
+        rows += [("dense layer", f"{p.sequences} x {p.sequence_length}", p) for p in kernels.dense]
         rows += [("expert", f"{p.tokens}", p) for p in kernels.expert]
         rows += [("head", f"{p.tokens}", p) for p in kernels.head]
         for kernel, size, point in rows:

@@ -56,7 +56,7 @@ class Curve:
 
 
 class AttentionCurve:
-    """Cost over the number of sequences at one sequence length.
+    """Cost over the number of sequences at one sequence length; `source` names profile and field in errors.
 
     Between two profiled lengths the time per token is interpolated linearly: exact for a + b * S per token.
     """
@@ -68,7 +68,7 @@ class AttentionCurve:
         lengths = sorted(by_length)
         if not lengths[0] <= sequence_length <= lengths[-1]:
             raise UserError(
-                f"{source}: field attention: sequence length {sequence_length} is outside the profiled "
+                f"{source}: sequence length {sequence_length} is outside the profiled "
                 f"{lengths[0]}..{lengths[-1]}: profile it with --sequence-lengths {sequence_length}"
             )
         upper = lengths[bisect_left(lengths, sequence_length)]

@@ -23,6 +23,7 @@ class DeviceCost:
 
     type: str
     attention: AttentionCurve
+    dense: AttentionCurve | None  # one dense layer, where the model has any
     expert: Curve
     head: Curve
     optimizer_seconds_per_parameter: float

@@ -118,7 +118,8 @@ class LayoutCost:
             return self.expert_seconds(rank, action, self.expert_rows(rank, action.layer, action.micro_batch))
         if action.kind is Kind.OPTIMIZER:
             return self.cost.optimizer_seconds(self.cost.of(rank), self.parameters(rank))
-        key = (self.cost.devices[rank].type, self.layout.sequences_per_rank[rank], action.kind, action.direction)
+        sequences, first = self.layout.sequences_per_rank[rank], not action.layer
+        key = (self.cost.devices[rank].type, sequences, action.kind, action.direction, first)
         if key not in self._dense:
             self._dense[key] = self._dense_seconds(rank, action)
         return self._dense[key]
@@ -126,7 +127,7 @@ class LayoutCost:
     def seconds_by_rank(self, action: Action) -> Matrix:
         """Seconds [world] of a compute action (not S) on every rank that has a part in it."""
         shape = self._shape(action.layer, action.micro_batch) if action.kind is Kind.EXPERT else None
-        key = action.kind, action.direction, shape
+        key = action.kind, action.direction, shape, not action.layer
         if key not in self._by_rank:
             self._by_rank[key] = found = np.zeros(self.layout.world_size)
             for rank in self._ranks_of(action):
@@ -162,7 +163,7 @@ class LayoutCost:
         if action.kind is Kind.HEAD:
             head = self.cost.head_cost(device, sequences)
             return head.forward + (head.backward if action.direction is Pass.BACKWARD else 0.0)
-        attention = device.attention(sequences)
+        attention = self.cost.attention_cost(device, sequences, action.layer)
         if action.direction is Pass.FORWARD:
             return attention.forward
         return attention.backward + (attention.forward if self.layout.schedule.recompute_attention else 0.0)

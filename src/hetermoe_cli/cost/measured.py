@@ -28,6 +28,7 @@ class MeasuredCost(CostModel):
                 cost,
                 type=name,
                 attention=cost.attention.slowed(factor),
+                dense=cost.dense and cost.dense.slowed(factor),
                 expert=cost.expert.slowed(factor),
                 head=cost.head.slowed(factor),
                 optimizer_seconds_per_parameter=cost.optimizer_seconds_per_parameter * factor,

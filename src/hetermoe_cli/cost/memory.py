@@ -27,6 +27,24 @@ class MemoryModel:
         """Last combine, final norm, head and loss for `sequences` sequences."""
         return device.head(sequences * self.train.sequence_length)
 
+    def attention_cost(self, device: DeviceCost, sequences: float, layer: int) -> Cost:
+        """Attention stage of `layer` for `sequences` sequences; the first one runs the dense layers too."""
+        attention = device.attention(sequences)
+        if layer:
+            return attention
+        return Cost(*(own + dense for own, dense in zip(attention, self.dense_cost(device, sequences), strict=True)))
+
+    def dense_cost(self, device: DeviceCost, sequences: float) -> Cost:
+        """All dense layers together."""
+        if device.dense is None:
+            return Cost(0.0, 0.0, 0.0)
+        return Cost(*(self.model.dense_layers * value for value in device.dense(sequences)))
+
+    def attending_seconds(self, device: DeviceCost, sequences: float) -> float:
+        """All attention stages and the head, forward and backward, nothing computed again."""
+        stages = self.model.layers * sum(device.attention(sequences)[:2]) + sum(self.dense_cost(device, sequences)[:2])
+        return stages + sum(self.head_cost(device, sequences)[:2])
+
     def dense_state_bytes(self, schedule: ScheduleChoice, attending: int) -> tuple[float, float, float]:
         """Bytes (weights, gradients, optimizer) of the dense part on each of `attending` ranks."""
         state, model = schedule.dense_state, self.model
@@ -35,8 +53,8 @@ class MemoryModel:
             return weights, gradients, optimizer
         if state == "optimizer":
             return weights, gradients, optimizer / attending
-        # the part at work is whole: a layer, or embedding and head
-        whole = max(model.attention_layer_parameters, model.edge_parameters) / model.dense_parameters
+        # the part at work is whole: a stage, or embedding and head
+        whole = max(model.first_stage_parameters, model.edge_parameters) / model.dense_parameters
         share = 1 / attending + whole * (1 - 1 / attending)
         return weights * share, gradients * share, optimizer / attending
 
@@ -45,7 +63,7 @@ class MemoryModel:
         rows themselves, or only these. Its outputs are sent and dropped."""
         return rows * self.row_bytes if recompute else device.expert(rows).saved_bytes
 
-    def _border_bytes(self, sequences: int, tensors: int) -> float:
+    def border_bytes(self, sequences: int, tensors: int) -> float:
         """So many tensors of a micro-batch's tokens, [T, H] each."""
         return tensors * sequences * self.train.sequence_length * self.row_bytes
 
@@ -55,34 +73,36 @@ class MemoryModel:
         Else what autograd saved, with the inputs; the residual that it reads is the one that the stage before saved.
         """
         if recompute:
-            return self._border_bytes(sequences, 1 + self.model.top_k)
-        return max(0.0, device.attention(sequences).saved_bytes - self._border_bytes(sequences, 1))
+            return self.border_bytes(sequences, 1 + self.model.top_k)
+        return max(0.0, device.attention(sequences).saved_bytes - self.border_bytes(sequences, 1))
 
     def attention_kept_bytes(self, device: DeviceCost, sequences: int, recompute: bool) -> float:
         """Kept by an attending device for one micro-batch, all layers together.
 
         The first stage has no k outputs to read but the head does; to this comes the gradient of the head's residual,
-        which waits for its attention stage.
+        which waits for its attention stage. What dense layers save is kept unless they are computed again.
         """
         each = self.attention_activation_bytes(device, sequences, recompute)
-        return self.model.layers * each + self._border_bytes(sequences, 1)
+        dense = 0.0 if recompute else self.dense_cost(device, sequences).saved_bytes
+        return self.model.layers * each + dense + self.border_bytes(sequences, 1)
 
     def transient_bytes(self, device: DeviceCost, sequences: int, recompute: bool) -> float:
         """Largest working set of a single attention or head task of an attending device, beside what is kept.
 
-        Head: what it saves without its inputs, and the gradient of its matrix. Attention: what is saved when it runs
-        again. Where gradients are narrower than fp32, those of the part at work are in fp32 beside (`Gradients.fold`).
+        Head: what it saves without its inputs, and the gradient of its matrix. Attention: what is saved when the first
+        stage runs again. Where gradients are narrower than fp32, those of the part at work are in fp32 beside
+        (`Gradients.fold`).
         """
         if not sequences:
             return 0.0
-        inputs = self._border_bytes(sequences, 1 + self.model.top_k)
+        inputs = self.border_bytes(sequences, 1 + self.model.top_k)
         matrix, narrow = self.model.hidden_size * self.model.vocab_size, self._narrow(device)
         # of the matrix: its new gradient, and in fp32 that and the sum of those before
         head = float(matrix * (self._element_bytes(device) + narrow * 2 * _WIDE_BYTES))
         head += max(0.0, self.head_cost(device, sequences).saved_bytes - inputs)
-        stage = float(narrow * _WIDE_BYTES * self.model.attention_layer_parameters)
+        stage = float(narrow * _WIDE_BYTES * self.model.first_stage_parameters)
         if recompute:
-            stage += max(0.0, device.attention(sequences).saved_bytes - inputs)
+            stage += max(0.0, self.attention_cost(device, sequences, 0).saved_bytes - inputs)
         return max(head, stage)
 
     def expert_transient_bytes(self, device: DeviceCost, rows: float, recompute: bool) -> float:

@@ -34,9 +34,11 @@ class CostModel(MemoryModel):
         if profile is None:
             raise UserError(f"cluster {self.inputs.cluster.name}: no profile for device type {name!r}")
         table = find_table(profile, self.model, self.train.precision_of(name))
+        length, source = self.train.sequence_length, f"profile {name}: field"
         return DeviceCost(
             type=name,
-            attention=AttentionCurve(table.attention, self.train.sequence_length, f"profile {name}"),
+            attention=AttentionCurve(table.attention, length, f"{source} attention"),
+            dense=AttentionCurve(table.dense, length, f"{source} dense") if self.model.dense_layers else None,
             expert=Curve([p.tokens for p in table.expert], table.expert),
             head=Curve([p.tokens for p in table.head], table.head),
             optimizer_seconds_per_parameter=table.optimizer_seconds_per_parameter,
@@ -97,20 +99,20 @@ class CostModel(MemoryModel):
     def reduce_seconds(self, schedule: ScheduleChoice, attending: Sequence[int], layer: int, replicated: int) -> float:
         """The part of it that follows a layer's backward: the dense part of the layer and its `replicated` experts.
 
-        `layer` 0 brings the embedding with it, model.layers is the head. The gradients of a fully sharded dense part
-        are scattered, which is half an all-reduce.
+        `layer` 0 brings the embedding and the dense layers with it, model.layers is the head. The gradients of a fully
+        sharded dense part are scattered, which is half an all-reduce.
         """
         size = self.segment_parameters(layer) * STATE_BYTES[self.train.precision][1]
         share = 0.5 if schedule.dense_state == "full" else 1.0
         return self.network.all_reduce_seconds(attending, share * size + replicated * self.expert_gradient_bytes)
 
     def segment_parameters(self, layer: int) -> int:
-        """Dense parameters whose gradients are complete after the layer's last backward; model.layers: the head's."""
+        """Shared parameters whose gradients the layer's last backward completes; model.layers: the head's."""
         model = self.model
         embedding = model.hidden_size * model.vocab_size
         if layer == model.layers:
             return model.edge_parameters - embedding
-        return model.attention_layer_parameters + (0 if layer else embedding)
+        return model.attention_layer_parameters if layer else model.first_stage_parameters + embedding
 
     def after_backward_seconds(self, schedule: ScheduleChoice, attending: Sequence[int]) -> float:
         """The part of it that nothing overlaps: where the dense part's states are sharded, the all-gather of its new

@@ -128,10 +128,12 @@ def _emulation(plan: Plan, options: EmulateOptions) -> Emulation:
 
 
 def small_model(nominal: ModelConfig) -> ModelConfig:
-    """A model of the same layers, experts and router that a few CPU cores train quickly."""
+    """A model of the same numbers of layers and experts, and the same router, that a few CPU cores train quickly."""
     return ModelConfig(
         name=f"{nominal.name}-executed",
         layers=nominal.layers,
+        dense_layers=nominal.dense_layers,
+        dense_ffn_size=224 if nominal.dense_layers else 0,
         hidden_size=64,
         ffn_size=224,
         attention_heads=4,

@@ -1,4 +1,4 @@
-"""The attention stage of one layer: attention, norms, gate and shared experts, everything but the routed experts."""
+"""Layers without their routed experts: the attention stage of a MoE layer, and the dense layers that come before."""
 
 from typing import NamedTuple
 
@@ -26,28 +26,20 @@ class Routed(NamedTuple):
     losses: Tensor | None = None
 
 
-class AttentionBlock(nn.Module):
-    """Pre-norm GQA attention with RoPE, then the expert norm, the gate and the shared experts of one layer."""
+class Attention(nn.Module):
+    """Pre-norm GQA attention with RoPE, added to the residual."""
 
-    def __init__(self, config: ModelConfig, router: Router = "learned") -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         query, key = config.attention_heads * config.head_size, config.kv_heads * config.head_size
         self.config = config
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         self.qkv = nn.Linear(config.hidden_size, query + 2 * key, bias=False)
         self.out = nn.Linear(query, config.hidden_size, bias=False)
-        self.expert_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
-        self.gate = Gate(config, router)
-        self.shared = SharedExperts(config) if config.shared_experts else None
 
-    def forward(self, hidden: Tensor, documents: Documents | None = None) -> Routed:
-        """hidden [B, S, H] -> Routed; with `documents` no token attends to another document."""
-        hidden = hidden + self._attend(self.attention_norm(hidden), documents)
-        normed = self.expert_norm(hidden)
-        weights, experts, losses = self.gate(normed)
-        if self.shared is not None:
-            hidden = hidden + self.shared(normed)
-        return Routed(hidden, normed.flatten(0, 1), weights, experts, losses)
+    def attended(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
+        """hidden [B, S, H] -> the same with attention added; with `documents` no token attends to another document."""
+        return hidden + self._attend(self.attention_norm(hidden), documents)
 
     def _attend(self, x: Tensor, documents: Documents | None = None) -> Tensor:
         c = self.config
@@ -71,14 +63,47 @@ class AttentionBlock(nn.Module):
         return out
 
 
-class SharedExperts(nn.Module):
-    """The experts that every token visits, as one SwiGLU network of their widths together."""
+class AttentionBlock(Attention):
+    """Attention, then the expert norm, the gate and the shared experts of one MoE layer."""
+
+    def __init__(self, config: ModelConfig, router: Router = "learned") -> None:
+        super().__init__(config)
+        self.expert_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
+        self.gate = Gate(config, router)
+        width = config.shared_experts * config.ffn_size  # every token visits all of them: one network
+        self.shared = SwiGLU(config.hidden_size, width) if width else None
+
+    def forward(self, hidden: Tensor, documents: Documents | None = None) -> Routed:
+        """hidden [B, S, H] -> Routed."""
+        hidden = self.attended(hidden, documents)
+        normed = self.expert_norm(hidden)
+        weights, experts, losses = self.gate(normed)
+        if self.shared is not None:
+            hidden = hidden + self.shared(normed)
+        return Routed(hidden, normed.flatten(0, 1), weights, experts, losses)
+
+
+class DenseBlock(Attention):
+    """A dense layer: attention, then a SwiGLU network that every token visits."""
 
     def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
+        self.ffn = SwiGLU(config.hidden_size, config.dense_ffn_size)
+
+    def forward(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
+        """hidden [B, S, H] -> [B, S, H]."""
+        hidden = self.attended(hidden, documents)
+        return hidden + self.ffn(self.ffn_norm(hidden))  # type: ignore[no-any-return]
+
+
+class SwiGLU(nn.Module):
+    """silu(gate) * up, projected down; `width` is that of gate and up."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
-        width = config.shared_experts * config.ffn_size
-        self.gate_up = nn.Linear(config.hidden_size, 2 * width, bias=False)
-        self.down = nn.Linear(width, config.hidden_size, bias=False)
+        self.gate_up = nn.Linear(hidden_size, 2 * width, bias=False)
+        self.down = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, normed: Tensor) -> Tensor:
         """normed [B, S, H] -> [B, S, H]."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hetermoe_cli.model.attention import AttentionBlock, Routed
+from hetermoe_cli.model.attention import AttentionBlock, DenseBlock, Routed
 from hetermoe_cli.model.documents import Documents, find_documents
 from hetermoe_cli.model.embedding import Embedding
 from hetermoe_cli.model.gate import Router
@@ -16,7 +16,7 @@ from hetermoe_cli.spec.model import ModelConfig
 
 
 class DenseModel(nn.Module):
-    """Everything but the experts: embedding, attention blocks, final norm, head.
+    """Everything but the experts: embedding, dense layers, attention blocks of the MoE layers, final norm, head.
 
     With `document_end`, the token that ends a document, attention and positions stay inside documents.
     """
@@ -25,6 +25,7 @@ class DenseModel(nn.Module):
         super().__init__()
         self.document_end = document_end
         self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.dense_layers = nn.ModuleList(DenseBlock(config) for _ in range(config.dense_layers))
         self.layers = nn.ModuleList(AttentionBlock(config, router) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -34,6 +35,13 @@ class DenseModel(nn.Module):
         if self.document_end is None:
             return None
         return find_documents(tokens, self.document_end, self.head.weight.device)
+
+    def embed(self, tokens: Tensor, documents: Documents | None = None) -> Tensor:
+        """What the first MoE layer reads: embedding and dense layers on tokens [B, S]; [B, S, H]."""
+        hidden: Tensor = self.embedding(tokens)
+        for block in self.dense_layers:
+            hidden = block(hidden, documents)
+        return hidden
 
     def stage(self, layer: int, hidden: Tensor, documents: Documents | None = None) -> Routed:
         """Attention stage of `layer` on hidden [B, S, H]."""
@@ -80,7 +88,8 @@ class Transformer(nn.Module):
 
     def run(self, tokens: Tensor, targets: Tensor) -> Outcome:
         """One pass over tokens and targets, [B, S] int64 each."""
-        hidden, documents = self.dense.embedding(tokens), self.dense.documents(tokens)
+        documents = self.dense.documents(tokens)
+        hidden = self.dense.embed(tokens, documents)
         router_losses, rows = hidden.new_zeros(2), []
         for layer, group in enumerate(self.experts):
             routed = self.dense.stage(layer, hidden, documents)

@@ -59,7 +59,7 @@ class Bounder:
     def attention_load(self, kind: int, sequences: int) -> float:
         """Compute seconds of an attending device without experts."""
         r = self.rates(kind, sequences)
-        return self.count * (self.layers * sum(r.attention) + r.head) + r.optimizer_base
+        return self.count * r.attending(self.layers) + r.optimizer_base
 
     def fits(self, kind: int, sequences: int) -> bool:
         """Whether a device holds its part apart from experts."""
@@ -101,17 +101,17 @@ class _Terms:
         self.devices = slots.devices
         self.attends = (slots.sequences > 0) & used
         table = self._table(slots)
-        first_attention = np.where(self.attends, table["forward"], 0).max(1, keepdims=True)
-        last_attention = np.where(self.attends, table["backward"], 0).max(1, keepdims=True)
+        first_attention = np.where(self.attends, table["first"], 0).max(1, keepdims=True)
+        last_attention = np.where(self.attends, table["last"], 0).max(1, keepdims=True)
         self.load = np.where(
             self.attends,
-            count * (layers * (table["forward"] + table["backward"]) + table["head"]),
+            count * (table["stages"] + table["head"]),
             first_attention + last_attention + 2 * table["receive"],
         )
         self.step_base, self.step = table["step_base"], table["step"]
         self.hosted, self.copy = count * table["hosted"], np.where(self.attends, count * table["copy"], 0)
         repeats = count // bounder.schedule.window
-        alone = repeats * layers * (table["forward"] + table["backward"]) + count * table["head"]
+        alone = repeats * table["stages"] + count * table["head"]
         self.path = np.where(self.attends, alone, 0).max(1, keepdims=True)
         self.path_each = repeats * (table["hosted"] + 4 * table["receive"])
         self.lane_each = 2 * count * table["receive"]
@@ -136,8 +136,9 @@ class _Terms:
         alone, fastest = self._alone(device), self._fastest(device)
         own, everyone = cost.rows_per_expert(sequences), cost.rows_per_expert(b.total)
         return {
-            "forward": r.attention[0],
-            "backward": r.attention[1],
+            "first": r.stage(0, 0),
+            "last": r.stage(0, 1),
+            "stages": r.attending(b.layers) - r.head,
             "head": r.head,
             "hosted": sum(r.hosted),
             "copy": sum(r.replicated),

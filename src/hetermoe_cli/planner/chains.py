@@ -9,6 +9,9 @@ first  end of the first combine                   first  start of the first comb
 stream tasks of one class                         early  start of the last combine, then all attention
                                                   stream tasks of one class
                                                   either, switch: changing between two of these (mixed.py)
+
+Every chain begins and ends with at least one attention task of layer 0 on some attending class, those of all
+micro-batches where its constant counts the attention of the others. What dense layers add there is in the constants.
 """
 
 from collections.abc import Callable, Iterator
@@ -80,18 +83,22 @@ def _window_rows(forward: Side, backward: Side, mixed: bool) -> list[Row]:
     rates = forward.patterns.rates
     head = {c: r.head for c, r in enumerate(rates.of) if rates.classes[c].attends}
     n = forward.n
-    others, start = (n - 1) * min(head.values()), (n - 1) * forward.fastest
+    others, start, dense = (n - 1) * min(head.values()), (n - 1) * forward.fastest, forward.least_dense
     rows: list[Row] = []
     for every, end, begin in (
-        (_of(forward, "forward_last"), partial(forward.last_end, others), start),
-        (_of(forward, "forward_lane"), partial(forward.lane_end, others), min(start, forward.slowest)),
+        (_of(forward, "forward_last"), partial(forward.last_end, others), start + n * dense),
+        (
+            _of(forward, "forward_lane"),
+            partial(forward.lane_end, others),
+            min(start + n * dense, forward.slowest + dense),
+        ),
     ):
         rows += _meet(backward, mixed, every, end, begin, head)
     first = _of(forward, "forward_first")
-    rows += _meet(backward, mixed, first, first, 0.0, {c: n * seconds for c, seconds in head.items()})
+    rows += _meet(backward, mixed, first, first, dense, {c: n * seconds for c, seconds in head.items()})
     for c, seconds in head.items():
-        stream = _stream(forward, c)
-        rows += _begin(c, _meet(backward, mixed, stream, stream, 0.0, {c: n * seconds}))
+        stream, begin = _stream(forward, c), n * float(forward.dense[c, 0])
+        rows += _begin(c, _meet(backward, mixed, stream, stream, begin, {c: n * seconds}))
     if mixed:
         rows += _forward_mixed(forward, backward, head)
     return rows + list(_expert_streams(forward, backward, head))
@@ -102,12 +109,13 @@ def _forward_mixed(forward: Side, backward: Side, head: dict[int, float]) -> Ite
     others = (n - 1) * min(head.values())
     for premium in (share * (n - 1) * forward.fastest for share in SHARES):
         end = partial(forward_either, forward, premium, others)
-        yield from _meet(backward, True, partial(forward_either, forward, premium), end, premium, head)
+        begin = premium + forward.least_dense
+        yield from _meet(backward, True, partial(forward_either, forward, premium), end, begin, head)
     for c, e, share in product(head, _experts(forward.patterns), SHARES):
         premium = float(forward.attention[c, 0]) * (1 + share * (n - 2))
         switch = partial(forward_switch, forward, c, e, premium)
         until = min(n * head[c], premium + head[c])
-        yield from _begin(c, _meet(backward, True, switch, switch, 0.0, {c: until}))
+        yield from _begin(c, _meet(backward, True, switch, switch, forward.least_dense, {c: until}))
 
 
 def _begin(c: int, rows: Iterator[Row]) -> Iterator[Row]:
@@ -143,24 +151,26 @@ def _meet(
     stream goes on with that class's attention.
     """
     longest, least, classes = max(heads.values()), min(heads.values()), tuple(heads)
-    rest = (side.n - 1) * side.fastest
+    rest, dense = (side.n - 1) * side.fastest, side.least_dense
     behind = side.slowest - float(side.attention[classes[0], 0]) if len(classes) == 1 else 0.0
     meeting: Part = partial(_where, side, longest - least, 0.0)
     staying: Part = partial(_where, side, 0.0, -behind)
     last, early, first = (_of(side, f"backward_{name}") for name in ("last", "early", "first"))
     end = (ahead_end, _of(side, "backward_end"), meeting, staying)
-    yield Row("last", (ahead, last), end, start + least + side.slowest)
-    yield Row("early", (ahead, early), (ahead_end, early, meeting), start + least)
-    yield Row("first", (ahead, first), (ahead_end, partial(side.turn, classes)), start + least + rest)
+    yield Row("last", (ahead, last), end, start + least + side.slowest + dense)
+    yield Row("early", (ahead, early), (ahead_end, early, meeting), start + least + dense)
+    turning = (ahead_end, partial(side.turn, classes))
+    yield Row("first", (ahead, first), turning, start + least + rest + side.n * dense)
     for premium in (share * rest for share in SHARES if mixed):
         either = (ahead, partial(backward_either, side, premium))
         turn = (ahead_end, partial(either_turn, side, classes, premium), staying)
-        yield Row("either", either, turn, start + least + min(rest - premium, side.slowest))
+        yield Row("either", either, turn, start + least + min(rest - premium, side.slowest) + dense)
     for c, until in heads.items():
         stream = _stream(side, c)
-        yield Row(f"stream {c}", (ahead, stream), (ahead_end, stream), start + until, ends=c)
+        own = side.n * float(side.dense[c, 0])
+        yield Row(f"stream {c}", (ahead, stream), (ahead_end, stream), start + until + own, ends=c)
         if mixed:
-            yield from _switches(side, c, ahead, ahead_end, start + until)
+            yield from _switches(side, c, ahead, ahead_end, start + until + dense)
 
 
 def _switches(side: Side, c: int, ahead: Part, ahead_end: Part, start: float) -> Iterator[Row]:
@@ -178,17 +188,19 @@ def _expert_streams(forward: Side, backward: Side, head: dict[int, float]) -> It
     The longest head and the slowest attention count only where a last layer with hosts makes the classes meet.
     """
     own = {a: float(backward.attention[a, 0]) for a in head}
-    both = max(float(forward.attention[a, 0]) + own[a] for a in head)
+    both = max(forward.first(a) + backward.first(a) for a in head)
     longest, least = max(head.values()) + backward.slowest, min(head[a] + own[a] for a in head)
+    dense = backward.least_dense
     meeting: Part = partial(_where, backward, longest - least, 0.0)
     for c in _experts(forward.patterns):
         behind = _stream(backward, c)
         stream = (_stream(forward, c), behind)
         yield Row(f"stream {c}", stream, stream, both, begins=c, ends=c)
         first = (_of(forward, "forward_first"), behind)
-        yield Row(f"turn {c}", first, (*first, meeting), least)
+        yield Row(f"turn {c}", first, (*first, meeting), least + forward.least_dense + dense)
         for a, seconds in head.items():
             more = backward.slowest - own[a]
             waiting: Part = partial(_where, backward, more, 0.0)
             turn = (_stream(forward, a), behind)
-            yield Row(f"turn {a} {c}", turn, (*turn, waiting), seconds + own[a], begins=a)
+            begin = forward.n * float(forward.dense[a, 0])
+            yield Row(f"turn {a} {c}", turn, (*turn, waiting), begin + seconds + own[a] + dense, begins=a)

@@ -107,7 +107,7 @@ def _length(rates: Rates, graph: TaskGraph, node: int, counts: Counts, transfers
     if action.kind is Kind.HEAD:
         return r.head
     if action.kind is Kind.ATTENTION:
-        return r.attention[way]
+        return r.stage(action.layer, way)
     copies = counts.replicated[..., action.layer] if c.attends else 0
     return counts.hosted[..., action.layer, number] * r.hosted[way] + copies * r.replicated[way]
 

@@ -118,10 +118,7 @@ def _balanced(rates: Rates, allowed: list[bool]) -> FloatArray:
     """Experts per class (all layers together) that level the devices' compute, by bisection; memory respected."""
     count = rates.choice.schedule.micro_batches
     base = np.array(
-        [
-            count * (rates.layers * sum(r.attention) + r.head) if c.attends else 0.0
-            for c, r in zip(rates.classes, rates.of, strict=True)
-        ]
+        [count * r.attending(rates.layers) if c.attends else 0.0 for c, r in zip(rates.classes, rates.of, strict=True)]
     )
     each = np.array([count * sum(r.hosted) for r in rates.of])
     room = np.array(

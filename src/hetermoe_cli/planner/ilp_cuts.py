@@ -65,28 +65,30 @@ def _streams(model: Model, layer: int, c: int, window: range) -> Iterator[tuple[
 def _forward(model: Model, layer: int, c: int, window: range) -> Iterator[tuple[Any, Any]]:
     """A of one and E of all micro-batches up to the last combine; A of all and E of one up to the first."""
     n, r = len(window), model.rates.of[c]
+    attention = r.stage(layer, 0)
     hosted, hosts = model.hosted[layer, c], model.hosts[layer, c]
     last = _time(model, Kind.COMBINE, Pass.FORWARD, layer, window[-1], end=False)
     first = _time(model, Kind.COMBINE, Pass.FORWARD, layer, window[0], end=False)
-    before_last: Any = (n - 1) * r.attention[0]
+    before_last: Any = (n - 1) * attention
     before_first: Any = 0.0
     if layer:
         before_last = _time(model, Kind.COMBINE, Pass.FORWARD, layer - 1, window[-1], end=True)
         before_first = _time(model, Kind.COMBINE, Pass.FORWARD, layer - 1, window[0], end=True)
-    yield last, before_last + r.attention[0] + n * r.hosted[0] * hosted
-    yield first, before_first + r.attention[0] + (n - 1) * r.attention[0] * hosts + r.hosted[0] * hosted
+    yield last, before_last + attention + n * r.hosted[0] * hosted
+    yield first, before_first + attention + (n - 1) * attention * hosts + r.hosted[0] * hosted
 
 
 def _backward(model: Model, layer: int, c: int, window: range) -> Iterator[tuple[Any, Any]]:
     """E of all and A of one micro-batch from the first combine; E of one and A of all from the last."""
     n, r = len(window), model.rates.of[c]
+    attention = r.stage(layer, 1)
     hosted, hosts = model.hosted[layer, c], model.hosts[layer, c]
     first = _time(model, Kind.COMBINE, Pass.BACKWARD, layer, window[0], end=True)
     last = _time(model, Kind.COMBINE, Pass.BACKWARD, layer, window[-1], end=True)
-    after_first: Any = model.finish - (n - 1) * r.attention[1]
+    after_first: Any = model.finish - (n - 1) * attention
     after_last: Any = model.finish
     if layer:
         after_first = _time(model, Kind.COMBINE, Pass.BACKWARD, layer - 1, window[0], end=False)
         after_last = _time(model, Kind.COMBINE, Pass.BACKWARD, layer - 1, window[-1], end=False)
-    yield after_first, first + n * r.hosted[1] * hosted + r.attention[1]
-    yield after_last, last + r.hosted[1] * hosted + r.attention[1] + (n - 1) * r.attention[1] * hosts
+    yield after_first, first + n * r.hosted[1] * hosted + attention
+    yield after_last, last + r.hosted[1] * hosted + attention + (n - 1) * attention * hosts

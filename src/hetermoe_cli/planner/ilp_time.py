@@ -118,7 +118,7 @@ def fixed_length(model: Model, node: int) -> float:
     if action.kind is Kind.HEAD:
         return model.rates.of[number].head
     if action.kind is Kind.ATTENTION:
-        return model.rates.of[number].attention[int(action.direction is Pass.BACKWARD)]
+        return model.rates.of[number].stage(action.layer, int(action.direction is Pass.BACKWARD))
     return 0.0
 
 

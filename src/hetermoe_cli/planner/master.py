@@ -84,8 +84,8 @@ class Rows:
         start = 0.0
         for r, c in zip(rates.of, rates.classes, strict=True):
             if c.attends:
-                both = schedule.micro_batches * (rates.layers * sum(r.attention) + r.head)
-                start = max(start, both - schedule.window * rates.layers * r.attention[1])
+                both = schedule.micro_batches * r.attending(rates.layers)
+                start = max(start, both - schedule.window * (rates.layers * r.attention[1] + r.dense[1]))
 
         def copies() -> FloatArray:
             return np.asarray(each * self.patterns.replicated, dtype=np.float64)

@@ -133,7 +133,7 @@ def caps_within(rates: Rates, horizon: float) -> tuple[list[int], int]:
     count, copies, caps = rates.choice.schedule.micro_batches, rates.experts, []
     for c, r in zip(rates.classes, rates.of, strict=True):
         room = r.memory_limit - r.memory_base - r.memory_if_any
-        busy = count * (rates.layers * sum(r.attention) + r.head) if c.attends else 0.0
+        busy = count * r.attending(rates.layers) if c.attends else 0.0
         left = max(0.0, horizon - busy) * (1 + 1e-9)
         held = int(max(0.0, room) / (r.memory_per_hosted + r.memory_per_share))
         caps.append(min(rates.experts, held, int(left / (count * sum(r.hosted)))))

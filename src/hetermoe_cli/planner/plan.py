@@ -2,7 +2,7 @@
 
 import datetime
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
@@ -24,6 +24,7 @@ from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.explanation import Explanation
 from hetermoe_cli.spec.plan import Assignment, Bound, Group, Inputs, Plan, Prediction, SolverReport
+from hetermoe_cli.spec.profile import AttentionPoint
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ def embed(inputs: Inputs) -> Inputs:
             max((x for x in lengths if x <= wanted), default=lengths[0]),
             min((x for x in lengths if x >= wanted), default=lengths[-1]),
         }
-        attention = [point for point in table.attention if point.sequence_length in near]
-        profiles[name] = profile.model_copy(update={"tables": [table.model_copy(update={"attention": attention})]})
+        points: dict[str, Sequence[AttentionPoint]] = {"attention": table.attention, "dense": table.dense}
+        kept = {field: [point for point in one if point.sequence_length in near] for field, one in points.items()}
+        profiles[name] = profile.model_copy(update={"tables": [table.model_copy(update=kept)]})
     return inputs.model_copy(update={"profiles": profiles})

@@ -20,6 +20,7 @@ class ClassRates:
     """Seconds and bytes of one device of a class. Pairs are (forward, backward with its recomputation)."""
 
     attention: tuple[float, float]
+    dense: tuple[float, float]  # what dense layers add to the first attention stage
     head: float
     hosted: tuple[float, float]  # one hosted expert on the rows of a whole micro-batch
     replicated: tuple[float, float]  # one replicated expert on the device's own rows
@@ -32,11 +33,20 @@ class ClassRates:
     memory_per_share: float  # receive buffers and working set, per expert of the layer with most hosted ones
     memory_limit: float
 
+    def stage(self, layer: int, way: int) -> float:
+        """Attention stage of `layer`, forward (0) or backward (1)."""
+        return self.attention[way] + (0.0 if layer else self.dense[way])
+
+    def attending(self, layers: int) -> float:
+        """All attention stages of a micro-batch, both ways, and its head."""
+        return layers * sum(self.attention) + sum(self.dense) + self.head
+
     def scaled(self, unit: float) -> "ClassRates":
         """The same with all times in units of `unit` seconds."""
         return replace(
             self,
             attention=(self.attention[0] / unit, self.attention[1] / unit),
+            dense=(self.dense[0] / unit, self.dense[1] / unit),
             head=self.head / unit,
             hosted=(self.hosted[0] / unit, self.hosted[1] / unit),
             replicated=(self.replicated[0] / unit, self.replicated[1] / unit),
@@ -74,24 +84,26 @@ def device_rates(
     counts = [0] * len(cost.devices)
     counts[rank] = sequences
     counts[rank - 1] += total - sequences  # somebody attends to the others
-    layout = Choice(schedule, tuple(counts)).full_layout(1)
+    layout = Choice(schedule, tuple(counts)).full_layout(2)  # the first layer, and any other
     probe = LayoutCost(cost, layout)
     rows, alive = cost.rows_per_expert(total), schedule.window
     attention_again, experts_again = schedule.recompute_attention, schedule.recompute_experts
 
-    def pair(kind: Kind, rows: float | None = None) -> tuple[float, float]:
-        forward, backward = Action(kind, Pass.FORWARD), Action(kind, Pass.BACKWARD)
+    def pair(kind: Kind, rows: float | None = None, layer: int = 0) -> tuple[float, float]:
+        forward, backward = Action(kind, Pass.FORWARD, layer), Action(kind, Pass.BACKWARD, layer)
         if rows is None:
             return probe.seconds(rank, forward), probe.seconds(rank, backward)
         return probe.expert_seconds(rank, forward, [rows]), probe.expert_seconds(rank, backward, [rows])
 
+    first, attention = (pair(Kind.ATTENTION, layer=layer) if sequences else (0.0, 0.0) for layer in (0, 1))
     state = sum(STATE_BYTES[cost.train.precision]) * model.expert_parameters
     dense = cost.dense_updates(schedule, attending) if sequences else 0
     buffers = cost.buffer_bytes(total, sequences, 0.0, alive)
     kept = cost.attention_kept_bytes(device, sequences, attention_again) if sequences else 0.0
     per_share = (cost.buffer_bytes(total, sequences, 1.0, alive) - buffers) / model.experts
     return ClassRates(
-        attention=pair(Kind.ATTENTION) if sequences else (0.0, 0.0),
+        attention=attention,
+        dense=(first[0] - attention[0], first[1] - attention[1]),
         head=pair(Kind.HEAD)[1] if sequences else 0.0,
         hosted=pair(Kind.EXPERT, rows),
         replicated=pair(Kind.EXPERT, own) if sequences else (0.0, 0.0),
@@ -179,7 +191,7 @@ class Rates:
         everything = self.layers * self.experts
         total = self.after_backward + sum(base + each * self.experts for base, each in self.reduces)
         for r in self.of:
-            tasks = self.layers * sum(r.attention) + r.head + everything * (sum(r.hosted) + sum(r.replicated))
+            tasks = r.attending(self.layers) + everything * (sum(r.hosted) + sum(r.replicated))
             total += self.choice.schedule.micro_batches * tasks
             total += r.optimizer_base + everything * r.optimizer_per_expert
         rows = self.experts * self.cost.rows_per_expert(self.choice.micro_batch_sequences) * self.cost.row_bytes

@@ -78,7 +78,7 @@ def busy_bound(cost: LayoutCost) -> float:
         if key not in known:
             known[key] = device_rates(cost.cost, rank, sequences, layout.schedule, layout.sequences_per_micro_batch)
         r = known[key]
-        attention = layout.layers * sum(r.attention) + r.head + transfers if sequences else 0.0
+        attention = r.attending(layout.layers) + transfers if sequences else 0.0
         busiest = max(busiest, attention + _hosted_seconds(cost, rank, sum(r.hosted)))
     return layout.micro_batches * busiest + cost.reduce(0).seconds + cost.synchronise_seconds
 

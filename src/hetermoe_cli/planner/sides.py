@@ -21,6 +21,7 @@ class Side:
         self.patterns, self.n = patterns, schedule.window
         self.windows = schedule.micro_batches // schedule.window
         self.attention = np.array([[r.attention[way]] for r in of])
+        self.dense = np.array([[r.dense[way]] for r in of])  # what the first stage takes longer
         hosted = np.array([[r.hosted[way]] for r in of])
         copy = np.array([[r.replicated[way]] for r in of]) * patterns.attends
         self.copies: FloatArray = patterns.replicated * copy
@@ -31,6 +32,11 @@ class Side:
         self.any = anywhere(patterns.hosts)
         self.slowest = float(self.attention[patterns.attends].max())
         self.fastest = float(self.attention[patterns.attends].min())
+        self.least_dense = float(self.dense[patterns.attends].min())
+
+    def first(self, c: int) -> float:
+        """One attention task of layer 0 on a device of class c."""
+        return float(self.attention[c, 0] + self.dense[c, 0])
 
     def most(self, where: BoolArray, value: FloatArray) -> FloatArray:
         """[patterns] largest value over the classes `where`; 0 where there are none."""

@@ -72,7 +72,7 @@ def _speed(cost: CostModel, name: str, micro_batch_limit: int) -> Speed:
     device, batch = cost.types[name], cost.train.global_batch_sequences
     count = sum(d.type == name for d in cost.devices)
     counts = micro_batch_counts(batch, micro_batch_limit)
-    sequence = min(_sequence_seconds(cost, device, n) for n in range(1, batch + 1))
+    sequence = min(cost.attending_seconds(device, n) / n for n in range(1, batch + 1))
     totals = {batch // r for r in counts} | set(range(1, batch + 1))
     row = min(sum(device.expert(rows)[:2]) / rows for total in totals if (rows := cost.rows_per_expert(total)) > 0)
     if cost.shares is not None:  # rows and parameters are not in proportion: the experts' step is left out
@@ -101,12 +101,6 @@ def _loaded_row_seconds(cost: CostModel, device: DeviceCost, sequences: int) -> 
     forward = min(device.expert(size).forward / size for size in sizes)
     backward = min(device.expert(size).backward / size for size in sizes)
     return max(forward + backward, TINY)  # zero where a curve, extended downwards, ends before the coldest expert
-
-
-def _sequence_seconds(cost: CostModel, device: DeviceCost, sequences: int) -> float:
-    """Attention of all layers and head, forward and backward, per sequence."""
-    attention, head = device.attention(sequences), cost.head_cost(device, sequences)
-    return (cost.model.layers * sum(attention[:2]) + sum(head[:2])) / sequences
 
 
 def work_dollars(cost: CostModel, micro_batch_limit: int, dollars_per_second: Mapping[str, float]) -> float:

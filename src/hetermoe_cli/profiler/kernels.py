@@ -1,4 +1,4 @@
-"""Microbenchmarks of the engine's own stages: attention, one expert, head, optimizer -> KernelTable.
+"""Microbenchmarks of the engine's own stages: attention, dense layer, one expert, head, optimizer -> KernelTable.
 
 A stage is cut as the engine cuts it: its inputs are detached leaves, its backward is one `autograd.backward` with a
 gradient for every output. Parameters accumulate into existing gradients, as from the second micro-batch on.
@@ -27,7 +27,7 @@ from hetermoe_cli.profiler.measure import (
 )
 from hetermoe_cli.profiler.tables import rounded
 from hetermoe_cli.spec.model import ModelConfig
-from hetermoe_cli.spec.profile import AttentionPoint, ExpertPoint, HeadPoint, KernelTable, Precision
+from hetermoe_cli.spec.profile import AttentionPoint, DensePoint, ExpertPoint, HeadPoint, KernelTable, Precision
 
 DTYPES: dict[str, torch.dtype] = {
     "fp16": torch.float16,
@@ -75,21 +75,26 @@ def profile_kernels(
     bench = Bench(config, DTYPES[precision], device)
     lengths = list(itertools.product(sorted(set(sizes.sequence_lengths)), sorted(set(sizes.sequences))))
     tokens = sorted(set(sizes.tokens))
-    cases = [bench.attention(length, count) for length, count in lengths]
-    cases += [bench.expert(count) for count in tokens] + [bench.head(count) for count in tokens]
+    groups = [
+        [bench.attention(length, count) for length, count in lengths],
+        [bench.dense_layer(length, count) for length, count in lengths if config.dense_layers],
+        [bench.expert(count) for count in tokens],
+        [bench.head(count) for count in tokens],
+    ]
+    cases = list(itertools.chain.from_iterable(groups))
     kept = [saved_bytes(case, bench.parameters) for case in cases]
-    timed = [timing(*pair) for pair in zip(measure(cases, device, effort, progress), kept, strict=True)]
-    attention, expert, head = (
-        timed[: len(lengths)],
-        timed[len(lengths) : -len(tokens)],
-        timed[-len(tokens) :],
-    )
+    timed = (timing(*pair) for pair in zip(measure(cases, device, effort, progress), kept, strict=True))
+    attention, dense, expert, head = (list(itertools.islice(timed, len(group))) for group in groups)
     return KernelTable(
         shape=config.shape,
         precision=precision,
         attention=[
             AttentionPoint(sequence_length=length, sequences=count, **point)
             for (length, count), point in zip(lengths, attention, strict=True)
+        ],
+        dense=[
+            DensePoint(sequence_length=length, sequences=count, **point)
+            for (length, count), point in zip(lengths, dense, strict=False)  # none without dense layers
         ],
         expert=[ExpertPoint(tokens=count, **point) for count, point in zip(tokens, expert, strict=True)],
         head=[HeadPoint(tokens=count, **point) for count, point in zip(tokens, head, strict=True)],
@@ -119,7 +124,7 @@ class Bench:
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.dtype, self.device = config, dtype, device
-        self.dense = DenseModel(config.model_copy(update={"layers": 1}))
+        self.dense = DenseModel(config.model_copy(update={"layers": 1, "dense_layers": min(config.dense_layers, 1)}))
         self.group = ExpertGroup(config, layer=0, ids=[0])
         parts = nn.ModuleList([self.dense, self.group])
         initialise(parts, config, seed=0)
@@ -139,6 +144,14 @@ class Bench:
 
         label = f"attention of {sequences} x {length} tokens"
         return Case(label, lambda: self._stage_inputs(sequences, length), forward)
+
+    def dense_layer(self, length: int, sequences: int) -> Case:
+        """One dense layer: attention, norms, SwiGLU network."""
+        return Case(
+            f"a dense layer on {sequences} x {length} tokens",
+            lambda: [self._leaf(sequences, length, self.config.hidden_size)],
+            lambda leaves: [self.dense.dense_layers[0](leaves[0])],
+        )
 
     def expert(self, tokens: int) -> Case:
         """One expert on `tokens` rows."""

@@ -115,6 +115,7 @@ def refit(table: KernelTable, fits: Mapping[str, Fit]) -> KernelTable:
     return table.model_copy(
         update={
             "attention": [_scaled(point, point.sequences, *attention) for point in table.attention],
+            "dense": [_scaled(point, point.sequences, *attention) for point in table.dense],  # timed within attention
             "expert": [_scaled(point, point.tokens, *expert) for point in table.expert],
             "head": [_scaled(point, point.tokens, *head) for point in table.head],
             "optimizer_seconds_per_parameter": rounded(table.optimizer_seconds_per_parameter * optimizer),

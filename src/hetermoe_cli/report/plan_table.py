@@ -51,9 +51,11 @@ def print_plan(plan: Plan, console: Console) -> None:
 def headline(plan: Plan) -> Iterator[str]:
     """Inputs, decision and predicted speed."""
     model, train, cluster = plan.inputs.model, plan.inputs.train, plan.inputs.cluster
+    dense = f"{model.dense_layers} dense + " if model.dense_layers else ""
     yield (
-        f"{model.name} ({model.layers} layers, {model.experts} experts, {model.parameters / 1e9:.2f} B parameters) on "
-        f"{cluster.name}, {train.global_batch_sequences} x {train.sequence_length} tokens, {train.precision}"
+        f"{model.name} ({dense}{model.layers} layers, {model.experts} experts, "
+        f"{model.parameters / 1e9:.2f} B parameters) on {cluster.name}, "
+        f"{train.global_batch_sequences} x {train.sequence_length} tokens, {train.precision}"
     )
     sources = [f"{name} {profile.source}" for name, profile in plan.inputs.profiles.items()]
     yield f"predicted, not measured; profiles: {', '.join(sources)}"

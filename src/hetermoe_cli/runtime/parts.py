@@ -81,7 +81,8 @@ class Parts(nn.Module):
         elif self.dense is not None:
             parts: list[nn.Module] = [self.dense.norm, self.dense.head]
             if action.kind is Kind.ATTENTION:
-                parts = [self.dense.layers[action.layer], *([] if action.layer else [self.dense.embedding])]
+                before = [] if action.layer else [self.dense.embedding, self.dense.dense_layers]
+                parts = [self.dense.layers[action.layer], *before]
             for part in parts:
                 yield from part.parameters()
 
@@ -94,8 +95,8 @@ class Parts(nn.Module):
         return segments
 
     def dense_segments(self) -> list[list[nn.Parameter]]:
-        """The dense part of every layer: the embedding goes with layer 0, norm and head come last. All are empty where
-        the rank does not attend."""
+        """The dense part of every layer: embedding and dense layers go with layer 0, norm and head last. All are empty
+        where the rank does not attend."""
         layers, edge = range(len(self.experts)), Action(Kind.HEAD, Pass.BACKWARD)
         segments = [list(self.parameters_of(Action(Kind.ATTENTION, Pass.BACKWARD, layer))) for layer in layers]
         return [*segments, list(self.parameters_of(edge))]

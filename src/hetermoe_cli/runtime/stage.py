@@ -67,7 +67,7 @@ class AttentionStage:
         """Run the stage; grad mode decides whether a graph is built."""
 
         def run() -> Routed:
-            hidden = inputs.combined() if isinstance(inputs, Border) else dense.embedding(inputs)
+            hidden = inputs.combined() if isinstance(inputs, Border) else dense.embed(inputs, documents)
             return dense.stage(layer, hidden, documents)
 
         kept = torch.is_grad_enabled() and not recompute

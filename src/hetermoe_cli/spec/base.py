@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 SCHEMA_VERSION = 1
 
@@ -18,6 +18,19 @@ class Spec(BaseModel):
     """Immutable data; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ExtendedSpec(Spec):
+    """Leaves out the fields in `later` where they have their defaults, so that files and hashes that were written
+    before these fields existed stay what they are."""
+
+    later: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        defaults = {name: type(self).model_fields[name].get_default(call_default_factory=True) for name in self.later}
+        return {name: value for name, value in data.items() if name not in defaults or value != defaults[name]}
 
 
 def sha256(spec: Spec) -> str:

@@ -1,4 +1,4 @@
-"""Hugging Face's config.json of a Mixtral: its fields under our names."""
+"""Hugging Face's config.json of a Mixtral or a DeepSeek-V3: its fields under our names."""
 
 import json
 from pathlib import Path
@@ -7,35 +7,55 @@ from typing import Any
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.files import read_text
 
-_HUGGING_FACE_FIELDS = {
+_COMMON_FIELDS = {
     "num_hidden_layers": "layers",
     "hidden_size": "hidden_size",
-    "intermediate_size": "ffn_size",
     "num_attention_heads": "attention_heads",
     "num_key_value_heads": "kv_heads",
-    "head_dim": "head_size",
-    "num_local_experts": "experts",
     "num_experts_per_tok": "top_k",
     "vocab_size": "vocab_size",
     "rope_theta": "rope_theta",
     "rms_norm_eps": "norm_epsilon",
     "initializer_range": "initializer_range",
 }
+_MIXTRAL_FIELDS = {"intermediate_size": "ffn_size", "head_dim": "head_size", "num_local_experts": "experts"}
+_DEEPSEEK_FIELDS = {
+    "moe_intermediate_size": "ffn_size",
+    "n_routed_experts": "experts",
+    "n_shared_experts": "shared_experts",
+    "first_k_dense_replace": "dense_layers",
+    "scoring_func": "router_score",
+    "norm_topk_prob": "router_renormalise",
+    "routed_scaling_factor": "router_scale",
+}
+_LATENT_FIELDS = {
+    "q_lora_rank": "query_rank",
+    "kv_lora_rank": "key_value_rank",
+    "qk_nope_head_dim": "nope_size",
+    "qk_rope_head_dim": "rope_size",
+    "v_head_dim": "value_size",
+}
+# Where the file is silent: the defaults of transformers' configuration classes.
+_ROPE_THETA = {"mixtral": 1e6, "deepseek_v3": 1e4}
 
 
 def hugging_face_fields(path: Path) -> dict[str, Any]:
-    """Fields of a ModelConfig, not yet checked; UserError if the file is no config that the engine can follow."""
+    """Fields of a ModelConfig, not yet checked; UserError if the file is no config that we can follow.
+
+    Of DeepSeek-V3 the groups of experts in its gate and multi-token prediction are left out.
+    """
     try:
         data = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno}: malformed JSON ({error.msg})") from error
-    if not isinstance(data, dict) or data.get("model_type") != "mixtral":
-        found = data.get("model_type") if isinstance(data, dict) else type(data).__name__
-        raise UserError(f"{path}: field model_type: expected 'mixtral', found {found!r}")
+    kind = data.get("model_type") if isinstance(data, dict) else type(data).__name__
+    if kind not in _ROPE_THETA:
+        raise UserError(f"{path}: field model_type: expected 'mixtral' or 'deepseek_v3', found {kind!r}")
     _refuse_unsupported(path, data)
     rope = _rope(data)
-    values = {ours: data[theirs] for theirs, ours in _HUGGING_FACE_FIELDS.items() if data.get(theirs) is not None}
-    values.setdefault("rope_theta", rope.pop("rope_theta", 1e6))
+    values = _renamed(data, _COMMON_FIELDS)
+    values |= _deepseek(path, data) if kind == "deepseek_v3" else _renamed(data, _MIXTRAL_FIELDS)
+    values.setdefault("rope_theta", rope.pop("rope_theta", _ROPE_THETA[kind]))
     if rope.get("rope_type", "default") != "default":
         values["rope_scaling"] = {name: value for name, value in rope.items() if value is not None}
     hidden, heads = values.get("hidden_size"), values.get("attention_heads")
@@ -43,6 +63,29 @@ def hugging_face_fields(path: Path) -> dict[str, Any]:
         values.setdefault("head_size", hidden // heads)
     name = Path(str(data.get("_name_or_path") or path.parent.resolve().name)).name or "model"
     return {"name": name, **values}
+
+
+def _renamed(data: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {ours: data[theirs] for theirs, ours in names.items() if data.get(theirs) is not None}
+
+
+def _deepseek(path: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """What DeepSeek-V3 has of its own: dense layers first, latent attention, its gate."""
+    layers, dense = data.get("num_hidden_layers"), data.get("first_k_dense_replace") or 0
+    values = {"router_score": "sigmoid", **_renamed(data, _DEEPSEEK_FIELDS)}
+    values["latent"] = latent = _renamed(data, _LATENT_FIELDS)
+    if isinstance(layers, int):
+        if not isinstance(dense, int) or not 0 <= dense < layers:
+            raise UserError(
+                f"{path}: field first_k_dense_replace: expected 0 to {layers - 1} dense layers of {layers}, so that a "
+                f"MoE layer follows, found {dense!r}"
+            )
+        values["layers"] = layers - dense
+    if dense:
+        values |= _renamed(data, {"intermediate_size": "dense_ffn_size"})
+    if isinstance(nope := latent.get("nope_size"), int) and isinstance(rope := latent.get("rope_size"), int):
+        values["head_size"] = nope + rope
+    return values
 
 
 def _rope(data: dict[str, Any]) -> dict[str, Any]:
@@ -60,6 +103,8 @@ def _refuse_unsupported(path: Path, data: dict[str, Any]) -> None:
         "hidden_act": data.get("hidden_act", "silu") != "silu",
         "sliding_window": data.get("sliding_window") is not None,
         "tie_word_embeddings": bool(data.get("tie_word_embeddings", False)),
+        "attention_bias": bool(data.get("attention_bias", False)),
+        "moe_layer_freq": data.get("moe_layer_freq", 1) != 1,
     }
     for field, refused in unsupported.items():
         if refused:

@@ -1,37 +1,16 @@
 """ModelConfig: a decoder of MoE layers, named sizes, and Hugging Face config.json."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import model_validator
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.spec.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec
+from hetermoe_cli.spec.base import ExtendedSpec, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from hetermoe_cli.spec.files import load, parse
 from hetermoe_cli.spec.hugging_face import hugging_face_fields
+from hetermoe_cli.spec.latent import LatentAttention
 from hetermoe_cli.spec.rope import RopeScaling
-
-
-class LatentAttention(Spec):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): ranks of the latents, widths of one head.
-
-    Queries and keys of a head are `nope_size` wide without position and `rope_size` with RoPE, whose key all heads
-    share; values are `value_size` wide.
-    """
-
-    query_rank: PositiveInt
-    key_value_rank: PositiveInt
-    nope_size: PositiveInt
-    rope_size: PositiveInt
-    value_size: PositiveInt
-
-    def matrix_parameters(self, hidden: int, heads: int) -> int:
-        """Parameters of the projections down to the latents, up from them, and out; a token takes 2 flops for each."""
-        down = hidden * (self.query_rank + self.key_value_rank + self.rope_size)
-        queries = self.query_rank * heads * (self.nope_size + self.rope_size)
-        keys_values = self.key_value_rank * heads * (self.nope_size + self.value_size)
-        return down + queries + keys_values + heads * self.value_size * hidden
-
 
 # Of ModelConfig, and what they are called in files; none of them changes a shape or a plan.
 ROUTER_FIELDS = (
@@ -45,26 +24,16 @@ ROUTER_FIELDS = (
     "router_capacity",
 )
 
-_LATER = {"shared_experts", "latent", "rope_scaling", *ROUTER_FIELDS}
 
-
-class _Extended(Spec):
-    """Leaves out later fields where they have their defaults, so that files and hashes that were written before these
-    fields existed stay what they are."""
-
-    @model_serializer(mode="wrap")
-    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data: dict[str, Any] = handler(self)
-        fields = type(self).model_fields
-        return {name: value for name, value in data.items() if name not in _LATER or value != fields[name].default}
-
-
-class LayerShape(_Extended):
-    """What a kernel measurement depends on: the widths of one layer and of the head, and the rows combined a token.
+class LayerShape(ExtendedSpec):
+    """What a kernel measurement depends on: the widths of one layer, of a dense layer (if the model begins with such
+    layers) and of the head, and the rows combined a token.
 
     The number of experts and the gate's kind are not among them: they only enter the gate, less than 1 % of an
     attention stage's flops.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"shared_experts", "latent", "dense_ffn_size"})
 
     hidden_size: PositiveInt
     ffn_size: PositiveInt
@@ -75,19 +44,26 @@ class LayerShape(_Extended):
     vocab_size: PositiveInt
     shared_experts: NonNegativeInt = 0
     latent: LatentAttention | None = None
+    dense_ffn_size: NonNegativeInt = 0
 
     def label(self) -> str:
         """Short text for errors and tables."""
         shared = f", {self.shared_experts} shared" if self.shared_experts else ""
         ranks = f", latent {self.latent.query_rank}/{self.latent.key_value_rank}" if self.latent else ""
+        dense = f", dense ffn {self.dense_ffn_size}" if self.dense_ffn_size else ""
         return (
-            f"hidden {self.hidden_size}, ffn {self.ffn_size}{shared}, heads {self.attention_heads}/{self.kv_heads}"
-            f"x{self.head_size}{ranks}, top-{self.top_k}, vocab {self.vocab_size}"
+            f"hidden {self.hidden_size}, ffn {self.ffn_size}{shared}{dense}, "
+            f"heads {self.attention_heads}/{self.kv_heads}x{self.head_size}{ranks}, "
+            f"top-{self.top_k}, vocab {self.vocab_size}"
         )
 
 
-class ModelConfig(_Extended):
+class ModelConfig(ExtendedSpec):
     """Decoder with GQA attention (RoPE), RMSNorm, SwiGLU experts and a top-k gate.
+
+    `layers` counts the MoE layers: those that have experts to place. `dense_layers` more come before them, whose SwiGLU
+    network of width `dense_ffn_size` every token visits; attending devices run them within the first attention stage.
+    (Hugging Face's num_hidden_layers is the sum of both, its first_k_dense_replace the latter.)
 
     The gate takes softmax or sigmoid scores of all experts, keeps the top k, renormalises them (not for k = 1) and
     multiplies by `router_scale`. Loads are balanced by an auxiliary loss per sequence, or by a bias that is added to
@@ -99,6 +75,10 @@ class ModelConfig(_Extended):
     the attention stage. Planned but not trained in yet: `latent` attention in place of GQA, whose head_size is that of
     queries and keys.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset(
+        {"shared_experts", "dense_layers", "dense_ffn_size", "latent", "rope_scaling", *ROUTER_FIELDS}
+    )
 
     kind: Literal["model"] = "model"
     schema_version: Literal[1] = 1
@@ -113,6 +93,8 @@ class ModelConfig(_Extended):
     top_k: PositiveInt
     vocab_size: PositiveInt
     shared_experts: NonNegativeInt = 0
+    dense_layers: NonNegativeInt = 0
+    dense_ffn_size: NonNegativeInt = 0
     latent: LatentAttention | None = None
     router_score: Literal["softmax", "sigmoid"] = "softmax"
     router_renormalise: bool = True
@@ -137,6 +119,10 @@ class ModelConfig(_Extended):
             raise ValueError(f"head_size {self.head_size} must be even for RoPE")
         if self.rope_scaling and self.rope_theta <= 1:
             raise ValueError(f"rope_theta {self.rope_theta} must be above 1 with rope_scaling")
+        if self.dense_layers and not self.dense_ffn_size:
+            raise ValueError(f"dense_layers {self.dense_layers} needs a dense_ffn_size above 0")
+        if self.dense_ffn_size and not self.dense_layers:
+            raise ValueError(f"dense_ffn_size {self.dense_ffn_size} needs dense_layers above 0")
         if self.latent:
             self._check_latent(self.latent)
         self._check_router()
@@ -178,9 +164,19 @@ class ModelConfig(_Extended):
 
     @property
     def attention_layer_parameters(self) -> int:
-        """Parameters of one layer without its routed experts: attention, shared experts, gate, two norms."""
+        """Parameters of one MoE layer without its routed experts: attention, shared experts, gate, two norms."""
         shared = self.shared_experts * self.expert_parameters
         return self._attention_parameters + shared + self.hidden_size * (self.experts + 2)
+
+    @property
+    def dense_layer_parameters(self) -> int:
+        """Parameters of one dense layer: attention, SwiGLU network, two norms."""
+        return self._attention_parameters + self.hidden_size * (3 * self.dense_ffn_size + 2)
+
+    @property
+    def first_stage_parameters(self) -> int:
+        """Parameters of the first attention stage: the dense layers, and its own layer without the routed experts."""
+        return self.dense_layers * self.dense_layer_parameters + self.attention_layer_parameters
 
     @property
     def _attention_parameters(self) -> int:
@@ -198,7 +194,8 @@ class ModelConfig(_Extended):
     @property
     def dense_parameters(self) -> int:
         """Everything that an attending device holds besides routed experts."""
-        return self.layers * self.attention_layer_parameters + self.edge_parameters
+        stages = (self.layers - 1) * self.attention_layer_parameters + self.first_stage_parameters
+        return stages + self.edge_parameters
 
     @property
     def parameters(self) -> int:
@@ -244,11 +241,11 @@ _QWEN3_235B = ModelConfig(
     norm_epsilon=1e-6,
 )
 
-# DeepSeek-V3 with all 61 layers as MoE: the real one has a dense FFN of 18432 in its first three, which makes it 671 B
-# parameters and not 704 B. The groups of experts in its gate and multi-token prediction are not modelled.
+# DeepSeek-V3: 61 layers, the first three dense. The groups of experts in its gate and multi-token prediction are not
+# modelled.
 _DEEPSEEK_V3 = ModelConfig(
     name="deepseek-v3",
-    layers=61,
+    layers=58,
     hidden_size=7168,
     ffn_size=2048,
     attention_heads=128,
@@ -258,6 +255,8 @@ _DEEPSEEK_V3 = ModelConfig(
     top_k=8,
     vocab_size=129280,
     shared_experts=1,
+    dense_layers=3,
+    dense_ffn_size=18432,
     latent=LatentAttention(query_rank=1536, key_value_rank=512, nope_size=128, rope_size=64, value_size=128),
     router_score="sigmoid",
     router_scale=2.5,
@@ -286,7 +285,7 @@ NAMED_MODELS: dict[str, ModelConfig] = {
 
 
 def load_model(name_or_path: str) -> ModelConfig:
-    """A named size, a YAML ModelConfig, or a Hugging Face config.json (model_type mixtral)."""
+    """A named size, a YAML ModelConfig, or a Hugging Face config.json (model_type mixtral or deepseek_v3)."""
     if name_or_path in NAMED_MODELS:
         return NAMED_MODELS[name_or_path]
     path = Path(name_or_path)

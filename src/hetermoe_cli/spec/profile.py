@@ -1,11 +1,11 @@
 """Profile: how fast one device type runs attention, experts and the head, and how much memory they take."""
 
 from datetime import date
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from hetermoe_cli.spec.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec
+from hetermoe_cli.spec.base import ExtendedSpec, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec
 from hetermoe_cli.spec.model import LayerShape
 
 Precision = Literal["fp16", "bf16", "fp32", "fp64"]
@@ -31,6 +31,10 @@ class AttentionPoint(Timing):
     sequences: PositiveInt
 
 
+class DensePoint(AttentionPoint):
+    """One dense layer: attention, norms and SwiGLU network, for `sequences` sequences."""
+
+
 class ExpertPoint(Timing):
     """One SwiGLU expert on `tokens` rows."""
 
@@ -43,12 +47,15 @@ class HeadPoint(Timing):
     tokens: PositiveInt
 
 
-class KernelTable(Spec):
-    """All measurements for one layer shape at one precision."""
+class KernelTable(ExtendedSpec):
+    """All measurements for one layer shape at one precision; `dense` where the shape has dense layers."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"dense"})
 
     shape: LayerShape
     precision: Precision
     attention: list[AttentionPoint] = Field(min_length=1)
+    dense: list[DensePoint] = Field(default_factory=list)
     expert: list[ExpertPoint] = Field(min_length=1)
     head: list[HeadPoint] = Field(min_length=1)
     optimizer_seconds_per_parameter: PositiveFloat
@@ -63,6 +70,10 @@ class KernelTable(Spec):
         ):
             if sizes != sorted(set(sizes)):  # type: ignore[type-var]
                 raise ValueError(f"{name}: points must be sorted by size, without duplicates")
+        sizes = [(p.sequence_length, p.sequences) for p in self.attention if self.shape.dense_ffn_size]
+        if sizes != [(p.sequence_length, p.sequences) for p in self.dense]:
+            wanted = "points of the sizes of attention" if sizes else "no points, as its shape has no dense_ffn_size"
+            raise ValueError(f"dense: expected {wanted}")
         return self
 
 

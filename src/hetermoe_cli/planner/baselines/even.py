@@ -71,8 +71,7 @@ def hetero_ep(cost: CostModel, limit: int) -> Rival:
 
 
 def _attention_seconds(cost: CostModel, rank: int) -> float:
-    device = cost.of(rank)
-    return cost.model.layers * sum(device.attention(1)[:2]) + sum(cost.head_cost(device, 1)[:2])
+    return cost.attending_seconds(cost.of(rank), 1)
 
 
 def proportional(totals: Sequence[int], speeds: Sequence[float]) -> list[list[int]]:

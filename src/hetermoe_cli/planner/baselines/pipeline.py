@@ -3,10 +3,10 @@
 The searched space. Devices are sorted by the speed of a layer and cut into units of equal width, which work as one
 stage each (pipeline_cost.py). A pipeline has two stages at least. For every width and number of stages there are as
 many pipelines as go into all units, or into those of the fastest types alone. The units are dealt to the pipelines in
-turn, so that all have nearly the same types, and run fast first or slow first. The embedding is on the first stage, the
-head on the last. Micro-batches have any number of sequences that divides the batch and the width divides; they are
-dealt to the pipelines so that all end together. Layers per stage: see split. The order is 1F1B, and for the best setup
-also GPipe. Weights and optimizer states are whole on every device that holds a layer.
+turn, so that all have nearly the same types, and run fast first or slow first. Embedding and dense layers are on the
+first stage, the head is on the last. Micro-batches have any number of sequences that divides the batch and the width
+divides; they are dealt to the pipelines so that all end together. Layers per stage: see split. The order is 1F1B, and
+for the best setup also GPipe. Weights and optimizer states are whole on every device that holds a layer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -152,16 +152,15 @@ class _Search:
                 costs.most_layers(unit, in_flight(order, stage, len(units), each), stage == 0, stage == last)
                 for stage, unit in enumerate(units)
             ]
-            seconds, head = [costs.unit(unit).layer for unit in units], costs.unit(units[-1]).head
-            known[key] = split(self.cost.model.layers, seconds, head, most, each)
+            seconds = [costs.unit(unit).layer for unit in units]
+            known[key] = split(self.cost.model.layers, seconds, costs.extra(units), most, each)
         return known[key]
 
     def _stage_seconds(self, tuned: Tuned, index: int) -> list[float]:
         """Forward and backward of a micro-batch on every stage of a pipeline."""
         costs, units = self.costs(tuned.setup), tuned.units[index]
-        seconds = [count * costs.unit(unit).layer for unit, count in zip(units, tuned.layers[index], strict=True)]
-        seconds[-1] += costs.unit(units[-1]).head
-        return seconds
+        layers = [count * costs.unit(unit).layer for unit, count in zip(units, tuned.layers[index], strict=True)]
+        return [own + extra for own, extra in zip(layers, costs.extra(units), strict=True)]
 
     def bound(self, tuned: Tuned) -> float:
         """No stage is done before its own work and one micro-batch on all stages before it."""
@@ -180,6 +179,7 @@ class _Search:
             each = [costs.unit(unit) for unit in units]
             forward = [one.forward * held for one, held in zip(each, layers, strict=True)]
             backward = [one.backward * held for one, held in zip(each, layers, strict=True)]
+            forward[0], backward[0] = forward[0] + each[0].dense[0], backward[0] + each[0].dense[1]
             forward[-1] += each[-1].head  # head, loss and their backward at once, as in every layout
             pipelines.append(Pipeline(tuple(units), tuple(forward), tuple(backward), count))
         drained = run(self.cost.network, pipelines, tuned.order, costs.message_bytes)
@@ -188,14 +188,13 @@ class _Search:
 
 
 def split(
-    layers: int, seconds: Sequence[float], head: float, most: Sequence[int], micro_batches: int
+    layers: int, seconds: Sequence[float], extra: Sequence[float], most: Sequence[int], micro_batches: int
 ) -> list[int] | None:
     """Layers per stage with the least sum of stages + (micro_batches - 1) x the slowest stage; None if none fits.
 
-    `seconds`: of a layer, by stage; `head` is added to the last one. At least one and at most `most` layers a stage.
+    `seconds`: of a layer, by stage; `extra`: of what else a stage has. At least one and at most `most` layers a stage.
     For every time that the slowest stage may take, the fastest stages are filled first, which gives the least sum.
     """
-    extra = [0.0] * (len(seconds) - 1) + [head]
     if min(most) < 1 or sum(most) < layers or len(seconds) > layers:
         return None
     limits = sorted({t * n + e for t, e, m in zip(seconds, extra, most, strict=True) for n in range(1, m + 1)})

@@ -26,9 +26,12 @@ class TypeCost:
 
     forward: float
     backward: float  # with what is computed again
+    dense: tuple[float, float]  # forward and backward of the dense layers, on the first stage
     head: float  # last norm, head, loss and their backward, at once
     kept: float  # activations of a layer and micro-batch
+    kept_dense: float  # activations of the dense layers and a micro-batch
     working: float  # largest working set of an attention and an expert task
+    working_dense: float  # that of the dense layers, where they are computed again
     working_head: float  # the same where the head runs
     usable: float  # memory limit less framework and message buffers
 
@@ -39,6 +42,7 @@ class UnitCost:
 
     forward: float
     backward: float
+    dense: tuple[float, float]
     head: float
 
     @property
@@ -66,6 +70,7 @@ class PipelineCost:
         cost, device, own = self.cost, self.cost.types[name], self.sequences // self.width
         rows, again = cost.rows_per_expert(self.sequences), self._again
         attention, expert, head = device.attention(own), device.expert(rows), cost.head_cost(device, own)
+        dense = cost.dense_cost(device, own)
         repeated = again.recompute_attention * attention.forward
         repeated += again.recompute_experts * self.hosted * expert.forward
         buffers = 4 * self.message_bytes  # one message each way, forward and backward
@@ -74,10 +79,13 @@ class PipelineCost:
         return TypeCost(
             forward=attention.forward + self.hosted * expert.forward,
             backward=attention.backward + self.hosted * expert.backward + repeated,
+            dense=(dense.forward, dense.backward + again.recompute_attention * dense.forward),
             head=head.forward + head.backward,
             kept=cost.attention_activation_bytes(device, own, again.recompute_attention)
             + self.hosted * cost.expert_activation_bytes(device, rows, again.recompute_experts),
+            kept_dense=cost.border_bytes(own, 1) if again.recompute_attention else dense.saved_bytes,
             working=attention.saved_bytes + expert.saved_bytes,
+            working_dense=again.recompute_attention * dense.saved_bytes,
             working_head=cost.transient_bytes(device, own, again.recompute_attention) + expert.saved_bytes,
             usable=device.memory_bytes * cost.train.memory_headroom - device.framework_bytes - buffers,
         )
@@ -90,9 +98,17 @@ class PipelineCost:
             self._units[unit] = UnitCost(
                 max(kind.forward for kind in kinds) + exchange,
                 max(kind.backward for kind in kinds) + exchange,
+                max((kind.dense for kind in kinds), key=sum),
                 max(kind.head for kind in kinds),
             )
         return self._units[unit]
+
+    def extra(self, units: Sequence[Unit]) -> list[float]:
+        """Seconds of what the stages of a pipeline have beside layers: dense layers first, the head last."""
+        result = [0.0] * len(units)
+        result[0] += sum(self.unit(units[0]).dense)
+        result[-1] += self.unit(units[-1]).head
+        return result
 
     def _exchange_seconds(self, unit: Unit) -> float:
         if len(unit) == 1:
@@ -108,9 +124,11 @@ class PipelineCost:
         return self.cost.model.attention_layer_parameters + self.hosted * self.cost.model.expert_parameters
 
     def edge_parameters(self, first: bool, last: bool) -> int:
-        """Embedding on the first stage; final norm and head on the last."""
-        embedding = self.cost.model.vocab_size * self.cost.model.hidden_size
-        return first * embedding + last * (self.cost.model.edge_parameters - embedding)
+        """Embedding and dense layers on the first stage; final norm and head on the last."""
+        model = self.cost.model
+        embedding = model.vocab_size * model.hidden_size
+        dense = model.dense_layers * model.dense_layer_parameters
+        return first * (embedding + dense) + last * (model.edge_parameters - embedding)
 
     def most_layers(self, unit: Unit, in_flight: int, first: bool, last: bool) -> int:
         """Layers that every device of a unit holds with `in_flight` micro-batches between forward and backward."""
@@ -119,6 +137,7 @@ class PipelineCost:
         for name in {self.cost.devices[rank].type for rank in unit}:
             kind = self.types[name]
             left = kind.usable - (kind.working_head if last else kind.working) - edges
+            left -= first * (in_flight * kind.kept_dense + kind.working_dense)
             room.append(floor(left / (layer + in_flight * kind.kept)))
         return max(0, min(room))
 
@@ -139,8 +158,8 @@ class PipelineCost:
         return all_reduce_seconds(self.cost, self._rings(pipelines)) + max(steps)
 
     def _rings(self, pipelines: Sequence[Sequence[tuple[Unit, int]]]) -> Iterator[tuple[Unit, int]]:
-        """(ranks, gradient bytes) of layer 0 and the embedding, whose backward comes last: the dense part over all
-        devices that hold it, experts over those of equal place.
+        """(ranks, gradient bytes) of layer 0 and what comes before it, whose backward comes last: the dense part over
+        all devices that hold it, experts over those of equal place.
 
         All other gradients are taken to travel during backward, as those of a layout do, and in the rival's favour to
         hold up none of its messages.

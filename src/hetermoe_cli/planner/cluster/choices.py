@@ -66,7 +66,7 @@ def sequence_shares(part: Part, kernels: Kernels, total: int) -> Iterator[tuple[
     for kind in part.kinds:
         usual = max(1, total // part.world_size)
         rates = kernels.rates(kind, usual, schedule, max(total, usual), 1)
-        attention[kind] = (kernels.cost.model.layers * sum(rates.attention) + rates.head) / usual
+        attention[kind] = rates.attending(kernels.cost.model.layers) / usual
         expert[kind] = kernels.cost.model.layers * sum(rates.hosted)
     order = sorted(part.kinds, key=lambda kind: attention[kind] / expert[kind])
     seen: set[tuple[Share, ...]] = set()
@@ -169,7 +169,7 @@ def estimate(part: Part, kernels: Kernels, schedule: ScheduleChoice, shares: Seq
     if sum(share.devices * room for share, room in zip(shares, rooms, strict=True)) < model.experts:
         return Estimate(inf, True)
     base = [
-        sum(r.attention) + r.head / model.layers if s.sequences else 0.0 for r, s in zip(rates, shares, strict=True)
+        r.attending(model.layers) / model.layers if s.sequences else 0.0 for r, s in zip(rates, shares, strict=True)
     ]
     each = [
         max(sum(r.hosted), 2 * _moved_seconds(part, kernels, share, total))

@@ -133,7 +133,7 @@ class GroupSearch:
             device = self.cost.types[node.device]
             rows = self.cost.rows_per_expert(max(1, min(self.batch, 64)))
             row = sum(device.expert(rows)[:2]) / rows
-            attention = model.layers * sum(device.attention(1)[:2]) + sum(self.cost.head_cost(device, 1)[:2])
+            attention = self.cost.attending_seconds(device, 1)
             result.append(1 / (attention + row * model.layers * train.sequence_length * model.top_k))
         return result
 

@@ -54,7 +54,7 @@ def _loads(rates: Rates) -> list[Load]:
     """[classes] seconds a layer and micro-batch without experts, and of one expert: compute alone, or network."""
     base = np.array(
         [
-            sum(r.attention) + r.head / rates.layers if c.attends else 0.0
+            r.attending(rates.layers) / rates.layers if c.attends else 0.0
             for c, r in zip(rates.classes, rates.of, strict=True)
         ]
     )
