@@ -34,15 +34,21 @@ class CostModel(MemoryModel):
         if profile is None:
             raise UserError(f"cluster {self.inputs.cluster.name}: no profile for device type {name!r}")
         table = find_table(profile, self.model, self.train.precision_of(name))
+        length, documents = self.train.attention_tokens, self.documents_per_sequence
         return DeviceCost(
             type=name,
-            attention=AttentionCurve(table.attention, self.train.sequence_length, f"profile {name}"),
+            attention=AttentionCurve(table.attention, length, f"profile {name}", documents),
             expert=Curve([p.tokens for p in table.expert], table.expert),
             head=Curve([p.tokens for p in table.head], table.head),
             optimizer_seconds_per_parameter=table.optimizer_seconds_per_parameter,
             memory_bytes=profile.memory_bytes,
             framework_bytes=profile.framework_bytes,
         )
+
+    @property
+    def documents_per_sequence(self) -> float:
+        """How many documents of the assumed length a sequence holds; 1 where attention goes over all of it."""
+        return self.train.sequence_length / self.train.attention_tokens
 
     def of(self, rank: int) -> DeviceCost:
         """The costs of a rank's device type."""
