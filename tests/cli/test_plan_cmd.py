@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from builders import make_inputs
+from builders import make_inputs, make_profile
 from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.plan import Plan
+from hetermoe_cli.spec.train import TrainSpec
 
 HETERMOE = str(Path(sys.executable).parent / "hetermoe")
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,3 +140,21 @@ def test_paper_model_plans_quickly(tmp_path: Path) -> None:
         ROOT / "plans/train/paper-16k.yaml", "--profiles", ROOT / "profiles", "--output", tmp_path / "p.yaml", "--json",
     )  # fmt: skip
     assert json.loads(done.stdout)["solver"]["seconds"] < 30
+
+
+def test_documents_of_a_text_shorten_attention(files: dict[str, Path], tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for index in range(64):
+        (text / f"{index}.txt").write_text(chr(ord("a") + index % 26) * (31 + index // 26 * 32))
+    assert "--data: the length of documents matters to a training spec with documents: masked" in refused(
+        files, "--data", text
+    )
+    train = load(TrainSpec, files["train"])
+    dump(train.model_copy(update={"documents": "masked"}), files["train"])
+    dump(make_profile("new", sequence_lengths=(32, 64)), files["profiles"] / "new.yaml")
+    dump(make_profile("old", sequence_lengths=(32, 64)), files["profiles"] / "old.yaml")
+    found = json.loads(hetermoe(*arguments(files), "--data", text, "--json").stdout)
+    tokens = found["inputs"]["train"]["document_tokens"]
+    assert 32 < tokens < 64
+    assert f"attention is timed for documents of {tokens} tokens" in found["notes"]

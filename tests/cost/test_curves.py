@@ -120,3 +120,13 @@ def test_the_builders_profiles_are_linear() -> None:
     curve = Curve([p.tokens for p in table.expert], table.expert)
     assert [curve(rows).forward for rows in (1, 50, 1000)] == pytest.approx([0.25, 12.5, 250])
     assert AttentionCurve(table.attention, 64, "x")(3) == pytest.approx(Cost(1.5, 3.0, 3 * 64 * 100))
+
+
+def test_sequences_of_documents_cost_as_many_sequences_of_their_length() -> None:
+    points = attention(100, 1.0, 2.0, 3.0) + attention(400, 9.0, 18.0)
+    whole, cut = AttentionCurve(points, 400, "x"), AttentionCurve(points, 100, "x", documents=4)
+    assert cut(1) == pytest.approx(Cost(4, 12, 40))  # the last segment goes on
+    assert cut(0.5) == AttentionCurve(points, 100, "x")(2)
+    assert cut(1).forward < whole(1).forward
+    assert (cut.covers(0.75), cut.covers(1)) == (True, False)
+    assert cut.slowed(2)(1).forward == 8

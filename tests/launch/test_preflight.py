@@ -38,6 +38,16 @@ def test_two_nodes_of_one_kind_are_two_machines() -> None:
         check_devices(plan_of(mixed(("core", 1), ("core", 1))))
 
 
+def test_two_types_of_one_machine_may_train_together() -> None:
+    inputs = mixed(("core", 1), ("card", 2))
+    core, card = (inputs.profiles[name].model_copy(update={"accelerator": "cpu"}) for name in ("core", "card"))
+    nodes = [node.model_copy(update={"machine": "box"}) for node in inputs.cluster.nodes]
+    cluster = inputs.cluster.model_copy(update={"nodes": nodes})
+    inputs = inputs.model_copy(update={"cluster": cluster, "profiles": {"core": core, "card": card}})
+    assert [inputs.device_index(rank) for rank in range(3)] == [0, 1, 2]
+    check_devices(plan_of(inputs))
+
+
 def test_another_product_is_refused() -> None:
     inputs = mixed(("card", 1), ("core", 1))
     core = inputs.profiles["core"]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.model.bigram import bigram_loss, fit_bigram
 from hetermoe_cli.model.data import END_OF_TEXT, Batches, Corpus, load_corpus
+from hetermoe_cli.model.documents import find_documents
 
 
 def documents(count: int, size: int = 200) -> list[str]:
@@ -189,3 +190,12 @@ def test_bigram_by_hand() -> None:
     assert np.exp(table).sum(axis=1) == pytest.approx(np.ones(256))
     expected = -(np.log(4 / 260) + np.log(1 / 256)) / 2  # nothing follows c, so all bytes are equally likely
     assert bigram_loss(table, np.array([a, c]), np.array([b, a])) == pytest.approx(expected)
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=30))
+def test_the_average_token_s_document_is_counted_as_masks_cut_it(sizes: list[int]) -> None:
+    tokens = np.frombuffer(b"".join(b"x" * size + b"\0" for size in sizes) + b"x" * 9, np.uint8)
+    batches = Batches(tokens, 8, batch := len(tokens) // 9, seed=0)
+    lengths = find_documents(batches.sequences(0, 0, batch)[0], END_OF_TEXT, torch.device("cpu")).lengths
+    mean = sum(length**2 for length in lengths) / sum(lengths)
+    assert batches.document_tokens == max(1, round(mean))

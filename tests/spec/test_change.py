@@ -48,6 +48,12 @@ def test_added_devices_get_nodes_of_their_own_like_the_last_of_their_type() -> N
     assert len({group.name for group in changed.nodes}) == 5
 
 
+def test_added_devices_are_on_machines_of_their_own() -> None:
+    box = CLUSTER.model_copy(update={"nodes": [A40.model_copy(update={"count": 1, "machine": "box"}), V100]})
+    changed = changed_cluster(box, parse_change("+2 A40"))
+    assert [group.machine for group in changed.nodes] == ["box", None, None]
+
+
 def test_a_new_type_gets_the_links_of_the_first_group_and_no_price() -> None:
     added = changed_cluster(CLUSTER, parse_change("+1 T4")).nodes[-1]
     assert (added.device, added.network, added.interconnect, added.price_per_hour) == ("T4", "eth", "pcie4", None)

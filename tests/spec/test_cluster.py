@@ -69,3 +69,22 @@ def test_equal_names_of_groups_are_refused() -> None:
 def test_a_cluster_without_nodes_is_refused() -> None:
     with pytest.raises(ValidationError, match="at least 1 item"):
         cluster()
+
+
+def test_groups_on_one_machine_are_one_node_with_nics_of_their_own() -> None:
+    spec = cluster(
+        group("a", "A40", 1, 2, machine="box"), group("b", "T4", 2, 1), group("c", "V100", 1, 2, machine="box")
+    )
+    expanded = devices(spec, {"ethernet": SLOW})
+    assert [d.node for d in expanded] == [0, 0, 1, 2, 0, 0]
+    assert [d.nic for d in expanded] == [0, 0, 1, 2, 3, 3]
+
+
+def test_a_machine_is_one_node() -> None:
+    with pytest.raises(ValidationError, match="machine box is one node, count is 2"):
+        group("a", "A40", 2, 2, machine="box")
+
+
+def test_files_without_a_machine_stay_what_they_are() -> None:
+    assert "machine" not in group("a", "A40", 1, 1).model_dump(mode="json")
+    assert group("a", "A40", 1, 1, machine="box").model_dump(mode="json")["machine"] == "box"

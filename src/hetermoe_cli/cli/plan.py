@@ -41,6 +41,10 @@ def plan(
             help="Plan for this expert load: a file (kind: expert_load), or a run folder of `hetermoe train`."
         ),
     ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text file or folder: plan for its documents' length (documents: masked); repeatable."),
+    ] = None,
     assignment: Annotated[AssignmentChoice, typer.Option(help="Method.")] = AssignmentChoice.optimal,
     solver: Annotated[str, typer.Option(help="highs, cbc, or another solver that PuLP finds.")] = "highs",
     time_limit: Annotated[
@@ -89,6 +93,8 @@ def plan(
     )
     if load:
         inputs = _with_load(inputs, load)
+    if data:
+        inputs = _with_documents(inputs, data)
 
     from hetermoe_cli.planner.cluster.objective import Wanted
     from hetermoe_cli.planner.plan import PlanOptions, make_plan
@@ -136,6 +142,19 @@ def _with_load(inputs: "Inputs", path: Path) -> "Inputs":
     load = read_load(path)
     load.check(inputs.model, str(path))
     return inputs.model_copy(update={"expert_load": load})
+
+
+def _with_documents(inputs: "Inputs", sources: list[Path]) -> "Inputs":
+    """`document_tokens` as `train` will cut this text. UserError where attention does not stay inside documents."""
+    from hetermoe_cli.model.data import Batches, load_corpus
+
+    train = inputs.train
+    if train.documents != "masked":
+        raise UserError("--data: the length of documents matters to a training spec with documents: masked only")
+    corpus = load_corpus(sources, separator=train.document_separator)
+    size = (train.sequence_length, train.global_batch_sequences, train.seed)
+    found = Batches(corpus.train, *size, corpus.source).document_tokens
+    return inputs.model_copy(update={"train": train.model_copy(update={"document_tokens": found})})
 
 
 def _variants(

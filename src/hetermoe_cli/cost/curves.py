@@ -56,34 +56,36 @@ class Curve:
 
 
 class AttentionCurve:
-    """Cost over the number of sequences at one sequence length; `source` names profile and field in errors.
+    """Cost over the number of sequences, each of `documents` (may be fractional) documents of `length` tokens.
 
-    Between two profiled lengths the time per token is interpolated linearly: exact for a + b * S per token.
+    `source` names profile and field in errors. What a profile measures as a sequence is the cost of one document: attention ends there, all else goes by tokens.
+    Between two profiled lengths the time per token is interpolated linearly: exact for a + b * length per token.
     """
 
-    def __init__(self, points: Sequence[AttentionPoint], sequence_length: int, source: str) -> None:
+    def __init__(self, points: Sequence[AttentionPoint], length: int, source: str, documents: float = 1.0) -> None:
         by_length: dict[int, list[AttentionPoint]] = {}
         for point in points:
             by_length.setdefault(point.sequence_length, []).append(point)
         lengths = sorted(by_length)
-        if not lengths[0] <= sequence_length <= lengths[-1]:
+        if not lengths[0] <= length <= lengths[-1]:
             raise UserError(
-                f"{source}: sequence length {sequence_length} is outside the profiled "
-                f"{lengths[0]}..{lengths[-1]}: profile it with --sequence-lengths {sequence_length}"
+                f"{source}: sequence length {length} is outside the profiled "
+                f"{lengths[0]}..{lengths[-1]}: profile it with --sequence-lengths {length}"
             )
-        upper = lengths[bisect_left(lengths, sequence_length)]
-        lower = upper if upper == sequence_length else lengths[bisect_left(lengths, sequence_length) - 1]
-        self._curves = [(length, _curve(by_length[length])) for length in (lower, upper)]
-        self._share = 0.0 if upper == lower else (sequence_length - lower) / (upper - lower)
-        self._length = sequence_length
+        upper = lengths[bisect_left(lengths, length)]
+        lower = upper if upper == length else lengths[bisect_left(lengths, length) - 1]
+        self._curves = [(near, _curve(by_length[near])) for near in (lower, upper)]
+        self._share = 0.0 if upper == lower else (length - lower) / (upper - lower)
+        self._length, self._documents = length, documents
 
     def covers(self, sequences: float) -> bool:
         """Whether `sequences` is interpolated rather than extended."""
-        return all(curve.covers(sequences) for _, curve in self._curves)
+        return all(curve.covers(sequences * self._documents) for _, curve in self._curves)
 
     def __call__(self, sequences: float) -> Cost:
         (low, below), (high, above) = self._curves
-        first, second = below(sequences), above(sequences)
+        count = sequences * self._documents
+        first, second = below(count), above(count)
         return Cost(
             *(
                 self._length * ((1 - self._share) * a / low + self._share * b / high)

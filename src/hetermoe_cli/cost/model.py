@@ -13,7 +13,7 @@ from hetermoe_cli.cost.ports import Network
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.layout import ScheduleChoice
 from hetermoe_cli.spec.plan import Inputs
-from hetermoe_cli.spec.profile import BYTES_PER_ELEMENT
+from hetermoe_cli.spec.profile import BYTES_PER_ELEMENT, AttentionPoint
 
 
 class CostModel(MemoryModel):
@@ -34,17 +34,26 @@ class CostModel(MemoryModel):
         if profile is None:
             raise UserError(f"cluster {self.inputs.cluster.name}: no profile for device type {name!r}")
         table = find_table(profile, self.model, self.train.precision_of(name))
-        length, source = self.train.sequence_length, f"profile {name}: field"
+
+        def by_documents(points: Sequence[AttentionPoint], field: str) -> AttentionCurve:
+            source = f"profile {name}: field {field}"
+            return AttentionCurve(points, self.train.attention_tokens, source, self.documents_per_sequence)
+
         return DeviceCost(
             type=name,
-            attention=AttentionCurve(table.attention, length, f"{source} attention"),
-            dense=AttentionCurve(table.dense, length, f"{source} dense") if self.model.dense_layers else None,
+            attention=by_documents(table.attention, "attention"),
+            dense=by_documents(table.dense, "dense") if self.model.dense_layers else None,
             expert=Curve([p.tokens for p in table.expert], table.expert),
             head=Curve([p.tokens for p in table.head], table.head),
             optimizer_seconds_per_parameter=table.optimizer_seconds_per_parameter,
             memory_bytes=profile.memory_bytes,
             framework_bytes=profile.framework_bytes,
         )
+
+    @property
+    def documents_per_sequence(self) -> float:
+        """How many documents of the assumed length a sequence holds; 1 where attention goes over all of it."""
+        return self.train.sequence_length / self.train.attention_tokens
 
     def of(self, rank: int) -> DeviceCost:
         """The costs of a rank's device type."""

@@ -10,7 +10,7 @@ from hetermoe_cli.spec.profile import Profile
 def check_devices(plan: Plan) -> None:
     """UserError if this machine does not have the device of every rank, as its profile was measured.
 
-    A machine's CPU and its GPUs are two nodes of a cluster.
+    A machine's CPU and its GPUs may be two nodes of a cluster.
     """
     devices, kinds = plan.inputs.devices(), plan.inputs.accelerators()
     for kind in sorted(set(kinds)):
@@ -18,7 +18,7 @@ def check_devices(plan: Plan) -> None:
         if len(nodes) > 1:
             raise UserError(
                 f"cluster {plan.inputs.cluster.name}: field nodes: {len(nodes)} nodes; workers start on one "
-                "machine only: plan for one node, or pass --emulate"
+                "machine only: plan for one node, give the node groups one `machine`, or pass --emulate"
             )
     for device in devices:
         _check_device(plan.inputs.profiles[device.type], plan.inputs.device_index(device.rank))

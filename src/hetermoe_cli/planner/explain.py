@@ -14,7 +14,7 @@ from hetermoe_cli.spec.layout import Layout
 def notes(
     cost: CostModel, layout: Layout, rivals: dict[str, Rival], seconds: float, exact_over: ExactOver
 ) -> list[str]:
-    """Modelled figures, extended curves, devices left out, where nothing can be gained, and a search cut short."""
+    """Modelled figures, assumptions, extended curves, devices left out, no gain, and a search cut short."""
     result = [*sources(cost), *_extended(cost, layout), *_left_out(cost, layout), *_no_gain(cost, rivals, seconds)]
     if exact_over == "not solved":
         result.append("the search did not close the gap: a longer --time-limit may find a better plan")
@@ -22,7 +22,7 @@ def notes(
 
 
 def sources(cost: CostModel) -> Iterator[str]:
-    """Which profiles are modelled, and who computes in another precision than the exchange's."""
+    """Which profiles are modelled, who computes in another precision than the exchange's, how long documents are."""
     modelled = [name for name in cost.types if cost.inputs.profiles[name].source == "modelled"]
     if modelled:
         yield f"the profiles of {', '.join(modelled)} are modelled from data sheets, not measured"
@@ -32,6 +32,11 @@ def sources(cost: CostModel) -> Iterator[str]:
     ]:
         rest = [f"the others in {train.precision}"] if len(other) < len(cost.types) else []
         yield f"{', '.join(other + rest)}; rows and shared gradients travel in {train.precision}"
+    if train.documents == "masked":
+        told = (
+            "" if train.document_tokens else ": one a sequence, as neither --data nor train.document_tokens says more"
+        )
+        yield f"attention is timed for documents of {train.attention_tokens} tokens{told}"
     if unknown := sorted(train.device_precision.keys() - cost.types.keys()):
         yield f"train.device_precision names {', '.join(unknown)}, which the cluster does not have"
 

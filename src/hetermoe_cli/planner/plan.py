@@ -147,7 +147,7 @@ def embed(inputs: Inputs) -> Inputs:
     for name, profile in inputs.profiles.items():
         table = find_table(profile, inputs.model, inputs.train.precision_of(name))
         lengths = sorted({point.sequence_length for point in table.attention})
-        wanted = inputs.train.sequence_length
+        wanted = inputs.train.attention_tokens
         near = {
             max((x for x in lengths if x <= wanted), default=lengths[0]),
             min((x for x in lengths if x >= wanted), default=lengths[-1]),

@@ -32,7 +32,11 @@ PointT = TypeVar("PointT", AttentionPoint, ExpertPoint, HeadPoint)
 
 
 class Sample(NamedTuple):
-    """One task that ran. `size`: sequences of attention, rows per expert, tokens of the head, optimizer parameters."""
+    """One task that ran.
+
+    `size`: sequences of attention (documents, where it stays inside), rows per expert, tokens of the head, parameters
+    of the optimizer.
+    """
 
     size: float
     predicted: float

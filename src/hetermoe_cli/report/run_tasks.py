@@ -140,4 +140,4 @@ def _size(cost: LayoutCost, rank: int, action: Action) -> float:
             return sequences * cost.cost.train.sequence_length
         case Kind.OPTIMIZER:
             return cost.parameters(rank)
-    return sequences
+    return sequences * cost.cost.documents_per_sequence

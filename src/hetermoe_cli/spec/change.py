@@ -49,7 +49,7 @@ def changed_cluster(cluster: ClusterSpec, change: Change) -> ClusterSpec:
 
 
 def _added(nodes: Sequence[NodeGroup], device: str, count: int) -> NodeGroup:
-    """`count` nodes of one device each, otherwise like the type's last node group.
+    """`count` nodes of one device each, on machines of their own, otherwise like the type's last node group.
 
     A type that the cluster lacks gets the links of its first group, and no price.
     """
@@ -58,7 +58,9 @@ def _added(nodes: Sequence[NodeGroup], device: str, count: int) -> NodeGroup:
     name = f"added-{device}"
     while name in names:
         name += "+"
-    update: dict[str, object] = {"name": name, "device": device, "count": count, "devices": 1, "nics": 1}
+    update: dict[str, object] = {
+        "name": name, "device": device, "count": count, "devices": 1, "nics": 1, "machine": None,
+    }  # fmt: skip
     if not alike:
         update["price_per_hour"] = None
     return (alike or nodes)[-1 if alike else 0].model_copy(update=update)

@@ -36,6 +36,7 @@ class NodeGroup(Spec):
     `network` is one NIC's link to other nodes, `interconnect` a device's link to its neighbours inside the node;
     either a link record's name or numbers. With fewer NICs than devices, neighbouring devices share one.
     `price_per_hour` is what one device costs an hour, in dollars (any one currency, if all node groups use the same).
+    Groups that name the same `machine` are the device types of one node, each with NICs of its own.
     """
 
     name: str
@@ -46,17 +47,21 @@ class NodeGroup(Spec):
     network: str | Link
     interconnect: str | Link
     price_per_hour: PositiveFloat | None = None
+    machine: str | None = None
 
     @model_serializer(mode="wrap")
-    def _without_absent_price(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Files and hashes that were written before prices existed stay what they are."""
+    def _without_later_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Files and hashes that were written before prices and machines existed stay what they are."""
         data: dict[str, Any] = handler(self)
-        return {name: value for name, value in data.items() if name != "price_per_hour" or value is not None}
+        later = ("price_per_hour", "machine")
+        return {name: value for name, value in data.items() if name not in later or value is not None}
 
     @model_validator(mode="after")
     def _check(self) -> "NodeGroup":
         if self.nics > self.devices:
             raise ValueError(f"nics {self.nics} is larger than devices {self.devices}")
+        if self.machine is not None and self.count > 1:
+            raise ValueError(f"machine {self.machine} is one node, count is {self.count}: write a node group for each")
         return self
 
 
@@ -117,23 +122,25 @@ def devices(cluster: ClusterSpec, links: Mapping[str, Link]) -> list[Device]:
         return links[link]
 
     result: list[Device] = []
-    node_index = nic_index = 0
+    machines: dict[str, int] = {}
+    nodes = nic_index = 0
     for group in cluster.nodes:
         network = resolve(group.network, group, "network")
         interconnect = resolve(group.interconnect, group, "interconnect")
         for _ in range(group.count):
+            node = nodes if group.machine is None else machines.setdefault(group.machine, nodes)
             for local in range(group.devices):
                 result.append(
                     Device(
                         rank=len(result),
                         type=group.device,
-                        node=node_index,
+                        node=node,
                         nic=nic_index + local * group.nics // group.devices,
                         network=network,
                         interconnect=interconnect,
                     )
                 )
-            node_index += 1
+            nodes += node == nodes
             nic_index += group.nics
     return result
 

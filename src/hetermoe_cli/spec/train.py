@@ -21,6 +21,8 @@ class TrainSpec(Spec):
     """Batch, precision, text and optimizer of a run. The learning rate warms up linearly, then follows a cosine.
 
     Every text file is a document, or several where `document_separator` (such as <|endoftext|>) stands between them.
+    `document_tokens`: how many tokens the document of an average token has, for predictions of masked documents;
+    without it they take a sequence as one document, which is an upper bound.
     """
 
     kind: Literal["train"] = "train"
@@ -33,6 +35,7 @@ class TrainSpec(Spec):
     dense_state: DenseState | Literal["auto"] = "replicated"
     documents: Documents = "joined"
     document_separator: str | None = Field(default=None, min_length=1)
+    document_tokens: PositiveInt | None = None
     steps: PositiveInt = 100
     learning_rate: PositiveFloat = 1e-3
     minimum_learning_rate_ratio: NonNegativeFloat = Field(default=0.1, le=1)
@@ -54,6 +57,7 @@ class TrainSpec(Spec):
             "device_precision": {},
             "documents": "joined",
             "document_separator": None,
+            "document_tokens": None,
         }
         return {name: value for name, value in data.items() if name not in later or value != later[name]}
 
@@ -61,10 +65,17 @@ class TrainSpec(Spec):
         """What devices of this type compute in."""
         return self.device_precision.get(device_type, self.precision)
 
+    @property
+    def attention_tokens(self) -> int:
+        """What one causal attention goes over, as predictions take it: a document, at most a sequence."""
+        return min(self.document_tokens or self.sequence_length, self.sequence_length)
+
     @model_validator(mode="after")
     def _check(self) -> "TrainSpec":
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} is larger than steps {self.steps}")
+        if self.document_tokens and self.documents != "masked":
+            raise ValueError("document_tokens: joined documents attend to each other: set documents: masked")
         used = {self.precision, *self.device_precision.values()}
         if "fp64" in used and len(used) > 1:
             raise ValueError("device_precision: fp64 keeps fp64 optimizer states, so it cannot be mixed with another")

@@ -20,7 +20,8 @@ class Kernels:
     """Rates of a device of each node group, whatever group it is in; looked up, or computed once."""
 
     def __init__(self, inputs: Inputs) -> None:
-        nodes = [node.model_copy(update={"count": 2, "devices": 1, "nics": 1}) for node in inputs.cluster.nodes]
+        apart = {"count": 2, "devices": 1, "nics": 1, "machine": None}
+        nodes = [node.model_copy(update=apart) for node in inputs.cluster.nodes]
         cluster = inputs.cluster.model_copy(update={"nodes": nodes})
         self.cost = CostModel(inputs.model_copy(update={"cluster": cluster}))
         self._known: dict[tuple[object, ...], ClassRates] = {}
