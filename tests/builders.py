@@ -27,7 +27,7 @@ from hetermoe_cli.spec.profile import (
     Precision,
     Profile,
 )
-from hetermoe_cli.spec.train import Recompute, TrainSpec
+from hetermoe_cli.spec.train import DenseState, Recompute, TrainSpec
 
 DAY = date(2026, 11, 24)
 BACKWARD = 2.0  # every backward takes this many forwards
@@ -160,12 +160,18 @@ def make_schedule(
     experts: ExpertOrder = "after",
     transfers: TransferOrder = "layered",
     recompute: Recompute = "none",
+    dense_state: DenseState = "replicated",
 ) -> ScheduleChoice:
     """A schedule by name; windows of the largest size that leaves several."""
     widths = {"zebra": micro_batches, "sequential": 1}
     widths["windowed"] = max([w for w in range(1, micro_batches) if not micro_batches % w], default=1)
     return ScheduleChoice(
-        micro_batches=micro_batches, window=widths[name], experts=experts, transfers=transfers, recompute=recompute
+        micro_batches=micro_batches,
+        window=widths[name],
+        experts=experts,
+        transfers=transfers,
+        recompute=recompute,
+        dense_state=dense_state,
     )
 
 
@@ -179,6 +185,7 @@ def make_layout(
     schedule: ScheduleName = "zebra",
     expert_order: ExpertOrder = "after",
     recompute: Recompute = "none",
+    dense_state: DenseState = "replicated",
 ) -> Layout:
     """Sequences and hosted experts per rank, equal in all layers; expert numbers follow the ranks, replicated last."""
     experts: list[list[int]] = []
@@ -188,7 +195,9 @@ def make_layout(
     total = sum(hosted)
     placement = LayerPlacement(experts=experts, replicated=list(range(total, total + replicated)))
     return Layout(
-        schedule=make_schedule(schedule, micro_batches, experts=expert_order, recompute=recompute),
+        schedule=make_schedule(
+            schedule, micro_batches, experts=expert_order, recompute=recompute, dense_state=dense_state
+        ),
         sequences_per_rank=list(sequences),
         placement=[placement] * layers,
     )
@@ -250,6 +259,7 @@ def layouts(
             experts=draw(st.sampled_from(orders)),
             transfers=draw(st.sampled_from(get_args(TransferOrder))),
             recompute=draw(st.sampled_from(get_args(Recompute))),
+            dense_state=draw(st.sampled_from(get_args(DenseState))),
         ),
         sequences_per_rank=draw(st.lists(st.integers(0, 2), min_size=world, max_size=world).filter(any)),
         placement=placement,

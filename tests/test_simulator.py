@@ -239,7 +239,7 @@ def test_a_group_of_equal_devices_scales_with_its_batch(copies: int) -> None:
 
     def ends(cost: LayoutCost) -> dict[str, float]:
         late = ("synchronise", "optimizer")
-        return {s.name: s.end for s in simulate(cost).spans if s.lane != "gradients" and not s.name.startswith(late)}
+        return {s.name: s.end for s in simulate(cost).spans if s.lane != "collectives" and not s.name.startswith(late)}
 
     assert ends(large) == pytest.approx(ends(small))
 

@@ -155,7 +155,7 @@ class _Graph:
         numbers = {action: self._new() for action in schedule.transfers}
         for transfer in self.transfers:
             number = numbers[transfer.action]
-            for source in inputs(transfer.action, self._layers):
+            for source in schedule.sources(transfer.action, self._layers):
                 makers = [table[source] for table in self._tables if source in table]
                 transfer.makers += self._chosen(makers, schedule.senders[transfer.action])
             for maker, _ in transfer.makers:

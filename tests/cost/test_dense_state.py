@@ -7,6 +7,7 @@ import pytest
 from builders import make_inputs, make_layout, make_model
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.planner.rates import device_rates
+from hetermoe_cli.schedule.action import Kind
 from hetermoe_cli.schedule.zebra import OPTIMIZER
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.train import DenseState
@@ -47,7 +48,9 @@ def test_gathers_come_on_top_of_the_all_reduce(window: int, halves: int) -> None
     def seconds(state: Any) -> tuple[float, float]:
         """During backward, and after it."""
         cost = costs(state, window=window)
-        return sum(cost.reduce(layer).seconds for layer in range(MODEL.layers + 1)), cost.synchronise_seconds
+        return sum(
+            cost.collective(Kind.REDUCE, layer).seconds for layer in range(MODEL.layers + 1)
+        ), cost.synchronise_seconds
 
     assert seconds("replicated") == (pytest.approx(once), 0.0)
     assert seconds("optimizer") == (pytest.approx(once), pytest.approx(once / 2))

@@ -7,7 +7,7 @@ from builders import make_cost, make_inputs, make_layout, make_model, make_profi
 from hetermoe_cli.cost import CostModel, LayoutCost, balanced_load
 from hetermoe_cli.cost.layout import RecordedLoad
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.schedule.action import Action, parse_action
+from hetermoe_cli.schedule.action import Action, Kind, parse_action
 from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import Inputs
@@ -96,13 +96,15 @@ def test_dense_and_replicated_gradients_are_synchronised() -> None:
     embedding, layer = model.hidden_size * model.vocab_size, model.attention_layer_parameters
     segments = [layer + embedding, layer, model.edge_parameters - embedding]
     assert sum(segments) == model.dense_parameters
-    found = [plain.reduce(place).seconds for place in range(3)]
+    found = [plain.collective(Kind.REDUCE, place).seconds for place in range(3)]
     assert found == pytest.approx([2 * segment / 1e9 for segment in segments])  # two bytes
     replicated = make_cost(make_layout((1, 1), (1, 2), replicated=1), model=model)
     more = 2 * model.expert_parameters / 1e9
-    assert [replicated.reduce(place).seconds for place in range(2)] == pytest.approx([s + more for s in found[:2]])
-    assert replicated.reduce(2) == plain.reduce(2)
-    assert make_cost(make_layout(), model=model).reduce(0) == (0.0, ())
+    assert [replicated.collective(Kind.REDUCE, place).seconds for place in range(2)] == pytest.approx(
+        [s + more for s in found[:2]]
+    )
+    assert replicated.collective(Kind.REDUCE, 2) == plain.collective(Kind.REDUCE, 2)
+    assert make_cost(make_layout(), model=model).collective(Kind.REDUCE, 0) == (0.0, ())
 
 
 def test_gradients_occupy_the_ring_of_attending_ranks() -> None:
@@ -111,8 +113,8 @@ def test_gradients_occupy_the_ring_of_attending_ranks() -> None:
     network = cost.cost.network
     ring = [(0, 1), (1, 2), (2, 3), (3, 0)]
     ports = {int(p) for s, d in ring for p in (network.out_port[s, d], network.in_port[s, d])}
-    assert cost.transfer(action("0RB0")) == cost.reduce(0)
-    assert set(cost.reduce(0).ports) == ports
+    assert cost.transfer(action("0RB0")) == cost.collective(Kind.REDUCE, 0)
+    assert set(cost.collective(Kind.REDUCE, 0).ports) == ports
 
 
 def test_a_recorded_load_equal_to_the_balanced_one_costs_the_same() -> None:

@@ -47,10 +47,10 @@ def test_direction_of_transfers(text: str, towards: bool) -> None:
     assert parse_action(text).lane == (1 if towards else 2)
 
 
-def test_rows_and_gradients_are_transferred() -> None:
+def test_rows_gradients_and_weights_are_transferred() -> None:
     transfers = {kind for kind in Kind if Action(kind, Pass.FORWARD).is_transfer}
-    assert transfers == {Kind.DISPATCH, Kind.COMBINE, Kind.REDUCE}
-    assert parse_action("3RB7").lane == 3
+    assert transfers == {Kind.DISPATCH, Kind.COMBINE, Kind.REDUCE, Kind.GATHER}
+    assert {parse_action(text).lane for text in ("3RB7", "3GF7", "3GB7")} == {3}
     assert {parse_action(text).lane for text in ("0AF0", "0EB0", "0HB0", "0SB0", "0OB0")} == {0}
 
 

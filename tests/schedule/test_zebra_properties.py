@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from builders import layouts, make_cost, make_layout
 from hetermoe_cli.cost import LayoutCost
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.schedule.action import Action, Kind, Pass
+from hetermoe_cli.schedule.action import Action, Kind, Pass, parse_action
+from hetermoe_cli.schedule.gathers import releases
 from hetermoe_cli.schedule.lower import training_schedule, validation_schedule
-from hetermoe_cli.schedule.schedule import Schedule, inputs
+from hetermoe_cli.schedule.schedule import Schedule, gather_for, inputs, segment_of
 from hetermoe_cli.simulator import check_deadlock, simulate
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.trace import Span
@@ -42,9 +43,11 @@ def travels(layout: Layout, layer: int) -> bool:
 
 
 def expected_transfers(layout: Layout, passes: tuple[Pass, ...]) -> Counter[Action]:
+    """Of rows, and all-reduces."""
     reduces = range(layout.layers + 1) if BACKWARD in passes and len(layout.attending) > 1 else ()
-    last = layout.micro_batches - 1
-    return Counter(Action(Kind.REDUCE, BACKWARD, layer, last) for layer in reduces) + Counter(
+    width = layout.schedule.window if layout.gathers else layout.micro_batches
+    lasts = range(width - 1, layout.micro_batches, width)
+    return Counter(Action(Kind.REDUCE, BACKWARD, layer, last) for layer in reduces for last in lasts) + Counter(
         Action(kind, direction, layer, j)
         for layer in range(layout.layers)
         if travels(layout, layer)
@@ -62,7 +65,8 @@ def test_every_task_exactly_once(layout: Layout) -> None:
     ):
         for rank, order in enumerate(schedule.compute):
             assert Counter(order) == expected_compute(layout, rank, passes)
-        assert Counter(schedule.transfers) == expected_transfers(layout, passes)
+        moved = (transfer for transfer in schedule.transfers if transfer.kind is not Kind.GATHER)
+        assert Counter(moved) == expected_transfers(layout, passes)
 
 
 @given(layouts())
@@ -70,9 +74,43 @@ def test_attending_ranks_and_hosts_take_part_in_transfers(layout: Layout) -> Non
     schedule = training_schedule(layout)
     for transfer in schedule.transfers:
         attending = tuple(layout.attending)
-        hosts = attending if transfer.kind is Kind.REDUCE else tuple(layout.hosting(transfer.layer))
+        hosts = attending if transfer.is_collective else tuple(layout.hosting(transfer.layer))
         ends = (schedule.senders[transfer], schedule.receivers[transfer])
         assert ends == ((attending, hosts) if transfer.towards_experts else (hosts, attending))
+
+
+@given(layouts())
+def test_weights_are_whole_for_every_stage_that_needs_them_and_at_most_two_segments_at_once(layout: Layout) -> None:
+    layers = layout.layers
+    for schedule in (training_schedule(layout), validation_schedule(layout)):
+        gathers = {transfer for transfer in schedule.transfers if transfer.kind is Kind.GATHER}
+        assert bool(gathers) == layout.gathers
+        if not gathers:
+            continue
+        order, whole = schedule.compute[layout.attending[0]], set()
+        dropped = releases(schedule, order, layers)
+        waiting = [gather for gather in gathers if gather not in schedule.after]
+        for stage in order:
+            whole |= {gather.layer for gather in waiting}  # as soon as there is room
+            assert len(whole) <= 2
+            if stage.kind in (Kind.ATTENTION, Kind.HEAD):
+                assert segment_of(stage, layers) in whole
+            if (segment := dropped.get(stage)) is not None:
+                whole.remove(segment)
+            waiting = [gather for gather, after in schedule.after.items() if after == stage]
+            assert not whole & {gather.layer for gather in waiting}
+        assert not whole
+
+
+@given(layouts())
+def test_a_stage_waits_for_the_gather_of_its_own_weights(layout: Layout) -> None:
+    schedule = training_schedule(layout)
+    cost = make_cost(layout)
+    ends = {span.name: span.end for span in simulate(cost, schedule).spans}
+    for span in simulate(cost, schedule).spans:
+        if span.lane == "compute" and not span.name.startswith(("head", "synchronise", "optimizer")):
+            gather = str(gather_for(parse_action(span.name), layout.layers))
+            assert span.start >= ends.get(gather, 0.0) or span.name[-3] == "E"
 
 
 @given(layouts(schedules=("zebra",)))
@@ -127,14 +165,14 @@ def test_sequential_validation_with_one_layer_does_not_deadlock(layers: int) -> 
 @given(layouts(), st.data())
 def test_a_removed_transfer_is_found(layout: Layout, data: st.DataObject) -> None:
     schedule = training_schedule(layout)
-    rows = [t for t in schedule.transfers if t.kind is not Kind.REDUCE]
+    rows = [t for t in schedule.transfers if not t.is_collective]
     assume(rows)
     gone = data.draw(st.sampled_from(rows))
-    mutant = Schedule(
-        schedule.compute,
-        tuple(t for t in schedule.transfers if t != gone),
-        {t: ranks for t, ranks in schedule.senders.items() if t != gone},
-        {t: ranks for t, ranks in schedule.receivers.items() if t != gone},
+    mutant = replace(
+        schedule,
+        transfers=tuple(t for t in schedule.transfers if t != gone),
+        senders={t: ranks for t, ranks in schedule.senders.items() if t != gone},
+        receivers={t: ranks for t, ranks in schedule.receivers.items() if t != gone},
     )
     with pytest.raises(UserError, match=f"transfer {gone.answer} has no answer {gone}"):
         check_deadlock(mutant, layout.layers)
@@ -144,7 +182,7 @@ def test_a_removed_transfer_is_found(layout: Layout, data: st.DataObject) -> Non
 def test_swapped_transfers_of_a_micro_batch_are_found(layout: Layout, data: st.DataObject) -> None:
     schedule = training_schedule(layout)
     order = list(schedule.transfers)
-    assume([t for t in order if t.kind is not Kind.REDUCE])
+    assume([t for t in order if not t.is_collective])
     first, second = draw_pair(data, order)
     order[first], order[second] = order[second], order[first]
     with pytest.raises(UserError, match="deadlock"):
@@ -178,8 +216,8 @@ def timeline_or_nothing(cost: LayoutCost, schedule: Schedule) -> list[Span]:
 
 
 def draw_pair(data: st.DataObject, order: list[Action]) -> tuple[int, int]:
-    """Indices of two tasks of one micro-batch, all-reduces left out: they are no part of its chain."""
-    chained = [(index, action) for index, action in enumerate(order) if action.kind is not Kind.REDUCE]
+    """Indices of two tasks of one micro-batch, collectives left out: they are no part of its chain."""
+    chained = [(index, action) for index, action in enumerate(order) if not action.is_collective]
     micro_batch = data.draw(st.sampled_from(chained))[1].micro_batch
     places = [index for index, action in chained if action.micro_batch == micro_batch]
     assume(len(places) > 1)

@@ -81,7 +81,7 @@ class LayoutCost:
         self._by_rank: dict[object, Matrix] = {}
         self._transfers: dict[tuple[int, int, bool], TransferCost] = {}
         self._busy: dict[object, Matrix] = {}
-        self._reduces: list[TransferCost] = []
+        self._collectives: dict[tuple[Kind, int, bool], TransferCost] = {}
         self._ports: dict[tuple[bytes, bool], tuple[int, ...]] = {}
 
     def expert_rows(self, rank: int, layer: int, micro_batch: int) -> list[float]:
@@ -173,8 +173,9 @@ class LayoutCost:
 
         The ports do not depend on the rows, so that the order on every port is known before any row is counted.
         """
-        if action.kind is Kind.REDUCE:
-            return self.reduce(action.layer)
+        if action.is_collective:
+            last = action.micro_batch == self.layout.micro_batches - 1
+            return self.collective(action.kind, action.layer, last=last)
         layer, micro_batch = action.layer, 0 if self._alike else action.micro_batch
         key = (layer, micro_batch, action.towards_experts)
         if key not in self._transfers:
@@ -202,15 +203,23 @@ class LayoutCost:
             self._ports[key] = self.cost.network.ports(*(pair if towards_experts else pair[::-1]))
         return self._ports[key]
 
-    def reduce(self, layer: int) -> TransferCost:
-        """All-reduce of the gradients that attending ranks share of a layer; model.layers: of the head."""
-        if not self._reduces:
-            ports, attending = self.cost.network.ring_ports(self.layout.attending), self.layout.attending
-            for place in range(self.layout.layers + 1):
-                copies = len(self.layout.placement[place].replicated) if place < self.layout.layers else 0
-                seconds = self.cost.reduce_seconds(self.layout.schedule, attending, place, copies)
-                self._reduces.append(TransferCost(seconds, ports))
-        return self._reduces[layer]
+    def collective(self, kind: Kind, layer: int, *, last: bool = True) -> TransferCost:
+        """What attending ranks sum (R) or gather (G) of a layer; model.layers: of the head. Replicated experts are
+        summed with the `last` micro-batch."""
+        key = kind, layer, last
+        if key not in self._collectives:
+            layout, attending = self.layout, self.layout.attending
+            copies = len(layout.placement[layer].replicated) if last and layer < layout.layers else 0
+            if kind is Kind.GATHER:
+                seconds = self.cost.gather_seconds(attending, layer)
+            else:
+                seconds = self.cost.reduce_seconds(layout.schedule, attending, layer, copies)
+            self._collectives[key] = TransferCost(seconds, self._ring_ports)
+        return self._collectives[key]
+
+    @cached_property
+    def _ring_ports(self) -> tuple[int, ...]:
+        return self.cost.network.ring_ports(self.layout.attending)
 
     @cached_property
     def synchronise_seconds(self) -> float:

@@ -1,5 +1,7 @@
 """MemoryModel: bytes that a rank holds at the turn from forward to backward, when a window's activations are alive."""
 
+from itertools import pairwise
+
 from hetermoe_cli.cost.curves import Cost
 from hetermoe_cli.cost.device import STATE_BYTES, DeviceCost, ExpertRows
 from hetermoe_cli.spec.layout import ScheduleChoice
@@ -46,17 +48,30 @@ class MemoryModel:
         return stages + sum(self.head_cost(device, sequences)[:2])
 
     def dense_state_bytes(self, schedule: ScheduleChoice, attending: int) -> tuple[float, float, float]:
-        """Bytes (weights, gradients, optimizer) of the dense part on each of `attending` ranks."""
-        state, model = schedule.dense_state, self.model
-        weights, gradients, optimizer = (model.dense_parameters * size for size in STATE_BYTES[self.train.precision])
-        if state == "replicated":
+        """Bytes (weights, gradients, optimizer) of the dense part on each of `attending` ranks.
+
+        Of a fully sharded one the segment at work and the next are whole (schedule/gathers.py), and so are the
+        gradients of the one at work while those before it are scattered. A narrow rank's share of the weights is its
+        masters.
+        """
+        state, dense, sizes = schedule.dense_state, self.model.dense_parameters, STATE_BYTES[self.train.precision]
+        weights, gradients, optimizer = (dense * size for size in sizes)
+        if state == "replicated" or attending == 1:
             return weights, gradients, optimizer
         if state == "optimizer":
             return weights, gradients, optimizer / attending
-        # the part at work is whole: a stage, or embedding and head
-        whole = max(model.first_stage_parameters, model.edge_parameters) / model.dense_parameters
-        share = 1 / attending + whole * (1 - 1 / attending)
-        return weights * share, gradients * share, optimizer / attending
+        segments = [self.segment_parameters(layer) for layer in range(self.model.layers + 1)]
+        whole = max(map(sum, pairwise(segments)))
+        own = weights / attending if sizes[0] >= _WIDE_BYTES else 0.0
+        return own + whole * sizes[0], gradients / attending + whole * sizes[1], optimizer / attending
+
+    def segment_parameters(self, layer: int) -> int:
+        """Shared dense parameters whose gradients the layer's last backward completes; model.layers: the head's."""
+        model = self.model
+        embedding = model.hidden_size * model.vocab_size
+        if layer == model.layers:
+            return model.edge_parameters - embedding
+        return model.attention_layer_parameters if layer else model.first_stage_parameters + embedding
 
     def expert_activation_bytes(self, device: DeviceCost, rows: float, recompute: bool) -> float:
         """Kept from forward to backward by one expert on `rows` rows of one micro-batch: what autograd saved with the

@@ -84,12 +84,17 @@ class CostModel(MemoryModel):
     @cached_property
     def dense_gradient_bytes(self) -> int:
         """What attending ranks all-reduce for the dense part."""
-        return self.model.dense_parameters * STATE_BYTES[self.train.precision][1]
+        return self.model.dense_parameters * self.gradient_bytes
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of one parameter."""
+        return STATE_BYTES[self.train.precision][1]
 
     @property
     def expert_gradient_bytes(self) -> int:
         """What attending ranks all-reduce for one replicated expert."""
-        return self.model.expert_parameters * STATE_BYTES[self.train.precision][1]
+        return self.model.expert_parameters * self.gradient_bytes
 
     def dense_updates(self, schedule: ScheduleChoice, attending: int) -> float:
         """Dense parameters that each of `attending` ranks updates."""
@@ -98,44 +103,44 @@ class CostModel(MemoryModel):
     def synchronise_seconds(self, schedule: ScheduleChoice, attending: Sequence[int], replicated: int) -> float:
         """All-reduce of dense and `replicated` experts' gradients over a group's attending ranks, one after another.
 
-        New weights of sharded optimizer states are gathered on top, half an all-reduce. A fully sharded dense part has
-        its gradients scattered and its weights gathered in as many bytes as one all-reduce.
+        New weights of sharded optimizer states are gathered on top, half an all-reduce; `sharding_seconds` of a fully
+        sharded dense part.
         """
-        size = (1.5 if schedule.dense_state == "optimizer" else 1.0) * self.dense_gradient_bytes
+        size = {"optimizer": 1.5, "full": 0.5}.get(schedule.dense_state, 1.0) * self.dense_gradient_bytes
         seconds = self.network.all_reduce_seconds(attending, size + replicated * self.expert_gradient_bytes)
-        return seconds + self.gather_seconds(schedule, attending)
+        return seconds + self.sharding_seconds(schedule, attending)
 
     def reduce_seconds(self, schedule: ScheduleChoice, attending: Sequence[int], layer: int, replicated: int) -> float:
         """The part of it that follows a layer's backward: the dense part of the layer and its `replicated` experts.
 
         `layer` 0 brings the embedding and the dense layers with it, model.layers is the head. The gradients of a fully
-        sharded dense part are scattered, which is half an all-reduce.
+        sharded dense part are scattered by themselves, which is half an all-reduce.
         """
-        size = self.segment_parameters(layer) * STATE_BYTES[self.train.precision][1]
-        share = 0.5 if schedule.dense_state == "full" else 1.0
-        return self.network.all_reduce_seconds(attending, share * size + replicated * self.expert_gradient_bytes)
+        size, copies = self.segment_parameters(layer) * self.gradient_bytes, replicated * self.expert_gradient_bytes
+        if schedule.dense_state != "full":
+            return self.network.all_reduce_seconds(attending, size + copies)
+        scattered = self.network.all_reduce_seconds(attending, size) / 2
+        return scattered + self.network.all_reduce_seconds(attending, copies)
 
-    def segment_parameters(self, layer: int) -> int:
-        """Shared parameters whose gradients the layer's last backward completes; model.layers: the head's."""
-        model = self.model
-        embedding = model.hidden_size * model.vocab_size
-        if layer == model.layers:
-            return model.edge_parameters - embedding
-        return model.attention_layer_parameters if layer else model.first_stage_parameters + embedding
+    def gather_seconds(self, attending: Sequence[int], layer: int) -> float:
+        """All-gather of a layer's sharded weights (of the head: model.layers), half an all-reduce."""
+        precisions = {self.train.precision_of(self.devices[rank].type) for rank in attending}
+        # fp32 holds what ranks of several precisions have
+        size = BYTES_PER_ELEMENT[precisions.pop() if len(precisions) == 1 else "fp32"]
+        return self.network.all_reduce_seconds(attending, self.segment_parameters(layer) * size) / 2
 
     def after_backward_seconds(self, schedule: ScheduleChoice, attending: Sequence[int]) -> float:
         """The part of it that nothing overlaps: where the dense part's states are sharded, the all-gather of its new
-        weights, and the gathers of a fully sharded one."""
-        if schedule.dense_state == "replicated":
+        weights; of a fully sharded one the next iteration gathers them as it needs them."""
+        if schedule.dense_state != "optimizer":
             return 0.0
-        gather = self.network.all_reduce_seconds(attending, self.dense_gradient_bytes) / 2
-        return gather + self.gather_seconds(schedule, attending)
+        return self.network.all_reduce_seconds(attending, self.dense_gradient_bytes) / 2
 
-    def gather_seconds(self, schedule: ScheduleChoice, attending: Sequence[int]) -> float:
-        """What a fully sharded dense part adds: in every window its weights are gathered forward and backward, and its
-        gradients scattered at the end (the last time is part of the all-reduce).
+    def sharding_seconds(self, schedule: ScheduleChoice, attending: Sequence[int]) -> float:
+        """What a fully sharded dense part adds where several groups synchronise: in every window its weights are
+        gathered forward and backward, and its gradients scattered at the end (the last time is part of the all-reduce).
 
-        Each is half an all-reduce. An upper estimate: an engine hides most of it behind compute, none is hidden here.
+        Each is half an all-reduce. An upper estimate: one group's replay overlaps them with compute, and gathers fewer.
         """
         if schedule.dense_state != "full":
             return 0.0

@@ -55,11 +55,6 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
     plan = load(Plan, plan_path)
     plan.verify(str(plan_path))
     plan.check_one_group(str(plan_path))
-    if (state := plan.schedule.dense_state) == "full":
-        raise UserError(
-            f"{plan_path}: field groups.0.schedule.dense_state: {state}: it can be planned and simulated, but train "
-            "holds the dense part's weights on every attending rank: plan with train.dense_state: optimizer"
-        )
     for schedule in (training_schedule(plan.layout), validation_schedule(plan.layout)):
         check_deadlock(schedule, plan.layout.layers)
         ranks = range(plan.layout.world_size)

@@ -72,7 +72,8 @@ def restore_training(parts: nn.Module, optimizer: AdamW, tensors: Mapping[str, T
                 _copy(sources, state_slices(optimizer, parameter, index))
             elif piece := optimizer.pieces[parameter]:
                 _copy([piece.of(source) for source in sources], state_slices(optimizer, piece.weight, None))
-            _part(parameter, index).copy_(tensors[name])  # rounded, where it is not its own master
+            if parameter.untyped_storage().size():  # else the weights are gathered from all ranks' masters when needed
+                _part(parameter, index).copy_(tensors[name])  # rounded, where it is not its own master
         for name, tensor in named_state(parts).items():
             tensor.copy_(tensors[name])
 

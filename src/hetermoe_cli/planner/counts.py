@@ -96,11 +96,9 @@ def _holds(rates: Rates, hosts: NDArray[np.bool_], condition: Condition) -> NDAr
 
 def _length(rates: Rates, graph: TaskGraph, node: int, counts: Counts, transfers: FloatArray) -> FloatArray | float:
     number, action = graph.tasks[node]
-    if action.kind is Kind.REDUCE:
-        if action.layer == counts.replicated.shape[-1]:
-            return rates.reduces[-1][0]  # the head's
-        base, each = rates.reduces[action.layer]
-        return np.asarray(base + each * counts.replicated[..., action.layer], dtype=np.float64)
+    if action.is_collective:
+        base, each = rates.collective(action)
+        return np.asarray(base + each * counts.replicated[..., action.layer], dtype=np.float64) if each else base
     if action.is_transfer:
         return transfers[..., action.layer]
     r, c, way = rates.of[number], rates.classes[number], int(action.direction is Pass.BACKWARD)

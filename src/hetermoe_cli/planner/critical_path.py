@@ -17,7 +17,7 @@ from hetermoe_cli.schedule.action import Action, Kind
 from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.simulator import compute_seconds, replay
 
-SYNCHRONISATION = "synchronisation"
+SYNCHRONISATION, GATHERING = "synchronisation", "gathering of weights"
 _WORDS = {Kind.ATTENTION: "attention", Kind.EXPERT: "experts", Kind.HEAD: "head", Kind.OPTIMIZER: "optimizer"}
 
 
@@ -58,7 +58,9 @@ def shares(cost: LayoutCost, steps: list[Step]) -> dict[str, float]:
 
 
 def _resource(cost: LayoutCost, step: Step) -> str:
-    """`attention of V100`, `NIC of NODE GROUP`, `interconnect of A40` or `synchronisation`."""
+    """`attention of V100`, `NIC of NODE GROUP`, `interconnect of A40`, `synchronisation` or `gathering of weights`."""
+    if step.action.kind is Kind.GATHER:
+        return GATHERING
     if step.action.kind in (Kind.REDUCE, Kind.SYNCHRONISE):
         return SYNCHRONISATION
     if step.action.is_transfer:

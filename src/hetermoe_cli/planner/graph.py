@@ -8,7 +8,7 @@ from typing import NamedTuple
 from hetermoe_cli.planner.choice import Choice, DeviceClass
 from hetermoe_cli.schedule.action import Action, Kind
 from hetermoe_cli.schedule.lower import training_schedule
-from hetermoe_cli.schedule.schedule import inputs
+from hetermoe_cli.schedule.schedule import Schedule, inputs
 
 
 class Task(NamedTuple):
@@ -36,7 +36,7 @@ class Shares:
 
 @dataclass(frozen=True, slots=True)
 class Ring:
-    """Condition: transfers of `layer` use a port of the all-reduce between attending ranks."""
+    """Condition: transfers of `layer` use a port of the ring through the attending ranks."""
 
     layer: int
 
@@ -79,8 +79,8 @@ def task_graph(choice: Choice, classes: Sequence[DeviceClass], layers: int) -> T
         graph.last.append(index[Task(number, order[-1])] if order else None)
     for action in schedule.transfers:
         index[Task(-1, action)] = len(index)
-    rows = [action for action in schedule.transfers if action.kind is not Kind.REDUCE]
-    graph.edges += _data_edges(index, len(classes), layers)
+    rows = [action for action in schedule.transfers if not action.is_collective]
+    graph.edges += _data_edges(index, len(classes), schedule, layers)
     graph.edges += _lane_edges(index, rows)
     graph.edges += _ring_edges(index, schedule.transfers)
     graph.reduced = next((index[Task(-1, a)] for a in schedule.transfers[::-1] if a.kind is Kind.REDUCE), None)
@@ -92,17 +92,15 @@ def _chain(nodes: list[int]) -> list[Edge]:
     return [Edge(first, second, None) for first, second in pairwise(nodes)]
 
 
-def _data_edges(index: dict[Task, int], classes: int, layers: int) -> list[Edge]:
+def _data_edges(index: dict[Task, int], classes: int, schedule: Schedule, layers: int) -> list[Edge]:
     edges = []
     for task, node in index.items():
-        for source in inputs(task.action, layers):
-            if task.action.is_transfer:
-                makers = [Task(number, source) for number in range(classes)]
-            else:
-                makers = [Task(-1, source)]
-            for maker in makers:
-                if maker in index:
-                    edges.append(Edge(index[maker], node, _condition(maker, task)))
+        if task.action.is_transfer:
+            sources = schedule.sources(task.action, layers)
+            makers = [Task(number, source) for source in sources for number in range(classes)]
+        else:
+            makers = [Task(-1, source) for source in inputs(task.action, layers)]
+        edges += [Edge(index[maker], node, _condition(maker, task)) for maker in makers if maker in index]
     return edges
 
 
@@ -131,18 +129,18 @@ def _lane_edges(index: dict[Task, int], transfers: Sequence[Action]) -> list[Edg
 
 
 def _ring_edges(index: dict[Task, int], transfers: Sequence[Action]) -> list[Edge]:
-    """All-reduces follow each other, and the last transfers before them and the next ones after on shared ports.
+    """Collectives follow each other, and the last transfers before them and the next ones after on shared ports.
 
-    Earlier and later ones than those come before and after by the order of their lanes, or by that of all-reduces.
+    Earlier and later ones than those come before and after by the order of their lanes, or by that of collectives.
     """
     edges: list[Edge] = []
-    reduces = [place for place, action in enumerate(transfers) if action.kind is Kind.REDUCE]
-    edges += _chain([index[Task(-1, transfers[place])] for place in reduces])
-    for place in reduces:
+    collectives = [place for place, action in enumerate(transfers) if action.is_collective]
+    edges += _chain([index[Task(-1, transfers[place])] for place in collectives])
+    for place in collectives:
         node = index[Task(-1, transfers[place])]
         for side, before in ((transfers[place::-1], True), (transfers[place:], False)):
             for towards in (True, False):
-                near = next((a for a in side if a.kind is not Kind.REDUCE and a.towards_experts is towards), None)
+                near = next((a for a in side if not a.is_collective and a.towards_experts is towards), None)
                 if near:
                     pair = (index[Task(-1, near)], node) if before else (node, index[Task(-1, near)])
                     edges.append(Edge(*pair, Ring(near.layer)))

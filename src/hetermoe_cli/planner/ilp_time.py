@@ -61,7 +61,7 @@ def port_sharing(model: Model) -> None:
 
 
 def ring_sharing(model: Model) -> None:
-    """ring = 1 where hosts of a layer send or receive through a link direction of the all-reduce."""
+    """ring = 1 where hosts of a layer send or receive through a link direction of the attending ranks' ring."""
     for layer, ring in model.ring.items():
         for c, sure in model.rates.ring.items():
             flags = model.hosts if sure or model.mode == "largest" else model.all_host
@@ -95,8 +95,8 @@ def _indicator(model: Model, edge: Edge) -> Any:
 def length(model: Model, node: int) -> Any:
     """Seconds of a task, as an expression."""
     number, action = model.graph.tasks[node]
-    if action.kind is Kind.REDUCE:
-        base, each = model.rates.reduces[action.layer]
+    if action.is_collective:
+        base, each = model.rates.collective(action)
         return base + each * model.replicated[action.layer] if each else base
     if action.is_transfer:
         return model.transfer[action.layer]
@@ -113,8 +113,8 @@ def length(model: Model, node: int) -> Any:
 def fixed_length(model: Model, node: int) -> float:
     """Seconds that a task takes under any placement."""
     number, action = model.graph.tasks[node]
-    if action.kind is Kind.REDUCE:
-        return model.rates.reduces[action.layer][0]
+    if action.is_collective:
+        return model.rates.collective(action)[0]
     if action.kind is Kind.HEAD:
         return model.rates.of[number].head
     if action.kind is Kind.ATTENTION:

@@ -150,6 +150,18 @@ class Rates:
         return result
 
     @cached_property
+    def gathers(self) -> list[float]:
+        """Seconds of the all-gather of every layer's weights and of the head's, where they are sharded."""
+        return [self.cost.gather_seconds(self._attending, layer) for layer in range(self.layers + 1)]
+
+    def collective(self, action: Action) -> tuple[float, float]:
+        """Seconds of a collective: without replicated experts, and for each one of the layer."""
+        if action.kind is Kind.GATHER:
+            return self.gathers[action.layer], 0.0
+        base, each = self.reduces[action.layer]
+        return base, each if action.micro_batch == self.choice.schedule.micro_batches - 1 else 0.0
+
+    @cached_property
     def after_backward(self) -> float:
         """Seconds of what follows the last all-reduce, without the optimizer step."""
         return self.cost.after_backward_seconds(self.choice.schedule, self._attending)
@@ -182,6 +194,7 @@ class Rates:
             replace(port, byte_seconds=port.byte_seconds / unit, latency=port.latency / unit) for port in self.ports
         ]
         result.reduces = [(base / unit, each / unit) for base, each in self.reduces]
+        result.gathers = [seconds / unit for seconds in self.gathers]
         result.after_backward = self.after_backward / unit
         return result
 
@@ -189,7 +202,9 @@ class Rates:
     def serial(self) -> float:
         """More seconds than any placement takes: every task and transfer after one another, as large as can be."""
         everything = self.layers * self.experts
-        total = self.after_backward + sum(base + each * self.experts for base, each in self.reduces)
+        windows = self.choice.schedule.micro_batches // self.choice.schedule.window
+        total = self.after_backward + sum(windows * base + each * self.experts for base, each in self.reduces)
+        total += 2 * windows * sum(self.gathers)
         for r in self.of:
             tasks = r.attending(self.layers) + everything * (sum(r.hosted) + sum(r.replicated))
             total += self.choice.schedule.micro_batches * tasks

@@ -80,7 +80,7 @@ def busy_bound(cost: LayoutCost) -> float:
         r = known[key]
         attention = r.attending(layout.layers) + transfers if sequences else 0.0
         busiest = max(busiest, attention + _hosted_seconds(cost, rank, sum(r.hosted)))
-    return layout.micro_batches * busiest + cost.reduce(0).seconds + cost.synchronise_seconds
+    return layout.micro_batches * busiest + cost.collective(Kind.REDUCE, 0).seconds + cost.synchronise_seconds
 
 
 def _hosted_seconds(cost: LayoutCost, rank: int, balanced: float) -> float:

@@ -21,6 +21,7 @@ COLUMNS = {
     "synchronise": ("synchronise",),
     "dispatch": ("dispatch",),
     "combine": ("combine",),
+    "gather": ("gather",),
 }
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from hetermoe_cli.cost import LayoutCost
 from hetermoe_cli.profiler.refit import Sample
-from hetermoe_cli.schedule.schedule import Schedule, inputs
+from hetermoe_cli.schedule.schedule import Schedule
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.plan import Inputs
 from hetermoe_cli.trace import Span, Trace, display_name, lane_of
@@ -90,7 +90,7 @@ def _windows(schedule: Schedule, spans: Mapping[tuple[str, int], Span], cost: La
     for action in schedule.transfers:
         name, lane = display_name(action), lane_of(action)
         ranks = {*schedule.senders[action], *schedule.receivers[action]}
-        sources = [display_name(source) for source in inputs(action, cost.layout.layers)]
+        sources = [display_name(source) for source in schedule.sources(action, cost.layout.layers)]
         ready = [spans.get((source, rank)) for source in sources for rank in schedule.senders[action]]
         mine = [spans.get((name, rank)) for rank in ranks]
         start = max([free[lane, rank] for rank in ranks] + [span.end for span in ready if span])

@@ -17,6 +17,8 @@ _OF_LAYER = {
     (Kind.COMBINE, Pass.FORWARD): "combine",
     (Kind.COMBINE, Pass.BACKWARD): "combine",
     (Kind.REDUCE, Pass.BACKWARD): "synchronise",
+    (Kind.GATHER, Pass.FORWARD): "gather",
+    (Kind.GATHER, Pass.BACKWARD): "gather",
 }
 OTHER = "other"
 CATEGORIES = (
@@ -29,6 +31,7 @@ CATEGORIES = (
     "optimizer",
     "dispatch",
     "combine",
+    "gather",
     OTHER,
 )
 

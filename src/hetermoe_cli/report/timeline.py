@@ -20,6 +20,7 @@ COLOURS = {
     "optimizer": "#3f3f3f",
     "dispatch": "#3fa66b",
     "combine": "#d6569a",
+    "gather": "#b8a02c",
     OTHER: "#c9c9c9",
 }
 _WIDTH_INCHES = 15.0

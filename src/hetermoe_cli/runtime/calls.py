@@ -20,7 +20,7 @@ COMMUNICATORS = ("world", "to experts", "from experts", "attending")  # by an ac
 COUNTS = "int64"
 WIDEST = "widest"  # of the attending ranks' precisions
 
-Operation = Literal["send", "receive", "all-reduce", "all-gather"]
+Operation = Literal["send", "receive", "all-reduce", "reduce-scatter", "all-gather"]  # gloo: scatters by all-reducing
 Payload = Literal["counts", "rows", "gradients", "figures", "weights"]
 
 
@@ -71,8 +71,8 @@ def calls_of(schedule: Schedule, layout: Layout, rank: int, exchange: str) -> Ca
     """
     calls: Calls = []
     for action in schedule.transfers_of(rank):
-        if action.kind is Kind.REDUCE:
-            calls.append(Call(COMMUNICATORS[action.lane], action, "gradients", "all-reduce", -1, exchange))
+        if action.is_collective:
+            calls += _collectives(action, layout, exchange)
             continue
         if has_counts(action):
             calls += _messages(schedule, action, rank, "counts", COUNTS, layout)
@@ -84,6 +84,20 @@ def calls_of(schedule: Schedule, layout: Layout, rank: int, exchange: str) -> Ca
             segments = layout.layers + 1  # and the head's
             calls += [Call(COMMUNICATORS[3], action, "weights", "all-gather", -1, WIDEST)] * segments
     return calls
+
+
+def _collectives(action: Action, layout: Layout, exchange: str) -> Iterator[Call]:
+    """Of a gather or a reduction."""
+    communicator = COMMUNICATORS[action.lane]
+    if action.kind is Kind.GATHER:
+        yield Call(communicator, action, "weights", "all-gather", -1, WIDEST)
+        return
+    if layout.gathers:
+        yield Call(communicator, action, "gradients", "reduce-scatter", -1, exchange)
+        last = action.micro_batch == layout.micro_batches - 1
+        if not (last and action.layer < layout.layers and layout.placement[action.layer].replicated):
+            return
+    yield Call(communicator, action, "gradients", "all-reduce", -1, exchange)
 
 
 def has_counts(action: Action) -> bool:

@@ -1,4 +1,4 @@
-"""Carrier: moves one transfer in a lane's thread: counts ahead, rows in exact sizes, gradients summed.
+"""Carrier: moves one transfer in a lane's thread: counts ahead, rows in exact sizes, or a collective.
 
 Whatever needs numbers on the host waits for them here, never in the compute thread. Messages lie on the mesh's wire:
 with NCCL they stay on the device, with gloo they pass through the host.
@@ -15,10 +15,11 @@ from torch import Tensor
 from hetermoe_cli.model.copies import Fetched, upload
 from hetermoe_cli.runtime.calls import has_counts
 from hetermoe_cli.runtime.clock import Clock
+from hetermoe_cli.runtime.collectives import Collectives
 from hetermoe_cli.runtime.dispatcher import Arrivals, LayerMap, Routing
 from hetermoe_cli.runtime.lanes import Handoff, Parcel, exchange
 from hetermoe_cli.runtime.mesh import Mesh
-from hetermoe_cli.schedule.action import Action, Kind
+from hetermoe_cli.schedule.action import Action
 from hetermoe_cli.schedule.schedule import Schedule
 from hetermoe_cli.spec.layout import Layout
 
@@ -32,9 +33,17 @@ class Carrier:
     """
 
     def __init__(
-        self, layout: Layout, mesh: Mesh, maps: Sequence[LayerMap], empty: Tensor, schedule: Schedule, clock: Clock
+        self,
+        layout: Layout,
+        mesh: Mesh,
+        maps: Sequence[LayerMap],
+        empty: Tensor,
+        schedule: Schedule,
+        clock: Clock,
+        collectives: Collectives,
     ) -> None:
         """`empty` [0, H] is like the messages: their width and precision."""
+        self._collectives = collectives
         self._mesh, self._maps, self._empty, self._schedule, self._clock = mesh, maps, empty, schedule, clock
         places = [(layer, j) for layer in range(layout.layers) for j in range(layout.micro_batches)]
         self._routed: dict[Place, Future[Routing]] = {place: Future() for place in places}
@@ -90,12 +99,11 @@ class Carrier:
     # Called by the lanes.
 
     def carry(self, action: Action, rows: Tensor | None, parcel: Parcel | None) -> Handoff:
-        """Move one transfer: send `rows` as `parcel` says, receive what comes. Gradients are summed in place."""
+        """Move one transfer: send `rows` as `parcel` says, receive what comes; or do a collective with them."""
         began = self._clock.mark()
-        if action.kind is Kind.REDUCE:
+        if action.is_collective:
             assert rows is not None
-            self._mesh.all_reduce(rows, self._mesh.attending)
-            return self._carried(action, rows, began)
+            return self._carried(action, self._collectives.carry(action, rows), began)
         mesh = self._mesh
         group = mesh.to_experts if action.towards_experts else mesh.from_experts
         if has_counts(action):

@@ -15,7 +15,7 @@ from hetermoe_cli.runtime.clock import Clock, Timing
 from hetermoe_cli.runtime.dispatcher import Routing
 from hetermoe_cli.runtime.lanes import Handoff
 from hetermoe_cli.schedule.action import Action, Kind
-from hetermoe_cli.schedule.schedule import Schedule
+from hetermoe_cli.schedule.schedule import Schedule, inputs
 from hetermoe_cli.schedule.zebra import SYNCHRONISE
 from hetermoe_cli.spec.run import RunSpec
 
@@ -73,7 +73,8 @@ class EmulatedClock(Clock):
         return scaled
 
     def compute(self, action: Action, began: float, arrived: float, rows: list[int] | None = None) -> None:
-        start = max(self._now, arrived)
+        weights = [a for a in inputs(action, self._layout.layers) if a.kind is Kind.GATHER]
+        start = max(self._now, arrived, *(self._ends.get(gather, 0.0) for gather in weights))
         if rows is None:
             seconds = self._cost.seconds(self.rank, action)
         else:

@@ -1,6 +1,6 @@
 """The zebra engine: one kind of worker that runs its part of a Schedule on real tensors and messages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,14 @@ from hetermoe_cli.model.transformer import DenseModel
 from hetermoe_cli.runtime.calls import has_counts
 from hetermoe_cli.runtime.carrier import Carrier, Place
 from hetermoe_cli.runtime.clock import Clock
+from hetermoe_cli.runtime.collectives import Collectives
 from hetermoe_cli.runtime.dispatcher import LayerMap
 from hetermoe_cli.runtime.lanes import Lanes, Parcel
 from hetermoe_cli.runtime.mesh import Mesh
 from hetermoe_cli.runtime.parts import Parts
 from hetermoe_cli.runtime.stage import AttentionStage, Border, ExpertStage
 from hetermoe_cli.schedule.action import Action, Kind, Pass
+from hetermoe_cli.schedule.gathers import releases
 from hetermoe_cli.schedule.schedule import Schedule, inputs
 from hetermoe_cli.spec.layout import Layout
 
@@ -54,13 +56,13 @@ class Engine:
         batch: Batch,
         loss_scale: float,
         clock: Clock,
+        collectives: Collectives,
         after: Callable[[Action], None] = lambda action: None,
-        gradients: Callable[[int], Tensor] = lambda layer: torch.empty(0),
     ) -> None:
         """Run all compute actions of this rank but S and O, and `after` each; `loss_scale` multiplies the summed loss
-        in backward. `gradients`: of a layer, what attending ranks share, summed over them in place."""
-        self._batch, self._loss_scale, self._clock = batch, loss_scale, clock
-        self._carrier = Carrier(self.layout, self.mesh, self._maps, self._empty, schedule, clock)
+        in backward."""
+        self._batch, self._loss_scale, self._clock, self._collectives = batch, loss_scale, clock, collectives
+        self._carrier = Carrier(self.layout, self.mesh, self._maps, self._empty, schedule, clock, collectives)
         self._attention: dict[Place, AttentionStage] = {}
         self._documents: dict[int, Documents | None] = {}
         self._heads: dict[int, Border] = {}
@@ -68,25 +70,48 @@ class Engine:
         self._kept: dict[Action, tuple[Tensor, Parcel]] = {}  # rows some of which stay on this rank
         self.loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         self.router_losses = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        training = any(action.direction is Pass.BACKWARD for action in schedule.compute[self.mesh.rank])
-        reduces = {inputs(t, self.layout.layers)[0]: t for t in schedule.transfers if t.kind is Kind.REDUCE}
+        order, layers = schedule.compute[self.mesh.rank], self.layout.layers
+        training = any(action.direction is Pass.BACKWARD for action in order)
+        following = self._following(schedule)
+        dropped = releases(schedule, order, layers) if self.layout.gathers else {}
         self._lanes.start(schedule, self._carrier.carry)
         try:
             with torch.set_grad_enabled(training):
-                for action in schedule.compute[self.mesh.rank]:
+                self._give(following.pop(None, []))
+                for action in order:
                     if (action.kind, action.direction) in self._handlers:
+                        self._take(inputs(action, layers))  # its weights
                         self._handlers[action.kind, action.direction](action)
                         after(action)
-                        if reduce := reduces.get(action):
-                            self._clock.sent(reduce)
-                            self._lanes.put(reduce, gradients(reduce.layer), None)
+                        if (segment := dropped.get(action)) is not None:
+                            collectives.release(segment)
+                        self._give(following.get(action, []))
             self._lanes.finish()
-            for reduce in reduces.values():
-                if handoff := self._lanes.get(reduce):
-                    handoff.take()
+            self._take([transfer for transfers in following.values() for transfer in transfers])
         except BaseException as error:
             self._abort(error)
             raise
+
+    def _following(self, schedule: Schedule) -> dict[Action | None, list[Action]]:
+        """This rank's collectives by the task that each follows (None: the start)."""
+        result: dict[Action | None, list[Action]] = {}
+        for transfer in schedule.transfers_of(self.mesh.rank):
+            if transfer.is_collective:
+                sources = schedule.sources(transfer, self.layout.layers)
+                result.setdefault(sources[0] if sources else None, []).append(transfer)
+        return result
+
+    def _give(self, transfers: Iterable[Action]) -> None:
+        """Let a lane do collectives with what this rank brings."""
+        for transfer in transfers:
+            self._clock.sent(transfer)
+            self._lanes.put(transfer, self._collectives.give(transfer), None)
+
+    def _take(self, actions: Iterable[Action]) -> None:
+        """Wait for those of `actions` that are collectives, if nothing has waited for them yet."""
+        for action in actions:
+            if action.is_collective and (handoff := self._lanes.get(action)):
+                handoff.take()
 
     def _abort(self, error: BaseException) -> None:
         """Wake the lanes: what they wait for will never come."""

@@ -8,7 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hetermoe_cli.model.optimizer import AdamW
+from hetermoe_cli.runtime.gradient_shares import GradientShares
 from hetermoe_cli.runtime.mesh import Mesh
+from hetermoe_cli.schedule.action import Action
 
 _ROW = 4096  # elements
 
@@ -21,7 +23,8 @@ class Gradients:
     parameters (hosted experts) exist once in the world and have gradients of their own dtype. In fp32 and wider,
     autograd accumulates into these in place. In fp16 and bf16 it accumulates a parameter's micro-batches in a temporary
     fp32 gradient, which `fold` rounds into its place once for every run of micro-batches: small contributions are not
-    lost, and only the layer at work has fp32 gradients.
+    lost, and only the layer at work has fp32 gradients. `sharded`: the dense part's instead, where it is fully sharded;
+    it is not in `shared` then.
     """
 
     def __init__(
@@ -30,8 +33,11 @@ class Gradients:
         own: Iterable[nn.Parameter],
         mesh: Mesh,
         exchange: torch.dtype,
+        sharded: GradientShares | None = None,
+        last: int = 0,
     ) -> None:
-        self._mesh = mesh
+        """`last`: micro-batch after whose backward `shared` ones are complete."""
+        self._mesh, self._sharded, self._last = mesh, sharded, last
         self._own = list(own)
         sizes = [sum(p.numel() for p in segment) for segment in shared]
         self._flat = torch.zeros(sum(sizes), dtype=exchange, device=mesh.device)
@@ -67,18 +73,34 @@ class Gradients:
             parameter.grad = None  # what an iteration that failed may have left
         for parameter in self._in_place:
             parameter.grad = self._places[parameter]
+        if self._sharded:
+            self._sharded.zero()
 
     def fold(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Round temporary fp32 gradients into their places."""
+        """Round temporary fp32 gradients into their places; sharded ones wait for `segment`."""
         for parameter in parameters:
-            place = self._places[parameter]
-            if parameter.grad is not None and parameter.grad.dtype != place.dtype:
+            place = self._places.get(parameter)
+            if place is not None and parameter.grad is not None and parameter.grad.dtype != place.dtype:
                 place.add_(parameter.grad)
                 parameter.grad = None
 
     def segment(self, layer: int) -> Tensor:
-        """[n] shared gradients of a layer, or, one after the last layer, of the head."""
-        return self._segments[layer]
+        """[n] gradients of a layer, or, one after the last layer, of the head, which attending ranks are to sum: the
+        sharded ones, else the shared ones."""
+        return self._sharded.collect(layer) if self._sharded else self._segments[layer]
+
+    def reduce(self, action: Action, given: Tensor) -> Tensor:
+        """Sum a segment over the attending ranks; of sharded gradients this rank keeps its share."""
+        attending = self._mesh.attending
+        assert attending is not None
+        if self._sharded is None:
+            self._mesh.all_reduce(given, attending)
+            return given
+        share = self._sharded.shares[action.layer]
+        share += self._mesh.reduce_scatter(given, attending)
+        if action.micro_batch == self._last and self._segments[action.layer].numel():
+            self._mesh.all_reduce(self._segments[action.layer], attending)
+        return share
 
     def totals(self, figures: Tensor) -> tuple[Tensor, float]:
         """Sum `figures` [n] float64 over all ranks, once all segments are summed over their holders.
@@ -90,6 +112,8 @@ class Gradients:
         attends = self._mesh.attending is not None
         if attends and dist.get_rank(self._mesh.attending) == 0:  # one copy of what all attending ranks share
             square += _square(self._flat)
+        for share in self._sharded.shares if self._sharded else ():
+            square += _square(share)
         for gradient in self._own_gradients:
             square += _square(gradient)
         total = torch.cat([square, figures])
@@ -100,7 +124,8 @@ class Gradients:
     def apply(self, optimizer: AdamW, factor: float) -> None:
         """One optimizer step from `factor` times these gradients."""
         if optimizer.pieces or len(self._in_place) < len(self._places):
-            optimizer.update(self._places, factor)
+            pieces = self._sharded.pieces() if self._sharded else {}
+            optimizer.update({**pieces, **self._places}, factor)
             return
         if factor != 1:
             self._flat.mul_(factor)

@@ -1,5 +1,5 @@
 """Lanes: threads of a rank that carry its transfers of one kind each, in the schedule's static order: towards the
-experts, from them, gradients.
+experts, from them, collectives.
 
 Nothing is tagged: every message has its exact size, and all ranks post the messages of a lane in one order, which is
 what NCCL demands and gloo allows. NCCL also wants one order over the communicators: there the lanes take turns to
@@ -60,7 +60,7 @@ class Parcel(Protocol):
 
 @dataclass
 class Outgoing:
-    """Rows for one transfer, sorted by target rank as `parcel` tells; None of gradients."""
+    """Rows for one transfer, sorted by target rank as `parcel` tells; None of a collective."""
 
     handoff: Handoff
     parcel: Parcel | None

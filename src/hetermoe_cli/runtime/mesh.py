@@ -80,6 +80,20 @@ class Mesh:
         if message is not tensor:
             tensor.copy_(message, non_blocking=True)  # from pinned memory
 
+    def reduce_scatter(self, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """[n / ranks] this rank's equal share of the sum of `tensor` [n] over the ranks of `group`; spoils `tensor`.
+
+        With gloo an all-reduce in place: its own reduce-scatter makes one of a copy.
+        """
+        count, own = dist.get_world_size(group), dist.get_rank(group)
+        if self.wire.type == "cpu":
+            self.all_reduce(tensor, group)
+            return tensor.chunk(count)[own]
+        share = tensor.new_empty(len(tensor) // count)
+        with peer_errors():
+            dist.reduce_scatter_tensor(share, tensor, group=group)
+        return share
+
     def agree(self, digest: int) -> list[int]:
         """Every rank's `digest`, by rank."""
         found = [torch.zeros(1, dtype=torch.int64, device=self.wire) for _ in range(self.world_size)]

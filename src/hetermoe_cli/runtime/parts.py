@@ -88,11 +88,13 @@ class Parts(nn.Module):
 
     def shared_segments(self) -> list[list[nn.Parameter]]:
         """What every attending rank holds a copy of, layer by layer as gradients become complete (cost.reduce_seconds):
-        `dense_segments` and every layer's replicated experts."""
-        segments = self.dense_segments()
-        for layer in range(len(self.experts)):
-            segments[layer] += self.experts_of(layer).replicated.parameters()
-        return segments
+        `dense_segments` and `replicated_segments`."""
+        return [dense + copies for dense, copies in zip(self.dense_segments(), self.replicated_segments(), strict=True)]
+
+    def replicated_segments(self) -> list[list[nn.Parameter]]:
+        """Every layer's replicated experts; none of the head."""
+        layers = range(len(self.experts))
+        return [*(list(self.experts_of(layer).replicated.parameters()) for layer in layers), []]
 
     def dense_segments(self) -> list[list[nn.Parameter]]:
         """The dense part of every layer: embedding and dense layers go with layer 0, norm and head last. All are empty

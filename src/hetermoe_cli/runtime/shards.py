@@ -1,10 +1,14 @@
-"""ZeRO-1: of the dense part each attending rank holds master and moments of one share, steps it and tells the others.
+"""The dense part in equal shares of its attending ranks, segment by segment (a layer, or the head).
 
-The parameters of a segment (a layer, or the head: `Parts.shared_segments`), flattened one after another, are cut into
-equal shares, the last ones possibly shorter. Weights and gradients stay whole on every attending rank.
+`dense_state: optimizer` (ZeRO-1): each rank holds master and moments of its share, steps it and tells the others.
+`full`: its masters are all that a rank holds between the stages of a segment. Whole weights are gathered into storage
+that is there from `gather` to `release` only; tensors that autograd saved in forward refer to it and are valid again
+once the same weights are back (the technique of PyTorch's first FSDP).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,47 +21,98 @@ from hetermoe_cli.runtime.mesh import Mesh, peer_errors
 from hetermoe_cli.runtime.parts import Parts
 
 
-class Shards:
-    """Who steps what of the dense part. All methods but `pieces` are collective over the attending ranks."""
+@dataclass(frozen=True)
+class Segment:
+    """The parameters of one segment. `whole` [ranks * n]: their weights, one after another and padded, of which the
+    parameters are views; `master` [n]: this rank's share in fp32 or wider; `pieces`: what of a parameter is in it."""
 
-    def __init__(self, parts: Parts, mesh: Mesh) -> None:
-        """Takes the masters that other ranks will hold out of `parts`."""
-        assert mesh.attending is not None
-        self._mesh, self._parts, self._group = mesh, parts, mesh.attending
-        self._count, self._own = dist.get_world_size(mesh.attending), dist.get_rank(mesh.attending)
-        self._segments = parts.dense_segments()
-        self.pieces: Pieces = {p: piece for segment in self._segments for p, piece in self._cut(segment, self._own)}
-        self._keep_masters()
+    parameters: list[nn.Parameter]
+    whole: Tensor
+    master: Tensor
+    pieces: dict[nn.Parameter, Piece | None]
 
-    def _keep_masters(self) -> None:
-        masters: dict[nn.Parameter | Tensor, Tensor] = self._parts.masters
-        for parameter, piece in self.pieces.items():
-            whole = masters.pop(parameter, None)
-            if whole is not None and piece:
-                masters[piece.weight] = piece.of(whole).clone()
-
-    def _cut(self, segment: Sequence[nn.Parameter], owner: int) -> Iterator[tuple[nn.Parameter, Piece | None]]:
-        """What the share of `owner` has of each parameter."""
-        share, offset = self._share(segment), 0
-        for parameter in segment:
-            size = parameter.numel()
-            start = min(max(owner * share - offset, 0), size)
-            stop = min(max((owner + 1) * share - offset, 0), size)
-            weight = parameter.detach().view(-1)[start:stop]
-            yield parameter, Piece(start, stop, weight) if start < stop else None
+    @classmethod
+    def of(
+        cls, parameters: list[nn.Parameter], masters: Mapping[Any, Tensor], count: int, own: int, kept: bool
+    ) -> "Segment":
+        """Share `own` of `count`. `masters`: those of narrow parameters. `kept`: the weights are to stay whole; where
+        they are wide the share is a part of them."""
+        sizes = [parameter.numel() for parameter in parameters]
+        share = -(-sum(sizes) // count)
+        whole = parameters[0].detach().new_zeros(share * count)
+        wide = torch.promote_types(whole.dtype, torch.float32)
+        mine = whole[own * share : (own + 1) * share]
+        master = mine if kept and wide == whole.dtype else torch.zeros_like(mine, dtype=wide)
+        pieces: dict[nn.Parameter, Piece | None] = {}
+        offset = 0
+        for parameter, size in zip(parameters, sizes, strict=True):
+            values = masters.get(parameter, parameter.detach())
+            parameter.data = whole[offset : offset + size].view_as(parameter).copy_(parameter.detach())
+            start, stop = (min(max(edge * share - offset, 0), size) for edge in (own, own + 1))
+            first = offset + start - own * share
+            piece = Piece(start, stop, master[first : first + stop - start]) if start < stop else None
+            if piece:
+                piece.weight.copy_(piece.of(values))
+            pieces[parameter] = piece
             offset += size
+        return cls(parameters, whole, master, pieces)
 
-    def _share(self, segment: Sequence[nn.Parameter]) -> int:
-        return -(-sum(parameter.numel() for parameter in segment) // self._count)
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """`flat` [ranks * n], cut into views like the parameters."""
+        sizes = [parameter.numel() for parameter in self.parameters]
+        parts = torch.split(flat[: sum(sizes)], sizes)
+        return [part.view_as(parameter) for part, parameter in zip(parts, self.parameters, strict=True)]
 
-    def tell(self, optimizer: AdamW) -> None:
-        """After a step: every rank's new weights to all others, in a precision that holds all ranks' weights."""
-        with torch.no_grad():
-            for segment in self._segments:
-                mine = [optimizer.master(piece.weight) for p in segment if (piece := self.pieces[p])]
-                told = self._gathered(segment, mine, self._parts.gathered)
-                for parameter, values in zip(segment, told, strict=True):
-                    parameter.copy_(values)
+    def resize(self, elements: int) -> None:
+        """Give the whole weights storage, or none."""
+        self.whole.untyped_storage().resize_(elements * self.whole.element_size())
+
+
+class Shards:
+    """Who steps what of the dense part. What gathers is collective over the attending ranks."""
+
+    def __init__(self, parts: Parts, mesh: Mesh, kept: bool = True) -> None:
+        """Takes the masters that other ranks will hold out of `parts`; `kept`: weights stay whole on every rank."""
+        assert mesh.attending is not None
+        self._mesh, self._parts, self._group, self.kept = mesh, parts, mesh.attending, kept
+        self._count, self._own = dist.get_world_size(mesh.attending), dist.get_rank(mesh.attending)
+        self.segments: list[Segment] = []
+        for parameters in parts.dense_segments():
+            self.segments.append(Segment.of(parameters, parts.masters, self._count, self._own, kept))
+            for parameter in parameters:
+                parts.masters.pop(parameter, None)
+            if not kept:
+                self.segments[-1].resize(0)
+        self.pieces: Pieces = {p: piece for segment in self.segments for p, piece in segment.pieces.items()}
+
+    def gather(self, layer: int) -> Tensor:
+        """The whole weights of a segment, in storage of their own until `release`."""
+        segment = self.segments[layer]
+        segment.resize(len(segment.whole))
+        self._fill(segment)
+        return segment.whole
+
+    def release(self, layer: int) -> None:
+        """Drop the whole weights of a segment."""
+        self.segments[layer].resize(0)
+
+    def tell(self) -> None:
+        """After a step: every rank's new weights to all others."""
+        for segment in self.segments:
+            self._fill(segment)
+
+    def _fill(self, segment: Segment) -> None:
+        """All ranks' masters into the whole weights, in a precision that holds all ranks' weights."""
+        dtype, wire, whole = self._parts.gathered, self._mesh.wire, segment.whole
+        direct = whole.dtype == dtype and whole.device.type == wire.type
+        everyone = whole if direct else torch.empty(len(whole), dtype=dtype, device=wire)
+        self._all_gather(everyone, segment.master.to(device=wire, dtype=dtype))
+        if not direct:
+            whole.copy_(everyone)
+
+    def _all_gather(self, everyone: Tensor, own: Tensor) -> None:
+        with peer_errors():
+            dist.all_gather_into_tensor(everyone, own, group=self._group)
 
     def tensors(self, optimizer: AdamW) -> dict[str, Tensor]:
         """Master and moments of the whole parameters that this rank is to save, by name: every parameter is saved by
@@ -65,34 +120,26 @@ class Shards:
         names = {p: name for name, (p, index) in parameter_slices(self._parts).items() if index is None}
         saved: dict[str, Tensor] = {}
         turn = 0
-        for segment in self._segments:
+        for segment in self.segments:
             states = [self._gathered(segment, mine) for mine in self._states(segment, optimizer)]
-            for parameter, *whole in zip(segment, *states, strict=True):
+            for parameter, *whole in zip(segment.parameters, *states, strict=True):
                 if turn % self._count == self._own:
                     saved |= state_tensors(names[parameter], (tensor.clone() for tensor in whole))
                 turn += 1
         return saved
 
-    def _states(self, segment: Sequence[nn.Parameter], optimizer: AdamW) -> Iterator[list[Tensor]]:
+    def _states(self, segment: Segment, optimizer: AdamW) -> Iterator[list[Tensor]]:
         """Own pieces' masters, then both moments."""
-        own = [state_slices(optimizer, piece.weight, None) for p in segment if (piece := self.pieces[p])]
+        own = [state_slices(optimizer, piece.weight, None) for piece in segment.pieces.values() if piece]
         for kind in range(3):
             yield [states[kind] for states in own]
 
-    def _gathered(
-        self, segment: Sequence[nn.Parameter], mine: Sequence[Tensor], dtype: torch.dtype | None = None
-    ) -> list[Tensor]:
-        """All ranks' pieces of a segment put together, like its parameters; in their wide precision if not `dtype`."""
-        dtype = dtype or torch.promote_types(self._parts.dtype, torch.float32)
-        share, wire = self._share(segment), self._mesh.wire
-        own = torch.zeros(share, dtype=dtype, device=wire)
-        offset = 0
-        for piece in mine:
-            own[offset : offset + piece.numel()].copy_(piece)
-            offset += piece.numel()
-        everyone = torch.empty(share * self._count, dtype=dtype, device=wire)
-        with peer_errors():
-            dist.all_gather_into_tensor(everyone, own, group=self._group)
-        sizes = [parameter.numel() for parameter in segment]
-        flat = torch.split(everyone[: sum(sizes)], sizes)
-        return [values.view_as(parameter) for values, parameter in zip(flat, segment, strict=True)]
+    def _gathered(self, segment: Segment, mine: Sequence[Tensor]) -> list[Tensor]:
+        """All ranks' pieces of a segment put together, like its parameters."""
+        wire, master = self._mesh.wire, segment.master
+        own = torch.zeros_like(master, device=wire)
+        if mine:
+            torch.cat(list(mine), out=own[: sum(map(len, mine))])
+        everyone = torch.empty(len(segment.whole), dtype=master.dtype, device=wire)
+        self._all_gather(everyone, own)
+        return segment.split(everyone)

@@ -16,8 +16,10 @@ from hetermoe_cli.model.data import END_OF_TEXT, Batches
 from hetermoe_cli.model.gate import Router
 from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
 from hetermoe_cli.runtime.clock import Clock
+from hetermoe_cli.runtime.collectives import Collectives
 from hetermoe_cli.runtime.device_clock import make_clock
 from hetermoe_cli.runtime.engine import Engine
+from hetermoe_cli.runtime.gradient_shares import GradientShares
 from hetermoe_cli.runtime.gradients import Gradients, clip_factor
 from hetermoe_cli.runtime.loss_scale import LossScale
 from hetermoe_cli.runtime.mesh import Mesh
@@ -64,8 +66,8 @@ class Trainer:
     ) -> None:
         self.train, self.mesh, self.parts = train, mesh, parts
         self._tokens = layout.sequences_per_micro_batch * layout.micro_batches * sequence_length
-        sharded = layout.schedule.dense_state == "optimizer" and mesh.attending is not None
-        self.shards = Shards(parts, mesh) if sharded else None
+        sharded = (layout.schedule.dense_state == "optimizer" or layout.gathers) and mesh.attending is not None
+        self.shards = Shards(parts, mesh, kept=not layout.gathers) if sharded else None
         self.optimizer = make_optimizer(parts, train, parts.masters, self.shards.pieces if self.shards else None)
         self.lay_out(layout, engine)
         self.loss_scale = LossScale(dynamic=scaled)
@@ -75,9 +77,12 @@ class Trainer:
     def lay_out(self, layout: Layout, engine: Engine) -> None:
         """Run `layout` with `engine` from the next step on; parts and optimizer hold what it needs."""
         self.layout, self.engine = layout, engine
-        self.gradients = Gradients(
-            self.parts.shared_segments(), self.parts.own_parameters(), self.mesh, self.parts.exchange
-        )
+        parts, shards = self.parts, self.shards if layout.gathers else None
+        shares = GradientShares(shards.segments, parts.exchange) if shards else None
+        shared = parts.replicated_segments() if shares else parts.shared_segments()
+        last = layout.micro_batches - 1
+        self.gradients = Gradients(shared, parts.own_parameters(), self.mesh, parts.exchange, shares, last)
+        self._collectives = Collectives(self.gradients, shards)
         self._schedule = training_schedule(layout)
         self._last_of_runs = last_of_runs(self._schedule.compute[self.mesh.rank])
         self._validation = validation_schedule(layout)
@@ -85,7 +90,7 @@ class Trainer:
 
     def release_gradients(self) -> None:
         """Free the buffers of gradients between two steps, before `lay_out` makes others."""
-        del self.gradients
+        del self.gradients, self._collectives
         for parameter in self.parts.parameters():
             parameter.grad = None
 
@@ -122,7 +127,7 @@ class Trainer:
         start = self.clock.begin_step(step, record)
         loss_scale = self.loss_scale.scale / self._tokens
         batch = partial(self._batch, batches, step)
-        self.engine.run(self._schedule, batch, loss_scale, self.clock, self._settle, self.gradients.segment)
+        self.engine.run(self._schedule, batch, loss_scale, self.clock, self._collectives, self._settle)
         result, first_start = self._synchronise(step, start)
         scale = self.loss_scale.scale
         if not self.loss_scale.follow(finite=not result.skipped):
@@ -143,8 +148,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = result.learning_rate
         self.gradients.apply(self.optimizer, clip_factor(result.gradient_norm, self.train.gradient_clip) / scale)
-        if self.shards:
-            self.shards.tell(self.optimizer)
+        if self.shards and self.shards.kept:
+            self.shards.tell()
         if self.parts.dense:
             self.parts.dense.update_biases(torch.from_numpy(result.expert_rows))
 
@@ -157,7 +162,8 @@ class Trainer:
         """Mean loss in nats a token over the first `count` global batches; equal on all ranks."""
         total = torch.zeros(1, dtype=torch.float64, device=self.mesh.device)
         for step in range(count):
-            self.engine.run(self._validation, partial(self._batch, batches, step), 0.0, Clock(self.mesh.rank))
+            batch, clock = partial(self._batch, batches, step), Clock(self.mesh.rank)
+            self.engine.run(self._validation, batch, 0.0, clock, self._collectives)
             total += self.engine.loss
         self.mesh.all_reduce(total)
         return float(total) / (count * self._tokens)

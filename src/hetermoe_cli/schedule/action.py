@@ -8,14 +8,15 @@ from hetermoe_cli.errors import UserError
 
 
 class Kind(StrEnum):
-    """What a task does. D, C and R are transfers, S ends the gradient synchronisation, the others compute."""
+    """What a task does. D, C, R and G are transfers, S ends the gradient synchronisation, the others compute."""
 
     ATTENTION = "A"  # combine of the layer before, attention, norms, gate
     DISPATCH = "D"  # rows to the hosts of their experts; in backward, the rows' gradients back
     EXPERT = "E"  # the local experts of one layer
     COMBINE = "C"  # expert outputs back to their tokens; in backward, the outputs' gradients out
     HEAD = "H"  # last combine, final norm, head, loss; in training its own backward at once
-    REDUCE = "R"  # all-reduce of one layer's gradients that attending ranks share
+    REDUCE = "R"  # all-reduce of one layer's gradients that attending ranks share; of a sharded layer, reduce-scatter
+    GATHER = "G"  # all-gather of one layer's sharded weights
     SYNCHRONISE = "S"  # global norm; what of the all-reduce cannot overlap with backward
     OPTIMIZER = "O"  # optimizer step
 
@@ -35,7 +36,8 @@ class Action(NamedTuple):
     """`layer` `kind` `pass` `micro_batch`, printed in this order: `3AF1`.
 
     H carries layer 0, S and O micro-batch 0 as well. R carries the last micro-batch, whose backward it follows; the
-    head's gradients are one layer more than the last, the embedding's go with those of layer 0.
+    head's gradients are one layer more than the last, the embedding's go with those of layer 0. G is called after the
+    first stage that needs it (`inputs`); layers as for R.
     """
 
     kind: Kind
@@ -48,15 +50,20 @@ class Action(NamedTuple):
 
     @property
     def is_transfer(self) -> bool:
-        """Whether the task moves rows or gradients between ranks."""
+        """Whether the task moves rows, gradients or weights between ranks."""
         return self.kind in _TRANSFERS
 
     @property
+    def is_collective(self) -> bool:
+        """Whether the attending ranks do it together: R or G."""
+        return self.kind in _COLLECTIVES
+
+    @property
     def lane(self) -> int:
-        """Index in trace.LANES: 0 compute, 1 towards the experts, 2 from the experts, 3 gradients."""
+        """Index in trace.LANES: 0 compute, 1 towards the experts, 2 from the experts, 3 collectives."""
         if not self.is_transfer:
             return 0
-        return 3 if self.kind is Kind.REDUCE else 1 if self.towards_experts else 2
+        return 3 if self.is_collective else 1 if self.towards_experts else 2
 
     @property
     def towards_experts(self) -> bool:
@@ -70,8 +77,9 @@ class Action(NamedTuple):
         return Action(kind, self.direction, self.layer, self.micro_batch)
 
 
-_TRANSFERS = frozenset((Kind.DISPATCH, Kind.COMBINE, Kind.REDUCE))
-_PATTERN = re.compile(r"(\d+)([ADECHRSO])([FB])(\d+)")
+_COLLECTIVES = frozenset((Kind.REDUCE, Kind.GATHER))
+_TRANSFERS = _COLLECTIVES | {Kind.DISPATCH, Kind.COMBINE}
+_PATTERN = re.compile(r"(\d+)([ADECHRGSO])([FB])(\d+)")
 
 
 def parse_action(text: str) -> Action:

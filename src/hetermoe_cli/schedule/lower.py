@@ -1,10 +1,11 @@
-"""Lowering: compute orders -> Schedule, by adding every dispatch and combine with its senders and receivers."""
+"""Lowering: compute orders -> Schedule, by adding every transfer with its senders and receivers."""
 
 from collections.abc import Callable
 from functools import lru_cache
 
 from hetermoe_cli.schedule.action import Action, Kind, Pass
-from hetermoe_cli.schedule.schedule import Schedule
+from hetermoe_cli.schedule.gathers import gathers
+from hetermoe_cli.schedule.schedule import Schedule, segment_of
 from hetermoe_cli.schedule.zebra import Order, Part, Windows, part_of, training_order, validation_order, windows_of
 from hetermoe_cli.spec.layout import Layout
 
@@ -29,8 +30,9 @@ def _lower(layout: Layout, order_of: _OrderOf) -> Schedule:
     transfers: list[Action] = []
     senders: dict[Action, tuple[int, ...]] = {}
     receivers: dict[Action, tuple[int, ...]] = {}
-    for action in _transfer_order(order_of, layout.layers, windows):
-        if action.kind is Kind.REDUCE:
+    order, after = _transfer_order(order_of, layout.layers, windows, layout.gathers)
+    for action in order:
+        if action.is_collective:
             if len(attending) > 1:
                 transfers.append(action)
                 senders[action] = receivers[action] = attending
@@ -40,12 +42,14 @@ def _lower(layout: Layout, order_of: _OrderOf) -> Schedule:
             continue  # every row stays on its device
         transfers.append(action)
         senders[action], receivers[action] = (attending, hosts) if action.towards_experts else (hosts, attending)
-    return Schedule(compute, tuple(transfers), senders, receivers)
+    return Schedule(compute, tuple(transfers), senders, receivers, after)
 
 
 @lru_cache(maxsize=256)
-def _transfer_order(order_of: _OrderOf, layers: int, windows: Windows) -> Order:
-    """Transfers in the order of the attending ranks' stages.
+def _transfer_order(
+    order_of: _OrderOf, layers: int, windows: Windows, gathered: bool
+) -> tuple[Order, dict[Action, Action]]:
+    """Transfers in the order of the attending ranks' stages, and the stages that gathers follow.
 
     All dispatches of a layer's micro-batches go before their combines: an attending rank that hosts experts runs
     them after the layer's attention, so a combine placed earlier would hold up the dispatches behind it. With experts
@@ -56,15 +60,19 @@ def _transfer_order(order_of: _OrderOf, layers: int, windows: Windows) -> Order:
     A layer's gradients are reduced once its last backward is done, while the layer before runs its own. Layered: just
     before the last answer there, which only one stage waits for. Interleaved: right after the first one, which the next
     message towards the experts needs anyway; later, that message would wait for more answers where it shares a port
-    with the gradients.
+    with the gradients. Weights are gathered at the same places, before gradients, as stages wait for them.
     """
-    result: list[Action] = []
+    stages = [a for a in order_of(Part(True, (False,) * layers), windows) if a.kind in (Kind.ATTENTION, Kind.HEAD)]
+    found = gathers(stages, layers) if gathered else []
+    after = {gather.action: gather.after for gather in found if gather.after}
+    collectives = _reduces(stages, layers, windows, gathered)
+    for gather, stage in after.items():
+        collectives[stage] = [gather, *collectives.get(stage, [])]
+    result: list[Action] = [gather.action for gather in found if not gather.after]
     waited: list[Action] = []  # answers that the stages of this layer wait for
     sent: list[Action] = []  # answers to what they sent
     key: tuple[Kind, Pass, int] | None = None
-    for action in order_of(Part(True, (False,) * layers), windows):
-        if action.kind not in (Kind.ATTENTION, Kind.HEAD):
-            continue
+    for action in stages:
         between = windows.experts == "between" and action.kind is Kind.ATTENTION
         backward = action.direction is Pass.BACKWARD
         ahead = windows.transfers == "interleaved" or (between and backward)
@@ -81,19 +89,26 @@ def _transfer_order(order_of: _OrderOf, layers: int, windows: Windows) -> Order:
         if between and not backward:
             result += sent[:-1]
             del sent[:-1]
-        if backward and action.micro_batch == windows.micro_batches - 1:
-            segment = layers if action.kind is Kind.HEAD else action.layer
-            reduce = Action(Kind.REDUCE, Pass.BACKWARD, segment, action.micro_batch)
-            place = 1 if windows.transfers == "interleaved" else max(1, len(sent) - 1)
-            sent.insert(place, reduce)
-    return (*result, *waited, *sent)
+        place = 1 if windows.transfers == "interleaved" else max(1, len(sent) - 1)
+        sent[place:place] = collectives.get(action, ())
+    return (*result, *waited, *sent), after
+
+
+def _reduces(stages: Order | list[Action], layers: int, windows: Windows, gathered: bool) -> dict[Action, list[Action]]:
+    """By the stage that it follows: the last backward of a layer, or of every window where only shares are kept."""
+    width = windows.width if gathered else windows.micro_batches
+    return {
+        stage: [Action(Kind.REDUCE, Pass.BACKWARD, segment_of(stage, layers), stage.micro_batch)]
+        for stage in stages
+        if stage.direction is Pass.BACKWARD and not (stage.micro_batch + 1) % width
+    }
 
 
 def _taken(waited: list[Action], due: int) -> list[Action]:
-    """Take the first `due` answers, with the all-reduces among and right after them."""
+    """Take the first `due` answers, with the collectives among and right after them."""
     count = 0
-    while count < len(waited) and (due or waited[count].kind is Kind.REDUCE):
-        due -= waited[count].kind is not Kind.REDUCE
+    while count < len(waited) and (due or waited[count].is_collective):
+        due -= not waited[count].is_collective
         count += 1
     taken, waited[:] = waited[:count], waited[count:]
     return taken

@@ -1,6 +1,6 @@
 """Schedule: the order of every rank's compute tasks and the order of the transfers between them, as data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from hetermoe_cli.errors import UserError
@@ -12,13 +12,15 @@ class Schedule:
     """One iteration.
 
     `compute[r]` is rank r's compute order. `transfers` is one static order over all transfers: of two that share a
-    NIC direction, the earlier one goes first; `senders` and `receivers` say who takes part.
+    NIC direction, the earlier one goes first; `senders` and `receivers` say who takes part. `after`: the task whose end
+    frees the memory that a gather needs.
     """
 
     compute: tuple[tuple[Action, ...], ...]
     transfers: tuple[Action, ...]
     senders: dict[Action, tuple[int, ...]]
     receivers: dict[Action, tuple[int, ...]]
+    after: dict[Action, Action] = field(default_factory=dict)
 
     @property
     def world_size(self) -> int:
@@ -29,13 +31,19 @@ class Schedule:
         """The transfers that `rank` takes part in, in order."""
         return [t for t in self.transfers if rank in self.senders[t] or rank in self.receivers[t]]
 
+    def sources(self, transfer: Action, layers: int) -> tuple[Action, ...]:
+        """Tasks that its senders must have done before they take part in it."""
+        first = self.after.get(transfer)
+        return (*inputs(transfer, layers), first) if first else inputs(transfer, layers)
+
     def __str__(self) -> str:
-        """Text form: a line per rank, then a line per transfer with its senders and receivers."""
+        """Text form: a line per rank, then a line per transfer with its senders and receivers and what it follows."""
         lines = [f"rank {rank}: {' '.join(map(str, order))}".rstrip() for rank, order in enumerate(self.compute)]
         for transfer in self.transfers:
             senders = ",".join(map(str, self.senders[transfer]))
             receivers = ",".join(map(str, self.receivers[transfer]))
-            lines.append(f"transfer {transfer}: {senders} > {receivers}")
+            first = f" after {self.after[transfer]}" if transfer in self.after else ""
+            lines.append(f"transfer {transfer}: {senders} > {receivers}{first}")
         return "\n".join(lines) + "\n"
 
 
@@ -45,6 +53,7 @@ def parse_schedule(text: str) -> Schedule:
     transfers: list[Action] = []
     senders: dict[Action, tuple[int, ...]] = {}
     receivers: dict[Action, tuple[int, ...]] = {}
+    after: dict[Action, Action] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
@@ -55,15 +64,18 @@ def parse_schedule(text: str) -> Schedule:
                 compute.append(tuple(map(parse_action, body.split())))
             elif word == "transfer":
                 action = parse_action(name)
+                body, *first = body.split(" after ")
                 left, right = body.split(">")
                 transfers.append(action)
+                if first:
+                    after[action] = parse_action(first[0].strip())
                 senders[action] = tuple(int(rank) for rank in left.split(","))
                 receivers[action] = tuple(int(rank) for rank in right.split(","))
             else:
                 raise ValueError(line)
         except ValueError as error:
             raise UserError(f"schedule: line {number} does not parse: {line!r}") from error
-    return Schedule(tuple(compute), tuple(transfers), senders, receivers)
+    return Schedule(tuple(compute), tuple(transfers), senders, receivers, after)
 
 
 _FORWARD, _BACKWARD = Pass.FORWARD, Pass.BACKWARD
@@ -81,18 +93,31 @@ _SOURCES = {  # the task that one of layer l needs, and its layer's distance fro
 
 @lru_cache(maxsize=65536)
 def inputs(action: Action, layers: int) -> tuple[Action, ...]:
-    """Tasks whose results `action` needs, whether or not a given rank has them (source: arXiv 2504.03871).
+    """Tasks whose results `action` needs, where the schedule has them (source: arXiv 2504.03871).
 
     Order on one rank's compute stream is not repeated here: the schedule's order implies it.
     """
     kind, direction, layer, micro_batch = action
+    if kind is Kind.GATHER:
+        return ()
     if kind is Kind.REDUCE:
         return (Action(Kind.HEAD if layer == layers else Kind.ATTENTION, _BACKWARD, layer % layers, micro_batch),)
     if kind is Kind.HEAD:
-        return (Action(Kind.COMBINE, _FORWARD, layers - 1, micro_batch),)
+        return (Action(Kind.COMBINE, _FORWARD, layers - 1, micro_batch), gather_for(action, layers))
     if kind is Kind.COMBINE and direction is _BACKWARD and layer == layers - 1:
         return (Action(Kind.HEAD, _BACKWARD, 0, micro_batch),)
-    if (kind, direction) not in _SOURCES or (kind is Kind.ATTENTION and direction is _FORWARD and not layer):
+    if (kind, direction) not in _SOURCES:
         return ()
     of, way, distance = _SOURCES[kind, direction]
-    return (Action(of, way, layer + distance, micro_batch),)
+    rows = (Action(of, way, layer + distance, micro_batch),) if layer + distance >= 0 else ()
+    return (*rows, gather_for(action, layers)) if kind is Kind.ATTENTION else rows
+
+
+def segment_of(stage: Action, layers: int) -> int:
+    """Whose dense weights an attention or head task needs: its layer's, or, one after the last layer, the head's."""
+    return layers if stage.kind is Kind.HEAD else stage.layer
+
+
+def gather_for(stage: Action, layers: int) -> Action:
+    """What brings the weights that an attention or head task needs, if they are gathered for this one."""
+    return Action(Kind.GATHER, stage.direction, segment_of(stage, layers), stage.micro_batch)

@@ -142,6 +142,11 @@ class Layout(Spec):
         """Ranks that attend to at least one sequence."""
         return [rank for rank, count in enumerate(self.sequences_per_rank) if count]
 
+    @property
+    def gathers(self) -> bool:
+        """Whether ranks hold shares of the dense part only and gather it layer by layer; one rank has all of it."""
+        return self.schedule.dense_state == "full" and len(self.attending) > 1
+
     def hosting(self, layer: int) -> list[int]:
         """Ranks that host at least one expert of `layer` (replicated ones not counted)."""
         return [rank for rank, experts in enumerate(self.placement[layer].experts) if experts]

@@ -160,7 +160,8 @@ def _without_steps(rates: GroupRates) -> GroupRates:
     """Compute and transfers alone."""
     result = GroupRates.__new__(GroupRates)
     result.__dict__.update(rates.__dict__)
-    result.__dict__["reduces"], result.__dict__["after_backward"] = [(0.0, 0.0)] * (rates.layers + 1), 0.0
+    segments = rates.layers + 1
+    result.__dict__ |= {"reduces": [(0.0, 0.0)] * segments, "gathers": [0.0] * segments, "after_backward": 0.0}
     result.of = [replace(r, optimizer_base=0.0, optimizer_per_expert=0.0) for r in rates.of]
     return result
 

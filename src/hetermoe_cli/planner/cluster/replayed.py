@@ -9,6 +9,7 @@ from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.ports import TransferCost
 from hetermoe_cli.planner.cluster.parts import group_inputs
 from hetermoe_cli.planner.cluster.synchronise import Copy, synchronise_seconds
+from hetermoe_cli.schedule.action import Kind
 from hetermoe_cli.schedule.zebra import OPTIMIZER
 from hetermoe_cli.simulator import SimulatedTrace, simulate
 from hetermoe_cli.spec.plan import Group, Inputs, Memory
@@ -22,8 +23,8 @@ class GroupCost(LayoutCost):
         super().__init__(cost, group.layout)
         self._synchronise = synchronise
 
-    def reduce(self, layer: int) -> TransferCost:
-        """Nothing: not during backward."""
+    def collective(self, kind: Kind, layer: int, *, last: bool = True) -> TransferCost:
+        """Nothing: not during forward and backward."""
         return TransferCost(0.0, ())
 
     @cached_property

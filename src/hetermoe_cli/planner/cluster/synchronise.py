@@ -2,8 +2,9 @@
 
 Dense gradients (and those of replicated experts) go round one ring through all attending ranks of all groups. Each
 hosted expert goes round a ring of its hosts, one in every group; all these rings run at once, and ranks behind one NIC
-share it. Two upper estimates: every message between groups is charged to the NICs, even where two groups share a node;
-and a replicated expert is charged as if it were replicated in all groups.
+share it. Upper estimates: every message between groups is charged to the NICs, even where two groups share a node; a
+replicated expert is charged as if it were replicated in all groups; and what a fully sharded dense part gathers and
+scatters is charged here, as if nothing hid it.
 """
 
 from collections import defaultdict
@@ -37,7 +38,7 @@ class Copy:
     @property
     def gathers(self) -> float:
         """Seconds that a fully sharded dense part adds."""
-        return self.cost.gather_seconds(self.layout.schedule, self.layout.attending)
+        return self.cost.sharding_seconds(self.layout.schedule, self.layout.attending)
 
 
 def synchronise_seconds(whole: CostModel, copies: Sequence[Copy]) -> float:
@@ -82,5 +83,5 @@ def expected_seconds(part: Part, found: Evaluated, groups: int) -> float:
         size = cost.dense_gradient_bytes + found.replicated * cost.expert_gradient_bytes
         members = len(attending) * groups
         ring = 2 * (members - 1) / members * size * slowest
-        result = max(result, ring + cost.gather_seconds(found.choice.schedule, attending))
+        result = max(result, ring + cost.sharding_seconds(found.choice.schedule, attending))
     return result + expert_seconds(cost, hosted, groups)

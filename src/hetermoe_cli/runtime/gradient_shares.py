@@ -1,0 +1,54 @@
+"""Gradients of a fully sharded dense part: a rank keeps its share of their sums."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hetermoe_cli.runtime.shards import Segment
+
+
+class GradientShares:
+    """A segment's gradients are whole from its backward in a window until they are scattered: autograd accumulates the
+    window's micro-batches in gradients of its own, fp32 or wider, which `collect` rounds once to `exchange`. Several
+    windows add up in the shares."""
+
+    def __init__(self, segments: Sequence[Segment], exchange: torch.dtype) -> None:
+        self._segments = segments
+        self.shares = [torch.zeros_like(segment.master, dtype=exchange) for segment in segments]
+        for parameter in self._parameters():
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            if parameter.dtype != wide:
+                parameter.grad_dtype = wide
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        for segment in self._segments:
+            yield from segment.parameters
+
+    def zero(self) -> None:
+        """Start a new iteration."""
+        for share in self.shares:
+            share.zero_()
+        for parameter in self._parameters():
+            parameter.grad = None  # what an iteration that failed may have left
+
+    def collect(self, layer: int) -> Tensor:
+        """[ranks * n] whole gradients of a segment, which are kept nowhere else any more."""
+        segment = self._segments[layer]
+        flat = self.shares[layer].new_zeros(len(segment.whole))
+        for parameter, place in zip(segment.parameters, segment.split(flat), strict=True):
+            if parameter.grad is not None:
+                place.copy_(parameter.grad)
+                parameter.grad = None
+        return flat
+
+    def pieces(self) -> dict[Tensor, Tensor]:
+        """What the optimizer steps of the dense part, with its gradient."""
+        result: dict[Tensor, Tensor] = {}
+        for segment, share in zip(self._segments, self.shares, strict=True):
+            offset = 0
+            for piece in segment.pieces.values():
+                if piece:
+                    result[piece.weight] = share[offset : offset + len(piece.weight)]
+                    offset += len(piece.weight)
+        return result
