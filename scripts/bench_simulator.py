@@ -1,4 +1,5 @@
-"""Simulator at full size: DeepSeek-V3 (61 layers, 256 experts) on 1,024 GPUs of four types, R = 8; modelled profiles.
+"""Simulator at full size: DeepSeek-V3 (58 MoE layers of 256 experts after 3 dense ones) on 1,024 GPUs of four types,
+R = 8; modelled profiles.
 
 Layouts are made by hand: neither planned nor checked for memory. An action is a compute task of a rank, or a transfer.
 `prepare` numbers the tasks and orders them by what they wait for; `event loop` computes when each starts and ends.

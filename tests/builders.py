@@ -68,8 +68,8 @@ def make_profile(
     """Forward seconds per sequence (attention; a dense layer, if the model has any), per row (expert) and per token
     (head); backward is twice as long.
 
-    `saved_bytes` is kept per token by attention and a dense layer and per row by an expert, `head_saved_bytes` per token
-    by the head.
+    `saved_bytes` is kept per token by attention or a dense layer and per row by an expert, `head_saved_bytes` per
+    token by the head.
     """
 
     def timing(seconds: float, kept: int) -> dict[str, Any]:

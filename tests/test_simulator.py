@@ -259,7 +259,9 @@ def test_every_span_is_that_of_the_plainest_replay(
     world = layout.world_size
     nodes = [(data.draw(devices), min(per_node, world - first)) for first in range(0, world, per_node)]
     link = Link(bandwidth_gigabytes_per_second=1e-5, latency_microseconds=10)
-    cost = make_cost(layout, nodes, nics=nics, network=link, interconnect=link)
+    dense = {"dense_layers": 1, "dense_ffn_size": 96} if data.draw(st.booleans()) else {}
+    model = make_model(layers=layout.layers, experts=layout.experts, top_k=1, **dense)
+    cost = make_cost(layout, nodes, model=model, nics=nics, network=link, interconnect=link)
     if not balanced:
         size = (world, layout.layers, layout.micro_batches, layout.experts)
         counts = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 50, size)
@@ -280,6 +282,18 @@ def test_every_span_is_that_of_the_plainest_replay(
     assert trace.seconds == plain.seconds
     assert trace.step_seconds() == plain.step_seconds()
     assert trace.busy_share(world) == pytest.approx(plain.busy_share(world))
+
+
+def test_dense_layers_hold_up_the_first_dispatch() -> None:
+    layout = make_layout()
+    spans = {}
+    for count in (0, 1):
+        model = make_model(**({"dense_layers": count, "dense_ffn_size": 96} if count else {}))
+        spans[count] = by_name(simulate(make_cost(layout, model=model)))
+    assert spans[0]["0DF0"][0] == pytest.approx(1.0)
+    assert spans[1]["0DF0"][0] == pytest.approx(1.0 + 1.5)
+    later = [spans[count]["1AF0"][1] - spans[count]["1AF0"][0] for count in (0, 1)]
+    assert later[0] == pytest.approx(later[1])
 
 
 def test_an_answer_waits_for_its_senders_only() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_engine_equality import BIAS, CASES, LENGTH, MIXED, SIGMOID, STEPS, Case, batches, hosts, reference, starve
+from test_engine_equality import BIAS, CASES, DENSE, LENGTH, MIXED, SIGMOID, STEPS, Case, batches, hosts, reference, starve
 from workers import run_workers
 
 from hetermoe_cli.model.training_state import restore_training, training_names, training_shapes, training_tensors
@@ -17,6 +17,7 @@ SHARDED = {
     "EP 4 uneven": CASES["EP 4 uneven"],
     "three attend": Case([3, 1, 0, 4], MIXED, 1, recompute="all", features=SIGMOID),
     "windows, replicated, bias": Case([1, 1, 0, 0], MIXED, 4, schedule="windowed", features=BIAS),
+    "dense layers": Case([2, 1, 1, 0], MIXED, 2, recompute="attention", features=DENSE | {"dense_layers": 2}),
     "one attends": CASES["1+1 R=2"],
 }
 PAIR = Case([2, 2], hosts([0, 1], [2, 3], replicated=(4, 5)), 2)

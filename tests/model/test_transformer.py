@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from builders import make_model
-from hetermoe_cli.model.attention import AttentionBlock
+from hetermoe_cli.model.attention import AttentionBlock, DenseBlock
 from hetermoe_cli.model.moe import ExpertGroup, combine
 from hetermoe_cli.model.rope import rope_table, rotate
 from hetermoe_cli.model.transformer import DenseModel, Transformer, initialise, named_tensors, parameter_slices
@@ -50,12 +50,42 @@ def record(layer: nn.Module) -> list[Tensor]:
     return seen
 
 
+# --- dense layers ---
+
+
+def test_dense_layers_come_before_the_first_moe_layer() -> None:
+    """Step by step: attention and a SwiGLU network, each behind its norm and added to the residual."""
+    config = MODEL.model_copy(update={"dense_layers": 2, "dense_ffn_size": 20})
+    model, (tokens, _) = make(scale=10, config=config), text(0)
+    hidden = model.dense.embedding(tokens)
+    for block in model.dense.dense_layers:
+        assert isinstance(block, DenseBlock)
+        hidden = hidden + block._attend(block.attention_norm(hidden))
+        gate, up = functional.linear(block.ffn_norm(hidden), block.ffn.gate_up.weight).split(20, dim=-1)
+        hidden = hidden + functional.linear(gate * gate.sigmoid() * up, block.ffn.down.weight)
+    assert torch.allclose(model.dense.embed(tokens), hidden, rtol=0, atol=1e-12)
+    seen: list[Tensor] = []
+    model.dense.layers[0].register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    model(*text(0))
+    assert torch.equal(seen[0], model.dense.embed(tokens))
+
+
+def test_dense_layers_have_names_and_all_parameters_that_the_spec_counts() -> None:
+    config = MODEL.model_copy(update={"dense_layers": 1, "dense_ffn_size": 20})
+    model = make(config=config)
+    new = named_tensors(model).keys() - named_tensors(make()).keys()
+    parts = ("attention_norm", "qkv", "out", "ffn_norm", "ffn.gate_up", "ffn.down")
+    assert new == {f"dense_layers.0.{part}.weight" for part in parts}
+    assert sum(parameter.numel() for parameter in model.parameters()) == config.parameters
+
+
 # --- gradients ---
 
 
-def test_gradients_match_finite_differences() -> None:
+@pytest.mark.parametrize("dense", [{}, {"dense_layers": 1, "dense_ffn_size": 20}])
+def test_gradients_match_finite_differences(dense: dict[str, int]) -> None:
     """Central differences along a random direction of every parameter; the top-k choice is locally constant."""
-    model, (tokens, targets) = make(scale=10), text(0)
+    model, (tokens, targets) = make(scale=10, config=MODEL.model_copy(update=dense)), text(0)
     model(tokens, targets).backward()
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():

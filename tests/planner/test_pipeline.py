@@ -187,6 +187,28 @@ def test_a_unit_shares_attention_and_experts() -> None:
     assert two.unit((0, 1)).forward - two.types["new"].forward == pytest.approx(2 * rows * cost.row_bytes / 1e9)
 
 
+def test_dense_layers_are_work_and_memory_of_the_first_stage() -> None:
+    plain = CostModel(inputs([("new", 1)] * 2))
+    model = make_model(layers=4, experts=4, dense_layers=2, dense_ffn_size=96)
+    found = make_inputs([("new", 1)] * 2, model=model, global_batch_sequences=4)
+    dense = CostModel(found.model_copy(update={"train": plain.train}))
+    one, two = PipelineCost(plain, 1, 1, "none"), PipelineCost(dense, 1, 1, "none")
+    units = [(0,), (1,)]
+    assert two.extra(units)[0] - one.extra(units)[0] == pytest.approx(3 * 2 * 1.5)
+    assert two.extra(units)[1] == one.extra(units)[1]
+    assert PipelineCost(dense, 1, 1, "attention").unit((0,)).dense == pytest.approx((3.0, 6.0 + 3.0))
+    more = two.edge_parameters(True, False) - one.edge_parameters(True, False)
+    assert more == 2 * model.dense_layer_parameters
+    assert two.edge_parameters(False, True) == one.edge_parameters(False, True)
+    tuned = Tuned(Setup(1, 2, 1, 4, "none"), "1F1B", [units], [[2, 2]], [4])
+    before, after = _Search(plain)._stage_seconds(tuned, 0), _Search(dense)._stage_seconds(tuned, 0)
+    assert after == pytest.approx([before[0] + 9.0, before[1]])
+    drained = _Search(dense).seconds(tuned) - two.update_seconds([[((0,), 2), ((1,), 2)]])
+    assert 4 * after[0] <= drained < 4 * after[0] + after[1]  # the first stage is the slowest
+    assert pp(dense, 16).seconds > pp(plain, 16).seconds
+    assert "layers 1-3" in pp(dense, 16).reason
+
+
 def test_too_many_devices_are_not_searched() -> None:
     rival = pp(CostModel(inputs([("new", MOST_DEVICES + 1)])), 16)
     assert rival.layout is None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hetermoe_cli.errors import ExitCode, UserError
+from hetermoe_cli.model.transformer import DenseModel
 from hetermoe_cli.profiler.kernels import DTYPES, Bench, Sizes, profile_kernels
 from hetermoe_cli.profiler.measure import Case, Effort, measure, relative_spread, saved_bytes
 from hetermoe_cli.spec.model import NAMED_MODELS
@@ -91,6 +92,45 @@ def test_a_stage_gives_gradients_to_all_inputs_and_parameters(stage: str) -> Non
     assert all(leaf.grad is not None and leaf.grad.abs().sum() > 0 for leaf in leaves)
     used = bench.dense.layers if stage == "attention" else nn.ModuleList([bench.dense.norm, bench.dense.head])
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in used.parameters())
+
+
+DENSE = TINY.model_copy(update={"dense_layers": 2, "dense_ffn_size": 160})
+
+
+def test_a_dense_layer_is_measured_at_the_sizes_of_attention() -> None:
+    found = profile_kernels(DENSE, "fp32", CPU, SIZES, EFFORT)
+    sizes = [(p.sequence_length, p.sequences) for p in found.dense]
+    assert sizes == [(p.sequence_length, p.sequences) for p in found.attention]
+    assert all(1e-6 < p.forward_seconds < 1 and 1e-6 < p.backward_seconds < 1 for p in found.dense)
+    assert [p.tokens for p in found.expert] == [p.tokens for p in found.head] == [8, 32]
+
+
+def test_a_dense_layer_gives_gradients_to_its_input_and_parameters() -> None:
+    bench = Bench(DENSE, torch.float32, CPU)
+    case = bench.dense_layer(8, 2)
+    (leaf,) = leaves = case.leaves()
+    torch.autograd.backward(case.forward(leaves), [torch.randn_like(leaf)])
+    parameters = list(bench.dense.dense_layers.parameters())
+    assert sum(p.numel() for p in parameters) == DENSE.dense_layer_parameters
+    assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in [leaf, *parameters])
+
+
+def test_what_the_first_stage_saves_is_the_sum_of_its_measured_parts() -> None:
+    """The stage reads a tensor of its own in place of the leaves that attention is measured with."""
+    bench, dense = Bench(DENSE, torch.float32, CPU), DenseModel(DENSE)
+
+    def forward(leaves: list[Tensor]) -> list[Tensor]:
+        hidden = leaves[0]
+        for block in dense.dense_layers:
+            hidden = block(hidden)
+        return list(dense.stage(0, hidden)[:3])
+
+    case = Case("a first stage", lambda: [torch.randn(2, 12, TINY.hidden_size, requires_grad=True)], forward)
+    found = saved_bytes(case, list(dense.parameters()))
+    border = 24 * 4 * (TINY.hidden_size * (1 + TINY.top_k) + TINY.top_k)
+    parts = 2 * saved_bytes(bench.dense_layer(12, 2), bench.parameters)
+    parts += saved_bytes(bench.attention(12, 2), bench.parameters) - border
+    assert found == pytest.approx(parts, rel=0.01)
 
 
 class SlowBackward(torch.autograd.Function):

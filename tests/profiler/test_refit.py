@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from builders import make_profile
+from builders import make_model, make_profile
 from hetermoe_cli.profiler.refit import KINDS, Fit, Sample, fit, point_sizes, refit
 
 POINTS = (16.0, 64.0, 256.0)
@@ -67,11 +67,13 @@ def test_one_ratio_serves_sizes_that_are_alike_or_rare(tasks: list[Sample]) -> N
 
 
 def test_a_table_is_scaled_kind_by_kind() -> None:
-    table = make_profile("new", expert_seconds=0.01).tables[0]
+    model = make_model(dense_layers=1, dense_ffn_size=96)
+    table = make_profile("new", model=model, expert_seconds=0.01).tables[0]
     fits = {kind: Fit(5, 1.5 + index, 0.1 * index, (1, 1)) for index, kind in enumerate(KINDS)}
     new = refit(table, fits)
     for old_points, new_points, forward, backward in (
         (table.attention, new.attention, 1.5, 2.5),
+        (table.dense, new.dense, 1.5, 2.5),
         (table.expert, new.expert, 3.5, 4.5),
         (table.head, new.head, 5.5, 5.5),
     ):

@@ -207,18 +207,40 @@ def test_check_finds_a_changed_and_a_missing_file_but_ignores_the_date(
     assert not link.exists()
 
 
-@pytest.mark.parametrize("shared_experts", [0, 2])
-def test_saved_bytes_formulas_match_the_measurement(shared_experts: int) -> None:
+def test_work_of_a_deepseek_dense_layer_by_hand() -> None:
+    """The attention stage without combine, gate and shared expert, with a wide SwiGLU network."""
+    work, stage = roofline.dense_work(DEEPSEEK, 4096, 1), roofline.attention_work(DEEPSEEK, 4096, 1)
+    gate, shared, wide = 7168 * 256, 3 * 7168 * 2048, 3 * 7168 * 18432
+    assert work.gemm == stage.gemm + 2 * 4096 * (wide - shared - gate)
+    assert (work.core, work.core_backward) == (stage.core, stage.core_backward)
+    assert stage.kernels - work.kernels == 8
+
+
+def test_only_shapes_with_dense_layers_have_their_seconds(profiles: dict[str, Profile]) -> None:
+    for profile in profiles.values():
+        for one in profile.tables:
+            assert bool(one.dense) == (one.shape == DEEPSEEK)
+        for point, stage in zip(table(profile, DEEPSEEK).dense, table(profile, DEEPSEEK).attention, strict=True):
+            assert 1 < point.forward_seconds / stage.forward_seconds < 2.5
+
+
+@pytest.mark.parametrize(("shared_experts", "dense_layers"), [(0, 0), (2, 1)])
+def test_saved_bytes_formulas_match_the_measurement(shared_experts: int, dense_layers: int) -> None:
     """fp32 on the CPU, which has no fused RMSNorm; the design asks for 15 %."""
     config = NAMED_MODELS["tiny"].model_copy(update={"experts": 8})  # what the formula assumes for an unnamed shape
     config = config.model_copy(
         update={"ffn_size": 160, "attention_heads": 6, "head_size": 8, "shared_experts": shared_experts}
     )
+    config = config.model_copy(update={"dense_layers": dense_layers, "dense_ffn_size": 144 * dense_layers})
     sizes = Sizes(sequence_lengths=(32, 96), sequences=(1, 3), tokens=(16, 80))
     measured = profile_kernels(config, "fp32", torch.device("cpu"), sizes, Effort(visits=2, visit_runs=1))
     shape = config.shape
     for point in measured.attention:
         expected = roofline.attention_saved_bytes(shape, point.sequence_length, point.sequences, 4, fused_norm=False)
+        assert point.saved_bytes == pytest.approx(expected, rel=0.02)
+    assert len(measured.dense) == dense_layers * len(measured.attention)
+    for point in measured.dense:
+        expected = roofline.dense_saved_bytes(shape, point.sequence_length, point.sequences, 4, fused_norm=False)
         assert point.saved_bytes == pytest.approx(expected, rel=0.02)
     for expert in measured.expert:
         assert expert.saved_bytes == roofline.expert_saved_bytes(shape, expert.tokens, 4)

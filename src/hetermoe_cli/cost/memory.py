@@ -32,7 +32,7 @@ class MemoryModel:
     def attention_cost(self, device: DeviceCost, sequences: float, layer: int) -> Cost:
         """Attention stage of `layer` for `sequences` sequences; the first one runs the dense layers too."""
         attention = device.attention(sequences)
-        if layer:
+        if layer or not self.model.dense_layers:
             return attention
         return Cost(*(own + dense for own, dense in zip(attention, self.dense_cost(device, sequences), strict=True)))
 

@@ -84,7 +84,7 @@ def device_rates(
     counts = [0] * len(cost.devices)
     counts[rank] = sequences
     counts[rank - 1] += total - sequences  # somebody attends to the others
-    layout = Choice(schedule, tuple(counts)).full_layout(2)  # the first layer, and any other
+    layout = Choice(schedule, tuple(counts)).full_layout(1)
     probe = LayoutCost(cost, layout)
     rows, alive = cost.rows_per_expert(total), schedule.window
     attention_again, experts_again = schedule.recompute_attention, schedule.recompute_experts
@@ -95,19 +95,24 @@ def device_rates(
             return probe.seconds(rank, forward), probe.seconds(rank, backward)
         return probe.expert_seconds(rank, forward, [rows]), probe.expert_seconds(rank, backward, [rows])
 
-    first, attention = (pair(Kind.ATTENTION, layer=layer) if sequences else (0.0, 0.0) for layer in (0, 1))
+    attention = dense = 0.0, 0.0
+    if sequences:
+        first = attention = pair(Kind.ATTENTION)
+        if model.dense_layers:
+            attention = pair(Kind.ATTENTION, layer=1)  # the probe has no such layer, but attention asks its number only
+        dense = first[0] - attention[0], first[1] - attention[1]
     state = sum(STATE_BYTES[cost.train.precision]) * model.expert_parameters
-    dense = cost.dense_updates(schedule, attending) if sequences else 0
+    updates = cost.dense_updates(schedule, attending) if sequences else 0
     buffers = cost.buffer_bytes(total, sequences, 0.0, alive)
     kept = cost.attention_kept_bytes(device, sequences, attention_again) if sequences else 0.0
     per_share = (cost.buffer_bytes(total, sequences, 1.0, alive) - buffers) / model.experts
     return ClassRates(
         attention=attention,
-        dense=(first[0] - attention[0], first[1] - attention[1]),
+        dense=dense,
         head=pair(Kind.HEAD)[1] if sequences else 0.0,
         hosted=pair(Kind.EXPERT, rows),
         replicated=pair(Kind.EXPERT, own) if sequences else (0.0, 0.0),
-        optimizer_base=cost.optimizer_seconds(device, dense),
+        optimizer_base=cost.optimizer_seconds(device, updates),
         optimizer_per_expert=cost.optimizer_seconds(device, model.expert_parameters),
         memory_base=(sum(cost.dense_state_bytes(schedule, attending)) if sequences else 0)
         + alive * kept
