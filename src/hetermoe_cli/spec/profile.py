@@ -32,7 +32,7 @@ class AttentionPoint(Timing):
 
 
 class ExpertPoint(Timing):
-    """One SwiGLU expert on `tokens` rows."""
+    """One SwiGLU expert on `tokens` rows; its share of several where the device runs them as one grouped product."""
 
     tokens: PositiveInt
 
