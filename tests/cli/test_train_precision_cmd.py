@@ -43,6 +43,28 @@ def train(plan: Path, folder: Path, text: Path, *options: object, code: int = 0)
     return train_command.train(plan, "--run-folder", folder, "--data", text, *options, code=code)
 
 
+def test_two_device_types_of_one_machine_train_each_in_its_own_precision(tmp_path: Path, text: Path) -> None:
+    kinds: dict[str, Precision] = {"new": "bf16", "old": "fp16"}
+    profiles = {
+        name: make_profile(name, model=MODEL, precision=precision, source="measured", sequence_lengths=(32,))
+        for name, precision in kinds.items()
+    }
+    inputs = make_inputs(
+        (("new", 1), ("old", 1)), model=MODEL, profiles=profiles, sequence_length=32, global_batch_sequences=4,
+        precision="bf16",
+    )  # fmt: skip
+    nodes = [node.model_copy(update={"machine": "here"}) for node in inputs.cluster.nodes]
+    train_spec = inputs.train.model_copy(
+        update={"steps": STEPS, "warmup_steps": 2, "learning_rate": 3e-3, "device_precision": {"old": "fp16"}}
+    )
+    cluster = inputs.cluster.model_copy(update={"nodes": nodes})
+    inputs = inputs.model_copy(update={"cluster": cluster, "train": train_spec})
+    dump(make_plan(inputs, make_layout((1, 1), (3, 1), micro_batches=2)), tmp_path / "plan.yaml")
+    summary = json.loads(train(tmp_path / "plan.yaml", tmp_path / "run", text, "--json").stdout)
+    assert summary["last_loss"] < summary["first_loss"]
+    assert events(tmp_path / "run", "step")[0]["loss_scale"] == 2.0**16  # as one rank computes in fp16
+
+
 def test_bf16_trains_without_a_loss_scale(tmp_path: Path, text: Path) -> None:
     done = train(plan_file(tmp_path, "bf16"), tmp_path / "run", text, "--json")
     summary = json.loads(done.stdout)

@@ -70,3 +70,17 @@ def test_equals_brute_force_on_random_instances(seed: int) -> None:
     assert best * (1 - 1e-9) <= plan.predicted.iteration_seconds <= best * (1 + 2 * GAP)
     assert plan.bound.iteration_seconds <= best * (1 + 1e-9)
     assert plan.bound.exact_over == "devices"
+
+
+@pytest.mark.parametrize("seed", range(100, 108))
+def test_equals_brute_force_where_types_share_a_machine(seed: int) -> None:
+    rng = random.Random(seed)
+    inputs = random_inputs(rng, devices=3, layers=1, experts=3, batch=rng.choice([2, 3]), flat=True)
+    nodes = [
+        node.model_copy(update={"machine": "box"} if index else {}) for index, node in enumerate(inputs.cluster.nodes)
+    ]
+    inputs = inputs.model_copy(update={"cluster": inputs.cluster.model_copy(update={"nodes": nodes})})
+    best = brute_force(inputs)
+    plan = make_plan(inputs, PlanOptions(solver=SolverOptions(relative_gap=GAP)))
+    assert best * (1 - 1e-9) <= plan.predicted.iteration_seconds <= best * (1 + 2 * GAP)
+    assert plan.bound.iteration_seconds <= best * (1 + 1e-9)

@@ -75,11 +75,26 @@ def test_saved_bytes_count_a_storage_once_and_whole() -> None:
     assert saved_bytes(case, []) == 4 * (10 + 10)
 
 
-def test_expert_saves_rows_and_four_ffn_widths() -> None:
-    for precision, element in {"fp32": 4, "fp64": 8}.items():
-        bench = Bench(TINY, DTYPES[precision], CPU)
-        expected = 16 * element * (TINY.hidden_size + 4 * TINY.ffn_size)
-        assert saved_bytes(bench.expert(16), bench.parameters) == expected
+def test_an_expert_saves_rows_and_four_ffn_widths() -> None:
+    table = profile_kernels(TINY, "fp64", CPU, SIZES, EFFORT)
+    assert [point.saved_bytes / point.tokens for point in table.expert] == [
+        8 * (TINY.hidden_size + 4 * TINY.ffn_size)
+    ] * 2
+
+
+def test_experts_are_measured_as_the_engine_runs_them(table: KernelTable) -> None:
+    """In one grouped product in fp32; that keeps where each expert's rows end, too."""
+    grouped, alone = Bench(TINY, torch.float32, CPU), Bench(TINY, torch.float64, CPU)
+    assert (grouped.experts, alone.experts) == (4, 1)
+    for bench in (grouped, alone):
+        case = bench.expert(16)
+        (rows,) = case.leaves()
+        (outputs,) = case.forward([rows])
+        assert case.parts == len(bench.group.ids) == len(outputs) // 16
+        torch.testing.assert_close(outputs, bench.group._one_by_one(rows, [16] * case.parts))
+    each = 4 * (TINY.hidden_size + 4 * TINY.ffn_size)
+    for point in table.expert:
+        assert 0 <= point.saved_bytes - point.tokens * each <= 4
 
 
 @pytest.mark.parametrize("stage", ["attention", "head"])

@@ -17,11 +17,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel group at one size: `leaves` makes fresh detached inputs, `forward` maps them to outputs."""
+    """One kernel group at one size: `leaves` makes fresh detached inputs, `forward` maps them to outputs.
+
+    It is `parts` equal parts in one, of which a table keeps one's share.
+    """
 
     label: str
     leaves: Callable[[], list[Tensor]]
     forward: Callable[[list[Tensor]], list[Tensor]]
+    parts: int = 1
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class DensePoint(AttentionPoint):
 
 
 class ExpertPoint(Timing):
-    """One SwiGLU expert on `tokens` rows."""
+    """One SwiGLU expert on `tokens` rows; its share of several where the device runs them as one grouped product."""
 
     tokens: PositiveInt
 
