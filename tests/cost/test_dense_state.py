@@ -7,8 +7,10 @@ import pytest
 from builders import make_inputs, make_layout, make_model
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.planner.rates import device_rates
-from hetermoe_cli.schedule.action import Kind
+from hetermoe_cli.schedule.action import Action, Kind, Pass
+from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.schedule.zebra import OPTIMIZER
+from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.train import DenseState
 
@@ -29,8 +31,10 @@ def test_memory_by_hand() -> None:
     found = {state: [getattr(costs(state).memory(0), kind) / DENSE for kind in kinds] for state in get_args(DenseState)}
     assert found["replicated"] == pytest.approx([2, 2, 12])
     assert found["optimizer"] == pytest.approx([2, 2, 6])
-    whole = max(MODEL.attention_layer_parameters, MODEL.edge_parameters) / DENSE  # the part at work
-    assert found["full"] == pytest.approx([1 + whole, 1 + whole, 6], rel=1e-4)
+    layer, embedding = MODEL.attention_layer_parameters, 64 * MODEL.hidden_size
+    whole = (2 * layer + embedding) / DENSE  # two segments: layer 0 with the embedding, and layer 1 or the head
+    assert MODEL.edge_parameters - embedding < layer
+    assert found["full"] == pytest.approx([2 * whole, 1 + 2 * whole, 6], rel=1e-4)  # masters are the share of weights
     assert costs("full").memory(2) == costs("replicated").memory(2)  # a pure host holds no dense part
 
 
@@ -41,8 +45,21 @@ def test_each_attending_rank_updates_its_share() -> None:
     assert costs("full").seconds(2, OPTIMIZER) == costs("replicated").seconds(2, OPTIMIZER)
 
 
+def test_wide_ranks_hold_their_share_of_the_weights() -> None:
+    inputs = make_inputs([("new", 1)] * 3, model=MODEL, global_batch_sequences=4, precision="fp32")
+    cost = CostModel(inputs)
+    weights, gradients, optimizer = cost.dense_state_bytes(costs("full").layout.schedule, 2)
+    whole = 4 * (cost.segment_parameters(0) + cost.segment_parameters(1))
+    assert (weights, gradients, optimizer) == (2 * DENSE + whole, 2 * DENSE + whole, 4 * DENSE)
+    assert cost.dense_state_bytes(costs("full").layout.schedule, 1) == (
+        4 * DENSE,
+        4 * DENSE,
+        8 * DENSE,
+    )  # nothing to share
+
+
 @pytest.mark.parametrize(("window", "halves"), [(2, 2), (1, 5)])  # 2 gathers a window, scatters of all but the last
-def test_gathers_come_on_top_of_the_all_reduce(window: int, halves: int) -> None:
+def test_what_is_gathered_and_when(window: int, halves: int) -> None:
     once = 2 * DENSE / 1e9  # a ring of two over 1 GB/s: each sends the fp16 gradients once
 
     def seconds(state: Any) -> tuple[float, float]:
@@ -54,7 +71,37 @@ def test_gathers_come_on_top_of_the_all_reduce(window: int, halves: int) -> None
 
     assert seconds("replicated") == (pytest.approx(once), 0.0)
     assert seconds("optimizer") == (pytest.approx(once), pytest.approx(once / 2))
-    assert seconds("full") == (pytest.approx(once / 2), pytest.approx(once / 2 * (1 + halves)))
+    assert seconds("full") == (pytest.approx(once / 2), 0.0)
+    full = costs("full", window=window)
+    gathers = [full.collective(Kind.GATHER, layer).seconds for layer in range(MODEL.layers + 1)]
+    assert sum(gathers) == pytest.approx(once / 2)
+    schedule, attending = full.layout.schedule, full.layout.attending
+    assert full.cost.sharding_seconds(schedule, attending) == pytest.approx(once / 2 * halves)
+    assert full.cost.synchronise_seconds(schedule, attending, 0) == pytest.approx(once / 2 * (1 + halves))
+    moved = [action for action in training_schedule(full.layout).transfers if action.kind is Kind.GATHER]
+    assert [(action.layer, action.direction) for action in moved[:8]] == [
+        *((layer, "F") for layer in range(4)), (4, "B"), (2, "B"), (1, "B"), (0, "B")
+    ]  # fmt: skip
+    assert [(action.layer, action.direction) for action in moved[8:]] == [
+        *((layer, "F") for layer in (2, 3)), (4, "B"), (2, "B"), (1, "B"), (0, "B")
+    ] * (window == 1)  # fmt: skip
+
+
+def test_replicated_experts_are_summed_once_beside_the_scattered_gradients() -> None:
+    layout = make_layout((1, 1, 0), (0, 0, 3), replicated=1, layers=4, micro_batches=2, dense_state="full")
+    layout = layout.model_copy(update={"schedule": layout.schedule.model_copy(update={"window": 1})})
+    cost = LayoutCost(CostModel(INPUTS), layout)
+    first, last = (cost.transfer(Action(Kind.REDUCE, Pass.BACKWARD, 1, j)).seconds for j in (0, 1))
+    assert last - first == pytest.approx(2 * MODEL.expert_parameters / 1e9)
+    assert first == pytest.approx(MODEL.attention_layer_parameters / 1e9)
+
+
+def test_gathers_hide_behind_compute_where_there_is_enough() -> None:
+    """A replay of the sharded layout takes longer than one of the replicated layout by less than its gathers."""
+    plain, full = costs("replicated"), costs("full")
+    gathers = sum(full.collective(Kind.GATHER, layer).seconds for layer in range(MODEL.layers + 1))
+    times = {cost: simulate(cost).seconds for cost in (plain, full)}
+    assert times[full] - times[plain] < 0.5 * gathers
 
 
 @pytest.mark.parametrize("state", get_args(DenseState))

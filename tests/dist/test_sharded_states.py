@@ -1,5 +1,6 @@
-"""Optimizer states of the dense part in shares: equal to the reference, saved in whole, resumed on any plan."""
+"""The dense part in shares, its states alone or all of it: equal to the reference, saved in whole, resumed on any plan."""
 
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from workers import run_workers
 
 from hetermoe_cli.model.training_state import restore_training, training_names, training_shapes, training_tensors
 from hetermoe_cli.model.transformer import named_tensors
-from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.layout import LayerPlacement, Layout
 
 SHARDED = {
     "EP 2": CASES["EP 2"],
@@ -20,7 +21,16 @@ SHARDED = {
     "dense layers": Case([2, 1, 1, 0], MIXED, 2, recompute="attention", features=DENSE | {"dense_layers": 2}),
     "one attends": CASES["1+1 R=2"],
 }
+FULL = SHARDED | {
+    "2+1": CASES["2+1"],
+    "mixed, windows, between": CASES["mixed, windows, between, recompute"],
+    "sequential": CASES["EP 2 sequential"],
+    "interleaved": CASES["EP 2 between, interleaved"],
+    "one layer": Case([1, 1], [LayerPlacement(experts=[[0, 1, 2], [3, 4, 5]])], 4, "windowed", features={"layers": 1}),
+}
+STATES = [*((name, "optimizer") for name in SHARDED), *((name, "full") for name in FULL)]
 PAIR = Case([2, 2], hosts([0, 1], [2, 3], replicated=(4, 5)), 2)
+OTHER = {"optimizer": "full", "full": "optimizer"}
 PRECISIONS = {"fp64": (), "bf16": (), "fp16": ("fp16", "bf16"), "fp32": ("bf16", "fp32")}
 
 
@@ -35,31 +45,47 @@ def build(case: Case, precision: str = "fp64", ranks: tuple[str, ...] = (), stat
         case.model, layout, case.train, join(layout, "cpu"), sequence_length=LENGTH, precision=precision,
         rank_precisions=ranks,
     )  # fmt: skip
-    starve(trainer.parts)
+    with whole_weights(trainer):
+        starve(trainer.parts)
     return trainer
 
 
+@contextmanager
+def whole_weights(trainer):
+    """Collective: dense weights can be read, and written alike on all ranks."""
+    shards = trainer.shards if trainer.shards and not trainer.shards.kept else None
+    for layer in range(len(shards.segments) if shards else 0):
+        shards.gather(layer)
+    yield
+    for layer, segment in enumerate(shards.segments if shards else ()):
+        for parameter, piece in segment.pieces.items():
+            if piece and not torch.equal(piece.weight.to(parameter.dtype), piece.of(parameter)):
+                piece.weight.copy_(piece.of(parameter))
+        shards.release(layer)
+
+
 def arrays(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    return {name: tensor.detach().float().numpy().copy() for name, tensor in tensors.items()}
+    return {name: tensor.detach().float().clone().numpy() for name, tensor in tensors.items()}
 
 
-def weights(rank: int, case: Case) -> list[Any]:
+def weights(rank: int, case: Case, state: str) -> list[Any]:
     """Per step, figures and weights; then the elements that the optimizer holds of the dense part, and all of it."""
-    trainer, result = build(case), []
+    trainer, result = build(case, state=state), []
     for step in range(STEPS):
         found = trainer.step(batches(), step)
         figures = [found.loss, *found.router_losses, found.gradient_norm]
-        result.append((figures, {n: t.numpy().copy() for n, t in named_tensors(trainer.parts).items()}))
+        with whole_weights(trainer):
+            result.append((figures, {n: t.clone().numpy() for n, t in named_tensors(trainer.parts).items()}))
     held = sum(state["exp_avg"].numel() for state in trainer.optimizer.state.values())
     experts = sum(p.numel() for p in trainer.parts.experts.parameters())
     dense = sum(p.numel() for p in trainer.parts.dense.parameters()) if trainer.parts.dense else 0
     return [result, held - experts, dense]
 
 
-@pytest.mark.parametrize("name", SHARDED)
-def test_equals_single_device_reference(name: str) -> None:
-    case = SHARDED[name]
-    expected, ranks = reference(case), run_workers(len(case.sequences), weights, case)
+@pytest.mark.parametrize(("name", "state"), STATES)
+def test_equals_single_device_reference(name: str, state: str) -> None:
+    case = FULL[name]
+    expected, ranks = reference(case), run_workers(len(case.sequences), weights, case, state)
     for step, wanted in enumerate(expected):
         for found, *_ in ranks:
             assert found[step][0] == pytest.approx(wanted.figures, rel=1e-12, abs=1e-12)
@@ -88,42 +114,80 @@ def resumed(trainer, state: dict[str, torch.Tensor], steps: int):
     return trainer
 
 
-def interrupted(rank: int, case: Case, precision: str, ranks: tuple[str, ...]) -> dict[str, Any]:
-    """Six steps at once, in two halves, and the second half without shards."""
-    trainer = build(case, precision, ranks)
+def interrupted(rank: int, case: Case, precision: str, ranks: tuple[str, ...], state: str) -> dict[str, Any]:
+    """Six steps at once, in two halves, and the second half in other states."""
+    trainer = build(case, precision, ranks, state)
     trainer.loss_scale.scale = 1.0
     for step in range(3):
         trainer.step(batches(), step)
     kept = whole(trainer)
     others = {
         name: resumed(build(case, precision, ranks, s), kept, 3)
-        for name, s in (("again", "optimizer"), ("plain", "replicated"))
+        for name, s in (("again", state), ("plain", "replicated"), ("other", OTHER[state]))
     }
     found = {"names": {name: tuple(tensor.shape) for name, tensor in kept.items()}}
     for name, one in {"at once": trainer, **others}.items():
         one.loss_scale.scale = 1.0
         losses = [one.step(batches(), step).loss for step in range(3, 6)]
-        found[name] = losses, arrays(dict(one.parts.named_parameters())), arrays(whole(one))
+        with whole_weights(one):
+            found[name] = losses, arrays(dict(one.parts.named_parameters())), arrays(whole(one))
     return found
 
 
+@pytest.mark.parametrize("state", OTHER)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped_and_without_shards_too(precision: str) -> None:
-    found = run_workers(2, interrupted, PAIR, precision, PRECISIONS[precision])
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped_and_in_other_states_too(precision: str, state: str) -> None:
+    found = run_workers(2, interrupted, PAIR, precision, PRECISIONS[precision], state)
     for rank in found:
         assert rank["names"] == training_shapes(PAIR.model)
-        losses, own, state = rank["at once"]
+        losses, own, saved = rank["at once"]
         assert rank["again"][0] == losses
-        for mine, theirs in ((own, rank["again"][1]), (state, rank["again"][2])):
+        for mine, theirs in ((own, rank["again"][1]), (saved, rank["again"][2])):
             assert mine.keys() == theirs.keys()
             assert all(np.array_equal(value, theirs[name]) for name, value in mine.items())
-        assert rank["plain"][0] == pytest.approx(losses, rel=1e-3)
-        for name, value in rank["plain"][2].items():
-            np.testing.assert_allclose(
-                value, state[name], rtol=1e-2, atol=1e-2 if precision != "fp64" else 1e-9, err_msg=name
-            )
+        for other in ("plain", "other"):
+            assert rank[other][0] == pytest.approx(losses, rel=1e-3)
+            for name, value in rank[other][2].items():
+                np.testing.assert_allclose(
+                    value, saved[name], rtol=1e-2, atol=1e-2 if precision != "fp64" else 1e-9, err_msg=name
+                )
     dense = [{n: v for n, v in rank["at once"][1].items() if n.startswith("dense")} for rank in found]
     ranks = PRECISIONS[precision]
     for name, value in dense[0].items():  # to the bit where both ranks compute in one precision
         if not ranks:
             np.testing.assert_array_equal(value, dense[1][name], err_msg=name)
+
+
+def held(shards) -> tuple[int, int]:
+    """Segments with whole weights, and with whole gradients."""
+    gradients = [any(p.grad is not None for p in segment.parameters) for segment in shards.segments]
+    return sum(segment.whole.untyped_storage().size() > 0 for segment in shards.segments), sum(gradients)
+
+
+def watched(rank: int, case: Case) -> list[tuple[int, int]]:
+    """What is held after every gather of a step and a validation; at last after both."""
+    trainer, found = build(case, state="full"), []
+    if shards := trainer.shards:
+        gather = shards.gather
+
+        def gather_and_look(layer: int) -> torch.Tensor:
+            assert not shards.segments[layer].whole.untyped_storage().size()
+            whole = gather(layer)
+            found.append(held(shards))
+            return whole
+
+        shards.gather = gather_and_look
+    trainer.step(batches(), 0)
+    trainer.validate(batches(), 1)
+    return [*found, held(shards)] if shards else []
+
+
+@pytest.mark.parametrize("name", ["2+1", "windows, replicated, bias", "sequential"])
+def test_whole_weights_and_gradients_are_there_only_where_they_are_used(name: str) -> None:
+    case = FULL[name]
+    for attends, found in zip(case.sequences, run_workers(len(case.sequences), watched, case), strict=True):
+        assert bool(found) == bool(attends)
+        if found:
+            assert max(whole for whole, _ in found) == 2
+            assert max(gradients for _, gradients in found) <= 1
+            assert found[-1] == (0, 0)
