@@ -7,7 +7,7 @@ from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.cost.measured import MeasuredCost
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.planner.plan import embed
-from hetermoe_cli.schedule.action import parse_action
+from hetermoe_cli.schedule.action import Kind, parse_action
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import Inputs
 
@@ -35,7 +35,10 @@ def test_the_first_attention_stage_alone_takes_longer(recompute: str, backward: 
 
 def test_gradients_go_with_those_of_layer_0() -> None:
     plain, dense = pair(make_layout((1, 1), (2, 2)))
-    more = [dense.reduce(place).seconds - plain.reduce(place).seconds for place in range(3)]
+    more = [
+        dense.collective(Kind.REDUCE, place).seconds - plain.collective(Kind.REDUCE, place).seconds
+        for place in range(3)
+    ]
     assert more == pytest.approx([2 * 2 * DENSE.dense_layer_parameters / 1e9, 0, 0])
     segments = [dense.cost.segment_parameters(place) for place in range(3)]
     assert sum(segments) == DENSE.dense_parameters

@@ -58,8 +58,9 @@ class Curve:
 class AttentionCurve:
     """Cost over the number of sequences, each of `documents` (may be fractional) documents of `length` tokens.
 
-    `source` names profile and field in errors. What a profile measures as a sequence is the cost of one document: attention ends there, all else goes by tokens.
-    Between two profiled lengths the time per token is interpolated linearly: exact for a + b * length per token.
+    `source` names profile and field in errors. What a profile measures as a sequence is the cost of one document:
+    attention ends there, all else goes by tokens. Between two profiled lengths the time per token is interpolated
+    linearly: exact for a + b * length per token.
     """
 
     def __init__(self, points: Sequence[AttentionPoint], length: int, source: str, documents: float = 1.0) -> None:
