@@ -16,6 +16,7 @@ from hetermoe_cli.model.copies import Fetched, upload
 from hetermoe_cli.runtime.calls import has_counts
 from hetermoe_cli.runtime.clock import Clock
 from hetermoe_cli.runtime.dispatcher import Arrivals, LayerMap, Routing
+from hetermoe_cli.runtime.gradients import Gradients
 from hetermoe_cli.runtime.lanes import Handoff, Parcel, exchange
 from hetermoe_cli.runtime.mesh import Mesh
 from hetermoe_cli.schedule.action import Action, Kind
@@ -32,9 +33,17 @@ class Carrier:
     """
 
     def __init__(
-        self, layout: Layout, mesh: Mesh, maps: Sequence[LayerMap], empty: Tensor, schedule: Schedule, clock: Clock
+        self,
+        layout: Layout,
+        mesh: Mesh,
+        maps: Sequence[LayerMap],
+        empty: Tensor,
+        schedule: Schedule,
+        clock: Clock,
+        gradients: Gradients | None = None,
     ) -> None:
         """`empty` [0, H] is like the messages: their width and precision."""
+        self._gradients = gradients
         self._mesh, self._maps, self._empty, self._schedule, self._clock = mesh, maps, empty, schedule, clock
         places = [(layer, j) for layer in range(layout.layers) for j in range(layout.micro_batches)]
         self._routed: dict[Place, Future[Routing]] = {place: Future() for place in places}
@@ -94,7 +103,8 @@ class Carrier:
         began = self._clock.mark()
         if action.kind is Kind.REDUCE:
             assert rows is not None
-            self._mesh.all_reduce(rows, self._mesh.attending)
+            assert self._gradients is not None
+            self._gradients.reduce(action.layer)
             return self._carried(action, rows, began)
         mesh = self._mesh
         group = mesh.to_experts if action.towards_experts else mesh.from_experts

@@ -15,12 +15,13 @@ from hetermoe_cli.runtime.calls import has_counts
 from hetermoe_cli.runtime.carrier import Carrier, Place
 from hetermoe_cli.runtime.clock import Clock
 from hetermoe_cli.runtime.dispatcher import LayerMap
+from hetermoe_cli.runtime.gradients import Gradients
 from hetermoe_cli.runtime.lanes import Lanes, Parcel
 from hetermoe_cli.runtime.mesh import Mesh
 from hetermoe_cli.runtime.parts import Parts
 from hetermoe_cli.runtime.stage import AttentionStage, Border, ExpertStage
 from hetermoe_cli.schedule.action import Action, Kind, Pass
-from hetermoe_cli.schedule.schedule import Schedule, inputs
+from hetermoe_cli.schedule.schedule import Schedule, completions
 from hetermoe_cli.spec.layout import Layout
 
 Batch = Callable[[int], tuple[Tensor, Tensor]]  # micro-batch -> this rank's tokens and targets, both [B, S]
@@ -55,12 +56,12 @@ class Engine:
         loss_scale: float,
         clock: Clock,
         after: Callable[[Action], None] = lambda action: None,
-        gradients: Callable[[int], Tensor] = lambda layer: torch.empty(0),
+        gradients: Gradients | None = None,
     ) -> None:
         """Run all compute actions of this rank but S and O, and `after` each; `loss_scale` multiplies the summed loss
-        in backward. `gradients`: of a layer, what attending ranks share, summed over them in place."""
+        in backward. `gradients` are reduced layer by layer, in training."""
         self._batch, self._loss_scale, self._clock = batch, loss_scale, clock
-        self._carrier = Carrier(self.layout, self.mesh, self._maps, self._empty, schedule, clock)
+        self._carrier = Carrier(self.layout, self.mesh, self._maps, self._empty, schedule, clock, gradients)
         self._attention: dict[Place, AttentionStage] = {}
         self._documents: dict[int, Documents | None] = {}
         self._heads: dict[int, Border] = {}
@@ -69,7 +70,7 @@ class Engine:
         self.loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         self.router_losses = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         training = any(action.direction is Pass.BACKWARD for action in schedule.compute[self.mesh.rank])
-        reduces = {inputs(t, self.layout.layers)[0]: t for t in schedule.transfers if t.kind is Kind.REDUCE}
+        reduces = self._reduces(schedule)
         self._lanes.start(schedule, self._carrier.carry)
         try:
             with torch.set_grad_enabled(training):
@@ -77,9 +78,9 @@ class Engine:
                     if (action.kind, action.direction) in self._handlers:
                         self._handlers[action.kind, action.direction](action)
                         after(action)
-                        if reduce := reduces.get(action):
+                        if gradients and (reduce := reduces.get(action)):
                             self._clock.sent(reduce)
-                            self._lanes.put(reduce, gradients(reduce.layer), None)
+                            self._lanes.put(reduce, gradients.segment(reduce.layer), None)
             self._lanes.finish()
             for reduce in reduces.values():
                 if handoff := self._lanes.get(reduce):
@@ -87,6 +88,12 @@ class Engine:
         except BaseException as error:
             self._abort(error)
             raise
+
+    def _reduces(self, schedule: Schedule) -> dict[Action, Action]:
+        """This rank's all-reduces by the task that completes its gradients."""
+        mine = set(schedule.compute[self.mesh.rank])
+        reduces = (t for t in schedule.transfers if t.kind is Kind.REDUCE and self.mesh.rank in schedule.senders[t])
+        return {[a for a in completions(t, self.layout.layers) if a in mine][-1]: t for t in reduces}
 
     def _abort(self, error: BaseException) -> None:
         """Wake the lanes: what they wait for will never come."""

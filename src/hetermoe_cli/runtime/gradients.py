@@ -1,24 +1,34 @@
 """Gradients of one rank: where they accumulate, how they are summed over ranks and clipped by the true global norm."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hetermoe_cli.model.optimizer import AdamW
 from hetermoe_cli.runtime.mesh import Mesh
 
 _ROW = 4096  # elements
+Slices = Sequence[tuple[nn.Parameter, int | None]]  # parameters, or experts by their place in stacked ones
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Some of a layer's shared parameters, and all processes that hold them, in ascending order. The slices come in
+    one order on all of these."""
+
+    holders: tuple[int, ...]
+    slices: Slices
 
 
 class Gradients:
     """Preallocated gradients: what got no token is zero, not missing.
 
-    `shared` parameters (dense part, replicated experts) have views of one flat buffer of dtype `exchange`, a segment
-    for every layer and one for the head; the engine sums each over the attending ranks as soon as it is complete. `own`
-    parameters (hosted experts) exist once in the world and have gradients of their own dtype. In fp32 and wider,
+    `shared` parameters (dense part, replicated experts, with several groups also hosted ones) have views of one flat
+    buffer of dtype `exchange`, a segment for every layer and one for the head; a lane calls `reduce` on each as soon as
+    it is complete. `own` parameters exist once in the world and have gradients of their own dtype. In fp32 and wider,
     autograd accumulates into these in place. In fp16 and bf16 it accumulates a parameter's micro-batches in a temporary
     fp32 gradient, which `fold` rounds into its place once for every run of micro-batches: small contributions are not
     lost, and only the layer at work has fp32 gradients.
@@ -30,8 +40,11 @@ class Gradients:
         own: Iterable[nn.Parameter],
         mesh: Mesh,
         exchange: torch.dtype,
+        holdings: Sequence[Sequence[Holding]] = (),
     ) -> None:
+        """`holdings`: whom each segment is summed over; nobody if empty."""
         self._mesh = mesh
+        self._holdings = holdings
         self._own = list(own)
         sizes = [sum(p.numel() for p in segment) for segment in shared]
         self._flat = torch.zeros(sum(sizes), dtype=exchange, device=mesh.device)
@@ -80,6 +93,32 @@ class Gradients:
         """[n] shared gradients of a layer, or, one after the last layer, of the head."""
         return self._segments[layer]
 
+    def reduce(self, layer: int) -> None:
+        """Sum a segment over all that hold its parameters, in place: one message for each set of holders."""
+        for holding in self._holdings[layer]:
+            if len(holding.holders) > 1:
+                views = self._views(holding)
+                whole = self._joined(views)
+                message = torch.cat([view.flatten() for view in views]) if whole is None else whole
+                self._mesh.all_reduce(message, self._mesh.shared[holding.holders])
+                if whole is None:
+                    sums = torch.split(message, [view.numel() for view in views])
+                    for view, found in zip(views, sums, strict=True):
+                        view.copy_(found.view_as(view))
+
+    def _views(self, holding: Holding) -> list[Tensor]:
+        places = ((self._places[parameter], index) for parameter, index in holding.slices)
+        return [place if index is None else place[index] for place, index in places]
+
+    def _joined(self, views: Sequence[Tensor]) -> Tensor | None:
+        """The part of the flat buffer that `views` are, where they lie in it one after another."""
+        start = end = views[0].storage_offset() if views else 0
+        for view in views:
+            if view.storage_offset() != end:
+                return None
+            end += view.numel()
+        return self._flat[start:end]
+
     def totals(self, figures: Tensor) -> tuple[Tensor, float]:
         """Sum `figures` [n] float64 over all ranks, once all segments are summed over their holders.
 
@@ -87,9 +126,12 @@ class Gradients:
         finite if a gradient of any rank is not.
         """
         square = torch.zeros(1, dtype=torch.float64, device=self._mesh.device)
-        attends = self._mesh.attending is not None
-        if attends and dist.get_rank(self._mesh.attending) == 0:  # one copy of what all attending ranks share
-            square += _square(self._flat)
+        for holding in chain.from_iterable(self._holdings):
+            if self._mesh.process == holding.holders[0]:  # one copy of what several processes hold
+                views = self._views(holding)
+                whole = self._joined(views)
+                for gradient in views if whole is None else [whole]:
+                    square += _square(gradient)
         for gradient in self._own_gradients:
             square += _square(gradient)
         total = torch.cat([square, figures])

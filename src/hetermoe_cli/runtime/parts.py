@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from hetermoe_cli.model.gate import Router
 from hetermoe_cli.model.moe import ExpertGroup
 from hetermoe_cli.model.transformer import DenseModel, initialise
+from hetermoe_cli.runtime.gradients import Holding, Slices
 from hetermoe_cli.runtime.mesh import Mesh
 from hetermoe_cli.runtime.stage import ExpertParts
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.model import ModelConfig
+from hetermoe_cli.spec.world import Share, World
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -85,13 +87,34 @@ class Parts(nn.Module):
             for part in parts:
                 yield from part.parameters()
 
-    def shared_segments(self) -> list[list[nn.Parameter]]:
-        """What every attending rank holds a copy of, layer by layer as gradients become complete (cost.reduce_seconds):
-        `dense_segments` and every layer's replicated experts."""
+    def shared_segments(self, hosted: bool) -> list[list[nn.Parameter]]:
+        """What several processes hold, layer by layer as gradients become complete (cost.reduce_seconds):
+        `dense_segments` and every layer's replicated experts; `hosted` ones too, where other groups have them."""
         segments = self.dense_segments()
         for layer in range(len(self.experts)):
-            segments[layer] += self.experts_of(layer).replicated.parameters()
+            parts = self.experts_of(layer)
+            segments[layer] += [*parts.replicated.parameters(), *(parts.hosted.parameters() if hosted else ())]
         return segments
+
+    def holdings(self, world: World, process: int) -> list[list[Holding]]:
+        """Of every shared segment, what is summed over whom."""
+        layers = range(len(self.experts) + 1)
+        return [
+            [Holding(s.holders, self._slices(layer, s)) for s in world.shares(layer) if process in s.holders]
+            for layer in layers
+        ]
+
+    def _slices(self, layer: int, share: Share) -> Slices:
+        """The dense part in its order, then all first matrices of the experts in ascending order, then all second."""
+        slices: list[tuple[nn.Parameter, int | None]] = []
+        if share.dense:
+            slices += [(parameter, None) for parameter in self.dense_segments()[layer]]
+        if share.experts:
+            parts = self.experts_of(layer)
+            place = {e: (group, at) for group in (parts.hosted, parts.replicated) for at, e in enumerate(group.ids)}
+            found = [place[expert] for expert in share.experts]
+            slices += [(group.gate_up, at) for group, at in found] + [(group.down, at) for group, at in found]
+        return slices
 
     def dense_segments(self) -> list[list[nn.Parameter]]:
         """The dense part of every layer: the embedding goes with layer 0, norm and head come last. All are empty where
@@ -111,14 +134,14 @@ class Parts(nn.Module):
                 self.masters[parameter] = parameter.detach()
                 parameter.data = parameter.data.to(self.dtype)
 
-    def own_parameters(self) -> list[nn.Parameter]:
-        """What exists once in the world: hosted experts."""
+    def hosted_parameters(self) -> list[nn.Parameter]:
+        """Hosted experts of all layers."""
         return [p for layer in range(len(self.experts)) for p in self.experts_of(layer).hosted.parameters()]
 
 
 def build_parts(
     config: ModelConfig,
-    layout: Layout,
+    world: World,
     mesh: Mesh,
     precisions: Precisions,
     seed: int,
@@ -126,9 +149,9 @@ def build_parts(
     document_end: int | None = None,
 ) -> Parts:
     """This rank's modules on its device; masters are initialised equally under every layout and in every precision."""
-    parts = Parts(config, layout, mesh.rank, router, document_end)
-    parts.dtype, parts.exchange = DTYPES[precisions.of(mesh.rank)], DTYPES[precisions.exchange]
-    parts.gathered = precisions.gathered(layout.attending)
+    parts = Parts(config, world.replica_of(mesh.process).layout, mesh.rank, router, document_end)
+    parts.dtype, parts.exchange = DTYPES[precisions.of(mesh.process)], DTYPES[precisions.exchange]
+    parts.gathered = precisions.gathered(world.attending)
     parts.widen(parts, mesh.device)
     initialise(parts, config, seed)
     parts.narrow(parts)

@@ -29,6 +29,7 @@ from hetermoe_cli.schedule.zebra import OPTIMIZER, SYNCHRONISE
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.train import TrainSpec
+from hetermoe_cli.spec.world import World
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Trainer:
 
     def __init__(
         self,
-        layout: Layout,
+        world: World,
         train: TrainSpec,
         mesh: Mesh,
         parts: Parts,
@@ -63,25 +64,29 @@ class Trainer:
         scaled: bool,
     ) -> None:
         self.train, self.mesh, self.parts = train, mesh, parts
-        self._tokens = layout.sequences_per_micro_batch * layout.micro_batches * sequence_length
-        sharded = layout.schedule.dense_state == "optimizer" and mesh.attending is not None
+        self._tokens = world.sequences * sequence_length
+        schedule = world.replica_of(mesh.process).layout.schedule
+        sharded = schedule.dense_state == "optimizer" and mesh.attending is not None
         self.shards = Shards(parts, mesh) if sharded else None
         self.optimizer = make_optimizer(parts, train, parts.masters, self.shards.pieces if self.shards else None)
-        self.lay_out(layout, engine)
+        self.lay_out(world, engine)
         self.loss_scale = LossScale(dynamic=scaled)
         self.clock = make_clock(mesh)
         self.stop_requested = False
 
-    def lay_out(self, layout: Layout, engine: Engine) -> None:
-        """Run `layout` with `engine` from the next step on; parts and optimizer hold what it needs."""
-        self.layout, self.engine = layout, engine
-        self.gradients = Gradients(
-            self.parts.shared_segments(), self.parts.own_parameters(), self.mesh, self.parts.exchange
-        )
-        self._schedule = training_schedule(layout)
+    def lay_out(self, world: World, engine: Engine) -> None:
+        """Run this rank's part of `world` with `engine` from the next step on; parts and optimizer hold what it
+        needs."""
+        replica, copies, parts = world.replica_of(self.mesh.process), len(world.replicas), self.parts
+        self.world, self.layout, self.engine = world, replica.layout, engine
+        layout, process = replica.layout, self.mesh.process
+        own = [] if copies > 1 else parts.hosted_parameters()
+        shared, holdings = parts.shared_segments(hosted=copies > 1), parts.holdings(world, process)
+        self.gradients = Gradients(shared, own, self.mesh, parts.exchange, holdings)
+        self._schedule = training_schedule(layout, copies)
         self._last_of_runs = last_of_runs(self._schedule.compute[self.mesh.rank])
         self._validation = validation_schedule(layout)
-        self._first = sum(layout.sequences_per_rank[: self.mesh.rank])
+        self._first = replica.first + sum(layout.sequences_per_rank[: self.mesh.rank])
 
     def release_gradients(self) -> None:
         """Free the buffers of gradients between two steps, before `lay_out` makes others."""
@@ -93,7 +98,7 @@ class Trainer:
     def build(
         cls,
         model: ModelConfig,
-        layout: Layout,
+        layout: Layout | World,
         train: TrainSpec,
         mesh: Mesh,
         *,
@@ -102,15 +107,16 @@ class Trainer:
         rank_precisions: Sequence[str] = (),
         router: Router = "learned",
     ) -> "Trainer":
-        """Build parts and engine for `model` under `layout`, with weights from train.seed.
+        """Build parts and engine for `model` under `layout` or a world of several, with weights from train.seed.
 
-        `precision` is what ranks exchange, and compute in unless `rank_precisions` says otherwise.
+        `precision` is what ranks exchange, and compute in unless `rank_precisions`, by process, says otherwise.
         """
+        world = World.of(layout)
         precisions = Precisions(precision, rank_precisions)
         document_end = END_OF_TEXT if train.documents == "masked" else None
-        parts = build_parts(model, layout, mesh, precisions, train.seed, router, document_end)
-        engine = Engine(layout, mesh, parts, model.hidden_size)
-        return cls(layout, train, mesh, parts, engine, sequence_length, precisions.scaled)
+        parts = build_parts(model, world, mesh, precisions, train.seed, router, document_end)
+        engine = Engine(world.replica_of(mesh.process).layout, mesh, parts, model.hidden_size)
+        return cls(world, train, mesh, parts, engine, sequence_length, precisions.scaled)
 
     def step(self, batches: Batches | None, step: int, record: bool = False) -> StepResult:
         """One iteration: forward, backward, synchronisation, clipping, AdamW. `record` keeps its spans.
@@ -122,7 +128,7 @@ class Trainer:
         start = self.clock.begin_step(step, record)
         loss_scale = self.loss_scale.scale / self._tokens
         batch = partial(self._batch, batches, step)
-        self.engine.run(self._schedule, batch, loss_scale, self.clock, self._settle, self.gradients.segment)
+        self.engine.run(self._schedule, batch, loss_scale, self.clock, self._settle, self.gradients)
         result, first_start = self._synchronise(step, start)
         scale = self.loss_scale.scale
         if not self.loss_scale.follow(finite=not result.skipped):
@@ -157,7 +163,7 @@ class Trainer:
         """Mean loss in nats a token over the first `count` global batches; equal on all ranks."""
         total = torch.zeros(1, dtype=torch.float64, device=self.mesh.device)
         for step in range(count):
-            self.engine.run(self._validation, partial(self._batch, batches, step), 0.0, Clock(self.mesh.rank))
+            self.engine.run(self._validation, partial(self._batch, batches, step), 0.0, Clock(self.mesh.process))
             total += self.engine.loss
         self.mesh.all_reduce(total)
         return float(total) / (count * self._tokens)
@@ -168,7 +174,7 @@ class Trainer:
         self.clock.synchronising()
         layers, experts, world = self.layout.layers, self.layout.experts, self.mesh.world_size
         starts = torch.zeros(world, dtype=torch.float64)
-        starts[self.mesh.rank] = start
+        starts[self.mesh.process] = start
         rows = torch.from_numpy(self.engine.counts.sum(axis=1).astype(np.float64)).flatten()
         losses = torch.cat([self.engine.loss[None], self.engine.router_losses]) / self._tokens
         own = torch.tensor([float(self.stop_requested), self.engine.waited], dtype=torch.float64)

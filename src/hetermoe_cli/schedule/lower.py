@@ -11,17 +11,21 @@ from hetermoe_cli.spec.layout import Layout
 _OrderOf = Callable[[Part, Windows], Order]
 
 
-def training_schedule(layout: Layout) -> Schedule:
-    """One training iteration, with communication."""
-    return _lower(layout, training_order)
+def training_schedule(layout: Layout, copies: int = 1) -> Schedule:
+    """One training iteration, with communication.
+
+    `copies`: groups that train the model side by side. Where there are several, hosts take part in reducing a layer's
+    gradients as well, as other groups hold the same experts.
+    """
+    return _lower(layout, training_order, copies)
 
 
 def validation_schedule(layout: Layout) -> Schedule:
     """One forward-only pass over R micro-batches, with communication."""
-    return _lower(layout, validation_order)
+    return _lower(layout, validation_order, 1)
 
 
-def _lower(layout: Layout, order_of: _OrderOf) -> Schedule:
+def _lower(layout: Layout, order_of: _OrderOf, copies: int) -> Schedule:
     windows = windows_of(layout)
     compute = tuple([order_of(part_of(layout, rank), windows) for rank in range(layout.world_size)])
     attending = tuple(layout.attending)
@@ -31,9 +35,10 @@ def _lower(layout: Layout, order_of: _OrderOf) -> Schedule:
     receivers: dict[Action, tuple[int, ...]] = {}
     for action in _transfer_order(order_of, layout.layers, windows):
         if action.kind is Kind.REDUCE:
-            if len(attending) > 1:
+            hosts = hosting[action.layer] if copies > 1 and action.layer < layout.layers else ()
+            if copies > 1 or len(attending) > 1:
                 transfers.append(action)
-                senders[action] = receivers[action] = attending
+                senders[action] = receivers[action] = tuple(sorted({*attending, *hosts}))
             continue
         hosts = hosting[action.layer]
         if not hosts or (hosts == attending and len(attending) == 1):

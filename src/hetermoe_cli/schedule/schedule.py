@@ -87,7 +87,7 @@ def inputs(action: Action, layers: int) -> tuple[Action, ...]:
     """
     kind, direction, layer, micro_batch = action
     if kind is Kind.REDUCE:
-        return (Action(Kind.HEAD if layer == layers else Kind.ATTENTION, _BACKWARD, layer % layers, micro_batch),)
+        return completions(action, layers)[-1:]
     if kind is Kind.HEAD:
         return (Action(Kind.COMBINE, _FORWARD, layers - 1, micro_batch),)
     if kind is Kind.COMBINE and direction is _BACKWARD and layer == layers - 1:
@@ -96,3 +96,11 @@ def inputs(action: Action, layers: int) -> tuple[Action, ...]:
         return ()
     of, way, distance = _SOURCES[kind, direction]
     return (Action(of, way, layer + distance, micro_batch),)
+
+
+def completions(reduce: Action, layers: int) -> tuple[Action, ...]:
+    """Tasks that complete the gradients of an R: of a rank that hosts only, that of its experts; else the last one."""
+    _, _, layer, micro_batch = reduce
+    if layer == layers:
+        return (Action(Kind.HEAD, _BACKWARD, 0, micro_batch),)
+    return tuple(Action(kind, _BACKWARD, layer, micro_batch) for kind in (Kind.EXPERT, Kind.ATTENTION))
