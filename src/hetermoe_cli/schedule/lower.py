@@ -7,6 +7,7 @@ from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.schedule import Schedule
 from hetermoe_cli.schedule.zebra import Order, Part, Windows, part_of, training_order, validation_order, windows_of
 from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.world import World
 
 _OrderOf = Callable[[Part, Windows], Order]
 
@@ -23,6 +24,16 @@ def training_schedule(layout: Layout, copies: int = 1) -> Schedule:
 def validation_schedule(layout: Layout) -> Schedule:
     """One forward-only pass over R micro-batches, with communication."""
     return _lower(layout, validation_order, 1)
+
+
+def training_schedules(world: World) -> list[Schedule]:
+    """One training iteration of every copy."""
+    return [training_schedule(replica.layout, len(world.replicas)) for replica in world.replicas]
+
+
+def validation_schedules(world: World) -> list[Schedule]:
+    """One forward-only pass of every copy."""
+    return [validation_schedule(replica.layout) for replica in world.replicas]
 
 
 def _lower(layout: Layout, order_of: _OrderOf, copies: int) -> Schedule:

@@ -63,7 +63,9 @@ class World:
         """Layouts with the processes of each; contiguous parts of the batch in this order."""
         sequences = [layout.sequences_per_micro_batch * layout.micro_batches for layout, _ in copies]
         firsts = accumulate(sequences, initial=0)
-        return cls(tuple(Replica(layout, tuple(at), first) for (layout, at), first in zip(copies, firsts, strict=False)))
+        return cls(
+            tuple(Replica(layout, tuple(at), first) for (layout, at), first in zip(copies, firsts, strict=False))
+        )
 
     @property
     def size(self) -> int:
@@ -110,8 +112,8 @@ class World:
         """What of a layer several processes may hold; of the number after the last one, of norm and head.
 
         That of the attending ones comes first, then by holders: all processes sum their shares in this order. An expert
-        with one host in the world is in none. Where one copy has an expert on all its attending ranks and another on one
-        host, their sum is right: those hold parts of their copy's gradient and this one all of it.
+        with one host in the world is in none. Where one copy has an expert on all its attending ranks and another on
+        one host, their sum is right: those hold parts of their copy's gradient and this one all of it.
         """
         together: dict[tuple[int, ...], list[int]] = {self.attending: []}
         for expert in range(self.experts) if layer < self.layers else ():
