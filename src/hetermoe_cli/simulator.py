@@ -28,7 +28,7 @@ class Times(NamedTuple):
 
 def simulate(cost: LayoutCost, schedule: Schedule | None = None) -> "SimulatedTrace":
     """Replay one iteration of the layout (its training schedule unless another is given)."""
-    schedule = schedule or training_schedule(cost.layout)
+    schedule = schedule or training_schedule(cost.layout, cost.copies)
     transfers = [cost.transfer(action) for action in schedule.transfers]
     flow = dataflow(schedule, cost.layout.layers, [transfer.ports for transfer in transfers])
     times = replay(flow, compute_seconds(flow, cost), [transfer.seconds for transfer in transfers])

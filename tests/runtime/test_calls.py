@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from builders import layouts, make_layout
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.runtime.calls import Calls, calls_of, check_agreement, digest, verify
+from hetermoe_cli.runtime.calls import Calls, calls_of, check, check_agreement, digest, verify
 from hetermoe_cli.schedule.action import Action, parse_action
-from hetermoe_cli.schedule.lower import training_schedule, validation_schedule
+from hetermoe_cli.schedule.lower import training_schedule, training_schedules, validation_schedule
 from hetermoe_cli.schedule.schedule import Schedule
-from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.layout import LayerPlacement, Layout
+from hetermoe_cli.spec.world import World
 
 
 def all_calls(layout: Layout, of: Callable[[Layout], Schedule] = training_schedule) -> list[Calls]:
@@ -102,7 +103,7 @@ def test_missing_calls_and_other_precisions_are_refused() -> None:
 
 @given(layouts(), layouts())
 def test_equal_digests_mean_equal_calls(one: Layout, other: Layout) -> None:
-    first, second = (digest(training_schedule(layout), layout, "fp32") for layout in (one, other))
+    first, second = (digest([training_schedule(layout)], layout, "fp32") for layout in (one, other))
     assert 0 <= first < 2**63
     assert (first == second) == (one == other)
     if all_calls(one) != all_calls(other):
@@ -113,7 +114,7 @@ def test_a_digest_tells_order_and_precision() -> None:
     layout = make_layout()
     schedule = training_schedule(layout)
     other = swapped(schedule, parse_action("0DF0"), parse_action("0DF1"))
-    digests = [digest(schedule, layout, "fp32"), digest(other, layout, "fp32"), digest(schedule, layout, "bf16")]
+    digests = [digest([s], layout, to) for s, to in ((schedule, "fp32"), (other, "fp32"), (schedule, "bf16"))]
     assert len(set(digests)) == 3
 
 
@@ -121,3 +122,75 @@ def test_a_rank_with_another_list_is_named() -> None:
     check_agreement([7, 7, 7])
     with pytest.raises(UserError, match="rank 2 derives other communication calls"):
         check_agreement([7, 7, 8])
+
+
+def side_by_side(*copies: Layout) -> World:
+    """Layouts on processes dealt out in turn, so that none has neighbouring ones."""
+    seats = [(rank, copy) for copy, layout in enumerate(copies) for rank in range(layout.world_size)]
+    places = {seat: process for process, seat in enumerate(sorted(seats))}
+    worlds = [[places[rank, copy] for rank in range(layout.world_size)] for copy, layout in enumerate(copies)]
+    return World.side_by_side(list(zip(copies, worlds, strict=True)))
+
+
+def world_calls(world: World) -> list[Calls]:
+    schedules = training_schedules(world)
+    return [calls_of(schedules[world.seat(process)[0]], world, process, "fp32") for process in range(world.size)]
+
+
+def of_same_model(one: Layout, other: Layout, data: st.DataObject) -> Layout:
+    """`other` with the layers and experts of `one`, placed anywhere."""
+    host = st.integers(-1, other.world_size - 1)
+    placement = []
+    for _ in range(one.layers):
+        hosts = data.draw(st.lists(host, min_size=one.experts, max_size=one.experts))
+        by_rank = [[e for e, rank in enumerate(hosts) if rank == r] for r in range(other.world_size)]
+        placement.append(LayerPlacement(experts=by_rank, replicated=[e for e, rank in enumerate(hosts) if rank < 0]))
+    return other.model_copy(update={"placement": placement})
+
+
+@given(layouts(), layouts(), st.data())
+def test_the_calls_of_all_copies_fit_together_and_sum_everything(
+    one: Layout, other: Layout, data: st.DataObject
+) -> None:
+    world = side_by_side(one, of_same_model(one, other, data))
+    check(world, "fp32")
+    for process, mine in enumerate(world_calls(world)):
+        replica = world.replica_of(process)
+        rank = replica.processes.index(process)
+        sums = [call for call in mine if call.payload == "gradients"]
+        for layer in range(world.layers):
+            held = set(replica.layout.local_experts(layer, rank))
+            shares = [s for s in world.shares(layer) if process in s.holders]
+            assert {expert for share in shares for expert in share.experts} == held
+            assert [call.members for call in sums if call.action.layer == layer] == [s.holders for s in shares]
+            for share in shares:
+                assert len({world.seat(holder)[0] for holder in share.holders}) == 2
+
+
+def test_copies_that_sum_in_another_order_are_refused() -> None:
+    pair = make_layout((1, 0), (0, 4))
+    world = side_by_side(pair, make_layout((2,), (4,)))
+    calls = world_calls(world)
+    verify(calls)
+    places = [place for place, call in enumerate(calls[0]) if call.payload == "gradients"]
+    first, second = places[:2]
+    calls[0][first], calls[0][second] = calls[0][second], calls[0][first]
+    with pytest.raises(UserError, match=r"collective 1 \(attending\) is .* gradients \(fp32\) on rank 0 and "):
+        verify(calls)
+
+
+def test_a_holder_that_does_not_sum_is_refused() -> None:
+    world = side_by_side(make_layout((1, 0), (0, 4)), make_layout((1, 0), (0, 4)))
+    calls = world_calls(world)
+    verify(calls)
+    calls[3] = [call for call in calls[3] if call.payload != "gradients"]
+    with pytest.raises(UserError, match=r"collective 1 \(holders 2, 3\) is 1RB0 gradients \(fp32\) on rank 2 and none"):
+        verify(calls)
+
+
+def test_a_digest_tells_where_copies_run() -> None:
+    pair = make_layout((1, 0), (0, 4))
+    worlds = [
+        World.side_by_side([(pair, places), (pair, others)]) for places, others in (([0, 1], [2, 3]), ([0, 2], [1, 3]))
+    ]
+    assert len({digest(training_schedules(world), world, "fp32") for world in worlds}) == 2

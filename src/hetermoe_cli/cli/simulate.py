@@ -41,7 +41,7 @@ def simulate(
 
     from hetermoe_cli.cost import CostModel, LayoutCost
     from hetermoe_cli.report.comparison import compare
-    from hetermoe_cli.report.groups import group_cost, group_plan, is_whole, replay_plan
+    from hetermoe_cli.report.groups import group_plan, is_whole, replay_plan
     from hetermoe_cli.report.iteration import summarise
     from hetermoe_cli.report.measured import read_measured
     from hetermoe_cli.schedule.lower import training_schedule
@@ -61,8 +61,8 @@ def simulate(
         cost = LayoutCost(CostModel(spec.inputs), spec.layout, run.load if run else None)
     else:
         whole, spec = spec, group_plan(spec, group)
-        cost = group_cost(replay_plan(whole), group)
-    order = training_schedule(spec.layout)
+        cost = replay_plan(whole).cost_of(group)
+    order = training_schedule(spec.layout, cost.copies)
     predicted = replay(cost, order)
     iteration = summarise(spec, predicted)
     comparison = compare(predicted, run.trace) if run else None
@@ -83,13 +83,13 @@ def simulate(
 
 def _simulate_groups(plan: "Plan", trace: Path | None, json_output: bool) -> None:
     """Every layout of a plan with several groups, each on its local ranks; the trace file has the cluster's ranks."""
-    from hetermoe_cli.report.groups import group_cost, group_plan, merged, replay_plan
+    from hetermoe_cli.report.groups import group_plan, merged, replay_plan
     from hetermoe_cli.report.iteration import summarise
     from hetermoe_cli.simulator import simulate as replay
 
     replayed = replay_plan(plan)
     plans = [group_plan(plan, number) for number in range(len(plan.groups))]
-    traces = [replay(group_cost(replayed, number)) for number in range(len(plan.groups))]
+    traces = [replay(replayed.cost_of(number)) for number in range(len(plan.groups))]
     iterations = [summarise(spec, predicted) for spec, predicted in zip(plans, traces, strict=True)]
     if trace:
         merged(plan, traces).write(trace)

@@ -62,7 +62,12 @@ class _Hosts(NamedTuple):
 
 
 class LayoutCost:
-    """Seconds of compute actions and transfers, under the inputs' expert load (balanced without one) unless `load`."""
+    """Seconds of compute actions and transfers, under the inputs' expert load (balanced without one) unless `load`.
+
+    `copies`: groups that train the model side by side (schedule.lower).
+    """
+
+    copies = 1
 
     def __init__(self, cost: CostModel, layout: Layout, load: Load | None = None) -> None:
         self.cost, self.layout = cost, layout

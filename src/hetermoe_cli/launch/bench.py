@@ -60,8 +60,8 @@ def _check_comparable(first: Contender, other: Contender) -> None:
     one, another = first.run.plan, other.run.plan
     if one.inputs.model != another.inputs.model:
         problem = f"inputs.model: {another.inputs.model.name}, the first plan trains another ({one.inputs.model.name})"
-    elif one.layout.world_size != another.layout.world_size:
-        problem = f"inputs.cluster: {another.layout.world_size} ranks, the first plan has {one.layout.world_size}"
+    elif one.world.size != another.world.size:
+        problem = f"inputs.cluster: {another.world.size} ranks in use, the first plan has {one.world.size}"
     else:
         return
     raise UserError(

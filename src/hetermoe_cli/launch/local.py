@@ -61,7 +61,7 @@ def launch(run: RunSpec) -> dict[str, Any]:
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=run.plan.layout.world_size,
+        nproc_per_node=run.world.size,
         run_id="run",
         rdzv_backend=rendezvous.BACKEND,
         rdzv_endpoint="127.0.0.1",

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.launch.preflight import check_devices
+from hetermoe_cli.launch.started import started_plan
 from hetermoe_cli.model.data import VOCAB_SIZE, Batches, Corpus, load_corpus
-from hetermoe_cli.runtime.calls import calls_of, verify
+from hetermoe_cli.runtime.calls import check
 from hetermoe_cli.runtime.recorder import CHECKPOINTS, METRICS
-from hetermoe_cli.schedule.lower import training_schedule, validation_schedule
-from hetermoe_cli.simulator import check_deadlock
+from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.spec.files import load
 from hetermoe_cli.spec.model import ROUTER_FIELDS, ModelConfig
 from hetermoe_cli.spec.plan import Plan
@@ -54,11 +54,9 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
     """Check everything that can be checked without workers; UserError names the first problem. Writes nothing."""
     plan = load(Plan, plan_path)
     plan.verify(str(plan_path))
-    plan.check_one_group(str(plan_path))
-    for schedule in (training_schedule(plan.layout), validation_schedule(plan.layout)):
-        check_deadlock(schedule, plan.layout.layers)
-        ranks = range(plan.layout.world_size)
-        verify([calls_of(schedule, plan.layout, rank, plan.inputs.train.precision) for rank in ranks])
+    plan = started_plan(plan)
+    _check_groups(plan, plan_path, options)
+    check(plan.world, plan.inputs.train.precision)
     emulation = _emulation(plan, options.emulate) if options.emulate else None
     (emulation.executed if emulation else plan.inputs.model).check_trainable()
     precision = options.emulate.precision if options.emulate else plan.inputs.train.precision
@@ -78,7 +76,7 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
         validate_every=options.validate_every,
         validation_batches=options.validation_batches,
         trace_steps=options.trace_steps,
-        drift_every=options.drift_every,
+        drift_every=options.drift_every if plan.group_count == 1 else 0,
         rebalance=options.rebalance,
         emulation=emulation,
     )
@@ -88,6 +86,27 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
 
         run = run.model_copy(update={"start_step": check_resumable(run), "rebalanced": resumed_placement(run)})
     return run
+
+
+def _check_groups(plan: Plan, source: Path, options: TrainOptions) -> None:
+    states = {group.schedule.dense_state for group in plan.groups}
+    for number, group in enumerate(plan.groups):
+        if group.schedule.dense_state == "full":
+            raise UserError(
+                f"{source}: field groups.{number}.schedule.dense_state: full: it can be planned and simulated, but "
+                "train holds the dense part's weights on every attending rank: plan with train.dense_state: optimizer"
+            )
+    if len(states) > 1:
+        raise UserError(
+            f"{source}: field groups: dense states {', '.join(sorted(states))}: train shares one dense part over all "
+            "groups: plan with train.dense_state: replicated or optimizer"
+        )
+    for option, asked in (("--rebalance", options.rebalance), ("--emulate", options.emulate is not None)):
+        if asked and plan.group_count > 1:
+            raise UserError(
+                f"{source}: field groups: {plan.group_count} of them: {option} works on one group: leave it out, or "
+                "plan --max-groups 1"
+            )
 
 
 def _check_text(run: RunSpec, corpus: Corpus) -> None:

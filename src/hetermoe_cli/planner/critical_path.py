@@ -89,7 +89,7 @@ class _Walk:
     """The replay's times, and what a task waits for."""
 
     def __init__(self, cost: LayoutCost) -> None:
-        schedule = training_schedule(cost.layout)
+        schedule = training_schedule(cost.layout, cost.copies)
         transfers = [cost.transfer(action) for action in schedule.transfers]
         self._flow = dataflow(schedule, cost.layout.layers, [transfer.ports for transfer in transfers])
         seconds = [transfer.seconds for transfer in transfers]

@@ -132,7 +132,7 @@ def _entry(name: str, plan: Path, runs: list[Sample], base: list[Sample]) -> Ent
     return Entry(
         name=name,
         plan=str(plan),
-        schedule=str(read_run(runs[0].folder).plan.schedule),
+        schedule="; ".join(str(group.schedule) for group in read_run(runs[0].folder).plan.groups),
         runs=[str(run.folder) for run in runs],
         measured_seconds=measured,
         predicted_seconds=predicted,

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.planner.cluster.parts import group_inputs
-from hetermoe_cli.planner.cluster.replayed import GroupCost, Replayed, replay_groups
+from hetermoe_cli.planner.cluster.replayed import Replayed, replay_groups
 from hetermoe_cli.report.tasks import ranges
 from hetermoe_cli.spec.plan import Group, Plan, Prediction
 from hetermoe_cli.trace import Span, Trace
@@ -42,12 +42,6 @@ def group_plan(plan: Plan, number: int) -> Plan:
         "predicted": predicted,
     }
     return plan.model_copy(update=changes)
-
-
-def group_cost(replayed: Replayed, number: int) -> GroupCost:
-    """Costs of group `number`, whose synchronisation waits for all others."""
-    g = replayed.groups[number]
-    return GroupCost(g.cost, g.group, replayed.computed - g.computed + replayed.synchronise)
 
 
 def merged(plan: Plan, traces: Sequence[Trace]) -> Trace:

@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.cost.layout import RecordedLoad
 from hetermoe_cli.errors import UserError
+from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.runtime.recorder import METRICS, STATUS, load_path, read_metrics, read_rebalances
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.files import load, read_text
@@ -68,12 +71,14 @@ def read_run(folder: Path) -> RunSpec:
     return load(RunSpec, folder / "run.yaml")
 
 
-def recorded_load(run: RunSpec, step: int) -> RecordedLoad | None:
-    """The expert rows that were sent in one step of a run; None if they were not kept. UserError on a broken file."""
-    layout = run.plan.layout
+def recorded_load(run: RunSpec, step: int, copy: int = 0) -> RecordedLoad | None:
+    """The expert rows that one copy of the model sent in a step; None if they were not kept. UserError on a broken
+    file."""
+    replica = run.plan.world.replicas[copy]
+    layout = replica.layout
     counts = np.zeros((layout.world_size, layout.layers, layout.micro_batches, layout.experts), np.int64)
     for rank in layout.attending:
-        path = load_path(Path(run.folder), rank)
+        path = load_path(Path(run.folder), replica.processes[rank])
         if not path.exists():
             return None
         try:
@@ -86,10 +91,25 @@ def recorded_load(run: RunSpec, step: int) -> RecordedLoad | None:
 def replayed_seconds(run: RunSpec, steps: list[int]) -> float | None:
     """Median over steps, with experts where they are in the last, of the simulated iteration with the rows recorded in
     each; nominal seconds."""
-    cost, layout = CostModel(run.plan.inputs), _in_the_end(run).layout
-    loads = [recorded_load(run, step) for step in steps]
-    found = [simulate(LayoutCost(cost, layout, load)).seconds for load in loads if load]
+    costs = list(_costs(_in_the_end(run)))
+    found = []
+    for step in steps:
+        loads = [recorded_load(run, step, copy) for copy in range(len(costs))]
+        if all(loads):
+            pairs = zip(costs, loads, strict=True)
+            found.append(max(simulate(cost(load)).seconds for cost, load in pairs))  # the slowest copy
     return median(found) if found else None
+
+
+def _costs(run: RunSpec) -> Iterator[Callable[[RecordedLoad | None], LayoutCost]]:
+    """Of every copy of the model, its costs under a load."""
+    if run.plan.group_count == 1:
+        yield partial(LayoutCost, CostModel(run.plan.inputs), run.layout)
+        return
+    replayed = replay_groups(run.plan.inputs, run.plan.groups)
+    for number, group in enumerate(run.plan.groups):
+        for _ in group.replicas:
+            yield partial(replayed.cost_of, number)
 
 
 def timed_steps(run: RunSpec, metrics: list[dict[str, Any]], warm_up: int = WARM_UP_STEPS) -> list[dict[str, Any]]:

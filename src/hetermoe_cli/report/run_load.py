@@ -22,10 +22,10 @@ def read_load(path: Path) -> ExpertLoad:
 def _of_run(folder: Path) -> ExpertLoad:
     if not (folder / "run.yaml").is_file():
         raise UserError(f"{folder}: no run.yaml in this folder: name a run folder of `hetermoe train`, or a load file")
-    layout = read_run(folder).plan.layout
-    rows = np.zeros((layout.layers, layout.experts), dtype=np.int64)
+    world = read_run(folder).world
+    rows = np.zeros((world.layers, world.experts), dtype=np.int64)
     recorded = np.zeros(0, dtype=np.bool_)
-    for rank in layout.attending:
+    for rank in world.attending:
         path = load_path(folder, rank)
         try:
             counts = np.load(path, mmap_mode="r", allow_pickle=False)  # [steps, layers, micro-batches, experts]

@@ -38,7 +38,7 @@ class RunMemory:
 def run_memory(folder: Path) -> RunMemory:
     """Read a run folder; UserError on a broken file."""
     run = read_run(folder)
-    found = [_read(folder, rank) for rank in range(run.plan.layout.world_size)]
+    found = [_read(folder, rank) for rank in range(run.world.size)]
     start, measured, whole = ([values.get(name) for values in found] for name in _FIELDS)
     return RunMemory(_predicted(run), measured, whole, start)
 

@@ -18,7 +18,7 @@ def what_runs(run: RunSpec) -> dict[str, Any]:
     from hetermoe_cli.launch.local import command, environment
 
     return {
-        "workers": run.plan.layout.world_size,
+        "workers": run.world.size,
         "command": command(run),
         "environment": environment(run),
         "run": run.model_dump(mode="json"),

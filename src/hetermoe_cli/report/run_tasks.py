@@ -86,6 +86,7 @@ def read_run_tasks(folder: Path, *, allow_emulated: bool = False) -> tuple[RunTa
     """Read a run folder and what to know of it, in words; UserError if it is not complete, or emulated."""
     spec = read_run(folder).model_copy(update={"folder": str(folder)})
     spec.plan.verify(str(folder / "run.yaml"))
+    spec.plan.check_one_group(str(folder / "run.yaml"))
     if spec.emulation and not allow_emulated:
         raise UserError(
             f"{folder}: an emulated run: its tasks last as long as its profiles say, so there is nothing to learn: "

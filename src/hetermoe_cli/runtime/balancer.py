@@ -4,17 +4,17 @@ import time
 
 from hetermoe_cli.cost.measured import MeasuredCost
 from hetermoe_cli.planner.rebalance import UNSTEADY, decide
-from hetermoe_cli.runtime.calls import calls_of, check_agreement, digest, verify
+from hetermoe_cli.runtime.calls import check, check_agreement, digest
 from hetermoe_cli.runtime.drift import DriftMonitor, Measured
 from hetermoe_cli.runtime.emulator import EmulatedClock
 from hetermoe_cli.runtime.rebalance import move_experts, share_change
 from hetermoe_cli.runtime.recorder import Recorder
 from hetermoe_cli.runtime.trainer import StepResult, Trainer
-from hetermoe_cli.schedule.lower import training_schedule, validation_schedule
-from hetermoe_cli.simulator import check_deadlock
+from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.spec.base import sha256
 from hetermoe_cli.spec.rebalance import Decision, Rebalance
 from hetermoe_cli.spec.run import RunSpec
+from hetermoe_cli.spec.world import World
 
 
 class Balancer:
@@ -58,9 +58,7 @@ class Balancer:
         if decision.placement is None:
             return None
         layout = run.layout.model_copy(update={"placement": decision.placement})
-        for schedule in (training_schedule(layout), validation_schedule(layout)):
-            check_deadlock(schedule, layout.layers)
-            verify([calls_of(schedule, layout, rank, run.precision) for rank in range(layout.world_size)])
+        check(World.of(layout), run.precision)
         return Rebalance(
             step=done,
             placement=decision.placement,
@@ -83,7 +81,7 @@ class Balancer:
 
     def _move(self, change: Rebalance, began: float) -> None:
         trainer, run = self._trainer, self.run.model_copy(update={"rebalanced": change})
-        check_agreement(trainer.mesh.agree(digest(training_schedule(run.layout), run.layout, run.precision)))
+        check_agreement(trainer.mesh.agree(digest([training_schedule(run.layout)], run.layout, run.precision)))
         move_experts(trainer, run.model, run.layout, trainer.loss_scale.taken(change.step))
         if isinstance(trainer.clock, EmulatedClock):
             trainer.clock = EmulatedClock(run, training_schedule(run.layout), trainer.mesh.rank, trainer.clock)

@@ -7,14 +7,18 @@ or where two communicators are entered in different orders. So every rank's list
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import groupby, pairwise
 from typing import Literal, NamedTuple, NoReturn
 
 from hetermoe_cli import __version__
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import Action, Kind, Pass
+from hetermoe_cli.schedule.lower import training_schedules, validation_schedules
 from hetermoe_cli.schedule.schedule import Schedule
+from hetermoe_cli.simulator import check_deadlock
 from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.world import World
 
 COMMUNICATORS = ("world", "to experts", "from experts", "attending")  # by an action's lane
 COUNTS = "int64"
@@ -27,8 +31,8 @@ Payload = Literal["counts", "rows", "gradients", "figures", "weights"]
 class Call(NamedTuple):
     """One call of one rank. Neighbours of one `batch` are issued together.
 
-    `peer`: the other rank of a message, -1 for a collective; `size`: elements, None where tokens decide (a message of
-    none is left out by both of its ranks).
+    Ranks are processes. `peer`: the other rank of a message, -1 for a collective, whose `members` are all that enter
+    it; `size`: elements, None where tokens decide (a message of none is left out by both of its ranks).
     """
 
     communicator: str
@@ -38,6 +42,7 @@ class Call(NamedTuple):
     peer: int
     dtype: str
     size: int | None = None
+    members: tuple[int, ...] = ()
 
     @property
     def batch(self) -> "Batch":
@@ -64,40 +69,69 @@ class Batch(NamedTuple):
 Calls = list[Call]
 
 
-def calls_of(schedule: Schedule, layout: Layout, rank: int, exchange: str) -> Calls:
-    """What `rank` calls in one iteration, in its one order over all communicators; rows travel in `exchange`.
+def check(world: World, exchange: str) -> None:
+    """UserError unless training and validation of all copies can run, and their calls fit together."""
+    for schedules in (training_schedules(world), validation_schedules(world)):
+        for schedule in schedules:
+            check_deadlock(schedule, world.layers)
+        by_process = [schedules[world.seat(process)[0]] for process in range(world.size)]
+        verify([calls_of(schedule, world, process, exchange) for process, schedule in enumerate(by_process)])
 
-    An iteration whose step is skipped ends before the optimizer's calls, on all ranks alike.
+
+def calls_of(schedule: Schedule, world: Layout | World, process: int, exchange: str) -> Calls:
+    """What a process calls in one iteration, in its one order over all communicators; rows travel in `exchange`.
+
+    `schedule` is that of its copy. An iteration whose step is skipped ends before the optimizer's calls, on all ranks
+    alike.
     """
+    world = World.of(world)
+    number, rank = world.seat(process)
     calls: Calls = []
+    layout = world.replicas[number].layout
+    attending = partial(Call, COMMUNICATORS[3], peer=-1, members=world.attending)
     for action in schedule.transfers_of(rank):
         if action.is_collective:
-            calls += _collectives(action, layout, exchange)
+            calls += _collectives(world, action, layout, process, exchange)
             continue
         if has_counts(action):
-            calls += _messages(schedule, action, rank, "counts", COUNTS, layout)
-        calls += _messages(schedule, action, rank, "rows", exchange)
+            calls += _messages(schedule, action, (world, process), "counts", COUNTS, layout)
+        calls += _messages(schedule, action, (world, process), "rows", exchange)
     for action in schedule.compute[rank]:
         if action.kind is Kind.SYNCHRONISE:
-            calls.append(Call(COMMUNICATORS[0], action, "figures", "all-reduce", -1, "float64"))
+            everyone = tuple(range(world.size))
+            calls.append(Call(COMMUNICATORS[0], action, "figures", "all-reduce", -1, "float64", members=everyone))
         elif action.kind is Kind.OPTIMIZER and layout.schedule.dense_state == "optimizer" and rank in layout.attending:
             segments = layout.layers + 1  # and the head's
-            calls += [Call(COMMUNICATORS[3], action, "weights", "all-gather", -1, WIDEST)] * segments
+            calls += [attending(action, "weights", "all-gather", dtype=WIDEST)] * segments
     return calls
 
 
-def _collectives(action: Action, layout: Layout, exchange: str) -> Iterator[Call]:
+def _collectives(world: World, action: Action, layout: Layout, process: int, exchange: str) -> Iterator[Call]:
     """Of a gather or a reduction."""
-    communicator = COMMUNICATORS[action.lane]
+    shared = partial(Call, COMMUNICATORS[3], action, peer=-1, members=world.attending)
     if action.kind is Kind.GATHER:
-        yield Call(communicator, action, "weights", "all-gather", -1, WIDEST)
+        yield shared("weights", "all-gather", dtype=WIDEST)
         return
     if layout.gathers:
-        yield Call(communicator, action, "gradients", "reduce-scatter", -1, exchange)
-        last = action.micro_batch == layout.micro_batches - 1
-        if not (last and action.layer < layout.layers and layout.placement[action.layer].replicated):
+        yield shared("gradients", "reduce-scatter", dtype=exchange)
+        if action.micro_batch < layout.micro_batches - 1:
             return
-    yield Call(communicator, action, "gradients", "all-reduce", -1, exchange)
+    yield from _sums(world, action, process, exchange, dense=not layout.gathers)
+
+
+def _sums(world: World, action: Action, process: int, exchange: str, dense: bool) -> Iterator[Call]:
+    """All-reduces of one layer's gradients. Copies may differ in their micro-batches, not in the order of layers."""
+    action = action._replace(micro_batch=0)
+    for share in world.shares(action.layer):
+        holders = share.holders
+        if process in holders and len(holders) > 1 and (share.experts or dense):
+            name = COMMUNICATORS[3] if holders == world.attending else f"holders {', '.join(map(str, holders))}"
+            yield Call(name, action, "gradients", "all-reduce", -1, exchange, members=holders)
+
+
+def lane_name(world: World, number: int, lane: int) -> str:
+    """The communicator of one direction in a copy."""
+    return COMMUNICATORS[lane] + (f", group {number}" if len(world.replicas) > 1 else "")
 
 
 def has_counts(action: Action) -> bool:
@@ -106,9 +140,18 @@ def has_counts(action: Action) -> bool:
 
 
 def _messages(
-    schedule: Schedule, action: Action, rank: int, payload: Payload, dtype: str, counted: Layout | None = None
+    schedule: Schedule,
+    action: Action,
+    seat: tuple[World, int],
+    payload: Payload,
+    dtype: str,
+    counted: Layout | None = None,
 ) -> Iterator[Call]:
-    """Sends by peer, then receives by peer. `counted`: count vectors, one number for each expert of the receiver."""
+    """Sends by peer, then receives by peer, of a process in its world. `counted`: count vectors, one number for each
+    expert of the receiver."""
+    world, process = seat
+    number, rank = world.seat(process)
+    name, processes = lane_name(world, number, action.lane), world.replicas[number].processes
     senders, receivers = schedule.senders[action], schedule.receivers[action]
     directions: list[tuple[Operation, tuple[int, ...], tuple[int, ...]]] = [
         ("send", senders, receivers),
@@ -119,7 +162,7 @@ def _messages(
             if peer != rank:
                 host = peer if operation == "send" else rank
                 size = len(counted.placement[action.layer].experts[host]) if counted else None
-                yield Call(COMMUNICATORS[action.lane], action, payload, operation, peer, dtype, size)
+                yield Call(name, action, payload, operation, processes[peer], dtype, size)
 
 
 def verify(calls: Sequence[Calls]) -> None:
@@ -168,13 +211,14 @@ def _told(found: Calls, place: int) -> str:
 
 def _check_collectives(calls: Sequence[Calls]) -> None:
     entered: dict[str, dict[int, Calls]] = defaultdict(dict)
+    members: dict[str, set[int]] = defaultdict(set)
     for rank, mine in enumerate(calls):
         for call in mine:
             if call.peer < 0:
                 entered[call.communicator].setdefault(rank, []).append(call)
-    for communicator, by_rank in sorted(entered.items()):
-        if communicator == COMMUNICATORS[0]:
-            by_rank = {rank: by_rank.get(rank, []) for rank in range(len(calls))}
+                members[call.communicator] |= {rank, *call.members}
+    for communicator, found in sorted(entered.items()):
+        by_rank = {rank: found.get(rank, []) for rank in sorted(members[communicator])}
         first = min(by_rank)
         for rank, mine in by_rank.items():
             for place in range(max(len(mine), len(by_rank[first]))):
@@ -213,9 +257,10 @@ def _refuse(problem: str) -> NoReturn:
     raise UserError(f"schedule: {problem}: ranks would hang: plan again, and start all workers from one run.yaml")
 
 
-def digest(schedule: Schedule, layout: Layout, exchange: str) -> int:
+def digest(schedules: Sequence[Schedule], world: Layout | World, exchange: str) -> int:
     """63 bits of a sha256 over all that the ranks' lists are derived from: equal means equal lists."""
-    text = "\n".join([__version__, str(schedule), layout.model_dump_json(), exchange])
+    copies = [f"{r.layout.model_dump_json()} on {list(r.processes)}" for r in World.of(world).replicas]
+    text = "\n".join([__version__, *map(str, schedules), *copies, exchange])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 

@@ -47,4 +47,4 @@ class DeviceClock(Clock):
 
 def make_clock(mesh: Mesh) -> Clock:
     """The clock that tells when tasks of this rank run."""
-    return DeviceClock(mesh.rank, mesh.device) if mesh.device.type == "cuda" else Clock(mesh.rank)
+    return DeviceClock(mesh.process, mesh.device) if mesh.device.type == "cuda" else Clock(mesh.process)

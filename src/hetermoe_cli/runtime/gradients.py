@@ -4,12 +4,12 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hetermoe_cli.model.optimizer import AdamW
 from hetermoe_cli.runtime.gradient_shares import GradientShares
 from hetermoe_cli.runtime.mesh import Mesh
+from hetermoe_cli.runtime.parts import Holding
 from hetermoe_cli.schedule.action import Action
 
 _ROW = 4096  # elements
@@ -18,9 +18,9 @@ _ROW = 4096  # elements
 class Gradients:
     """Preallocated gradients: what got no token is zero, not missing.
 
-    `shared` parameters (dense part, replicated experts) have views of one flat buffer of dtype `exchange`, a segment
-    for every layer and one for the head; the engine sums each over the attending ranks as soon as it is complete. `own`
-    parameters (hosted experts) exist once in the world and have gradients of their own dtype. In fp32 and wider,
+    `shared` parameters (dense part, replicated experts, with several groups also hosted ones) have views of one flat
+    buffer of dtype `exchange`, a segment for every layer and one for the head; a lane calls `reduce` on each as soon as
+    it is complete. `own` parameters exist once in the world and have gradients of their own dtype. In fp32 and wider,
     autograd accumulates into these in place. In fp16 and bf16 it accumulates a parameter's micro-batches in a temporary
     fp32 gradient, which `fold` rounds into its place once for every run of micro-batches: small contributions are not
     lost, and only the layer at work has fp32 gradients. `sharded`: the dense part's instead, where it is fully sharded;
@@ -33,11 +33,13 @@ class Gradients:
         own: Iterable[nn.Parameter],
         mesh: Mesh,
         exchange: torch.dtype,
+        holdings: Sequence[Sequence[Holding]] = (),
         sharded: GradientShares | None = None,
         last: int = 0,
     ) -> None:
-        """`last`: micro-batch after whose backward `shared` ones are complete."""
-        self._mesh, self._sharded, self._last = mesh, sharded, last
+        """`holdings`: whom each segment is summed over, nobody if empty; `last`: micro-batch after whose backward
+        `shared` ones are complete."""
+        self._mesh, self._holdings, self._sharded, self._last = mesh, holdings, sharded, last
         self._own = list(own)
         sizes = [sum(p.numel() for p in segment) for segment in shared]
         self._flat = torch.zeros(sum(sizes), dtype=exchange, device=mesh.device)
@@ -85,22 +87,48 @@ class Gradients:
                 parameter.grad = None
 
     def segment(self, layer: int) -> Tensor:
-        """[n] gradients of a layer, or, one after the last layer, of the head, which attending ranks are to sum: the
-        sharded ones, else the shared ones."""
+        """[n] gradients of a layer, or, one after the last layer, of the head, which are to be summed: the sharded
+        ones, else the shared ones."""
         return self._sharded.collect(layer) if self._sharded else self._segments[layer]
 
     def reduce(self, action: Action, given: Tensor) -> Tensor:
-        """Sum a segment over the attending ranks; of sharded gradients this rank keeps its share."""
+        """Sum a segment over all that hold its parameters; of sharded gradients this rank keeps its share."""
+        if self._sharded is None:
+            self._sum_shared(action.layer)
+            return given
         attending = self._mesh.attending
         assert attending is not None
-        if self._sharded is None:
-            self._mesh.all_reduce(given, attending)
-            return given
         share = self._sharded.shares[action.layer]
         share += self._mesh.reduce_scatter(given, attending)
-        if action.micro_batch == self._last and self._segments[action.layer].numel():
-            self._mesh.all_reduce(self._segments[action.layer], attending)
+        if action.micro_batch == self._last:
+            self._sum_shared(action.layer)
         return share
+
+    def _sum_shared(self, layer: int) -> None:
+        """In place: one message for each set of holders."""
+        for holding in self._holdings[layer]:
+            if len(holding.holders) > 1 and holding.slices:
+                views = self._views(holding)
+                whole = self._joined(views)
+                message = torch.cat([view.flatten() for view in views]) if whole is None else whole
+                self._mesh.all_reduce(message, self._mesh.shared[holding.holders])
+                if whole is None:
+                    sums = torch.split(message, [view.numel() for view in views])
+                    for view, found in zip(views, sums, strict=True):
+                        view.copy_(found.view_as(view))
+
+    def _views(self, holding: Holding) -> list[Tensor]:
+        places = ((self._places[parameter], index) for parameter, index in holding.slices)
+        return [place if index is None else place[index] for place, index in places]
+
+    def _joined(self, views: Sequence[Tensor]) -> Tensor | None:
+        """The part of the flat buffer that `views` are, where they lie in it one after another."""
+        start = end = views[0].storage_offset() if views else 0
+        for view in views:
+            if view.storage_offset() != end:
+                return None
+            end += view.numel()
+        return self._flat[start:end]
 
     def totals(self, figures: Tensor) -> tuple[Tensor, float]:
         """Sum `figures` [n] float64 over all ranks, once all segments are summed over their holders.
@@ -109,11 +137,14 @@ class Gradients:
         finite if a gradient of any rank is not.
         """
         square = torch.zeros(1, dtype=torch.float64, device=self._mesh.device)
-        attends = self._mesh.attending is not None
-        if attends and dist.get_rank(self._mesh.attending) == 0:  # one copy of what all attending ranks share
-            square += _square(self._flat)
         for share in self._sharded.shares if self._sharded else ():
             square += _square(share)
+        for holding in chain.from_iterable(self._holdings):
+            if self._mesh.process == holding.holders[0]:  # one copy of what several processes hold
+                views = self._views(holding)
+                whole = self._joined(views)
+                for gradient in views if whole is None else [whole]:
+                    square += _square(gradient)
         for gradient in self._own_gradients:
             square += _square(gradient)
         total = torch.cat([square, figures])

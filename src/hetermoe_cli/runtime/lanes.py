@@ -170,12 +170,16 @@ def _stream(device: torch.device) -> "torch.cuda.Stream | None":
 
 
 def exchange(group: dist.ProcessGroup, sends: dict[int, Tensor], receives: dict[int, Tensor]) -> None:
-    """Move one batch of messages and wait; empty tensors are skipped, as the other side skips them too."""
+    """Move one batch of messages by the ranks of `group` and wait; empty ones are skipped, as the other side does."""
     operations = [
-        dist.P2POp(dist.isend, tensor, peer, group) for peer, tensor in sorted(sends.items()) if tensor.numel()
+        dist.P2POp(dist.isend, tensor, group=group, group_peer=peer)
+        for peer, tensor in sorted(sends.items())
+        if tensor.numel()
     ]
     operations += [
-        dist.P2POp(dist.irecv, tensor, peer, group) for peer, tensor in sorted(receives.items()) if tensor.numel()
+        dist.P2POp(dist.irecv, tensor, group=group, group_peer=peer)
+        for peer, tensor in sorted(receives.items())
+        if tensor.numel()
     ]
     if operations:
         with peer_errors():

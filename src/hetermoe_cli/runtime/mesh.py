@@ -2,9 +2,9 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.model.copies import Fetched
 from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.world import World
 
 TIMEOUT = timedelta(minutes=10)
 Backend = Literal["gloo", "nccl"]
@@ -53,10 +54,13 @@ def common_moment(wire: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Groups: one per transfer direction, so that the two never wait for each other; one of the attending ranks.
+    """This rank of a layout, which is `process` of all `world_size` ones, and its process groups.
 
-    `attending` is None on ranks that do not attend. `wire`: where messages lie, the device with NCCL, the host with
-    gloo. `ordered`: whether this rank's lanes call in one static order over all of them, as NCCL demands.
+    `to_experts`, `from_experts`: the ranks of this copy of the model, one a direction, so that the two never wait for
+    each other. `attending`: those of all copies that attend, None where this one does not. `shared`: by the processes
+    that hold some parameters (World.communicators), where there are several and this is one of them. `wire`: where
+    messages lie, the device with NCCL, the host with gloo. `ordered`: whether this rank's lanes call in one static
+    order over all of them, as NCCL demands.
     """
 
     rank: int
@@ -67,6 +71,8 @@ class Mesh:
     attending: dist.ProcessGroup | None
     wire: torch.device = CPU
     ordered: bool = False
+    process: int = 0
+    shared: Mapping[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
 
     def on_wire(self, tensor: Tensor) -> Tensor:
         """`tensor` where messages lie; if it must come down from the device, this thread waits for it."""
@@ -95,25 +101,25 @@ class Mesh:
         return share
 
     def agree(self, digest: int) -> list[int]:
-        """Every rank's `digest`, by rank."""
+        """Every process' `digest`, by process."""
         found = [torch.zeros(1, dtype=torch.int64, device=self.wire) for _ in range(self.world_size)]
         with peer_errors():
             dist.all_gather(found, torch.tensor([digest], dtype=torch.int64, device=self.wire))
         return [int(one) for one in found]
 
 
-def join(layout: Layout, accelerator: str, backend: Backend | None = None) -> Mesh:
+def join(layout: Layout | World, accelerator: str, backend: Backend | None = None) -> Mesh:
     """Join the launcher's process group (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment).
 
     `accelerator`: this rank's device, cpu, cuda (that of its LOCAL_RANK) or cuda:N. `backend`, the same on all ranks:
     where some are cpu and some cuda, gloo. None: NCCL for CUDA. UserError if the launcher started another number of
     workers than the plan has ranks.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size != layout.world_size:
+    world, world_size = World.of(layout), int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != world.size:
         raise UserError(
-            f"world size is {world_size}, the plan has {layout.world_size} ranks: "
-            f"start exactly {layout.world_size} workers or plan for {world_size} devices"
+            f"world size is {world_size}, the plan has {world.size} ranks: "
+            f"start exactly {world.size} workers or plan for {world_size} devices"
         )
     device = torch.device(accelerator)
     if device.type == "cuda":
@@ -122,30 +128,39 @@ def join(layout: Layout, accelerator: str, backend: Backend | None = None) -> Me
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     wire = device if backend == "nccl" else CPU
     with peer_errors():
-        to_experts, from_experts, attending = _groups(layout, backend, wire)
-    rank = dist.get_rank()
+        _start(backend, wire)
+        process = dist.get_rank()
+        lanes, shared = _groups(world, process, wire)
+    _, rank = world.seat(process)
     return Mesh(
         rank=rank,
         world_size=world_size,
         device=device,
-        to_experts=to_experts,
-        from_experts=from_experts,
-        attending=attending if rank in layout.attending else None,
+        to_experts=lanes[0],
+        from_experts=lanes[1],
+        attending=shared.get(world.attending),
         wire=wire,
         ordered=backend == "nccl",
+        process=process,
+        shared=shared,
     )
 
 
-def _groups(
-    layout: Layout, backend: Backend, wire: torch.device
-) -> tuple[dist.ProcessGroup, dist.ProcessGroup, dist.ProcessGroup]:
+def _start(backend: Backend, wire: torch.device) -> None:
     if not dist.is_initialized():
         if backend == "nccl":  # kernels of several communicators start in the order of their calls (NCCL 2.26)
             os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=wire if backend == "nccl" else None)
-    everyone = list(range(layout.world_size))
-    lanes = dist.new_group(everyone), dist.new_group(everyone)
-    attending = dist.new_group(layout.attending)
+
+
+def _groups(
+    world: World, process: int, wire: torch.device
+) -> tuple[list[dist.ProcessGroup], dict[tuple[int, ...], dist.ProcessGroup]]:
+    """The lanes of this process' copy, and the groups of its shares by their members. All processes make all of them,
+    in one order."""
+    number, _ = world.seat(process)
+    lanes = [[dist.new_group(list(replica.processes)) for _ in range(2)] for replica in world.replicas][number]
+    shared = {members: dist.new_group(list(members)) for members in world.communicators()}
     for lane in lanes:  # NCCL wants all ranks in a group's first call, and a first transfer may leave some out
         dist.all_reduce(torch.zeros(1, device=wire), group=lane)
-    return *lanes, attending
+    return lanes, {members: group for members, group in shared.items() if process in members}

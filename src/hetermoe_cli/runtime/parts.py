@@ -15,8 +15,21 @@ from hetermoe_cli.runtime.stage import ExpertParts
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.model import ModelConfig
+from hetermoe_cli.spec.world import Share, World
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+Slices = Sequence[tuple[nn.Parameter, int | None]]  # parameters, or experts by their place in stacked ones
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Some of a layer's shared parameters, and all processes that hold them, in ascending order. The slices come in
+    one order on all of these."""
+
+    holders: tuple[int, ...]
+    slices: Slices
 
 
 @dataclass(frozen=True)
@@ -86,15 +99,34 @@ class Parts(nn.Module):
             for part in parts:
                 yield from part.parameters()
 
-    def shared_segments(self) -> list[list[nn.Parameter]]:
-        """What every attending rank holds a copy of, layer by layer as gradients become complete (cost.reduce_seconds):
-        `dense_segments` and `replicated_segments`."""
-        return [dense + copies for dense, copies in zip(self.dense_segments(), self.replicated_segments(), strict=True)]
+    def shared_segments(self, *, dense: bool = True, hosted: bool = False) -> list[list[nn.Parameter]]:
+        """What several processes hold, layer by layer as gradients become complete (cost.reduce_seconds): possibly
+        `dense_segments`, every layer's replicated experts, and `hosted` ones where other groups have them."""
+        segments = self.dense_segments() if dense else [[] for _ in range(len(self.experts) + 1)]
+        for layer in range(len(self.experts)):
+            parts = self.experts_of(layer)
+            segments[layer] += [*parts.replicated.parameters(), *(parts.hosted.parameters() if hosted else ())]
+        return segments
 
-    def replicated_segments(self) -> list[list[nn.Parameter]]:
-        """Every layer's replicated experts; none of the head."""
-        layers = range(len(self.experts))
-        return [*(list(self.experts_of(layer).replicated.parameters()) for layer in layers), []]
+    def holdings(self, world: World, process: int, *, dense: bool = True) -> list[list[Holding]]:
+        """Of every shared segment (`shared_segments`), what is summed over whom."""
+        layers = range(len(self.experts) + 1)
+        return [
+            [Holding(s.holders, self._slices(layer, s, dense)) for s in world.shares(layer) if process in s.holders]
+            for layer in layers
+        ]
+
+    def _slices(self, layer: int, share: Share, dense: bool) -> Slices:
+        """The dense part in its order, then all first matrices of the experts in ascending order, then all second."""
+        slices: list[tuple[nn.Parameter, int | None]] = []
+        if share.dense and dense:
+            slices += [(parameter, None) for parameter in self.dense_segments()[layer]]
+        if share.experts:
+            parts = self.experts_of(layer)
+            place = {e: (group, at) for group in (parts.hosted, parts.replicated) for at, e in enumerate(group.ids)}
+            found = [place[expert] for expert in share.experts]
+            slices += [(group.gate_up, at) for group, at in found] + [(group.down, at) for group, at in found]
+        return slices
 
     def dense_segments(self) -> list[list[nn.Parameter]]:
         """The dense part of every layer: embedding and dense layers go with layer 0, norm and head last. All are empty
@@ -114,14 +146,14 @@ class Parts(nn.Module):
                 self.masters[parameter] = parameter.detach()
                 parameter.data = parameter.data.to(self.dtype)
 
-    def own_parameters(self) -> list[nn.Parameter]:
-        """What exists once in the world: hosted experts."""
+    def hosted_parameters(self) -> list[nn.Parameter]:
+        """Hosted experts of all layers."""
         return [p for layer in range(len(self.experts)) for p in self.experts_of(layer).hosted.parameters()]
 
 
 def build_parts(
     config: ModelConfig,
-    layout: Layout,
+    world: World,
     mesh: Mesh,
     precisions: Precisions,
     seed: int,
@@ -129,9 +161,9 @@ def build_parts(
     document_end: int | None = None,
 ) -> Parts:
     """This rank's modules on its device; masters are initialised equally under every layout and in every precision."""
-    parts = Parts(config, layout, mesh.rank, router, document_end)
-    parts.dtype, parts.exchange = DTYPES[precisions.of(mesh.rank)], DTYPES[precisions.exchange]
-    parts.gathered = precisions.gathered(layout.attending)
+    parts = Parts(config, world.replica_of(mesh.process).layout, mesh.rank, router, document_end)
+    parts.dtype, parts.exchange = DTYPES[precisions.of(mesh.process)], DTYPES[precisions.exchange]
+    parts.gathered = precisions.gathered(world.attending)
     parts.widen(parts, mesh.device)
     initialise(parts, config, seed)
     parts.narrow(parts)

@@ -23,6 +23,7 @@ from hetermoe_cli.runtime.trainer import Trainer
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.rebalance import Rebalance
+from hetermoe_cli.spec.world import World
 
 Slices = dict[int, list[Tensor]]  # expert -> its masters and moments, in a fixed order; views of the stacked ones
 
@@ -51,7 +52,7 @@ def move_experts(trainer: Trainer, model: ModelConfig, layout: Layout, steps_tak
     for layer, (old, new) in enumerate(zip(before.placement, layout.placement, strict=True)):
         if old != new:
             _move_layer(trainer, model, layer, new, travelling.get(layer, []), steps_taken)
-    trainer.lay_out(layout, Engine(layout, trainer.mesh, trainer.parts, model.hidden_size))
+    trainer.lay_out(World.of(layout), Engine(layout, trainer.mesh, trainer.parts, model.hidden_size))
 
 
 def _move_layer(

@@ -57,9 +57,10 @@ class Recorder:
             self._keep_until(run.start_step)
 
     def _open_loads(self) -> NDArray[np.int32] | None:
-        layout = self._run.plan.layout
-        if self._rank not in layout.attending:
+        world = self._run.plan.world
+        if self._rank not in world.attending:
             return None
+        layout = world.replica_of(self._rank).layout
         path = load_path(self._folder, self._rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         shape = (self._run.steps, layout.layers, layout.micro_batches, layout.experts)

@@ -28,17 +28,14 @@ _LATER_FIELDS = {"documents": "joined"}  # of checkpoints that were made before 
 def save(run: RunSpec, trainer: Trainer, step: int) -> Path:
     """Collective: write the state after `step` steps; every tensor once. Returns the checkpoint's folder."""
     folder = step_folder(Path(run.folder) / CHECKPOINTS, step)
+    copies = _saved_by_others(trainer)
     tensors = training_tensors(trainer.parts, trainer.optimizer)
-    if trainer.mesh.rank != min(trainer.layout.attending):
-        shared = {id(p) for segment in trainer.parts.shared_segments() for p in segment}
-        copies = {name for name, (p, _) in parameter_slices(trainer.parts).items() if id(p) in shared}
-        copies |= named_state(trainer.parts).keys()
-        tensors = {name: tensor for name, tensor in tensors.items() if name.split("@")[0] not in copies}
+    tensors = {name: tensor for name, tensor in tensors.items() if name.split("@")[0] not in copies}
     if trainer.shards:
         tensors |= trainer.shards.tensors(trainer.optimizer)
-    write_shard(folder, trainer.mesh.rank, tensors)
+    write_shard(folder, trainer.mesh.process, tensors)
     barrier()
-    if trainer.mesh.rank == 0:
+    if trainer.mesh.process == 0:
         state = CheckpointState(
             step=step,
             data_digest=run.corpus_sha256,
@@ -49,6 +46,15 @@ def save(run: RunSpec, trainer: Trainer, step: int) -> Path:
         finish(folder, state, run.keep_checkpoints)
     barrier()
     return folder
+
+
+def _saved_by_others(trainer: Trainer) -> set[str]:
+    """Names of what this rank holds and is not the first to hold."""
+    process, parts = trainer.mesh.process, trainer.parts
+    holdings = (holding for layer in parts.holdings(trainer.world, process) for holding in layer)
+    places = {(id(p), at) for holding in holdings if holding.holders[0] != process for p, at in holding.slices}
+    names = {name for name, (parameter, at) in parameter_slices(parts).items() if (id(parameter), at) in places}
+    return names if process == trainer.world.attending[0] else names | named_state(parts).keys()
 
 
 def restore(run: RunSpec, trainer: Trainer) -> None:
@@ -86,8 +92,10 @@ def resumed_placement(run: RunSpec) -> Rebalance | None:
     assert run.resume_from is not None
     folder = Path(run.resume_from)
     stored = read_manifest(folder).extra.get("rebalanced")
-    change = parse(Rebalance, stored, f"{folder / MANIFEST}: extra.rebalanced") if stored else None
-    return change if change and change.is_of(run.plan.layout) else None
+    if not stored or run.plan.group_count > 1:
+        return None
+    change = parse(Rebalance, stored, f"{folder / MANIFEST}: extra.rebalanced")
+    return change if change.is_of(run.plan.layout) else None
 
 
 def resume_note(run: RunSpec) -> str | None:

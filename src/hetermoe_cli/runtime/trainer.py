@@ -31,6 +31,7 @@ from hetermoe_cli.schedule.zebra import OPTIMIZER, SYNCHRONISE
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.train import TrainSpec
+from hetermoe_cli.spec.world import World
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Trainer:
 
     def __init__(
         self,
-        layout: Layout,
+        world: World,
         train: TrainSpec,
         mesh: Mesh,
         parts: Parts,
@@ -65,28 +66,34 @@ class Trainer:
         scaled: bool,
     ) -> None:
         self.train, self.mesh, self.parts = train, mesh, parts
-        self._tokens = layout.sequences_per_micro_batch * layout.micro_batches * sequence_length
+        self._tokens = world.sequences * sequence_length
+        layout = world.replica_of(mesh.process).layout
         sharded = (layout.schedule.dense_state == "optimizer" or layout.gathers) and mesh.attending is not None
         self.shards = Shards(parts, mesh, kept=not layout.gathers) if sharded else None
         self.optimizer = make_optimizer(parts, train, parts.masters, self.shards.pieces if self.shards else None)
-        self.lay_out(layout, engine)
+        self.lay_out(world, engine)
         self.loss_scale = LossScale(dynamic=scaled)
         self.clock = make_clock(mesh)
         self.stop_requested = False
 
-    def lay_out(self, layout: Layout, engine: Engine) -> None:
-        """Run `layout` with `engine` from the next step on; parts and optimizer hold what it needs."""
-        self.layout, self.engine = layout, engine
-        parts, shards = self.parts, self.shards if layout.gathers else None
+    def lay_out(self, world: World, engine: Engine) -> None:
+        """Run this rank's part of `world` with `engine` from the next step on; parts and optimizer hold what it
+        needs."""
+        process = self.mesh.process
+        replica, copies, parts = world.replica_of(process), len(world.replicas), self.parts
+        self.world, self.layout, self.engine = world, replica.layout, engine
+        layout, dense = replica.layout, not replica.layout.gathers
+        shards = None if dense else self.shards
         shares = GradientShares(shards.segments, parts.exchange) if shards else None
-        shared = parts.replicated_segments() if shares else parts.shared_segments()
-        last = layout.micro_batches - 1
-        self.gradients = Gradients(shared, parts.own_parameters(), self.mesh, parts.exchange, shares, last)
+        own = [] if copies > 1 else parts.hosted_parameters()
+        shared = parts.shared_segments(dense=dense, hosted=copies > 1)
+        holdings, last = parts.holdings(world, process, dense=dense), layout.micro_batches - 1
+        self.gradients = Gradients(shared, own, self.mesh, parts.exchange, holdings, shares, last)
         self._collectives = Collectives(self.gradients, shards)
-        self._schedule = training_schedule(layout)
+        self._schedule = training_schedule(layout, copies)
         self._last_of_runs = last_of_runs(self._schedule.compute[self.mesh.rank])
         self._validation = validation_schedule(layout)
-        self._first = sum(layout.sequences_per_rank[: self.mesh.rank])
+        self._first = replica.first + sum(layout.sequences_per_rank[: self.mesh.rank])
 
     def release_gradients(self) -> None:
         """Free the buffers of gradients between two steps, before `lay_out` makes others."""
@@ -98,7 +105,7 @@ class Trainer:
     def build(
         cls,
         model: ModelConfig,
-        layout: Layout,
+        layout: Layout | World,
         train: TrainSpec,
         mesh: Mesh,
         *,
@@ -107,15 +114,16 @@ class Trainer:
         rank_precisions: Sequence[str] = (),
         router: Router = "learned",
     ) -> "Trainer":
-        """Build parts and engine for `model` under `layout`, with weights from train.seed.
+        """Build parts and engine for `model` under `layout` or a world of several, with weights from train.seed.
 
-        `precision` is what ranks exchange, and compute in unless `rank_precisions` says otherwise.
+        `precision` is what ranks exchange, and compute in unless `rank_precisions`, by process, says otherwise.
         """
+        world = World.of(layout)
         precisions = Precisions(precision, rank_precisions)
         document_end = END_OF_TEXT if train.documents == "masked" else None
-        parts = build_parts(model, layout, mesh, precisions, train.seed, router, document_end)
-        engine = Engine(layout, mesh, parts, model.hidden_size)
-        return cls(layout, train, mesh, parts, engine, sequence_length, precisions.scaled)
+        parts = build_parts(model, world, mesh, precisions, train.seed, router, document_end)
+        engine = Engine(world.replica_of(mesh.process).layout, mesh, parts, model.hidden_size)
+        return cls(world, train, mesh, parts, engine, sequence_length, precisions.scaled)
 
     def step(self, batches: Batches | None, step: int, record: bool = False) -> StepResult:
         """One iteration: forward, backward, synchronisation, clipping, AdamW. `record` keeps its spans.
@@ -162,7 +170,7 @@ class Trainer:
         """Mean loss in nats a token over the first `count` global batches; equal on all ranks."""
         total = torch.zeros(1, dtype=torch.float64, device=self.mesh.device)
         for step in range(count):
-            batch, clock = partial(self._batch, batches, step), Clock(self.mesh.rank)
+            batch, clock = partial(self._batch, batches, step), Clock(self.mesh.process)
             self.engine.run(self._validation, batch, 0.0, clock, self._collectives)
             total += self.engine.loss
         self.mesh.all_reduce(total)
@@ -174,7 +182,7 @@ class Trainer:
         self.clock.synchronising()
         layers, experts, world = self.layout.layers, self.layout.experts, self.mesh.world_size
         starts = torch.zeros(world, dtype=torch.float64)
-        starts[self.mesh.rank] = start
+        starts[self.mesh.process] = start
         rows = torch.from_numpy(self.engine.counts.sum(axis=1).astype(np.float64)).flatten()
         losses = torch.cat([self.engine.loss[None], self.engine.router_losses]) / self._tokens
         own = torch.tensor([float(self.stop_requested), self.engine.waited], dtype=torch.float64)

@@ -29,7 +29,7 @@ from hetermoe_cli.runtime.parts import DTYPES
 from hetermoe_cli.runtime.recorder import Recorder
 from hetermoe_cli.runtime.saving import restore, save
 from hetermoe_cli.runtime.trainer import StepResult, Trainer
-from hetermoe_cli.schedule.lower import training_schedule
+from hetermoe_cli.schedule.lower import training_schedule, training_schedules
 from hetermoe_cli.spec.files import load
 from hetermoe_cli.spec.run import RunSpec
 from hetermoe_cli.trace import Trace
@@ -75,16 +75,15 @@ def _follow_parent() -> None:
 def train(run: RunSpec) -> None:
     """The whole run of one rank."""
     torch.set_num_threads(run.threads_per_rank)
-    plan = run.plan
-    mesh = _join(run)
-    check_agreement(mesh.agree(digest(training_schedule(run.layout), run.layout, run.precision)))
-    spec = plan.inputs.train.model_copy(update={"steps": run.steps})
-    batches = _batches(run) if mesh.rank in plan.layout.attending else (None, None)
-    warm_up(mesh.device, DTYPES[run.rank_precisions[mesh.rank]])
+    mesh, world = _join(run), run.world
+    check_agreement(mesh.agree(digest(training_schedules(world), world, run.precision)))
+    spec = run.plan.inputs.train.model_copy(update={"steps": run.steps})
+    batches = _batches(run) if mesh.attending else (None, None)
+    warm_up(mesh.device, DTYPES[run.rank_precisions[mesh.process]])
     meter = MemoryMeter(mesh.device)
     trainer = Trainer.build(
         run.model,
-        run.layout,
+        world,
         spec,
         mesh,
         sequence_length=run.sequence_length,
@@ -94,7 +93,7 @@ def train(run: RunSpec) -> None:
     )
     if run.resume_from:
         restore(run, trainer)
-    recorder = Recorder(run, mesh.rank)
+    recorder = Recorder(run, mesh.process)
     if run.emulation:
         trainer.clock = EmulatedClock(run, training_schedule(run.layout), mesh.rank)
     _handle_signals(trainer)
@@ -109,7 +108,7 @@ def _join(run: RunSpec) -> Mesh:
     kinds = ["cpu"] if run.emulation else run.plan.inputs.accelerators()
     rank = min(int(os.environ.get("RANK", "0")), len(kinds) - 1)  # join refuses a rank too many
     device = f"cuda:{run.plan.inputs.device_index(rank)}" if kinds[rank] == "cuda" else "cpu"
-    return join(run.layout, device, "gloo" if "cpu" in kinds else "nccl")
+    return join(run.world, device, "gloo" if "cpu" in kinds else "nccl")
 
 
 def _batches(run: RunSpec) -> tuple[Batches, Batches]:

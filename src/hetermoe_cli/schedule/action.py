@@ -15,7 +15,7 @@ class Kind(StrEnum):
     EXPERT = "E"  # the local experts of one layer
     COMBINE = "C"  # expert outputs back to their tokens; in backward, the outputs' gradients out
     HEAD = "H"  # last combine, final norm, head, loss; in training its own backward at once
-    REDUCE = "R"  # all-reduce of one layer's gradients that attending ranks share; of a sharded layer, reduce-scatter
+    REDUCE = "R"  # all-reduce of one layer's gradients that ranks share; of a sharded layer, reduce-scatter
     GATHER = "G"  # all-gather of one layer's sharded weights
     SYNCHRONISE = "S"  # global norm; what of the all-reduce cannot overlap with backward
     OPTIMIZER = "O"  # optimizer step

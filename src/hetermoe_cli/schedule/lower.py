@@ -8,21 +8,36 @@ from hetermoe_cli.schedule.gathers import gathers
 from hetermoe_cli.schedule.schedule import Schedule, segment_of
 from hetermoe_cli.schedule.zebra import Order, Part, Windows, part_of, training_order, validation_order, windows_of
 from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.world import World
 
 _OrderOf = Callable[[Part, Windows], Order]
 
 
-def training_schedule(layout: Layout) -> Schedule:
-    """One training iteration, with communication."""
-    return _lower(layout, training_order)
+def training_schedule(layout: Layout, copies: int = 1) -> Schedule:
+    """One training iteration, with communication.
+
+    `copies`: groups that train the model side by side. Where there are several, hosts take part in reducing a layer's
+    gradients as well, as other groups hold the same experts.
+    """
+    return _lower(layout, training_order, copies)
 
 
 def validation_schedule(layout: Layout) -> Schedule:
     """One forward-only pass over R micro-batches, with communication."""
-    return _lower(layout, validation_order)
+    return _lower(layout, validation_order, 1)
 
 
-def _lower(layout: Layout, order_of: _OrderOf) -> Schedule:
+def training_schedules(world: World) -> list[Schedule]:
+    """One training iteration of every copy."""
+    return [training_schedule(replica.layout, len(world.replicas)) for replica in world.replicas]
+
+
+def validation_schedules(world: World) -> list[Schedule]:
+    """One forward-only pass of every copy."""
+    return [validation_schedule(replica.layout) for replica in world.replicas]
+
+
+def _lower(layout: Layout, order_of: _OrderOf, copies: int) -> Schedule:
     windows = windows_of(layout)
     compute = tuple([order_of(part_of(layout, rank), windows) for rank in range(layout.world_size)])
     attending = tuple(layout.attending)
@@ -33,9 +48,11 @@ def _lower(layout: Layout, order_of: _OrderOf) -> Schedule:
     order, after = _transfer_order(order_of, layout.layers, windows, layout.gathers)
     for action in order:
         if action.is_collective:
-            if len(attending) > 1:
+            others = copies > 1 and action.kind is Kind.REDUCE and action.layer < layout.layers
+            hosts = hosting[action.layer] if others else ()
+            if copies > 1 or len(attending) > 1:
                 transfers.append(action)
-                senders[action] = receivers[action] = attending
+                senders[action] = receivers[action] = tuple(sorted({*attending, *hosts}))
             continue
         hosts = hosting[action.layer]
         if not hosts or (hosts == attending and len(attending) == 1):

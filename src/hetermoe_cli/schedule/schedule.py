@@ -101,7 +101,7 @@ def inputs(action: Action, layers: int) -> tuple[Action, ...]:
     if kind is Kind.GATHER:
         return ()
     if kind is Kind.REDUCE:
-        return (Action(Kind.HEAD if layer == layers else Kind.ATTENTION, _BACKWARD, layer % layers, micro_batch),)
+        return completions(action, layers)[-1:]
     if kind is Kind.HEAD:
         return (Action(Kind.COMBINE, _FORWARD, layers - 1, micro_batch), gather_for(action, layers))
     if kind is Kind.COMBINE and direction is _BACKWARD and layer == layers - 1:
@@ -111,6 +111,14 @@ def inputs(action: Action, layers: int) -> tuple[Action, ...]:
     of, way, distance = _SOURCES[kind, direction]
     rows = (Action(of, way, layer + distance, micro_batch),) if layer + distance >= 0 else ()
     return (*rows, gather_for(action, layers)) if kind is Kind.ATTENTION else rows
+
+
+def completions(reduce: Action, layers: int) -> tuple[Action, ...]:
+    """Tasks that complete the gradients of an R: of a rank that hosts only, that of its experts; else the last one."""
+    _, _, layer, micro_batch = reduce
+    if layer == layers:
+        return (Action(Kind.HEAD, _BACKWARD, 0, micro_batch),)
+    return tuple(Action(kind, _BACKWARD, layer, micro_batch) for kind in (Kind.EXPERT, Kind.ATTENTION))
 
 
 def segment_of(stage: Action, layers: int) -> int:

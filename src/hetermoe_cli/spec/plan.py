@@ -14,6 +14,7 @@ from hetermoe_cli.spec.load import ExpertLoad
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.profile import Profile
 from hetermoe_cli.spec.train import TrainSpec
+from hetermoe_cli.spec.world import World
 
 Objective = Literal["time", "cost"]
 Assignment = Literal["optimal", "gather_squeeze", "ep", "dist_ep", "hetero_ep", "manual"]
@@ -222,7 +223,7 @@ class Plan(Spec):
     @model_validator(mode="after")
     def _check(self) -> "Plan":
         model, train, cluster = self.inputs.model, self.inputs.train, self.inputs.cluster
-        ranks = [rank for group in self.groups for replica in group.replicas for rank in replica]
+        ranks = self.used_ranks
         if len(set(ranks)) != len(ranks) or max(ranks) >= cluster.world_size:
             raise ValueError(f"groups: ranks must be below {cluster.world_size} and in one group each")
         if len(self.memory) != cluster.world_size:
@@ -254,6 +255,16 @@ class Plan(Spec):
         return sum(len(group.replicas) for group in self.groups)
 
     @property
+    def used_ranks(self) -> list[int]:
+        """Ranks that are in a group."""
+        return sorted(rank for group in self.groups for replica in group.replicas for rank in replica)
+
+    @property
+    def world(self) -> World:
+        """All copies of the model, on processes of the same numbers as ranks: no device may be left out."""
+        return World.side_by_side([(group.layout, ranks) for group in self.groups for ranks in group.replicas])
+
+    @property
     def layout(self) -> Layout:
         """The layout of a plan with one group over all ranks; else UserError."""
         self.check_one_group("plan")
@@ -263,12 +274,12 @@ class Plan(Spec):
         """UserError unless one group holds all ranks."""
         if self.group_count > 1:
             raise UserError(
-                f"{source}: field groups: {self.group_count} of them, train runs one group today: plan --max-groups 1"
+                f"{source}: field groups: {self.group_count} of them, this works on one: plan --max-groups 1"
             )
         if len(self.groups[0].replicas[0]) != self.inputs.cluster.world_size:
             raise UserError(
-                f"{source}: field groups: devices of the cluster are left out: describe a cluster without them and "
-                "plan that"
+                f"{source}: field groups: devices of the cluster are left out, this works on all: describe a cluster "
+                "without them and plan that"
             )
 
     @property

@@ -10,6 +10,7 @@ from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.spec.profile import Precision
 from hetermoe_cli.spec.rebalance import Rebalance
+from hetermoe_cli.spec.world import World
 
 
 class Emulation(Spec):
@@ -65,6 +66,10 @@ class RunSpec(Spec):
     def _check(self) -> "RunSpec":
         if self.emulation and (problem := self.emulation.mismatch(self.plan.inputs.model)):
             raise ValueError(f"emulation.executed.{problem}")
+        if len(self.plan.used_ranks) < self.plan.inputs.cluster.world_size:
+            raise ValueError("plan.groups: a worker is started for every device, so none may be left out")
+        if self.plan.group_count > 1 and (self.rebalance or self.rebalanced or self.emulation):
+            raise ValueError("plan.groups: several of them can neither move experts nor be emulated")
         return self
 
     @property
@@ -73,8 +78,13 @@ class RunSpec(Spec):
         return self.emulation.executed if self.emulation else self.plan.inputs.model
 
     @property
+    def world(self) -> World:
+        """The plan's groups with the experts where they are now."""
+        return World.of(self.layout) if self.rebalanced else self.plan.world
+
+    @property
     def layout(self) -> Layout:
-        """The plan's layout with the experts where they are now."""
+        """The layout of a plan with one group, with the experts where they are now."""
         layout = self.plan.layout
         return self.rebalanced.apply(layout) if self.rebalanced else layout
 

@@ -5,7 +5,7 @@ from cluster_builders import fleet, fleet_cost
 
 from builders import make_layout
 from hetermoe_cli.cost import LayoutCost
-from hetermoe_cli.planner.cluster.replayed import GroupCost, replay_groups
+from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.plan import Group
 
@@ -25,10 +25,20 @@ def test_one_group_synchronises_as_its_layout_says() -> None:
 def test_dense_and_expert_rings_of_two_groups(nics: int, behind: int) -> None:
     cost = fleet_cost([("new", 2, 2)], nics=nics, batch=8)
     replayed = replay_groups(cost.inputs, [Group.of(LAYOUT, [[0, 1], [2, 3]])])
-    latency, rounds = 20e-6, 2  # a ring of two: every byte once over 1 GB/s
-    dense = cost.dense_gradient_bytes / 1e9 + rounds * latency
-    experts = 2 * behind * cost.expert_gradient_bytes / 1e9 + rounds * latency  # two layers; ranks share a NIC
-    assert replayed.synchronise == pytest.approx(dense + experts)
+    ring = 2 * 20e-6  # of two ranks: two latencies, every byte once over 1 GB/s
+    dense = cost.dense_gradient_bytes / 1e9 + 3 * ring  # two layers and the head
+    experts = 2 * (behind * cost.expert_gradient_bytes / 1e9 + ring)  # ranks share a NIC
+    assert sum(replayed.reduces) == pytest.approx(dense + experts)
+    assert 0 < replayed.reduces[2] < replayed.reduces[1] < replayed.reduces[0]  # the head; with the embedding
+    assert replayed.synchronise == pytest.approx(replayed.reduces[0])  # backward hides the others
+
+
+def test_all_reduces_that_are_longer_than_backward_follow_each_other() -> None:
+    cost = fleet_cost([("new", 2, 2)], batch=8, bandwidth=1e-4)
+    replayed = replay_groups(cost.inputs, [Group.of(LAYOUT, [[0, 1], [2, 3]])])
+    first = replayed.synchronise - sum(replayed.reduces)
+    assert -replayed.groups[0].computed < first < 0  # they begin in the backward pass, and end long after it
+    assert replayed.reduced > sum(replayed.reduces) > 5 * replayed.computed
 
 
 def test_groups_wait_for_the_slowest_before_they_synchronise() -> None:
@@ -36,12 +46,9 @@ def test_groups_wait_for_the_slowest_before_they_synchronise() -> None:
     replayed = replay_groups(inputs, [Group.of(LAYOUT, [[0, 1]]), Group.of(LAYOUT, [[2, 3]])])
     fast, slow = replayed.groups
     assert slow.computed == pytest.approx(4 * fast.computed, rel=0.05)
-    assert replayed.seconds == slow.computed + replayed.synchronise + max(fast.optimizer, slow.optimizer)
-    wait = slow.computed - fast.computed + replayed.synchronise
-    traces = [
-        simulate(GroupCost(fast.cost, fast.group, wait)),
-        simulate(GroupCost(slow.cost, slow.group, replayed.synchronise)),
-    ]
+    assert replayed.reduced == slow.reduced > slow.computed
+    assert replayed.seconds == pytest.approx(slow.reduced + max(fast.optimizer, slow.optimizer))
+    traces = [simulate(replayed.cost_of(number)) for number in range(2)]
     assert [trace.seconds for trace in traces] == pytest.approx([replayed.seconds] * 2)
 
 
@@ -49,7 +56,16 @@ def test_a_replicated_expert_goes_round_all_attending_ranks() -> None:
     copies = make_layout((1, 1), (2, 2), replicated=4, micro_batches=2)
     cost = fleet_cost([("new", 2, 2)], batch=8)
     replayed = replay_groups(cost.inputs, [Group.of(copies, [[0, 1], [2, 3]])])
-    size = cost.dense_gradient_bytes + 2 * 4 * cost.expert_gradient_bytes
-    everyone = cost.network.all_reduce_seconds([0, 1, 2, 3], size)
-    hosted = 2 * 2 * cost.expert_gradient_bytes / 1e9 + 2 * 20e-6
-    assert replayed.synchronise == pytest.approx(everyone + hosted)
+    sizes = [cost.segment_parameters(layer) * 2 + 4 * cost.expert_gradient_bytes * (layer < 2) for layer in range(3)]
+    everyone = [cost.network.all_reduce_seconds([0, 1, 2, 3], size) for size in sizes]
+    hosted = 2 * cost.expert_gradient_bytes / 1e9 + 2 * 20e-6  # of one layer
+    assert replayed.reduces == pytest.approx([everyone[0] + hosted, everyone[1] + hosted, everyone[2]])
+
+
+def test_new_weights_of_shared_out_states_are_gathered_at_the_end() -> None:
+    schedule = LAYOUT.schedule.model_copy(update={"dense_state": "optimizer"})
+    cost = fleet_cost([("new", 2, 2)], batch=8)
+    groups = [Group.of(LAYOUT.model_copy(update={"schedule": schedule}), [[0, 1], [2, 3]])]
+    replayed = replay_groups(cost.inputs, groups)
+    assert replayed.after == cost.network.all_reduce_seconds([0, 2], cost.dense_gradient_bytes) / 2
+    assert replayed.synchronise == pytest.approx(replayed.reduces[0] + replayed.after)

@@ -53,7 +53,7 @@ def test_more_devices_than_experts_are_better_off_in_several_groups() -> None:
     one = planned(inputs, most_groups=1)
     assert one.layout.world_size == 24
     assert plan.predicted.iteration_seconds < one.predicted.iteration_seconds
-    with pytest.raises(UserError, match=r"field groups: \d+ of them, train runs one group today"):
+    with pytest.raises(UserError, match=r"field groups: \d+ of them, this works on one"):
         plan.check_one_group("plan.yaml")
 
 

@@ -12,12 +12,12 @@ from hetermoe_cli.spec.plan import Plan
 
 
 def binding_of_groups(replayed: Replayed) -> Explanation:
-    """All groups wait for the slowest one before they synchronise, so its path is the iteration's.
+    """All groups wait for the slowest one before they step, so its path is the iteration's.
 
     Ranks of tight memory are the cluster's.
     """
-    slowest = max(replayed.groups, key=lambda g: g.computed)
-    found = binding(GroupCost(slowest.cost, slowest.group, replayed.synchronise))
+    slowest = max(replayed.groups, key=lambda g: g.reduced)
+    found = binding(replayed.cost_of(replayed.groups.index(slowest)))
     path: dict[str, float] = defaultdict(float)
     for name, share in found.critical_path.items():
         path[_nic_names(slowest).get(name, name)] += share
@@ -43,7 +43,7 @@ def _nic_names(group: ReplayedGroup) -> dict[str, str]:
 
 
 def _tight(group: ReplayedGroup) -> list[TightMemory]:
-    found = tight_memory(GroupCost(group.cost, group.group, 0.0))
+    found = tight_memory(GroupCost(group.cost, group.group))
     return [
         memory.model_copy(update={"ranks": sorted(ranks[r] for ranks in group.group.replicas for r in memory.ranks)})
         for memory in found

@@ -20,7 +20,7 @@ from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.spec.plan import Bound, Economy, Inputs, Plan, Prediction, SolverReport
 
 RIVALS_SHARE = 0.05  # of the time limit, for each rival
-ONE_GROUP = 16  # up to so many devices one group is planned unless more are asked for: train runs one group today
+ONE_GROUP = 16  # up to so many devices one group is planned unless more are asked for
 
 
 def wants_groups(cost: CostModel, wanted: Wanted) -> bool:
@@ -118,8 +118,8 @@ def _notes(cost: CostModel, found: FoundGroups, used: list[int], wanted: Wanted)
     replayed = found.replayed
     if len(found.groups) + len(found.groups[0].replicas) > 2:
         yield (
-            f"groups synchronise in {replayed.synchronise:.3f} s, {replayed.synchronise / replayed.seconds:.1%} of the "
-            "iteration; modelled on the NICs alone, after all compute"
+            f"synchronising the groups adds {replayed.synchronise:.3f} s, "
+            f"{replayed.synchronise / replayed.seconds:.1%} of the iteration; modelled on the NICs alone"
         )
     if any(group.schedule.dense_state == "full" for group in found.groups):
         yield "gathers of the sharded dense part are charged in full after all compute: an upper estimate"

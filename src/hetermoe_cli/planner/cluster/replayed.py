@@ -1,14 +1,19 @@
-"""Replay several groups: each in the simulator on its own, then joined where all of them synchronise."""
+"""Replay several groups: each in the simulator on its own, its gradients summed over all of them during its backward.
+
+An all-reduce lasts what it takes over the ranks of all groups, and starts when the group's own ranks have come to it:
+as if all groups came at the same moment. Of equal groups that is so; of others the slowest one's replay is right where
+it is last everywhere, and an iteration ends no sooner than it.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost, Load
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.ports import TransferCost
 from hetermoe_cli.planner.cluster.parts import group_inputs
-from hetermoe_cli.planner.cluster.synchronise import Copy, synchronise_seconds
+from hetermoe_cli.planner.cluster.synchronise import Copy, after_backward_seconds, reduce_seconds
 from hetermoe_cli.schedule.action import Kind
 from hetermoe_cli.schedule.zebra import OPTIMIZER
 from hetermoe_cli.simulator import SimulatedTrace, simulate
@@ -16,16 +21,31 @@ from hetermoe_cli.spec.plan import Group, Inputs, Memory
 
 
 class GroupCost(LayoutCost):
-    """A layout whose synchronisation is not its own affair: it begins when all groups have computed, and lasts until
-    all have synchronised."""
+    """A layout among other groups. `reduces`: seconds of every layer's all-reduce over all of them, the head's last,
+    nothing if empty; `synchronise`: from the group's own last gradient until all groups may step."""
 
-    def __init__(self, cost: CostModel, group: Group, synchronise: float) -> None:
-        super().__init__(cost, group.layout)
-        self._synchronise = synchronise
+    def __init__(
+        self,
+        cost: CostModel,
+        group: Group,
+        reduces: Sequence[float] = (),
+        synchronise: float = 0.0,
+        load: Load | None = None,
+    ) -> None:
+        super().__init__(cost, group.layout, load)
+        self.copies = 2 if reduces else 1
+        self._over_groups, self._synchronise = reduces, synchronise
 
     def collective(self, kind: Kind, layer: int, *, last: bool = True) -> TransferCost:
-        """Nothing: not during forward and backward."""
-        return TransferCost(0.0, ())
+        """It takes the NICs of all that have a part in it, and the ring through the attending ranks. Of a fully sharded
+        dense part only the last sum is here; `synchronise` has its gathers and scatters."""
+        if not self._over_groups or kind is not Kind.REDUCE or not last:
+            return TransferCost(0.0, ())
+        attending, layout = self.layout.attending, self.layout
+        ranks = {*attending, *(layout.hosting(layer) if layer < layout.layers else ())}
+        nics = {2 * self.cost.devices[rank].nic + way for rank in ranks for way in (0, 1)}
+        ports = tuple(sorted(nics.union(self.cost.network.ring_ports(attending))))
+        return TransferCost(self._over_groups[layer], ports)
 
     @cached_property
     def synchronise_seconds(self) -> float:
@@ -43,24 +63,43 @@ class ReplayedGroup:
     computed: float  # when its last gradient is there
     optimizer: float
     memory: list[Memory]
+    reduced: float = 0.0  # when its last gradient is summed
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """All groups of a plan."""
+    """All groups of a plan. `reduces`: as of GroupCost; `after`: what follows when all gradients are summed."""
 
     groups: list[ReplayedGroup]
-    synchronise: float
+    reduces: Sequence[float] = ()
+    after: float = 0.0
 
     @property
     def computed(self) -> float:
-        """When the last group has its last gradient."""
+        """When the last group has its last gradient, if synchronising took no time."""
         return max(g.computed for g in self.groups)
 
     @property
+    def reduced(self) -> float:
+        """When all gradients are summed."""
+        return max(g.reduced for g in self.groups)
+
+    @property
+    def synchronise(self) -> float:
+        """Seconds that synchronising adds to the iteration."""
+        return self.reduced + self.after - self.computed
+
+    @property
     def seconds(self) -> float:
-        """The iteration: the slowest group's compute, synchronisation, the slowest optimizer step."""
-        return self.computed + self.synchronise + max(g.optimizer for g in self.groups)
+        """The iteration: the slowest group's compute, what synchronising adds, the slowest optimizer step."""
+        return self.reduced + self.after + max(g.optimizer for g in self.groups)
+
+    def cost_of(self, number: int, load: Load | None = None) -> LayoutCost:
+        """Costs of a layout among the others, for whose gradients it waits."""
+        g = self.groups[number]
+        if not self.reduces:
+            return LayoutCost(g.cost, g.group.layout, load)
+        return GroupCost(g.cost, g.group, self.reduces, self.reduced - g.reduced + self.after, load)
 
     def busy_share(self, world_size: int) -> list[float]:
         """Share of the iteration in which each rank of the cluster computes; 0 in no group."""
@@ -88,12 +127,17 @@ def replay_groups(inputs: Inputs, groups: Sequence[Group], whole: CostModel | No
 
 
 def joined(done: list[ReplayedGroup], whole: CostModel) -> Replayed:
-    """Replayed layouts side by side. A group that is alone synchronises during its backward: what that adds counts."""
+    """Replayed layouts side by side."""
     copies = [Copy(g.group.layout, ranks, g.cost) for g in done for ranks in g.group.replicas]
     if len(copies) == 1:
-        alone = simulate(LayoutCost(done[0].cost, done[0].group.layout)).seconds
-        return Replayed(done, alone - done[0].trace.seconds)
-    return Replayed(done, synchronise_seconds(whole, copies))
+        return Replayed([_reduced(done[0], LayoutCost(done[0].cost, done[0].group.layout))])
+    reduces = [reduce_seconds(whole, copies, layer) for layer in range(whole.model.layers + 1)]
+    groups = [_reduced(g, GroupCost(g.cost, g.group, reduces)) for g in done]
+    return Replayed(groups, reduces, after_backward_seconds(whole, copies))
+
+
+def _reduced(g: ReplayedGroup, cost: LayoutCost) -> ReplayedGroup:
+    return replace(g, reduced=simulate(cost).seconds - g.optimizer)
 
 
 def group_cost(inputs: Inputs, group: Group) -> CostModel:
@@ -104,7 +148,7 @@ def group_cost(inputs: Inputs, group: Group) -> CostModel:
 def replay_group(inputs: Inputs, group: Group) -> ReplayedGroup:
     """Replay one layout on its first replica."""
     cost = group_cost(inputs, group)
-    layout_cost = GroupCost(cost, group, 0.0)
+    layout_cost = GroupCost(cost, group)
     trace = simulate(layout_cost)
     world = range(len(group.sequences_per_rank))
     optimizer = max(layout_cost.seconds(rank, OPTIMIZER) for rank in world)

@@ -1,16 +1,17 @@
 """Data parallelism over groups: what it takes to make all copies of every parameter agree.
 
-Dense gradients (and those of replicated experts) go round one ring through all attending ranks of all groups. Each
-hosted expert goes round a ring of its hosts, one in every group; all these rings run at once, and ranks behind one NIC
-share it. Upper estimates: every message between groups is charged to the NICs, even where two groups share a node; a
-replicated expert is charged as if it were replicated in all groups; and what a fully sharded dense part gathers and
-scatters is charged here, as if nothing hid it.
+Layer by layer, during backward, dense gradients (and those of replicated experts) go round one ring through all
+attending ranks of all groups. Each hosted expert goes round a ring of its hosts, one in every group; all these rings
+run at once, and ranks behind one NIC share it. Upper estimates: every message between groups is charged to the NICs,
+even where two groups share a node; a replicated expert is charged as if it were replicated in all groups; and what a
+fully sharded dense part gathers and scatters is charged afterwards, as if nothing hid it.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hetermoe_cli.cost.device import STATE_BYTES
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.cluster.evaluate import Evaluated
 from hetermoe_cli.planner.cluster.parts import Part
@@ -31,33 +32,36 @@ class Copy:
         return [self.ranks[local] for local in self.layout.attending]
 
     @property
-    def replicated(self) -> int:
-        """Copies of all layers on each attending rank."""
-        return sum(len(placement.replicated) for placement in self.layout.placement)
-
-    @property
     def gathers(self) -> float:
         """Seconds that a fully sharded dense part adds."""
         return self.cost.sharding_seconds(self.layout.schedule, self.layout.attending)
 
 
-def synchronise_seconds(whole: CostModel, copies: Sequence[Copy]) -> float:
-    """Seconds from the last group's last gradient to synchronised gradients, if all begins then."""
+def reduce_seconds(whole: CostModel, copies: Sequence[Copy], layer: int) -> float:
+    """All-reduce of one layer's gradients over all groups; model.layers: of the head's."""
     attending = sorted(rank for copy in copies for rank in copy.attending)
-    size = whole.dense_gradient_bytes + max(copy.replicated for copy in copies) * whole.expert_gradient_bytes
-    hosted: dict[int, int] = {}
-    for copy in copies:
-        for local, rank in enumerate(copy.ranks):
-            hosted[rank] = sum(len(placement.experts[local]) for placement in copy.layout.placement)
-    return (
-        whole.network.all_reduce_seconds(attending, size)
-        + expert_seconds(whole, hosted, len(copies))
-        + max(copy.gathers for copy in copies)
-    )
+    size, hosted = whole.segment_parameters(layer) * STATE_BYTES[whole.train.precision][1], {}
+    if layer < whole.model.layers:
+        placements = [(copy, copy.layout.placement[layer]) for copy in copies]
+        size += max(len(placement.replicated) for _, placement in placements) * whole.expert_gradient_bytes
+        hosted = {
+            rank: len(experts)
+            for copy, placement in placements
+            for rank, experts in zip(copy.ranks, placement.experts, strict=True)
+        }
+    return whole.network.all_reduce_seconds(attending, size) + expert_seconds(whole, hosted, len(copies))
+
+
+def after_backward_seconds(whole: CostModel, copies: Sequence[Copy]) -> float:
+    """What follows the sums: new weights of optimizer states that all groups share out, and gathers within groups."""
+    attending = sorted(rank for copy in copies for rank in copy.attending)
+    sharded = any(copy.layout.schedule.dense_state == "optimizer" for copy in copies)
+    gather = whole.network.all_reduce_seconds(attending, whole.dense_gradient_bytes) / 2 if sharded else 0.0
+    return gather + max(copy.gathers for copy in copies)
 
 
 def expert_seconds(whole: CostModel, hosted: Mapping[int, float], groups: int) -> float:
-    """All-reduce of every expert over its hosts in `groups` groups; `hosted`: experts of all layers on each rank."""
+    """All-reduce of every expert over its hosts in `groups` groups; `hosted`: experts on each rank."""
     if groups < 2:
         return 0.0
     behind: dict[int, float] = defaultdict(float)
@@ -67,14 +71,19 @@ def expert_seconds(whole: CostModel, hosted: Mapping[int, float], groups: int) -
     rounds = 2 * (groups - 1)
     moved = rounds / groups * whole.expert_gradient_bytes
     return max(
-        count * moved / (links[nic].bandwidth_gigabytes_per_second * 1e9)
-        + rounds * links[nic].latency_microseconds * 1e-6
-        for nic, count in behind.items()
+        (
+            count * moved / (links[nic].bandwidth_gigabytes_per_second * 1e9)
+            + rounds * links[nic].latency_microseconds * 1e-6
+            for nic, count in behind.items()
+            if count
+        ),
+        default=0.0,
     )
 
 
 def expected_seconds(part: Part, found: Evaluated, groups: int) -> float:
-    """What synchronising takes if all of `groups` groups were like this one: known before they are chosen."""
+    """What synchronising takes if all of `groups` groups were like this one, and it began after all compute: an upper
+    estimate, known before they are chosen."""
     cost, attending = part.any_cost, found.attending
     hosted = {rank: float(share) for c, share in zip(found.classes, found.hosted, strict=True) for rank in c.ranks}
     result = cost.synchronise_seconds(found.choice.schedule, attending, found.replicated)

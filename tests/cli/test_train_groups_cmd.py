@@ -1,0 +1,174 @@
+"""`hetermoe train` with several groups and with devices left out, as a user runs it: planned, trained, resumed."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from builders import make_inputs, make_layout, make_model, make_plan, make_profile
+from command import Hetermoe
+from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.planner.cluster.replayed import replay_groups
+from hetermoe_cli.report.run_load import read_load
+from hetermoe_cli.spec.cluster import Link
+from hetermoe_cli.spec.files import dump, load
+from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.plan import Group, Inputs, Plan
+from train_command import events, train
+
+MODEL = make_model(
+    layers=2, experts=4, hidden_size=16, ffn_size=24, head_size=4, router_score="sigmoid", router_balance="bias",
+    router_bias_rate=0.01,
+)  # fmt: skip
+BATCH, STEPS = 8, 6
+PAIR = make_layout((2, 0), (1, 2), replicated=1, micro_batches=2)
+ALONE = make_layout((2,), (4,), micro_batches=2)
+
+
+def cpu_inputs() -> Inputs:
+    """Four CPUs of one node that talk slowly within a group and fast between groups."""
+    profile = make_profile("cpu", model=MODEL, precision="fp32", source="measured", sequence_lengths=(32,))
+    inputs = make_inputs(
+        (("cpu", 4),), model=MODEL, profiles={"cpu": profile}, sequence_length=32, global_batch_sequences=BATCH,
+        precision="fp32", interconnect=Link(bandwidth_gigabytes_per_second=1e-6, latency_microseconds=1e4),
+    )  # fmt: skip
+    train_spec = inputs.train.model_copy(update={"steps": STEPS, "warmup_steps": 2, "learning_rate": 3e-3})
+    return inputs.model_copy(update={"train": train_spec})
+
+
+def groups_plan(*groups: tuple[Layout, Sequence[list[int]]]) -> Plan:
+    """A plan of these groups, predicted by their replay."""
+    inputs = cpu_inputs()
+    whole = make_plan(inputs, make_layout((1, 1, 1, 1), (1, 1, 1, 1), micro_batches=2))
+    found = [Group.of(layout, list(replicas)) for layout, replicas in groups]
+    replayed = replay_groups(inputs, found)
+    predicted = whole.predicted.model_copy(
+        update={"iteration_seconds": replayed.seconds, "busy_share_per_rank": replayed.busy_share(4)}
+    )
+    memory = replayed.memory(CostModel(inputs))
+    changes = {"groups": found, "predicted": predicted, "memory": memory, "max_groups": None}
+    return Plan.model_validate(whole.model_copy(update=changes).model_dump())
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "corpus.txt"
+    file.write_text("".join(f"line {n}: {'abc' * (n % 7)} the quick brown fox\n" for n in range(3000)))
+    return file
+
+
+@pytest.fixture
+def hetermoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Hetermoe:
+    return Hetermoe(monkeypatch, capsys)
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in events(folder, "step")]
+
+
+def test_two_groups_are_planned_trained_and_told_of(hetermoe: Hetermoe, text: Path, tmp_path: Path) -> None:
+    inputs, plan_file, folder = cpu_inputs(), tmp_path / "plan.yaml", tmp_path / "run"
+    for name in ("model", "cluster", "train"):
+        dump(getattr(inputs, name), tmp_path / f"{name}.yaml")
+    dump(inputs.profiles["cpu"], tmp_path / "profiles/cpu.yaml")
+    words = [word for name in ("model", "cluster", "train") for word in (f"--{name}", tmp_path / f"{name}.yaml")]
+    words += ["--profiles", tmp_path / "profiles", "--output", plan_file, "--time-limit", 2, "--max-groups", 4]
+    assert hetermoe("plan", *words).code == 0
+    plan = load(Plan, plan_file)
+    assert plan.group_count > 1
+
+    done = train(plan_file, "--run-folder", folder, "--data", text, "--json")
+    summary = json.loads(done.stdout)
+    found = losses(folder)
+    assert len(found) == STEPS
+    assert found[-1] < found[0]
+    assert summary["validation_loss"] > 0
+    used = len(plan.used_ranks)
+    assert {path.name for path in (folder / "traces").iterdir()} == {f"rank{rank}.json" for rank in range(used)}
+    assert len(summary["memory"]["measured_bytes"]) == used
+    assert not events(folder, "drift")
+    rows = np.array(read_load(folder).layers)
+    assert rows.sum(axis=1).tolist() == [STEPS * BATCH * 32 * MODEL.top_k] * MODEL.layers
+    assert summary["replayed_seconds"] == pytest.approx(plan.predicted.iteration_seconds, rel=0.3)
+
+
+def resumed(plan_file: Path, source: Path, folder: Path, text: Path) -> list[float]:
+    """Losses of `plan_file` from the middle of the run in `source` on."""
+    (folder / "checkpoints").mkdir(parents=True)
+    shutil.copytree(source / "checkpoints/step-00000003", folder / "checkpoints/step-00000003")
+    train(plan_file, "--run-folder", folder, "--data", text, "--checkpoint-every", 3, "--resume")
+    return losses(folder)
+
+
+def test_a_checkpoint_of_several_groups_goes_on_in_one_and_back(text: Path, tmp_path: Path) -> None:
+    """Groups of other layouts, with an expert that one of them replicates; losses do not depend on the plan."""
+    plans = {
+        "groups": groups_plan((PAIR, [[0, 2]]), (ALONE, [[3]])),
+        "twice": groups_plan((PAIR, [[0, 1], [2, 3]])),
+        "one": groups_plan((make_layout((2, 2), (3, 1), micro_batches=2), [[1, 2]])),
+    }
+    for name, plan in plans.items():
+        dump(plan, tmp_path / f"{name}.yaml")
+    found = {}
+    for name in plans:
+        folder = tmp_path / name
+        train(tmp_path / f"{name}.yaml", "--run-folder", folder, "--data", text, "--checkpoint-every", 3)
+        found[name] = losses(folder)
+        shards = list((folder / "checkpoints/step-00000006").glob("*.safetensors"))
+        assert len(shards) == len(plans[name].used_ranks)
+    assert found["groups"] == pytest.approx(found["one"], rel=1e-5)
+    assert found["twice"] == pytest.approx(found["one"], rel=1e-5)
+    again = resumed(tmp_path / "groups.yaml", tmp_path / "groups", tmp_path / "again", text)
+    assert again == found["groups"][3:]  # to the bit
+    for one, other in (("groups", "one"), ("one", "twice"), ("twice", "groups")):
+        moved = resumed(tmp_path / f"{other}.yaml", tmp_path / one, tmp_path / f"{one}-{other}", text)
+        assert moved == pytest.approx(found["one"][3:], rel=1e-5)
+
+
+def test_devices_left_out_get_no_worker(hetermoe: Hetermoe, text: Path, tmp_path: Path) -> None:
+    plan = groups_plan((make_layout((4, 0), (0, 4), micro_batches=2), [[1, 3]]))
+    dump(plan, tmp_path / "plan.yaml")
+    done = train(tmp_path / "plan.yaml", "--run-folder", tmp_path / "run", "--data", text, "--json")
+    summary = json.loads(done.stdout)
+    assert len(summary["memory"]["measured_bytes"]) == 2
+    ranks = {path.name for path in (tmp_path / "run/traces").iterdir()}
+    assert ranks == {"rank0.json", "rank1.json"}
+    compared = hetermoe(
+        "simulate", tmp_path / "plan.yaml", "--group", 0, "--measured", tmp_path / "run", "--json"
+    )  # its ranks are the group's own
+    assert compared.code == 0, compared.err
+    assert json.loads(compared.out)["comparison"]
+
+
+def test_dry_run_shows_the_workers_of_all_groups(text: Path, tmp_path: Path) -> None:
+    dump(groups_plan((PAIR, [[0, 2]]), (ALONE, [[3]])), tmp_path / "plan.yaml")
+    done = train(tmp_path / "plan.yaml", "--run-folder", tmp_path / "run", "--data", text, "--dry-run", "--json")
+    shown = json.loads(done.stdout)
+    assert shown["workers"] == 3
+    assert [group["replicas"] for group in shown["run"]["plan"]["groups"]] == [[[0, 1]], [[2]]]
+    assert shown["run"]["drift_every"] == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_groups_that_keep_other_dense_states_are_refused(text: Path, tmp_path: Path) -> None:
+    schedule = ALONE.schedule.model_copy(update={"dense_state": "optimizer"})
+    sharded = ALONE.model_copy(update={"schedule": schedule})
+    dump(groups_plan((PAIR, [[0, 2]]), (sharded, [[3]])), tmp_path / "plan.yaml")
+    done = train(tmp_path / "plan.yaml", "--run-folder", tmp_path / "run", "--data", text, code=3)
+    assert "field groups: dense states optimizer, replicated: train shares one dense part" in done.stderr
+
+
+def test_what_works_on_one_group_says_so(hetermoe: Hetermoe, text: Path, tmp_path: Path) -> None:
+    dump(groups_plan((ALONE, [[0], [3]])), tmp_path / "plan.yaml")
+    train(tmp_path / "plan.yaml", "--run-folder", tmp_path / "run", "--data", text, "--steps", 4)
+    for words in (
+        ["calibrate", tmp_path / "run", "--dry-run"],
+        ["simulate", tmp_path / "plan.yaml", "--measured", tmp_path / "run"],
+    ):
+        refused = hetermoe(*words)
+        assert refused.code == 3
+        assert "groups" in refused.err
+        assert len(refused.err.strip().splitlines()) == 1

@@ -1,0 +1,103 @@
+"""Several groups side by side equal the plain single-device model: loss, every gradient and weight on every holder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from test_engine_equality import BIAS, CAPACITY, LOSSES, MIXED, MODEL, SIGMOID, Case, compare, hosts, reference, work
+from workers import run_workers
+
+from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.world import World
+
+ALL = list(range(MODEL.experts))
+
+
+@dataclass
+class Groups(Case):
+    """Layouts with the processes that each runs on; the dense part's state is the same in all."""
+
+    sequences: list[int] = field(default_factory=list)  # by process
+    placement: list[Any] = field(default_factory=list)
+    copies: Sequence[tuple[Case, list[int]]] = ()
+    dense_state: str = "replicated"
+
+    def __post_init__(self) -> None:
+        self.sequences = [0] * sum(len(processes) for _, processes in self.copies)
+        for case, processes in self.copies:
+            for count, process in zip(case.sequences, processes, strict=True):
+                self.sequences[process] = count
+
+    @property
+    def layout(self) -> World:  # type: ignore[override]
+        return World.side_by_side([(self._state(case.layout), processes) for case, processes in self.copies])
+
+    def _state(self, layout: Layout) -> Layout:
+        schedule = layout.schedule.model_copy(update={"dense_state": self.dense_state})
+        return layout.model_copy(update={"schedule": schedule})
+
+
+PAIR = Case([2, 0], hosts([], ALL), 2)
+ALONE = Case([1], hosts(ALL), 2)
+CASES = {
+    "1+1 twice": Groups(copies=[(PAIR, [0, 1]), (PAIR, [2, 3])]),
+    "1+1 and one alone": Groups(copies=[(Case([3, 0], hosts([], ALL), 2), [0, 2]), (ALONE, [1])]),
+    "two alone, one in a window at a time": Groups(
+        copies=[(ALONE, [1]), (Case([3], hosts(ALL), 2, schedule="sequential", recompute="all"), [0])]
+    ),
+    "experts elsewhere in each group": Groups(
+        copies=[
+            (Case([2, 0, 0], hosts([0], [2, 1], [5, 3, 4]), 2), [0, 1, 4]),
+            (Case([1, 0], hosts([4, 0, 2], [5, 1, 3]), 4, recompute="experts"), [2, 3]),
+        ]
+    ),
+    "replicated in one group": Groups(
+        copies=[
+            (Case([1, 1], hosts([1, 0], [2, 3], replicated=(5, 4)), 2), [0, 1]),
+            (Case([4, 0], hosts([], [5, 4, 3, 0, 1, 2]), 1), [2, 3]),
+        ],
+        features=SIGMOID,
+    ),
+    "replicated in both groups": Groups(
+        copies=[
+            (Case([1, 1], hosts([0, 1], [2, 3], replicated=(4, 5)), 2), [0, 2]),
+            (Case([2, 0], hosts([0], [1, 2, 3], replicated=(4, 5)), 2), [1, 3]),
+        ]
+    ),
+    "other orders in each group": Groups(
+        copies=[
+            (Case([1, 0], hosts([0, 1], [2, 3, 4, 5]), 4, schedule="windowed", expert_order="between"), [0, 1]),
+            (Case([2, 0], hosts([], ALL), 2, transfers="interleaved", recompute="all"), [2, 3]),
+        ],
+        features=BIAS | LOSSES | {"router_balance": "bias"},
+    ),
+    "four and one": Groups(
+        copies=[
+            (Case([2, 1, 0, 0], MIXED, 2, recompute="attention"), [0, 1, 2, 4]),
+            (Case([1], hosts(ALL), 2), [3]),
+        ],
+        features=CAPACITY | LOSSES,
+        documents="masked",
+    ),
+}
+SHARDED = Groups(
+    copies=[(Case([1, 1], hosts([0, 1, 2], [3, 4, 5]), 2), [0, 1]), (PAIR, [2, 3])], dense_state="optimizer"
+)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_groups_equal_the_single_device_reference(name: str) -> None:
+    case = CASES[name]
+    assert case.layout.sequences == 8
+    compare(case, run_workers(len(case.sequences), work, case))
+
+
+def test_optimizer_states_are_shared_out_over_all_groups() -> None:
+    ranks = run_workers(4, work, SHARDED)
+    for step, wanted in enumerate(reference(SHARDED)):
+        for found in (steps[step] for steps in ranks):
+            assert found.figures == pytest.approx(wanted.figures, rel=1e-12, abs=1e-12)
+            for name, weight in found.weights.items():
+                np.testing.assert_allclose(weight, wanted.weights[name], rtol=0, atol=1e-9, err_msg=name)
