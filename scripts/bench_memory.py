@@ -118,6 +118,14 @@ SHAPES = [
         schedule={"recompute": "experts"},
         precision="bf16",
     ),
+    Shape(
+        "dense-first",
+        {"layers": 2, "hidden_size": 512, "ffn_size": 768, "dense_layers": 4, "dense_ffn_size": 3072},
+        length=128,
+        sequences=[1, 1],
+        hosted=[3, 3],
+        precision="bf16",
+    ),
 ]
 
 
