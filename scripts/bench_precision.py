@@ -38,8 +38,8 @@ MODEL, TRAIN, CLUSTER = (
 )
 STEPS, SMOOTHED_STEPS, VALIDATION_BATCHES = 200, 20, 16
 ROUNDING = 2.0**-8  # unit round-off of bf16
-LARGEST = ROUNDING * math.log(256)
-AT_THE_END = LARGEST / 2
+LARGEST = round(ROUNDING * math.log(256), 4)
+AT_THE_END = round(LARGEST / 2, 4)
 ONE, OTHER = "cpu", "cpu-fp16"  # device types of this machine's cores
 WRITTEN = "Written by scripts/bench_precision.py."
 
