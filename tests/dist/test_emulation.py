@@ -12,6 +12,7 @@ from hetermoe_cli.cost.layout import RecordedLoad
 from hetermoe_cli.model.data import Batches
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.run import Emulation, RunSpec
+from hetermoe_cli.spec.train import DenseState
 from hetermoe_cli.trace import Span, Trace
 
 NOMINAL = make_model(layers=2, experts=4)
@@ -19,14 +20,14 @@ EXECUTED = make_model(layers=2, experts=4, hidden_size=16, ffn_size=16, head_siz
 STEPS, LENGTH, SCALE = 3, 32, 20.0
 
 
-def make_run(folder: Path, sequences: tuple[int, ...], hosted: tuple[int, ...]) -> RunSpec:
+def make_run(folder: Path, sequences: tuple[int, ...], hosted: tuple[int, ...], state: DenseState) -> RunSpec:
     """Tasks of 20 ms and more, so that their small real work fits."""
     profiles = {
         name: make_profile(name, model=NOMINAL, attention_seconds=1e-3 * slow, expert_seconds=4e-5 * slow,
                            head_seconds=2e-5, optimizer_seconds_per_parameter=1e-9)
         for name, slow in (("new", 1), ("old", 2))
     }  # fmt: skip
-    layout = make_layout(sequences, hosted, replicated=4 - sum(hosted))
+    layout = make_layout(sequences, hosted, replicated=4 - sum(hosted), dense_state=state)
     inputs = make_inputs(
         (("new", len(sequences) // 2), ("old", len(sequences) - len(sequences) // 2)),
         model=NOMINAL,
@@ -65,12 +66,20 @@ def work(rank: int, run: RunSpec) -> tuple[list[Span], list[np.ndarray], int]:
 
 
 @pytest.mark.parametrize(
-    ("sequences", "hosted"), [((1, 0), (0, 4)), ((2, 1), (1, 2)), ((1, 1, 0, 0), (0, 0, 2, 2))], ids=str
+    ("sequences", "hosted", "state"),
+    [
+        ((1, 0), (0, 4), "replicated"),
+        ((2, 1), (1, 2), "replicated"),
+        ((1, 1, 0, 0), (0, 0, 2, 2), "replicated"),
+        ((2, 1), (1, 2), "full"),
+        ((1, 1, 0), (0, 0, 4), "full"),
+    ],
+    ids=str,
 )
 def test_emulated_tasks_take_the_cost_of_their_rows(
-    tmp_path: Path, sequences: tuple[int, ...], hosted: tuple[int, ...]
+    tmp_path: Path, sequences: tuple[int, ...], hosted: tuple[int, ...], state: DenseState
 ) -> None:
-    run = make_run(tmp_path, sequences, hosted)
+    run = make_run(tmp_path, sequences, hosted, state)
     ranks = run_workers(len(sequences), work, run)
     emulated = Trace("emulated", [span for spans, _, _ in ranks for span in spans])
     overruns = sum(count for _, _, count in ranks)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from test_engine_equality import BIAS, LENGTH, MIXED, STEPS, TRAIN, Case, arrays, batches, hosts, reference, starve
+from test_sharded_states import whole_weights
 from workers import run_workers
 
 from hetermoe_cli.model.training_state import training_tensors
@@ -39,7 +40,8 @@ def work(rank: int, case: Case, placement: list[LayerPlacement] | None, dense_st
     schedule = case.layout.schedule.model_copy(update={"dense_state": dense_state})
     layout = case.layout.model_copy(update={"schedule": schedule})
     trainer = Trainer.build(case.model, layout, TRAIN, join(layout, "cpu"), sequence_length=LENGTH, precision="fp64")
-    starve(trainer.parts)
+    with whole_weights(trainer):
+        starve(trainer.parts)
     result = []
     for step in range(STEPS):
         found = trainer.step(batches(), step)
@@ -59,7 +61,7 @@ def work(rank: int, case: Case, placement: list[LayerPlacement] | None, dense_st
     return result
 
 
-@pytest.mark.parametrize(("name", "dense_state"), [*((name, "replicated") for name in CASES), (FIRST, "optimizer")])
+@pytest.mark.parametrize(("name", "dense_state"), [*((name, "replicated") for name in CASES), (FIRST, "optimizer"), (FIRST, "full")])
 def test_equals_the_reference_and_a_run_that_moves_nothing(name: str, dense_state: str) -> None:
     case, placement = CASES[name]
     expected = reference(case)

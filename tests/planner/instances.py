@@ -56,7 +56,8 @@ def random_choice(rng: random.Random, devices: int) -> Choice:
         sequences[rng.randrange(devices)] = 1
     name = rng.choice(["zebra", "zebra", "windowed", "sequential"])
     recompute = rng.choice(["none", "none", "none", "attention", "experts", "all"])
-    schedule = make_schedule(name, rng.randint(1, 4), recompute=recompute)
+    state = rng.choice(["replicated", "replicated", "optimizer", "full", "full"])
+    schedule = make_schedule(name, rng.randint(1, 4), recompute=recompute, dense_state=state)
     return Choice(schedule, tuple(sequences))
 
 

@@ -114,13 +114,11 @@ class CostModel(MemoryModel):
         """The part of it that follows a layer's backward: the dense part of the layer and its `replicated` experts.
 
         `layer` 0 brings the embedding and the dense layers with it, model.layers is the head. The gradients of a fully
-        sharded dense part are scattered by themselves, which is half an all-reduce.
+        sharded dense part are scattered, which moves half the bytes of an all-reduce.
         """
-        size, copies = self.segment_parameters(layer) * self.gradient_bytes, replicated * self.expert_gradient_bytes
-        if schedule.dense_state != "full":
-            return self.network.all_reduce_seconds(attending, size + copies)
-        scattered = self.network.all_reduce_seconds(attending, size) / 2
-        return scattered + self.network.all_reduce_seconds(attending, copies)
+        size = self.segment_parameters(layer) * self.gradient_bytes
+        share = 0.5 if schedule.dense_state == "full" else 1.0
+        return self.network.all_reduce_seconds(attending, share * size + replicated * self.expert_gradient_bytes)
 
     def gather_seconds(self, attending: Sequence[int], layer: int) -> float:
         """All-gather of a layer's sharded weights (of the head: model.layers), half an all-reduce."""

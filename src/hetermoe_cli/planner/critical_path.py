@@ -143,7 +143,7 @@ class _Walk:
             if number >= 0:
                 yield _Task(number, int(compute.ranks[other]))
         for index, places in compute.arrivals:
-            if places is None or place in places:
+            if everyone or places is None or place in places:
                 yield _Task(self._first + index, -1)
 
     def _latest(self, number: int, places: Places) -> _Task:
