@@ -187,3 +187,20 @@ def test_what_works_on_one_group_says_so(hetermoe: Hetermoe, text: Path, tmp_pat
         assert refused.code == 3
         assert "groups" in refused.err
         assert len(refused.err.strip().splitlines()) == 1
+
+
+def test_bench_compares_groups_with_one(hetermoe: Hetermoe, text: Path, tmp_path: Path) -> None:
+    plans = {
+        "groups": groups_plan((ALONE, [[0], [1]])),
+        "one": groups_plan((make_layout((2, 2), (3, 1), micro_batches=2), [[2, 3]])),
+    }
+    for name, plan in plans.items():
+        dump(plan, tmp_path / f"{name}.yaml")
+    files = [tmp_path / f"{name}.yaml" for name in plans]
+    options = ["--repeats", 1, "--steps", 3, "--warm-up", 1, "--data", text, "--output", tmp_path / "bench", "--json"]
+    done = hetermoe("bench", *files, *options)
+    assert done.code == 0, done.err
+    groups, one = json.loads(done.out)["entries"]
+    assert (groups["name"], one["name"]) == ("groups", "one")
+    assert groups["replayed_seconds"] > 0
+    assert groups["measured_seconds"] > 0
