@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,11 +137,25 @@ def test_devices_left_out_get_no_worker(hetermoe: Hetermoe, text: Path, tmp_path
     assert len(summary["memory"]["measured_bytes"]) == 2
     ranks = {path.name for path in (tmp_path / "run/traces").iterdir()}
     assert ranks == {"rank0.json", "rank1.json"}
-    compared = hetermoe(
-        "simulate", tmp_path / "plan.yaml", "--group", 0, "--measured", tmp_path / "run", "--json"
-    )  # its ranks are the group's own
-    assert compared.code == 0, compared.err
-    assert json.loads(compared.out)["comparison"]
+    compared = compare(hetermoe, tmp_path / "plan.yaml", 0, tmp_path / "run")
+    assert [row["rank"] for row in compared["ranks"]] == [0, 1]  # the group's own
+
+
+def compare(hetermoe: Hetermoe, plan_file: Path, group: int, folder: Path) -> dict[str, Any]:
+    """What `simulate` says of a group beside its run."""
+    done = hetermoe("simulate", plan_file, "--group", group, "--measured", folder, "--json")
+    assert done.code == 0, done.err
+    found: dict[str, Any] = json.loads(done.out)
+    assert found["comparison"]["ratio"] > 0
+    return found
+
+
+def test_every_group_can_be_compared_with_its_run(hetermoe: Hetermoe, text: Path, tmp_path: Path) -> None:
+    dump(groups_plan((ALONE, [[1]]), (PAIR, [[0, 3]])), tmp_path / "plan.yaml")
+    train(tmp_path / "plan.yaml", "--run-folder", tmp_path / "run", "--data", text)
+    for group, ranks in ((0, [0]), (1, [0, 1])):
+        found = compare(hetermoe, tmp_path / "plan.yaml", group, tmp_path / "run")
+        assert [row["rank"] for row in found["ranks"]] == ranks
 
 
 def test_dry_run_shows_the_workers_of_all_groups(text: Path, tmp_path: Path) -> None:
@@ -172,3 +187,20 @@ def test_what_works_on_one_group_says_so(hetermoe: Hetermoe, text: Path, tmp_pat
         assert refused.code == 3
         assert "groups" in refused.err
         assert len(refused.err.strip().splitlines()) == 1
+
+
+def test_bench_compares_groups_with_one(hetermoe: Hetermoe, text: Path, tmp_path: Path) -> None:
+    plans = {
+        "groups": groups_plan((ALONE, [[0], [1]])),
+        "one": groups_plan((make_layout((2, 2), (3, 1), micro_batches=2), [[2, 3]])),
+    }
+    for name, plan in plans.items():
+        dump(plan, tmp_path / f"{name}.yaml")
+    files = [tmp_path / f"{name}.yaml" for name in plans]
+    options = ["--repeats", 1, "--steps", 3, "--warm-up", 1, "--data", text, "--output", tmp_path / "bench", "--json"]
+    done = hetermoe("bench", *files, *options)
+    assert done.code == 0, done.err
+    groups, one = json.loads(done.out)["entries"]
+    assert (groups["name"], one["name"]) == ("groups", "one")
+    assert groups["replayed_seconds"] > 0
+    assert groups["measured_seconds"] > 0

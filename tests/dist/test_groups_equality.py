@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_engine_equality import BIAS, CAPACITY, LOSSES, MIXED, MODEL, SIGMOID, Case, compare, hosts, reference, work
+from test_engine_equality import BIAS, CAPACITY, LENGTH, LOSSES, MIXED, MODEL, SIGMOID, Case, batches, compare, hosts, reference, work
 from workers import run_workers
 
+from hetermoe_cli.schedule.action import Kind
+from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.world import World
+from hetermoe_cli.trace import LANES, Span, display_name
 
 ALL = list(range(MODEL.experts))
 
@@ -101,3 +104,26 @@ def test_optimizer_states_are_shared_out_over_all_groups() -> None:
             assert found.figures == pytest.approx(wanted.figures, rel=1e-12, abs=1e-12)
             for name, weight in found.weights.items():
                 np.testing.assert_allclose(weight, wanted.weights[name], rtol=0, atol=1e-9, err_msg=name)
+
+
+def spans_of_a_step(rank: int, case: Groups) -> list[Span]:
+    from hetermoe_cli.runtime.mesh import join
+    from hetermoe_cli.runtime.trainer import Trainer
+
+    mesh = join(case.layout, "cpu")
+    trainer = Trainer.build(case.model, case.layout, case.train, mesh, sequence_length=LENGTH, precision="fp64")
+    trainer.step(batches(), 0, record=True)
+    return trainer.clock.spans
+
+
+def test_gradients_are_summed_by_their_lane_as_scheduled_on_hosts_too() -> None:
+    case = CASES["experts elsewhere in each group"]
+    world = case.layout
+    schedules = training_schedules(world)
+    for process, spans in enumerate(run_workers(world.size, spans_of_a_step, case)):
+        copy, rank = world.seat(process)
+        names = [span.name for span in spans if span.lane == LANES[3]]
+        reduces = [t for t in schedules[copy].transfers_of(rank) if t.kind is Kind.REDUCE]
+        assert names == [display_name(t) for t in reduces]
+        assert len(reduces) == MODEL.layers + (process in world.attending)  # hosts have no part in the head's
+        assert {span.rank for span in spans} == {process}

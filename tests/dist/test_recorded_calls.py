@@ -6,11 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 from test_engine_equality import CASES, LENGTH, TRAIN, Case, batches
+from test_groups_equality import CASES as GROUPS
+from test_groups_equality import SHARDED
 from workers import run_workers
 
-from hetermoe_cli.runtime.calls import COMMUNICATORS, WIDEST, Call, calls_of
-from hetermoe_cli.schedule.lower import training_schedule
+from hetermoe_cli.runtime.calls import COMMUNICATORS, WIDEST, Call, calls_of, lane_name, share_name
+from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.world import World
 
 Recorded = tuple[str, str, int, str, int]  # communicator, operation, peer, dtype, elements
 NAMES = [
@@ -34,15 +37,16 @@ def laid_out(case: Case, state: str) -> Layout:
     return layout.model_copy(update={"schedule": layout.schedule.model_copy(update={"dense_state": state})})
 
 
-def work(rank: int, case: Case, layout: Layout, ordered: bool) -> tuple[list[Recorded], np.ndarray, float]:
+def work(rank: int, case: Case, layout: Layout | World, ordered: bool) -> tuple[list[Recorded], np.ndarray, float]:
     import torch.distributed as dist
 
     from hetermoe_cli.runtime.mesh import join
     from hetermoe_cli.runtime.trainer import Trainer
 
-    mesh = replace(join(layout, "cpu"), ordered=ordered)
-    names = {id(mesh.to_experts): COMMUNICATORS[1], id(mesh.from_experts): COMMUNICATORS[2], id(None): COMMUNICATORS[0]}
-    names[id(mesh.attending)] = COMMUNICATORS[3] if mesh.attending is not None else COMMUNICATORS[0]
+    mesh, world = replace(join(layout, "cpu"), ordered=ordered), World.of(layout)
+    lanes = [lane_name(world, world.seat(rank)[0], lane) for lane in (1, 2)]
+    names = {id(mesh.to_experts): lanes[0], id(mesh.from_experts): lanes[1], id(None): COMMUNICATORS[0]}
+    names |= {id(group): share_name(world, holders) for holders, group in mesh.shared.items()}
     found: list[Recorded] = []
     batch, reduce, gather = dist.batch_isend_irecv, dist.all_reduce, dist.all_gather_into_tensor
 
@@ -67,15 +71,15 @@ def work(rank: int, case: Case, layout: Layout, ordered: bool) -> tuple[list[Rec
     return found, trainer.engine.counts, loss
 
 
-def expected(calls: list[Call], layout: Layout, rank: int, counts: list[np.ndarray], width: int) -> list[Call]:
+def expected(calls: list[Call], world: World, rank: int, counts: list[np.ndarray], width: int) -> list[Call]:
     """The derived calls with the sizes of the rows really routed, less empty messages."""
-    result = []
+    result, replica = [], world.replica_of(rank)
     for call in calls:
         size = call.size
         if call.payload == "rows":
             ends = (rank, call.peer) if call.operation == "send" else (call.peer, rank)
             source, host = ends if call.action.towards_experts else ends[::-1]
-            experts = layout.placement[call.action.layer].experts[host]
+            experts = replica.layout.placement[call.action.layer].experts[replica.processes.index(host)]
             size = width * int(counts[source][call.action.layer, call.action.micro_batch, experts].sum())
         if size != 0:
             result.append(call._replace(size=size))
@@ -85,19 +89,35 @@ def expected(calls: list[Call], layout: Layout, rank: int, counts: list[np.ndarr
 @pytest.mark.parametrize("ordered", [False, True], ids=["lanes", "ordered"])
 @pytest.mark.parametrize(("name", "state"), STATES)
 def test_the_engine_calls_what_was_derived(name: str, state: str, ordered: bool) -> None:
-    case = CASES[name]
-    layout, width = laid_out(case, state), case.model.hidden_size
-    ranks = run_workers(layout.world_size, work, case, layout, ordered)
-    schedule = training_schedule(layout)
+    check_calls(CASES[name], laid_out(CASES[name], state), ordered)
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["lanes", "ordered"])
+@pytest.mark.parametrize("name", ["experts elsewhere in each group", "four and one", "other orders in each group", ""])
+def test_groups_call_what_was_derived(name: str, ordered: bool) -> None:
+    """NCCL's one order over all communicators, those that groups share among them."""
+    case = GROUPS[name] if name else SHARDED
+    check_calls(case, case.layout, ordered)
+
+
+def check_calls(case: Case, layout: Layout | World, ordered: bool) -> None:
+    """One step of all workers, each against its derived list."""
+    world, width = World.of(layout), case.model.hidden_size
+    ranks = run_workers(world.size, work, case, layout, ordered)
+    schedules = training_schedules(world)
     reduced: dict[object, set[int]] = {}
     for rank, (found, _, loss) in enumerate(ranks):
         assert loss == ranks[0][2]
         derived = expected(
-            calls_of(schedule, layout, rank, "fp64"), layout, rank, [counts for _, counts, _ in ranks], width
+            calls_of(schedules[world.seat(rank)[0]], world, rank, "fp64"),
+            world,
+            rank,
+            [counts for _, counts, _ in ranks],
+            width,
         )
         if not ordered:  # lanes call when they can: each in its own order
-            found = sorted(found, key=lambda call: COMMUNICATORS.index(call[0]))
-            derived = sorted(derived, key=lambda call: COMMUNICATORS.index(call.communicator))
+            found = sorted(found, key=lambda call: call[0])
+            derived = sorted(derived, key=lambda call: call.communicator)
         assert len(found) == len(derived)
         for (communicator, operation, peer, dtype, size), call in zip(found, derived, strict=True):
             names = "fp64" if call.dtype in ("float64", WIDEST) else call.dtype

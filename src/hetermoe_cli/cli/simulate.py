@@ -40,6 +40,7 @@ def simulate(
     _check_suffix(placement_picture, "--placement-picture")
 
     from hetermoe_cli.cost import CostModel, LayoutCost
+    from hetermoe_cli.launch.started import started_plan
     from hetermoe_cli.report.comparison import compare
     from hetermoe_cli.report.groups import group_plan, is_whole, replay_plan
     from hetermoe_cli.report.iteration import summarise
@@ -56,12 +57,13 @@ def simulate(
             raise UserError(f"{plan}: it has several groups: choose one with --group 0 to {len(spec.groups) - 1}")
         _simulate_groups(spec, trace, json_output)
         return
-    run = read_measured(measured, spec) if measured else None
+    whole, spec = spec, spec if group is None else group_plan(spec, group)
+    run = read_measured(measured, started_plan(whole), group or 0) if measured else None
+    rows = run.load if run else None
     if group is None:
-        cost = LayoutCost(CostModel(spec.inputs), spec.layout, run.load if run else None)
+        cost = LayoutCost(CostModel(spec.inputs), spec.layout, rows)
     else:
-        whole, spec = spec, group_plan(spec, group)
-        cost = replay_plan(whole).cost_of(group)
+        cost = replay_plan(whole).cost_of(group, rows)
     order = training_schedule(spec.layout, cost.copies)
     predicted = replay(cost, order)
     iteration = summarise(spec, predicted)

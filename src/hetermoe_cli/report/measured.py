@@ -1,6 +1,6 @@
 """Measured: the traces of a run, brought to the seconds of its plan."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,15 +22,20 @@ class Measured(NamedTuple):
     load: "Load | None" = None
 
 
-def read_measured(paths: Sequence[Path], plan: Plan) -> Measured:
+def read_measured(paths: Sequence[Path], plan: Plan, group: int = 0) -> Measured:
     """Traces of a run folder (RUN/traces/rank*.json) or single trace files, in the plan's (nominal) seconds.
 
-    UserError if there are none, if the run is of another plan, or if an emulated run's time scale is unknown.
+    `plan` is what was trained, with no device left out; of several groups those of `group`, its first replica, on its
+    local ranks. UserError if there are none, if the run is of another plan, or if an emulated run's time scale is
+    unknown.
     """
     files = [file for path in paths for file in _files(path)]
     trace = read_trace(files)
-    _check_ranks(trace, files[0], plan.layout.world_size)
+    _check_ranks(trace, files[0], plan.world.size)
     run = _run_of(files[0], plan)
+    ranks = plan.groups[group].replicas[0]
+    trace = _renumbered(trace, {rank: number for number, rank in enumerate(ranks)})
+    copy, _ = plan.world.seat(ranks[0])
     notes = []
     if trace.origin == "emulated":
         if not run:
@@ -39,7 +44,7 @@ def read_measured(paths: Sequence[Path], plan: Plan) -> Measured:
         notes.append(f"emulated seconds are divided by the run's time scale, {run.time_scale:.4g}")
     load, assumed = None, plan.inputs.expert_load
     if run and (run.router == "learned" or assumed):
-        load = _recorded(run, trace)
+        load = _recorded(run, trace, copy)
         if load:
             sent = f"the expert rows that the {run.router} router sent in the median traced step"
             notes.append(f"the prediction replays {sent}")
@@ -49,12 +54,18 @@ def read_measured(paths: Sequence[Path], plan: Plan) -> Measured:
     return Measured(trace, notes, load)
 
 
-def _recorded(run: "RunSpec", trace: Trace) -> "Load | None":
-    """The load of the traced step of median length; None if the run folder holds no loads."""
+def _renumbered(trace: Trace, place: Mapping[int, int]) -> Trace:
+    """Only the spans of some ranks, under other numbers."""
+    spans = [span._replace(rank=place[span.rank]) for span in trace.spans if span.rank in place]
+    return Trace(trace.origin, spans, trace.starts)
+
+
+def _recorded(run: "RunSpec", trace: Trace, copy: int) -> "Load | None":
+    """A copy's load of the traced step of median length; None if the run folder holds no loads."""
     from hetermoe_cli.report.run_figures import recorded_load
 
     steps = median_step(trace).step_seconds()
-    return recorded_load(run, next(iter(steps))) if steps else None
+    return recorded_load(run, next(iter(steps)), copy) if steps else None
 
 
 def _files(path: Path) -> list[Path]:
@@ -84,7 +95,7 @@ def _run_of(file: Path, plan: Plan) -> "RunSpec | None":
     run = load(RunSpec, path)
     if run.rebalanced and run.layout != plan.layout:
         raise UserError(f"{path}: field rebalanced: its experts had moved when it was traced: no plan has that layout")
-    if (run.plan.inputs_sha256, run.plan.layout) != (plan.inputs_sha256, plan.layout):
+    if (run.plan.inputs_sha256, run.plan.groups) != (plan.inputs_sha256, plan.groups):
         raise UserError(f"{path}: field plan: another plan than the one given: name the plan that was trained")
     return run
 

@@ -125,8 +125,13 @@ def _sums(world: World, action: Action, process: int, exchange: str, dense: bool
     for share in world.shares(action.layer):
         holders = share.holders
         if process in holders and len(holders) > 1 and (share.experts or dense):
-            name = COMMUNICATORS[3] if holders == world.attending else f"holders {', '.join(map(str, holders))}"
+            name = share_name(world, holders)
             yield Call(name, action, "gradients", "all-reduce", -1, exchange, members=holders)
+
+
+def share_name(world: World, holders: tuple[int, ...]) -> str:
+    """The communicator of processes that hold the same parameters."""
+    return COMMUNICATORS[3] if holders == world.attending else f"holders {', '.join(map(str, holders))}"
 
 
 def lane_name(world: World, number: int, lane: int) -> str:

@@ -45,7 +45,7 @@ class DriftMonitor:
 
     def __init__(self, run: RunSpec, mesh: Mesh) -> None:
         self._mesh = mesh
-        device = run.plan.inputs.devices()[mesh.rank]
+        device = run.plan.inputs.devices()[mesh.process]
         measured = run.emulation is None and run.plan.inputs.profiles[device.type].source == "measured"
         self._timed = measured and mesh.device.type == "cpu"
         self._told: Drift | None = None
