@@ -173,7 +173,7 @@ def test_groups_that_keep_other_dense_states_are_refused(text: Path, tmp_path: P
     sharded = ALONE.model_copy(update={"schedule": schedule})
     dump(groups_plan((PAIR, [[0, 2]]), (sharded, [[3]])), tmp_path / "plan.yaml")
     done = train(tmp_path / "plan.yaml", "--run-folder", tmp_path / "run", "--data", text, code=3)
-    assert "field groups: dense states optimizer, replicated: train shares one dense part" in done.stderr
+    assert "field groups: dense_state optimizer, replicated: train shares one dense part" in done.stderr
 
 
 def test_what_works_on_one_group_says_so(hetermoe: Hetermoe, text: Path, tmp_path: Path) -> None:

@@ -89,20 +89,16 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
 
 
 def _check_groups(plan: Plan, source: Path, options: TrainOptions) -> None:
+    if plan.group_count == 1:
+        return
     states = {group.schedule.dense_state for group in plan.groups}
-    for number, group in enumerate(plan.groups):
-        if group.schedule.dense_state == "full":
-            raise UserError(
-                f"{source}: field groups.{number}.schedule.dense_state: full: it can be planned and simulated, but "
-                "train holds the dense part's weights on every attending rank: plan with train.dense_state: optimizer"
-            )
-    if len(states) > 1:
+    if len(states) > 1 or "full" in states:
         raise UserError(
-            f"{source}: field groups: dense states {', '.join(sorted(states))}: train shares one dense part over all "
-            "groups: plan with train.dense_state: replicated or optimizer"
+            f"{source}: field groups: dense_state {', '.join(sorted(states))}: train shares one dense part over all "
+            "groups, not fully sharded: plan with train.dense_state: replicated or optimizer, or with --max-groups 1"
         )
     for option, asked in (("--rebalance", options.rebalance), ("--emulate", options.emulate is not None)):
-        if asked and plan.group_count > 1:
+        if asked:
             raise UserError(
                 f"{source}: field groups: {plan.group_count} of them: {option} works on one group: leave it out, or "
                 "plan --max-groups 1"
