@@ -89,16 +89,6 @@ def test_what_needs_one_group_says_so_in_one_line(
     assert len(error.strip().splitlines()) == 1
 
 
-def test_train_refuses_a_sharded_dense_part(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    layout = make_layout()
-    schedule = layout.schedule.model_copy(update={"dense_state": "full"})
-    dump(make_plan(make_inputs(), layout.model_copy(update={"schedule": schedule})), tmp_path / "plan.yaml")
-    assert hetermoe(monkeypatch, "train", tmp_path / "plan.yaml") == 3
-    assert "field groups.0.schedule.dense_state: full: it can be planned" in capsys.readouterr().err
-
-
 def files(folder: Path, edit: Any = None) -> list[object]:
     """Arguments of `plan` for a small cluster with prices."""
     inputs = make_inputs(NODES, global_batch_sequences=4)
