@@ -77,13 +77,14 @@ class Trainer:
     def lay_out(self, world: World, engine: Engine) -> None:
         """Run this rank's part of `world` with `engine` from the next step on; parts and optimizer hold what it
         needs."""
-        replica, copies, parts = world.replica_of(self.mesh.process), len(world.replicas), self.parts
-        self.world, self.layout, self.engine = world, replica.layout, engine
-        layout, process = replica.layout, self.mesh.process
-        own = [] if copies > 1 else parts.hosted_parameters()
-        shared, holdings = parts.shared_segments(hosted=copies > 1), parts.holdings(world, process)
+        parts, process, alone = self.parts, self.mesh.process, len(world.replicas) == 1
+        replica = world.replica_of(process)
+        layout = replica.layout
+        self.world, self.layout, self.engine = world, layout, engine
+        own = parts.hosted_parameters() if alone else []
+        shared, holdings = parts.shared_segments(hosted=not alone), parts.holdings(world, process)
         self.gradients = Gradients(shared, own, self.mesh, parts.exchange, holdings)
-        self._schedule = training_schedule(layout, copies)
+        self._schedule = training_schedule(layout, len(world.replicas))
         self._last_of_runs = last_of_runs(self._schedule.compute[self.mesh.rank])
         self._validation = validation_schedule(layout)
         self._first = replica.first + sum(layout.sequences_per_rank[: self.mesh.rank])
