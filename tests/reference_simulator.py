@@ -26,7 +26,10 @@ def waits(schedule: Schedule, layers: int, ports: Callable[[Action], object]) ->
         used = [("port", port) for port in ports(action)]  # type: ignore[attr-defined]
         used += [(action.lane, rank) for rank in participants(schedule, action)]
         found = [last[key] for key in used if key in last]
-        found += [(rank, source) for source in schedule.sources(action, layers) for rank in schedule.senders[action]]
+        makers = [*schedule.sources(action, layers)]
+        if action.kind is Kind.REDUCE:  # of ranks that hold experts of the layer
+            makers.append(Action(Kind.EXPERT, action.direction, action.layer, action.micro_batch))
+        found += [(rank, source) for source in makers for rank in schedule.senders[action]]
         result[-1, action] = [task for task in found if task in result]
         last |= dict.fromkeys(used, (-1, action))
     return result

@@ -267,7 +267,7 @@ def test_every_span_is_that_of_the_plainest_replay(
         counts = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 50, size)
         counts[np.array(layout.sequences_per_rank) == 0] = 0
         cost = LayoutCost(cost.cost, layout, RecordedLoad(counts, 1.5))
-    schedule = training_schedule(layout)
+    schedule = training_schedule(layout, data.draw(st.integers(1, 2), label="groups"))
     rank = data.draw(st.integers(0, world - 1))
     order = swapped(schedule.compute[rank], data) if data.draw(st.booleans()) else schedule.compute[rank]
     schedule = replace(schedule, compute=(*schedule.compute[:rank], order, *schedule.compute[rank + 1 :]))

@@ -204,3 +204,14 @@ def test_bench_compares_groups_with_one(hetermoe: Hetermoe, text: Path, tmp_path
     assert (groups["name"], one["name"]) == ("groups", "one")
     assert groups["replayed_seconds"] > 0
     assert groups["measured_seconds"] > 0
+
+
+def test_groups_are_emulated(text: Path, tmp_path: Path) -> None:
+    dump(groups_plan((ALONE, [[0]]), (PAIR, [[1, 3]])), tmp_path / "plan.yaml")
+    options = ("--emulate", "--executed-sequence-length", 16, "--steps", 3, "--router", "balanced", "--json")
+    done = train(tmp_path / "plan.yaml", "--run-folder", tmp_path / "run", "--data", text, *options)
+    summary = json.loads(done.stdout)
+    assert summary["emulated"]
+    assert summary["measured_seconds"] == pytest.approx(summary["predicted_seconds"], rel=0.2)
+    trace = json.loads((tmp_path / "run/traces/rank2.json").read_text())
+    assert trace["otherData"]["origin"] == "emulated"

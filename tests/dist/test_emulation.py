@@ -11,9 +11,12 @@ from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.cost.layout import RecordedLoad
 from hetermoe_cli.model.data import Batches
 from hetermoe_cli.simulator import simulate
+from hetermoe_cli.planner.cluster.replayed import Replayed, replay_groups
+from hetermoe_cli.schedule.lower import training_schedules
+from hetermoe_cli.spec.plan import Group, Plan
 from hetermoe_cli.spec.run import Emulation, RunSpec
 from hetermoe_cli.spec.train import DenseState
-from hetermoe_cli.trace import Span, Trace
+from hetermoe_cli.trace import LANES, Span, Trace, display_name
 
 NOMINAL = make_model(layers=2, experts=4)
 EXECUTED = make_model(layers=2, experts=4, hidden_size=16, ffn_size=16, head_size=4)
@@ -48,13 +51,13 @@ def work(rank: int, run: RunSpec) -> tuple[list[Span], list[np.ndarray], int]:
     from hetermoe_cli.runtime.emulator import EmulatedClock
     from hetermoe_cli.runtime.mesh import common_moment, join
     from hetermoe_cli.runtime.trainer import Trainer
-    from hetermoe_cli.schedule.lower import training_schedule
+    from hetermoe_cli.schedule.lower import training_schedules
 
-    layout = run.plan.layout
-    mesh = join(layout, "cpu")
+    world = run.world
+    mesh = join(world, "cpu")
     train = run.plan.inputs.train
-    trainer = Trainer.build(run.model, layout, train, mesh, sequence_length=LENGTH, precision="fp32")
-    clock = trainer.clock = EmulatedClock(run, training_schedule(layout), rank)
+    trainer = Trainer.build(run.model, world, train, mesh, sequence_length=LENGTH, precision="fp32")
+    clock = trainer.clock = EmulatedClock(run, training_schedules(world)[world.seat(rank)[0]], rank)
     tokens = np.random.default_rng(0).integers(0, 256, 4000).astype(np.uint8)
     batches = Batches(tokens, LENGTH, train.global_batch_sequences, 0)
     counts = []
@@ -100,3 +103,45 @@ def test_emulated_tasks_take_the_cost_of_their_rows(
         if not overruns and step == 0:  # later steps overlap the optimizer of the one before
             assert measured == pytest.approx(simulated.seconds * SCALE, rel=0.02)
     assert exact >= total - overruns
+
+
+def grouped(run: RunSpec, groups: list[Group]) -> tuple[RunSpec, Replayed]:
+    """The run with `groups` in place of its layout, and their replay."""
+    cluster = run.plan.inputs.cluster
+    nodes = [node.model_copy(update={"nics": node.devices}) for node in cluster.nodes]  # groups share no NIC
+    inputs = run.plan.inputs.model_copy(update={"cluster": cluster.model_copy(update={"nodes": nodes})})
+    changes = {"groups": groups, "max_groups": None, "inputs": inputs}
+    plan = Plan.model_validate(run.plan.model_copy(update=changes).model_dump())
+    return run.model_copy(update={"plan": plan}), replay_groups(plan.inputs, groups)
+
+
+def test_groups_sum_their_gradients_when_the_last_of_them_is_ready(tmp_path: Path) -> None:
+    """Unequal groups: every R ends at one moment in both."""
+    run = make_run(tmp_path, (3, 0, 0), (0, 4, 0))
+    groups = [
+        Group.of(make_layout((2, 0), (0, 4)), [[0, 2]]),
+        Group.of(make_layout((1,), (4,)), [[1]]),
+    ]
+    run, replayed = grouped(run, groups)
+    ranks = run_workers(3, work, run)
+    schedules = training_schedules(run.world)
+    assert [len({span.rank for span in spans}) for spans, _, _ in ranks] == [1, 1, 1]
+    overruns = sum(count for _, _, count in ranks)
+    for step in range(STEPS):
+        ends: dict[str, set[float]] = {}
+        for rank, (spans, _, _) in enumerate(ranks):
+            mine = [span for span in spans if span.step == step]
+            schedule = schedules[run.world.seat(rank)[0]]
+            local = run.world.replica_of(rank).processes.index(rank)
+            tasks = [*schedule.compute[local], *schedule.transfers_of(local)]
+            assert sorted(span.name for span in mine) == sorted(map(display_name, tasks))
+            for span in mine:
+                if span.lane == LANES[3]:
+                    ends.setdefault(span.name, set()).add(round(span.end, 9))
+        assert len(ends) == 3  # two layers and the head
+        assert all(len(found) == 1 for found in ends.values()), ends
+    seconds = Trace("emulated", [span for spans, _, _ in ranks for span in spans]).step_seconds()[0]
+    if not overruns:  # the pair is the last one throughout, so that its replay is right
+        slow, fast = (g.computed for g in replayed.groups)
+        assert slow > fast
+        assert seconds == pytest.approx(replayed.seconds * SCALE, rel=0.05)

@@ -6,9 +6,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_engine_equality import BIAS, CAPACITY, LENGTH, LOSSES, MIXED, MODEL, SIGMOID, Case, batches, compare, hosts, reference, work
+from single_device import trained
+from test_engine_equality import (
+    BIAS,
+    CAPACITY,
+    LENGTH,
+    LOSSES,
+    MIXED,
+    MODEL,
+    SIGMOID,
+    Case,
+    arrays,
+    batches,
+    compare,
+    hosts,
+    reference,
+    work,
+)
 from workers import run_workers
 
+from hetermoe_cli.model.training_state import training_shapes, training_tensors
 from hetermoe_cli.schedule.action import Kind
 from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.spec.layout import Layout
@@ -127,3 +144,31 @@ def test_gradients_are_summed_by_their_lane_as_scheduled_on_hosts_too() -> None:
         assert names == [display_name(t) for t in reduces]
         assert len(reduces) == MODEL.layers + (process in world.attending)  # hosts have no part in the head's
         assert {span.rank for span in spans} == {process}
+
+
+def trained_states(rank: int, case: Groups, precisions: tuple[str, ...]) -> tuple[list[float], dict[str, np.ndarray]]:
+    """Losses, and masters with moments after three steps."""
+    from hetermoe_cli.runtime.mesh import join
+    from hetermoe_cli.runtime.trainer import Trainer
+
+    mesh = join(case.layout, "cpu")
+    trainer = Trainer.build(
+        case.model, case.layout, case.train, mesh, sequence_length=LENGTH, precision="bf16", rank_precisions=precisions
+    )
+    losses = [trainer.step(batches(), step).loss for step in range(3)]
+    return losses, arrays(training_tensors(trainer.parts, trainer.optimizer))
+
+
+def test_holders_step_alike_where_groups_compute_in_other_precisions() -> None:
+    """To the bit: gradients are kept and summed in one precision, masters are in fp32 everywhere."""
+    case = CASES["experts elsewhere in each group"]
+    ranks = run_workers(5, trained_states, case, ("bf16", "fp32", "bf16", "fp32", "bf16"))
+    _, _, wanted = trained(case.train)
+    seen: dict[str, np.ndarray] = {}
+    for losses, states in ranks:
+        assert losses == ranks[0][0]
+        for name, value in states.items():
+            assert value.dtype == np.float32
+            np.testing.assert_array_equal(value, seen.setdefault(name, value), err_msg=name)
+    assert seen.keys() == training_shapes(MODEL).keys()
+    assert ranks[0][0] == pytest.approx(wanted, rel=0.02)

@@ -8,12 +8,13 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.launch.preflight import check_devices
 from hetermoe_cli.launch.started import started_plan
 from hetermoe_cli.model.data import VOCAB_SIZE, Batches, Corpus, load_corpus
+from hetermoe_cli.planner.cluster.replayed import group_cost
 from hetermoe_cli.runtime.calls import check
 from hetermoe_cli.runtime.recorder import CHECKPOINTS, METRICS
 from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.spec.files import load
 from hetermoe_cli.spec.model import ROUTER_FIELDS, ModelConfig
-from hetermoe_cli.spec.plan import Plan
+from hetermoe_cli.spec.plan import Group, Inputs, Plan
 from hetermoe_cli.spec.profile import Precision
 from hetermoe_cli.spec.run import Emulation, RunSpec
 
@@ -97,12 +98,11 @@ def _check_groups(plan: Plan, source: Path, options: TrainOptions) -> None:
             f"{source}: field groups: dense_state {', '.join(sorted(states))}: train shares one dense part over all "
             "groups, not fully sharded: plan with train.dense_state: replicated or optimizer, or with --max-groups 1"
         )
-    for option, asked in (("--rebalance", options.rebalance), ("--emulate", options.emulate is not None)):
-        if asked:
-            raise UserError(
-                f"{source}: field groups: {plan.group_count} of them: {option} works on one group: leave it out, or "
-                "plan --max-groups 1"
-            )
+    if options.rebalance:
+        raise UserError(
+            f"{source}: field groups: {plan.group_count} of them: --rebalance works on one group: leave it out, or "
+            "plan --max-groups 1"
+        )
 
 
 def _check_text(run: RunSpec, corpus: Corpus) -> None:
@@ -162,13 +162,16 @@ def automatic_time_scale(plan: Plan) -> float:
     SHORTEST_EMULATED_SECONDS for all attention and expert tasks but the shortest ones, which together take at most
     SHORT_SHARE of any rank's; those get LEAST_EMULATED_SECONDS.
     """
-    from hetermoe_cli.cost import CostModel, LayoutCost, balanced_load
+    return max(_group_time_scale(plan.inputs, group) for group in plan.groups)
+
+
+def _group_time_scale(inputs: Inputs, group: Group) -> float:
+    from hetermoe_cli.cost import LayoutCost, balanced_load
     from hetermoe_cli.schedule.action import Kind
 
-    model = CostModel(plan.inputs)
-    cost = LayoutCost(model, plan.layout, balanced_load(model, plan.layout))  # an expert may be assumed to get no row
-    scale = 0.0
-    for rank, order in enumerate(training_schedule(plan.layout).compute):
+    model, layout, scale = group_cost(inputs, group), group.layout, 0.0
+    cost = LayoutCost(model, layout, balanced_load(model, layout))  # an expert may be assumed to get no row
+    for rank, order in enumerate(training_schedule(layout).compute):
         tasks = sorted(cost.seconds(rank, a) for a in order if a.kind in (Kind.ATTENTION, Kind.EXPERT))
         sums = itertools.accumulate(tasks)
         common = next((task for task, taken in zip(tasks, sums, strict=True) if taken > SHORT_SHARE * sum(tasks)), None)

@@ -6,7 +6,7 @@ overwrites nothing that another still reads.
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from hetermoe_cli.runtime.mesh import PeerLost, barrier, peer_errors
-from hetermoe_cli.schedule.action import Action
-from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.world import World
 
 _POLL_SECONDS = 0.0002
 _POLLS_PER_CHECK = 500
@@ -24,20 +23,24 @@ _BANKS = 2
 
 
 class Board:
-    """Stamps [bank, task, world] in seconds and counts [bank, layer, micro-batch, world, experts] in real rows."""
+    """Stamps [bank, task, world] in seconds and counts [bank, layer, micro-batch, world, experts] in real rows.
 
-    def __init__(self, path: Path, layout: Layout, tasks: Sequence[Action], rank: int) -> None:
+    Ranks are processes; `tasks` hold all that some rank posts.
+    """
+
+    def __init__(self, path: Path, world: World, tasks: Iterable[Hashable], rank: int) -> None:
         """Collective: rank 0 creates the file, the others open it."""
         self._rank = rank
-        self._task = {action: index for index, action in enumerate(tasks)}
-        stamps = (_BANKS, len(tasks), layout.world_size)
-        counts = (_BANKS, layout.layers, layout.micro_batches, layout.world_size, layout.experts)
+        self._task = {task: index for index, task in enumerate(dict.fromkeys(tasks))}
+        stamps = (_BANKS, len(self._task), world.size)
+        micro_batches = max(replica.layout.micro_batches for replica in world.replicas)
+        counts = (_BANKS, world.layers, micro_batches, world.size, world.experts)
         sizes = [8 * int(np.prod(stamps)), 8 * int(np.prod(stamps)), 8 * int(np.prod(counts))]
         if rank == 0:
             path.write_bytes(bytes(sum(sizes)))
         barrier()
         memory = np.memmap(path, dtype=np.uint8, mode="r+", shape=(sum(sizes),))
-        pids = torch.zeros(layout.world_size, dtype=torch.int64)
+        pids = torch.zeros(world.size, dtype=torch.int64)
         pids[rank] = os.getpid()
         with peer_errors():
             dist.all_reduce(pids)
@@ -48,13 +51,13 @@ class Board:
         self._valid_for = memory[sizes[0] : sizes[0] + sizes[1]].view(np.int64).reshape(stamps)
         self._counts = memory[sizes[0] + sizes[1] :].view(np.int64).reshape(counts)
 
-    def post(self, step: int, task: Action, seconds: float) -> None:
+    def post(self, step: int, task: Hashable, seconds: float) -> None:
         """This rank is ready for `task` at `seconds`."""
         place = (step % _BANKS, self._task[task], self._rank)
         self._stamps[place] = seconds
         self._valid_for[place] = step + 1  # written last: it vouches for the stamp
 
-    def wait(self, step: int, task: Action, ranks: Sequence[int]) -> float:
+    def wait(self, step: int, task: Hashable, ranks: Sequence[int]) -> float:
         """The latest stamp of `ranks` for `task`; waits until all have posted."""
         bank, index = step % _BANKS, self._task[task]
         mine = list(ranks)

@@ -2,22 +2,29 @@
 
 A compute task ends at its target: its start plus the cost model's seconds for the rows that it really received. A task
 that did not wait starts at the previous one's target, so that sleep jitter does not add up. A transfer is released
-at max(senders ready, its ports and lanes free) + its seconds for the rows really sent: the simulator's own rule.
+at max(senders ready, its ports and lanes free) + its seconds for the rows really sent: the simulator's own rule. What
+several groups sum starts when that is so in all of them.
 """
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import Load
 from hetermoe_cli.cost.ports import Matrix
+from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.runtime.board import Board
 from hetermoe_cli.runtime.clock import Clock, Timing
 from hetermoe_cli.runtime.dispatcher import Routing
 from hetermoe_cli.runtime.lanes import Handoff
 from hetermoe_cli.schedule.action import Action, Kind
+from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.schedule.schedule import Schedule, inputs
 from hetermoe_cli.schedule.zebra import SYNCHRONISE
 from hetermoe_cli.spec.run import RunSpec
+from hetermoe_cli.spec.world import World
 
 TOLERANCE_SECONDS = 0.002
 
@@ -30,20 +37,22 @@ class EmulatedClock(Clock):
     """
 
     def __init__(self, run: RunSpec, schedule: Schedule, rank: int, earlier: "EmulatedClock | None" = None) -> None:
-        """Collective: all ranks open the board together. `earlier`: a clock of this run that stops here."""
+        """Collective: all ranks open the board together. `schedule`: that of this group, of which `rank`, the process,
+        is a member. `earlier`: a clock of this run that stops here."""
         super().__init__(rank)
-        self._layout = run.layout
-        self._model = CostModel(run.plan.inputs)
-        self._schedule = schedule
+        self._world = run.world
+        copy, self._local = self._world.seat(rank)
+        self._processes = list(self._world.replicas[copy].processes)
+        self._schedule, self._cost_of = schedule, _costs(run, copy)
         self._row_scale, self._time_scale = run.row_scale, run.time_scale
-        self._board = Board(Path(run.folder) / "board.bin", self._layout, [*schedule.transfers, SYNCHRONISE], rank)
+        self._board = Board(Path(run.folder) / "board.bin", self._world, _posted(self._world), rank)
         self._before = self._predecessors()
-        self._sends = {action for action in schedule.transfers if rank in schedule.senders[action]}
+        self._sends = {action for action in schedule.transfers if self._local in schedule.senders[action]}
         self._now = self._reduced = 0.0
         self.tasks = self.overruns = 0
         self.overrun_seconds = self.stretched_seconds = 0.0
         self._ends: dict[Action, float] = {}
-        self._cost = LayoutCost(self._model, self._layout)
+        self._cost = self._cost_of(None)
         if earlier:
             self.go_on(earlier)
             self.tasks, self.overruns = earlier.tasks, earlier.overruns
@@ -51,7 +60,7 @@ class EmulatedClock(Clock):
 
     def _predecessors(self) -> dict[Action, set[Action]]:
         """Earlier transfers on the same port or lane, as the simulator chains them."""
-        ports = LayoutCost(self._model, self._layout)
+        ports = self._cost_of(None)
         last: dict[object, Action] = {}
         result: dict[Action, set[Action]] = {}
         for action in self._schedule.transfers:
@@ -65,20 +74,21 @@ class EmulatedClock(Clock):
         now = time.monotonic()
         if now > self._now + TOLERANCE_SECONDS:  # first step, or the run did something else in between
             self._now = now
-        self._cost, self._ends = LayoutCost(self._model, self._layout, self._load), {}
+        self._cost, self._ends = self._cost_of(self._load), {}
         return self._now
 
     def _load(self, layer: int, micro_batch: int) -> Matrix:
-        scaled: Matrix = self._board.counts(self._step, layer, micro_batch) * self._row_scale
+        counts = self._board.counts(self._step, layer, micro_batch)[self._processes]
+        scaled: Matrix = counts * self._row_scale
         return scaled
 
     def compute(self, action: Action, began: float, arrived: float, rows: list[int] | None = None) -> None:
-        weights = [a for a in inputs(action, self._layout.layers) if a.kind is Kind.GATHER]
+        weights = [a for a in inputs(action, self._world.layers) if a.kind is Kind.GATHER]
         start = max(self._now, arrived, *(self._ends.get(gather, 0.0) for gather in weights))
         if rows is None:
-            seconds = self._cost.seconds(self.rank, action)
+            seconds = self._cost.seconds(self._local, action)
         else:
-            seconds = self._cost.expert_seconds(self.rank, action, [count * self._row_scale for count in rows])
+            seconds = self._cost.expert_seconds(self._local, action, [count * self._row_scale for count in rows])
         self._finish(action, start, start + seconds * self._time_scale)
         self.timings.append(Timing(action, self._now - start, rows))
 
@@ -119,16 +129,38 @@ class EmulatedClock(Clock):
             if unknown:
                 waiting += unknown
                 continue
-            ready = self._board.wait(self._step, current, self._schedule.senders[current])
+            senders = [self._processes[rank] for rank in self._schedule.senders[current]]
+            ready = self._board.wait(self._step, current, senders)
             free = max((self._ends[earlier] for earlier in self._before[current]), default=0.0)
-            self._ends[current] = max(ready, free) + self._cost.transfer(current).seconds * self._time_scale
+            start = self._start(current, max(ready, free))
+            self._ends[current] = start + self._cost.transfer(current).seconds * self._time_scale
             waiting.pop()
         return self._ends[action]
+
+    def _start(self, action: Action, here: float) -> float:
+        """When `action` starts that this group could start at `here`: what is summed over groups, in all of them."""
+        if action.kind is not Kind.REDUCE or len(self._world.replicas) == 1:
+            return here
+        self._board.post(self._step, action.layer, here)
+        return self._board.wait(self._step, action.layer, [replica.attending[0] for replica in self._world.replicas])
 
     def synchronising(self) -> None:
         self._board.post(self._step, SYNCHRONISE, max(self._now, self._reduced))
 
     def synchronised(self, action: Action, began: float) -> None:
-        everyone = range(self._layout.world_size)
-        start = self._board.wait(self._step, SYNCHRONISE, everyone)
+        start = self._board.wait(self._step, SYNCHRONISE, range(self._world.size))
         self._finish(action, start, start + self._cost.synchronise_seconds * self._time_scale)
+
+
+def _costs(run: RunSpec, copy: int) -> Callable[[Load | None], LayoutCost]:
+    """Costs of one copy of the model under a load, without its waiting for others."""
+    if run.plan.group_count == 1:
+        return partial(LayoutCost, CostModel(run.plan.inputs), run.layout)
+    numbers = [number for number, group in enumerate(run.plan.groups) for _ in group.replicas]
+    return partial(replay_groups(run.plan.inputs, run.plan.groups).cost_of, numbers[copy], waits=False)
+
+
+def _posted(world: World) -> list[Action | int]:
+    """What ranks post: when they are ready for transfers and for S, and when their group could start a layer's sum."""
+    transfers = [transfer for schedule in training_schedules(world) for transfer in schedule.transfers]
+    return [*transfers, SYNCHRONISE, *range(world.layers + 1)]

@@ -107,28 +107,25 @@ class Gradients:
     def _sum_shared(self, layer: int) -> None:
         """In place: one message for each set of holders."""
         for holding in self._holdings[layer]:
-            if len(holding.holders) > 1 and holding.slices:
-                views = self._views(holding)
-                whole = self._joined(views)
-                message = torch.cat([view.flatten() for view in views]) if whole is None else whole
+            if len(holding.holders) > 1:
+                pieces = self._pieces(holding)
+                message = pieces[0] if len(pieces) == 1 else torch.cat([piece.flatten() for piece in pieces])
                 self._mesh.all_reduce(message, self._mesh.shared[holding.holders])
-                if whole is None:
-                    sums = torch.split(message, [view.numel() for view in views])
-                    for view, found in zip(views, sums, strict=True):
-                        view.copy_(found.view_as(view))
+                if len(pieces) > 1:
+                    sums = torch.split(message, [piece.numel() for piece in pieces])
+                    for piece, found in zip(pieces, sums, strict=True):
+                        piece.copy_(found.view_as(piece))
 
-    def _views(self, holding: Holding) -> list[Tensor]:
+    def _pieces(self, holding: Holding) -> list[Tensor]:
+        """Views of the gradients, in their order; a single one where they lie in the flat buffer one after another."""
         places = ((self._places[parameter], index) for parameter, index in holding.slices)
-        return [place if index is None else place[index] for place, index in places]
-
-    def _joined(self, views: Sequence[Tensor]) -> Tensor | None:
-        """The part of the flat buffer that `views` are, where they lie in it one after another."""
-        start = end = views[0].storage_offset() if views else 0
+        views = [place if index is None else place[index] for place, index in places]
+        start = end = views[0].storage_offset()
         for view in views:
             if view.storage_offset() != end:
-                return None
+                return views
             end += view.numel()
-        return self._flat[start:end]
+        return [self._flat[start:end]]
 
     def totals(self, figures: Tensor) -> tuple[Tensor, float]:
         """Sum `figures` [n] float64 over all ranks, once all segments are summed over their holders.
@@ -141,9 +138,7 @@ class Gradients:
             square += _square(share)
         for holding in chain.from_iterable(self._holdings):
             if self._mesh.process == holding.holders[0]:  # one copy of what several processes hold
-                views = self._views(holding)
-                whole = self._joined(views)
-                for gradient in views if whole is None else [whole]:
+                for gradient in self._pieces(holding):
                     square += _square(gradient)
         for gradient in self._own_gradients:
             square += _square(gradient)

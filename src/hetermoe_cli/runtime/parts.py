@@ -110,10 +110,13 @@ class Parts(nn.Module):
 
     def holdings(self, world: World, process: int, *, dense: bool = True) -> list[list[Holding]]:
         """Of every shared segment (`shared_segments`), what is summed over whom."""
-        layers = range(len(self.experts) + 1)
         return [
-            [Holding(s.holders, self._slices(layer, s, dense)) for s in world.shares(layer) if process in s.holders]
-            for layer in layers
+            [
+                Holding(share.holders, self._slices(layer, share, dense))
+                for share in world.shares(layer)
+                if process in share.holders and (share.experts or dense)
+            ]
+            for layer in range(len(self.experts) + 1)
         ]
 
     def _slices(self, layer: int, share: Share, dense: bool) -> Slices:

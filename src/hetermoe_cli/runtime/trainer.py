@@ -79,18 +79,18 @@ class Trainer:
     def lay_out(self, world: World, engine: Engine) -> None:
         """Run this rank's part of `world` with `engine` from the next step on; parts and optimizer hold what it
         needs."""
-        process = self.mesh.process
-        replica, copies, parts = world.replica_of(process), len(world.replicas), self.parts
-        self.world, self.layout, self.engine = world, replica.layout, engine
-        layout, dense = replica.layout, not replica.layout.gathers
-        shards = None if dense else self.shards
-        shares = GradientShares(shards.segments, parts.exchange) if shards else None
-        own = [] if copies > 1 else parts.hosted_parameters()
-        shared = parts.shared_segments(dense=dense, hosted=copies > 1)
+        parts, process, alone = self.parts, self.mesh.process, len(world.replicas) == 1
+        replica = world.replica_of(process)
+        layout = replica.layout
+        self.world, self.layout, self.engine = world, layout, engine
+        shards = self.shards if layout.gathers else None
+        shares, dense = GradientShares(shards.segments, parts.exchange) if shards else None, not layout.gathers
+        own = parts.hosted_parameters() if alone else []
+        shared = parts.shared_segments(dense=dense, hosted=not alone)
         holdings, last = parts.holdings(world, process, dense=dense), layout.micro_batches - 1
         self.gradients = Gradients(shared, own, self.mesh, parts.exchange, holdings, shares, last)
         self._collectives = Collectives(self.gradients, shards)
-        self._schedule = training_schedule(layout, copies)
+        self._schedule = training_schedule(layout, len(world.replicas))
         self._last_of_runs = last_of_runs(self._schedule.compute[self.mesh.rank])
         self._validation = validation_schedule(layout)
         self._first = replica.first + sum(layout.sequences_per_rank[: self.mesh.rank])

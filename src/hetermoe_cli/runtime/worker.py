@@ -29,7 +29,7 @@ from hetermoe_cli.runtime.parts import DTYPES
 from hetermoe_cli.runtime.recorder import Recorder
 from hetermoe_cli.runtime.saving import restore, save
 from hetermoe_cli.runtime.trainer import StepResult, Trainer
-from hetermoe_cli.schedule.lower import training_schedule, training_schedules
+from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.spec.files import load
 from hetermoe_cli.spec.run import RunSpec
 from hetermoe_cli.trace import Trace
@@ -78,7 +78,7 @@ def train(run: RunSpec) -> None:
     mesh, world = _join(run), run.world
     check_agreement(mesh.agree(digest(training_schedules(world), world, run.precision)))
     spec = run.plan.inputs.train.model_copy(update={"steps": run.steps})
-    batches = _batches(run) if mesh.attending else (None, None)
+    batches = _batches(run) if mesh.attending is not None else (None, None)
     warm_up(mesh.device, DTYPES[run.rank_precisions[mesh.process]])
     meter = MemoryMeter(mesh.device)
     trainer = Trainer.build(
@@ -95,7 +95,8 @@ def train(run: RunSpec) -> None:
         restore(run, trainer)
     recorder = Recorder(run, mesh.process)
     if run.emulation:
-        trainer.clock = EmulatedClock(run, training_schedule(run.layout), mesh.rank)
+        copy, _ = world.seat(mesh.process)
+        trainer.clock = EmulatedClock(run, training_schedules(world)[copy], mesh.process)
     _handle_signals(trainer)
     trainer.clock.set_zero(common_moment(mesh.wire))
     _loop(run, trainer, recorder, batches, meter)

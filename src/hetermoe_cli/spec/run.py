@@ -68,8 +68,8 @@ class RunSpec(Spec):
             raise ValueError(f"emulation.executed.{problem}")
         if len(self.plan.used_ranks) < self.plan.inputs.cluster.world_size:
             raise ValueError("plan.groups: a worker is started for every device, so none may be left out")
-        if self.plan.group_count > 1 and (self.rebalance or self.rebalanced or self.emulation):
-            raise ValueError("plan.groups: several of them can neither move experts nor be emulated")
+        if self.plan.group_count > 1 and (self.rebalance or self.rebalanced):
+            raise ValueError("plan.groups: experts cannot move where there are several")
         return self
 
     @property

@@ -94,12 +94,13 @@ class Replayed:
         """The iteration: the slowest group's compute, what synchronising adds, the slowest optimizer step."""
         return self.reduced + self.after + max(g.optimizer for g in self.groups)
 
-    def cost_of(self, number: int, load: Load | None = None) -> LayoutCost:
-        """Costs of a layout among the others, for whose gradients it waits."""
+    def cost_of(self, number: int, load: Load | None = None, *, waits: bool = True) -> LayoutCost:
+        """Costs of a layout among the others; if it `waits`, its S lasts until the last of them has its gradients."""
         g = self.groups[number]
         if not self.reduces:
             return LayoutCost(g.cost, g.group.layout, load)
-        return GroupCost(g.cost, g.group, self.reduces, self.reduced - g.reduced + self.after, load)
+        wait = self.reduced - g.reduced if waits else 0.0
+        return GroupCost(g.cost, g.group, self.reduces, wait + self.after, load)
 
     def busy_share(self, world_size: int) -> list[float]:
         """Share of the iteration in which each rank of the cluster computes; 0 in no group."""
