@@ -23,7 +23,9 @@ EXECUTED = make_model(layers=2, experts=4, hidden_size=16, ffn_size=16, head_siz
 STEPS, LENGTH, SCALE = 3, 32, 20.0
 
 
-def make_run(folder: Path, sequences: tuple[int, ...], hosted: tuple[int, ...], state: DenseState) -> RunSpec:
+def make_run(
+    folder: Path, sequences: tuple[int, ...], hosted: tuple[int, ...], state: DenseState = "replicated"
+) -> RunSpec:
     """Tasks of 20 ms and more, so that their small real work fits."""
     profiles = {
         name: make_profile(name, model=NOMINAL, attention_seconds=1e-3 * slow, expert_seconds=4e-5 * slow,
