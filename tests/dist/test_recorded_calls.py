@@ -37,6 +37,7 @@ def laid_out(case: Case, state: str) -> Layout:
 def work(rank: int, case: Case, layout: Layout, ordered: bool) -> tuple[list[Recorded], np.ndarray, float]:
     import torch.distributed as dist
 
+    from hetermoe_cli.runtime import mesh as mesh_module
     from hetermoe_cli.runtime.mesh import join
     from hetermoe_cli.runtime.trainer import Trainer
 
@@ -44,7 +45,7 @@ def work(rank: int, case: Case, layout: Layout, ordered: bool) -> tuple[list[Rec
     names = {id(mesh.to_experts): COMMUNICATORS[1], id(mesh.from_experts): COMMUNICATORS[2], id(None): COMMUNICATORS[0]}
     names[id(mesh.attending)] = COMMUNICATORS[3] if mesh.attending is not None else COMMUNICATORS[0]
     found: list[Recorded] = []
-    batch, reduce, gather = dist.batch_isend_irecv, dist.all_reduce, dist.all_gather_into_tensor
+    batch, reduce, gather = dist.batch_isend_irecv, dist.all_reduce, mesh_module.ALL_GATHER
 
     def batch_isend_irecv(operations: list[Any]) -> Any:
         for one in operations:
@@ -62,7 +63,7 @@ def work(rank: int, case: Case, layout: Layout, ordered: bool) -> tuple[list[Rec
 
     trainer = Trainer.build(case.model, layout, TRAIN, mesh, sequence_length=LENGTH, precision="fp64")
     dist.batch_isend_irecv, dist.all_reduce = batch_isend_irecv, all_reduce  # type: ignore[assignment]
-    dist.all_gather_into_tensor = all_gather
+    mesh_module.ALL_GATHER = all_gather
     loss = trainer.step(batches(), 0).loss
     return found, trainer.engine.counts, loss
 
