@@ -126,6 +126,22 @@ SHAPES = [
         hosted=[3, 3],
         precision="bf16",
     ),
+    Shape(
+        "sharded",
+        {
+            "layers": 8,
+            "hidden_size": 1024,
+            "ffn_size": 256,
+            "attention_heads": 8,
+            "kv_heads": 8,
+            "experts": 2,
+            "top_k": 1,
+        },
+        length=128,
+        sequences=[1, 1],
+        hosted=[1, 1],
+        schedule={"dense_state": "full"},
+    ),
 ]
 
 

@@ -40,6 +40,7 @@ def laid_out(case: Case, state: str) -> Layout:
 def work(rank: int, case: Case, layout: Layout | World, ordered: bool) -> tuple[list[Recorded], np.ndarray, float]:
     import torch.distributed as dist
 
+    from hetermoe_cli.runtime import mesh as mesh_module
     from hetermoe_cli.runtime.mesh import join
     from hetermoe_cli.runtime.trainer import Trainer
 
@@ -48,7 +49,7 @@ def work(rank: int, case: Case, layout: Layout | World, ordered: bool) -> tuple[
     names = {id(mesh.to_experts): lanes[0], id(mesh.from_experts): lanes[1], id(None): COMMUNICATORS[0]}
     names |= {id(group): share_name(world, holders) for holders, group in mesh.shared.items()}
     found: list[Recorded] = []
-    batch, reduce, gather = dist.batch_isend_irecv, dist.all_reduce, dist.all_gather_into_tensor
+    batch, reduce, gather = dist.batch_isend_irecv, dist.all_reduce, mesh_module.ALL_GATHER
 
     def batch_isend_irecv(operations: list[Any]) -> Any:
         for one in operations:
@@ -66,7 +67,7 @@ def work(rank: int, case: Case, layout: Layout | World, ordered: bool) -> tuple[
 
     trainer = Trainer.build(case.model, layout, TRAIN, mesh, sequence_length=LENGTH, precision="fp64")
     dist.batch_isend_irecv, dist.all_reduce = batch_isend_irecv, all_reduce  # type: ignore[assignment]
-    dist.all_gather_into_tensor = all_gather
+    mesh_module.ALL_GATHER = all_gather
     loss = trainer.step(batches(), 0).loss
     return found, trainer.engine.counts, loss
 

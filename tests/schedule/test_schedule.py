@@ -24,6 +24,9 @@ CASES = {
     "zebra_2_2_experts_on_attending_ranks": make_layout((1, 1, 0, 0), (1, 1, 2, 2)),
     "zebra_ep_2": make_layout((1, 1), (2, 2)),
     "sequential_1_1": make_layout((1, 0), (0, 2), schedule="sequential"),
+    "windowed_2_1_fully_sharded": make_layout(
+        (1, 1, 0), (0, 0, 2), layers=3, micro_batches=4, schedule="windowed", dense_state="full"
+    ),
 }
 
 

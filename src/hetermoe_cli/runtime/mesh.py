@@ -20,6 +20,9 @@ from hetermoe_cli.spec.world import World
 TIMEOUT = timedelta(minutes=10)
 Backend = Literal["gloo", "nccl"]
 CPU = torch.device("cpu")
+# their names since torch 2.13, or before
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class PeerLost(Exception):
@@ -86,6 +89,11 @@ class Mesh:
         if message is not tensor:
             tensor.copy_(message, non_blocking=True)  # from pinned memory
 
+    def all_gather(self, everyone: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
+        """Every rank's `own` [n] into `everyone` [ranks * n], both on the wire."""
+        with peer_errors():
+            ALL_GATHER(everyone, own, group=group)
+
     def reduce_scatter(self, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         """[n / ranks] this rank's equal share of the sum of `tensor` [n] over the ranks of `group`; spoils `tensor`.
 
@@ -97,7 +105,7 @@ class Mesh:
             return tensor.chunk(count)[own]
         share = tensor.new_empty(len(tensor) // count)
         with peer_errors():
-            dist.reduce_scatter_tensor(share, tensor, group=group)
+            REDUCE_SCATTER(share, tensor, group=group)
         return share
 
     def agree(self, digest: int) -> list[int]:

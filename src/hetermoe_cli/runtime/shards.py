@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hetermoe_cli.model.optimizer import AdamW, Piece, Pieces
 from hetermoe_cli.model.training_state import state_slices, state_tensors
 from hetermoe_cli.model.transformer import parameter_slices
-from hetermoe_cli.runtime.mesh import Mesh, peer_errors
+from hetermoe_cli.runtime.mesh import Mesh
 from hetermoe_cli.runtime.parts import Parts
 
 
@@ -106,13 +106,9 @@ class Shards:
         dtype, wire, whole = self._parts.gathered, self._mesh.wire, segment.whole
         direct = whole.dtype == dtype and whole.device.type == wire.type
         everyone = whole if direct else torch.empty(len(whole), dtype=dtype, device=wire)
-        self._all_gather(everyone, segment.master.to(device=wire, dtype=dtype))
+        self._mesh.all_gather(everyone, segment.master.to(device=wire, dtype=dtype), self._group)
         if not direct:
             whole.copy_(everyone)
-
-    def _all_gather(self, everyone: Tensor, own: Tensor) -> None:
-        with peer_errors():
-            dist.all_gather_into_tensor(everyone, own, group=self._group)
 
     def tensors(self, optimizer: AdamW) -> dict[str, Tensor]:
         """Master and moments of the whole parameters that this rank is to save, by name: every parameter is saved by
@@ -141,5 +137,5 @@ class Shards:
         if mine:
             torch.cat(list(mine), out=own[: sum(map(len, mine))])
         everyone = torch.empty(len(segment.whole), dtype=master.dtype, device=wire)
-        self._all_gather(everyone, own)
+        self._mesh.all_gather(everyone, own, self._group)
         return segment.split(everyone)
