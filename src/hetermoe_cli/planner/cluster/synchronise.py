@@ -52,8 +52,8 @@ def reduce_seconds(whole: CostModel, copies: Sequence[Copy], layer: int) -> floa
 
 
 def reduce_ports(whole: CostModel, copies: Sequence[Copy], copy: Copy) -> list[tuple[int, ...]]:
-    """Of every layer and the head: which ports of its own a group gives to the all-reduce, those of the ring through all
-    groups and the NICs of its hosts."""
+    """Of every layer and the head: which ports of its own a group gives to the all-reduce, those of the ring through
+    all groups and the NICs of its hosts."""
     attending = sorted(rank for other in copies for rank in other.attending)
     used = {(*whole.network.owner(port), port % 2) for port in whole.network.ring_ports(attending)}
     network, devices = copy.cost.network, copy.cost.devices
