@@ -71,7 +71,7 @@ def plan(
         int | None,
         typer.Option(
             min=1,
-            help="Groups that train side by side, each with a full copy of the model; train runs one today.",
+            help="Groups that train side by side, each with a full copy of the model.",
             show_default="1 up to 16 devices, else any number",
         ),
     ] = None,

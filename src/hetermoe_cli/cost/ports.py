@@ -56,6 +56,11 @@ class Network:
         nics = self.count // 2 - len(self.out_port)
         return (port // 2, False) if port // 2 < nics else (port // 2 - nics, True)
 
+    def port(self, number: int, inside: bool, way: int) -> int:
+        """Inverse of `owner`; way 0: out, 1: in."""
+        nics = self.count // 2 - len(self.out_port)
+        return 2 * (nics + number if inside else number) + way
+
     def seconds(self, sent: Matrix, targets: Ranks) -> float:
         """Seconds to move `sent[source, message]` bytes to rank `targets[message]`; the way back lasts as long."""
         return float(self.busy(sent, targets).max())

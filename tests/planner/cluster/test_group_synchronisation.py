@@ -5,11 +5,18 @@ from cluster_builders import fleet, fleet_cost
 
 from builders import make_layout
 from hetermoe_cli.cost import LayoutCost
-from hetermoe_cli.planner.cluster.replayed import replay_groups
+from hetermoe_cli.planner.cluster.replayed import Replayed, replay_groups
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.plan import Group
 
 LAYOUT = make_layout((1, 0), (4, 4), micro_batches=4)  # rank 0 attends, both host half of the experts
+
+
+def seconds_of(replayed: Replayed) -> list[float]:
+    """Of every layer's all-reduce, the head's last: equal in all groups."""
+    found = [[reduce.seconds for reduce in g.reduces] for g in replayed.groups]
+    assert all(seconds == found[0] for seconds in found)
+    return found[0]
 
 
 def test_one_group_synchronises_as_its_layout_says() -> None:
@@ -28,17 +35,19 @@ def test_dense_and_expert_rings_of_two_groups(nics: int, behind: int) -> None:
     ring = 2 * 20e-6  # of two ranks: two latencies, every byte once over 1 GB/s
     dense = cost.dense_gradient_bytes / 1e9 + 3 * ring  # two layers and the head
     experts = 2 * (behind * cost.expert_gradient_bytes / 1e9 + ring)  # ranks share a NIC
-    assert sum(replayed.reduces) == pytest.approx(dense + experts)
-    assert 0 < replayed.reduces[2] < replayed.reduces[1] < replayed.reduces[0]  # the head; with the embedding
-    assert replayed.synchronise == pytest.approx(replayed.reduces[0])  # backward hides the others
+    assert sum(seconds_of(replayed)) == pytest.approx(dense + experts)
+    assert (
+        0 < seconds_of(replayed)[2] < seconds_of(replayed)[1] < seconds_of(replayed)[0]
+    )  # the head; with the embedding
+    assert replayed.synchronise == pytest.approx(seconds_of(replayed)[0])  # backward hides the others
 
 
 def test_all_reduces_that_are_longer_than_backward_follow_each_other() -> None:
     cost = fleet_cost([("new", 2, 2)], batch=8, bandwidth=1e-4)
     replayed = replay_groups(cost.inputs, [Group.of(LAYOUT, [[0, 1], [2, 3]])])
-    first = replayed.synchronise - sum(replayed.reduces)
+    first = replayed.synchronise - sum(seconds_of(replayed))
     assert -replayed.groups[0].computed < first < 0  # they begin in the backward pass, and end long after it
-    assert replayed.reduced > sum(replayed.reduces) > 5 * replayed.computed
+    assert replayed.reduced > sum(seconds_of(replayed)) > 5 * replayed.computed
 
 
 def test_groups_wait_for_the_slowest_before_they_synchronise() -> None:
@@ -59,7 +68,7 @@ def test_a_replicated_expert_goes_round_all_attending_ranks() -> None:
     sizes = [cost.segment_parameters(layer) * 2 + 4 * cost.expert_gradient_bytes * (layer < 2) for layer in range(3)]
     everyone = [cost.network.all_reduce_seconds([0, 1, 2, 3], size) for size in sizes]
     hosted = 2 * cost.expert_gradient_bytes / 1e9 + 2 * 20e-6  # of one layer
-    assert replayed.reduces == pytest.approx([everyone[0] + hosted, everyone[1] + hosted, everyone[2]])
+    assert seconds_of(replayed) == pytest.approx([everyone[0] + hosted, everyone[1] + hosted, everyone[2]])
 
 
 def test_new_weights_of_shared_out_states_are_gathered_at_the_end() -> None:
@@ -68,4 +77,18 @@ def test_new_weights_of_shared_out_states_are_gathered_at_the_end() -> None:
     groups = [Group.of(LAYOUT.model_copy(update={"schedule": schedule}), [[0, 1], [2, 3]])]
     replayed = replay_groups(cost.inputs, groups)
     assert replayed.after == cost.network.all_reduce_seconds([0, 2], cost.dense_gradient_bytes) / 2
-    assert replayed.synchronise == pytest.approx(replayed.reduces[0] + replayed.after)
+    assert replayed.synchronise == pytest.approx(seconds_of(replayed)[0] + replayed.after)
+
+
+def test_all_reduces_use_the_ports_of_their_own_group() -> None:
+    """On one node the dense ring takes interconnects; on two it takes the NICs of those that attend. Hosts' are shared
+    by the expert rings."""
+    port = fleet_cost([("new", 1, 2)], batch=4, nics=2).network.port
+    nics = {port(nic, False, way) for nic in (0, 1) for way in (0, 1)}
+    for nodes, inside in ((1, True), (2, False)):
+        cost = fleet_cost([("new", nodes, 4 // nodes)], nics=4 // nodes, batch=8)
+        replayed = replay_groups(cost.inputs, [Group.of(LAYOUT, [[0, 1], [2, 3]])])
+        ring = {port(0, inside, way) for way in (0, 1)}
+        *layers, head = replayed.groups[0].reduces
+        assert set(head.ports) == ring
+        assert all(set(layer.ports) == ring | nics for layer in layers)

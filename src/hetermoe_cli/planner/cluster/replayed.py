@@ -13,7 +13,7 @@ from hetermoe_cli.cost.layout import LayoutCost, Load
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.ports import TransferCost
 from hetermoe_cli.planner.cluster.parts import group_inputs
-from hetermoe_cli.planner.cluster.synchronise import Copy, after_backward_seconds, reduce_seconds
+from hetermoe_cli.planner.cluster.synchronise import Copy, after_backward_seconds, reduce_ports, reduce_seconds
 from hetermoe_cli.schedule.action import Kind
 from hetermoe_cli.schedule.zebra import OPTIMIZER
 from hetermoe_cli.simulator import SimulatedTrace, simulate
@@ -21,14 +21,14 @@ from hetermoe_cli.spec.plan import Group, Inputs, Memory
 
 
 class GroupCost(LayoutCost):
-    """A layout among other groups. `reduces`: seconds of every layer's all-reduce over all of them, the head's last,
-    nothing if empty; `synchronise`: from the group's own last gradient until all groups may step."""
+    """A layout among other groups. `reduces`: every layer's all-reduce over all of them, the head's last, nothing if
+    empty; `synchronise`: from the group's own last gradient until all groups may step."""
 
     def __init__(
         self,
         cost: CostModel,
         group: Group,
-        reduces: Sequence[float] = (),
+        reduces: Sequence[TransferCost] = (),
         synchronise: float = 0.0,
         load: Load | None = None,
     ) -> None:
@@ -37,15 +37,10 @@ class GroupCost(LayoutCost):
         self._over_groups, self._synchronise = reduces, synchronise
 
     def collective(self, kind: Kind, layer: int, *, last: bool = True) -> TransferCost:
-        """It takes the NICs of all that have a part in it, and the ring through the attending ranks. Of a fully sharded
-        dense part only the last sum is here; `synchronise` has its gathers and scatters."""
-        if not self._over_groups or kind is not Kind.REDUCE or not last:
-            return TransferCost(0.0, ())
-        attending, layout = self.layout.attending, self.layout
-        ranks = {*attending, *(layout.hosting(layer) if layer < layout.layers else ())}
-        nics = {2 * self.cost.devices[rank].nic + way for rank in ranks for way in (0, 1)}
-        ports = tuple(sorted(nics.union(self.cost.network.ring_ports(attending))))
-        return TransferCost(self._over_groups[layer], ports)
+        """All-reduce of a layer's gradients over all groups. Of a fully sharded dense part only the last sum is here;
+        `synchronise` has its gathers and scatters."""
+        summed = self._over_groups and kind is Kind.REDUCE and last
+        return self._over_groups[layer] if summed else TransferCost(0.0, ())
 
     @cached_property
     def synchronise_seconds(self) -> float:
@@ -63,15 +58,15 @@ class ReplayedGroup:
     computed: float  # when its last gradient is there
     optimizer: float
     memory: list[Memory]
+    reduces: Sequence[TransferCost] = ()  # as of GroupCost
     reduced: float = 0.0  # when its last gradient is summed
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """All groups of a plan. `reduces`: as of GroupCost; `after`: what follows when all gradients are summed."""
+    """All groups of a plan. `after`: seconds of what follows when all gradients are summed."""
 
     groups: list[ReplayedGroup]
-    reduces: Sequence[float] = ()
     after: float = 0.0
 
     @property
@@ -97,10 +92,10 @@ class Replayed:
     def cost_of(self, number: int, load: Load | None = None, *, waits: bool = True) -> LayoutCost:
         """Costs of a layout among the others; if it `waits`, its S lasts until the last of them has its gradients."""
         g = self.groups[number]
-        if not self.reduces:
+        if not g.reduces:
             return LayoutCost(g.cost, g.group.layout, load)
         wait = self.reduced - g.reduced if waits else 0.0
-        return GroupCost(g.cost, g.group, self.reduces, wait + self.after, load)
+        return GroupCost(g.cost, g.group, g.reduces, wait + self.after, load)
 
     def busy_share(self, world_size: int) -> list[float]:
         """Share of the iteration in which each rank of the cluster computes; 0 in no group."""
@@ -131,14 +126,16 @@ def joined(done: list[ReplayedGroup], whole: CostModel) -> Replayed:
     """Replayed layouts side by side."""
     copies = [Copy(g.group.layout, ranks, g.cost) for g in done for ranks in g.group.replicas]
     if len(copies) == 1:
-        return Replayed([_reduced(done[0], LayoutCost(done[0].cost, done[0].group.layout))])
-    reduces = [reduce_seconds(whole, copies, layer) for layer in range(whole.model.layers + 1)]
-    groups = [_reduced(g, GroupCost(g.cost, g.group, reduces)) for g in done]
-    return Replayed(groups, reduces, after_backward_seconds(whole, copies))
-
-
-def _reduced(g: ReplayedGroup, cost: LayoutCost) -> ReplayedGroup:
-    return replace(g, reduced=simulate(cost).seconds - g.optimizer)
+        alone = simulate(LayoutCost(done[0].cost, done[0].group.layout))
+        return Replayed([replace(done[0], reduced=alone.seconds - done[0].optimizer)])
+    seconds = [reduce_seconds(whole, copies, layer) for layer in range(whole.model.layers + 1)]
+    groups = []
+    for g in done:
+        ports = reduce_ports(whole, copies, Copy(g.group.layout, g.group.replicas[0], g.cost))
+        reduces = [TransferCost(*each) for each in zip(seconds, ports, strict=True)]
+        reduced = simulate(GroupCost(g.cost, g.group, reduces)).seconds - g.optimizer
+        groups.append(replace(g, reduces=reduces, reduced=reduced))
+    return Replayed(groups, after_backward_seconds(whole, copies))
 
 
 def group_cost(inputs: Inputs, group: Group) -> CostModel:

@@ -52,6 +52,24 @@ def reduce_seconds(whole: CostModel, copies: Sequence[Copy], layer: int) -> floa
     return whole.network.all_reduce_seconds(attending, size) + expert_seconds(whole, hosted, len(copies))
 
 
+def reduce_ports(whole: CostModel, copies: Sequence[Copy], copy: Copy) -> list[tuple[int, ...]]:
+    """Of every layer and the head: which ports of its own a group gives to the all-reduce, those of the ring through
+    all groups and the NICs of its hosts."""
+    attending = sorted(rank for other in copies for rank in other.attending)
+    used = {(*whole.network.owner(port), port % 2) for port in whole.network.ring_ports(attending)}
+    network, devices = copy.cost.network, copy.cost.devices
+    ring = {
+        network.port(own, inside, way)
+        for local, rank in enumerate(copy.ranks)
+        for own, number, inside in ((devices[local].nic, whole.devices[rank].nic, False), (local, rank, True))
+        for way in (0, 1)
+        if (number, inside, way) in used
+    }
+    hosts = [*(copy.layout.hosting(layer) for layer in range(copy.layout.layers)), []]
+    nics = [{network.port(devices[rank].nic, False, way) for rank in ranks for way in (0, 1)} for ranks in hosts]
+    return [tuple(sorted(ring | more)) for more in nics]
+
+
 def after_backward_seconds(whole: CostModel, copies: Sequence[Copy]) -> float:
     """What follows the sums: new weights of optimizer states that all groups share out, and gathers within groups."""
     attending = sorted(rank for copy in copies for rank in copy.attending)
