@@ -34,11 +34,12 @@ class Run:
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """Which solver, and when it may stop."""
+    """Which solver, when it may stop, and whether it looks for solutions (or cares for the bound alone)."""
 
     name: str = "highs"
     time_limit: float = 60.0
     relative_gap: float = 1e-3
+    heuristics: bool = True
 
 
 def solve_problem(problem: pulp.LpProblem, options: SolverOptions) -> Run:
@@ -51,7 +52,7 @@ def solve_problem(problem: pulp.LpProblem, options: SolverOptions) -> Run:
     return replace(run, seconds=time.monotonic() - began)
 
 
-def _attempt(problem: pulp.LpProblem, options: SolverOptions, **more: str) -> Run:
+def _attempt(problem: pulp.LpProblem, options: SolverOptions, **more: str | float) -> Run:
     solver = _make(options, **more)
     began = time.monotonic()
     try:
@@ -70,9 +71,11 @@ def check_available(name: str) -> None:
     _make(SolverOptions(name))
 
 
-def _make(options: SolverOptions, **more: str) -> Any:
+def _make(options: SolverOptions, **more: str | float) -> Any:
     settings = {"msg": False, "timeLimit": options.time_limit, "gapRel": options.relative_gap}
     if options.name.lower() == "highs":
+        if not options.heuristics:
+            more["mip_heuristic_effort"] = 0.0
         solver = pulp.HiGHS(threads=THREADS, **settings, **HIGHS_TOLERANCES, **more)
     else:
         solver = _other(options.name, settings)
