@@ -71,6 +71,7 @@ class Search:
     seconds: float = inf
     solved: int = 0
     open: list[Candidate] = field(default_factory=list)
+    rest: float = inf  # lower bound of choices that there was no time to look at
     offered: list[RunnerUp] = field(default_factory=list)
 
     @property
@@ -220,8 +221,8 @@ class Search:
     def found(self, scope: ExactOver) -> Found:
         """What the search has shown so far."""
         exact: ExactOver
-        devices = min([c.bound for c in self.open] + [self.seconds])
-        classes = min([c.alike for c in self.open] + [self.seconds])
+        devices = min([c.bound for c in self.open] + [self.seconds, self.rest])
+        classes = min([c.alike for c in self.open] + [self.seconds, self.rest])
         if devices >= self.target and scope == "devices":
             exact, bound = "devices", devices
         elif classes >= self.target and scope != "not solved":
@@ -241,12 +242,14 @@ def search(
     progress: Callable[[str], None] = lambda text: None,
 ) -> Found:
     """The fastest layout; never slower than any incumbent that fits."""
-    end = time.monotonic() + options.time_limit
+    began = time.monotonic()
+    end = began + options.time_limit
     state = Search(cost, options, end)
     for layout in incumbents:
         state.offer(layout)
     progress("bounding")
-    state.open, scope = candidates(cost, micro_batch_limit, state.seconds)
+    space = candidates(cost, micro_batch_limit, state.seconds, began + options.time_limit / 4)
+    state.open, state.rest, scope = space.candidates, space.rest, space.scope
     state.deadline = (time.monotonic() + end) / 2  # leave time for the proof
     state.explore()
     progress("proving")
