@@ -3,8 +3,9 @@
 1. Closed-form bounds of every choice (bounds.py); those that cannot beat the best layout so far are dropped.
 2. A bound from patterns (master.py), for the choice with the lowest bound at a time.
 3. A heuristic placement, where that bound is still the lowest.
-4. MILPs, most promising first: with classes' means (a bound), then as it stands; devices of a class alike.
-5. MILPs over all placements, by classes and with one class per device.
+4. A bound from mixed patterns, then MILPs: with classes' means (a bound), then as it stands; devices of a class alike.
+   Choices take turns, the one with the lowest bound first, in shares of the time that double.
+5. MILPs over all placements, by classes and with one class per device, in turns as well.
 Layouts near the best are also replayed in the other orders of experts and transfers, which the bounds leave out.
 Each MILP may only find what beats the best layout so far by the solver's tolerance.
 Every step keeps the lower bound of every choice, so that the smallest one bounds the searched space.
@@ -35,7 +36,7 @@ from hetermoe_cli.spec.layout import Layout
 SEEDS = 6  # choices in which devices of a kind are alike, placed first
 MISSES = 12
 NEAR = 1.04  # times the best: what another order may still make the best
-SHARES = 16  # of the time for the proof: what a choice's first MILP gets
+SHARES = 8  # of the time for the proof: what the first MILP of a choice gets
 
 
 class Stage(NamedTuple):

@@ -19,6 +19,8 @@ from hetermoe_cli.errors import ExitCode, UserError
 THREADS = 2
 # of constraints that are of the order of one (ilp.build): a makespan must not undercut its replay by what adds up
 HIGHS_TOLERANCES = {"primal_feasibility_tolerance": 1e-9, "mip_feasibility_tolerance": 1e-9}
+# runs that only prove: their horizon leaves few solutions, and strong branching took more than it saved (docs/log.md)
+BOUND_ONLY = {"mip_heuristic_effort": 0.0, "mip_pscost_minreliable": 1}
 Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 
 
@@ -75,7 +77,7 @@ def _make(options: SolverOptions, **more: str | float) -> Any:
     settings = {"msg": False, "timeLimit": options.time_limit, "gapRel": options.relative_gap}
     if options.name.lower() == "highs":
         if not options.heuristics:
-            more["mip_heuristic_effort"] = 0.0
+            more |= BOUND_ONLY
         solver = pulp.HiGHS(threads=THREADS, **settings, **HIGHS_TOLERANCES, **more)
     else:
         solver = _other(options.name, settings)
