@@ -1,9 +1,11 @@
 """Candidates: all choices of the searched space that closed-form bounds leave open."""
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
+from itertools import chain
+from math import inf, isfinite
 from typing import Literal
 
 import numpy as np
@@ -25,9 +27,11 @@ from hetermoe_cli.planner.space import (
     schedules,
     splits,
 )
+from hetermoe_cli.planner.work import work_bound
 
 ExactOver = Literal["devices", "classes", "not solved"]
 SCOPES: list[ExactOver] = ["devices", "classes", "not solved"]
+AT_ONCE = 20_000  # combinations: a few tenths of a second
 Options = list[list[tuple[int, ...]]]
 
 
@@ -46,13 +50,23 @@ class Candidate:
     mixture: Mixture | None = None
 
 
-def candidates(cost: CostModel, micro_batch_limit: int, seconds: float) -> tuple[list[Candidate], ExactOver]:
-    """Choices that may be faster than `seconds`, and over what they are all ("not solved": not even over classes).
+@dataclass
+class Space:
+    """Choices; over what they are all ("not solved": not even over classes); a bound on those left out for time."""
+
+    candidates: list[Candidate]
+    scope: ExactOver
+    rest: float = inf
+
+
+def candidates(cost: CostModel, micro_batch_limit: int, seconds: float, deadline: float = inf) -> Space:
+    """Choices that may be faster than `seconds`; what is not looked at by `deadline` (time.monotonic) is left out.
 
     Uniform ones come first, then those with the best bound: the best plan is often among the former.
     """
     members = kinds(cost.devices)
     found: list[Candidate] = []
+    divided: list[Iterator[list[Candidate]]] = []
     scope: ExactOver = "devices" if len(cost.devices) <= DEVICE_LEVEL_LIMIT else "classes"
     for schedule in schedules(cost, micro_batch_limit):
         total = cost.train.global_batch_sequences // schedule.micro_batches
@@ -62,8 +76,16 @@ def candidates(cost: CostModel, micro_batch_limit: int, seconds: float) -> tuple
         whole = len(cost.devices) <= DEVICE_LEVEL_LIMIT and count_whole(total, sizes) <= MOST_COMBINATIONS
         options, level = _options(total, sizes, whole)
         scope = max(scope, level, key=SCOPES.index)
-        found += _bounded(bounder, members, options, seconds)
-    return sorted(found, key=lambda c: (not c.uniform, c.bound)), scope
+        found += chain.from_iterable(_bounded(bounder, members, _undivided(options), seconds, uniform=True))
+        if level != "not solved":
+            divided.append(_bounded(bounder, members, options, seconds, uniform=False))
+    rest = inf
+    for some in chain.from_iterable(divided):
+        found += some
+        if time.monotonic() > deadline:
+            scope, rest = "not solved", work_bound(cost, micro_batch_limit)
+            break
+    return Space(sorted(found, key=lambda c: (not c.uniform, c.bound)), scope, rest)
 
 
 def _most(bounder: Bounder, kind: int, seconds: float) -> int:
@@ -82,28 +104,39 @@ def _options(total: int, sizes: list[tuple[int, int]], whole: bool) -> tuple[Opt
     ]
     if whole or count_combinations(total, _sums(options)) <= 10 * MOST_COMBINATIONS:
         return options, "devices" if whole else "classes"
-    return [[part for part in parts if len(set(part)) == 1] for parts in options], "not solved"
+    return _undivided(options), "not solved"
+
+
+def _undivided(options: Options) -> Options:
+    return [[part for part in parts if len(set(part)) == 1] for parts in options]
 
 
 def _sums(options: Options) -> list[IntArray]:
     return [np.array([sum(part) for part in parts], dtype=np.int64) for parts in options]
 
 
-def _bounded(bounder: Bounder, members: list[list[int]], options: Options, seconds: float) -> list[Candidate]:
+def _bounded(
+    bounder: Bounder, members: list[list[int]], options: Options, seconds: float, *, uniform: bool
+) -> Iterator[list[Candidate]]:
+    """Those of the choices that may be faster than `seconds`: the uniform ones, or all others, some at a time."""
     if not all(options):
-        return []
+        return
     rows = combinations(bounder.total, _sums(options))
-    if not len(rows):
-        return []
+    undivided = [np.array([len(set(part)) == 1 for part in parts]) for parts in options]
+    rows = rows[np.all([alike[rows[:, kind]] for kind, alike in enumerate(undivided)], axis=0) == uniform]
     ceiling = seconds if isfinite(seconds) else bounder.ceiling()
-    bounds = bounder.bounds(_slots(rows, options), ceiling)
     world = len(bounder.cost.devices)
-    result = []
-    for row in np.flatnonzero(np.isfinite(bounds)):
-        parts = [option[index] for option, index in zip(options, rows[row], strict=True)]
-        choice, bound = Choice(bounder.schedule, assign(members, parts, world)), float(bounds[row])
-        result.append(Candidate(bound, choice, bound, uniform=all(len(set(part)) == 1 for part in parts)))
-    return result
+    for first in range(0, len(rows), AT_ONCE):
+        some = rows[first : first + AT_ONCE]
+        bounds = bounder.bounds(_slots(some, options), ceiling)
+        parts = [
+            (float(bounds[row]), [option[index] for option, index in zip(options, some[row], strict=True)])
+            for row in np.flatnonzero(np.isfinite(bounds))
+        ]
+        yield [
+            Candidate(bound, Choice(bounder.schedule, assign(members, part, world)), bound, uniform)
+            for bound, part in parts
+        ]
 
 
 def arranged(cost: CostModel, candidate: Candidate) -> list[Candidate]:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetermoe_cli.planner.arrays import FloatArray, IntArray, largest
-from hetermoe_cli.planner.graph import Condition, Hosts, Ring, TaskGraph
+from hetermoe_cli.planner.graph import Condition, Hosts, Ring, Task, TaskGraph
 from hetermoe_cli.planner.rates import Port, Rates
 from hetermoe_cli.schedule.action import Kind, Pass
 
@@ -57,9 +57,11 @@ def seconds(rates: Rates, graph: TaskGraph, counts: Counts) -> FloatArray:
     transfers = transfer_seconds(rates, counts)
     conditions = {e.condition: _holds(rates, hosts, e.condition) for e in graph.edges if e.condition is not None}
     starts = np.zeros((len(graph.tasks), *counts.replicated.shape[:-1]))
-    lengths = [_length(rates, graph, node, counts, transfers) for node in range(len(graph.tasks))]
-    for before, after, condition in graph.edges:
+    lengths = [_length(rates, task, counts, transfers) for task in graph.tasks]
+    for before, after, condition, between in graph.edges:
         end = starts[before] + lengths[before]
+        for task in between:
+            end = end + _length(rates, task, counts, transfers)
         starts[after] = np.maximum(starts[after], end if condition is None else end * conditions[condition])
     ends = [starts[node] + lengths[node] for node in (*graph.last, graph.reduced) if node is not None]
     return largest(ends) + _after_backward(rates, counts)
@@ -94,8 +96,8 @@ def _holds(rates: Rates, hosts: NDArray[np.bool_], condition: Condition) -> NDAr
     return result
 
 
-def _length(rates: Rates, graph: TaskGraph, node: int, counts: Counts, transfers: FloatArray) -> FloatArray | float:
-    number, action = graph.tasks[node]
+def _length(rates: Rates, task: Task, counts: Counts, transfers: FloatArray) -> FloatArray | float:
+    number, action = task
     if action.is_collective:
         base, each = rates.collective(action)
         return np.asarray(base + each * counts.replicated[..., action.layer], dtype=np.float64) if each else base

@@ -45,11 +45,12 @@ Condition = Hosts | Shares | Ring
 
 
 class Edge(NamedTuple):
-    """`after` starts when `before` has ended, where `condition` holds."""
+    """`after` starts when `before` and then the tasks `between` have ended, where `condition` holds."""
 
     before: int
     after: int
     condition: Condition | None
+    between: tuple[Task, ...] = ()
 
 
 @dataclass
@@ -86,6 +87,57 @@ def task_graph(choice: Choice, classes: Sequence[DeviceClass], layers: int) -> T
     graph.reduced = next((index[Task(-1, a)] for a in schedule.transfers[::-1] if a.kind is Kind.REDUCE), None)
     graph.tasks = list(index)
     return _sorted(graph)
+
+
+def coarse(graph: TaskGraph, window: int) -> TaskGraph:
+    """The graph without the micro-batches in the middle of each window; what lies on a path through them is `between`.
+
+    Its makespan is never above the graph's, and the same in every case that tests try: all micro-batches of a layer
+    take as long, so that a longest path may change from one resource to another at the first or the last of them.
+    """
+    reduced = set() if graph.reduced is None else {graph.tasks[graph.reduced].action.micro_batch - 1}
+    kept = [_outer(task.action, window) or task.action.micro_batch in reduced for task in graph.tasks]
+    previous, following = _neighbours(graph)
+    place = {node: number for number, node in enumerate(node for node, keep in enumerate(kept) if keep)}
+    edges: dict[Edge, None] = {}
+    for before, after, condition, _ in graph.edges:
+        if not (kept[before] or kept[after]):
+            continue
+        first, last, between = before, after, []
+        while not kept[first]:
+            between.append(graph.tasks[first])
+            first = previous[first]
+        while not kept[last]:
+            if condition is None:
+                between.append(graph.tasks[last])
+            last = following[last]
+        edges[Edge(place[first], place[last], condition, tuple(sorted(between, key=str)))] = None
+    return TaskGraph(
+        [graph.tasks[node] for node in place],
+        sorted(edges, key=lambda e: e.after),
+        [None if node is None else place[node] for node in graph.last],
+        None if graph.reduced is None else place[graph.reduced],
+    )
+
+
+def _outer(action: Action, window: int) -> bool:
+    """Whether the action is of the first or the last micro-batch of a window, or a collective."""
+    return action.is_collective or action.micro_batch % window in (0, window - 1)
+
+
+def _neighbours(graph: TaskGraph) -> tuple[dict[int, int], dict[int, int]]:
+    """The task before and after each one on its own stream or lane."""
+
+    def resource(task: Task) -> tuple[int, bool, bool]:
+        transfer = task.device_class < 0
+        return task.device_class, transfer and task.action.towards_experts, task.action.is_collective
+
+    pairs = [
+        (e.before, e.after)
+        for e in graph.edges
+        if e.condition is None and resource(graph.tasks[e.before]) == resource(graph.tasks[e.after])
+    ]
+    return {after: before for before, after in pairs}, dict(pairs)
 
 
 def _chain(nodes: list[int]) -> list[Edge]:

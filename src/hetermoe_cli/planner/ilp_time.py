@@ -4,7 +4,7 @@ from typing import Any
 
 import pulp
 
-from hetermoe_cli.planner.graph import Edge, Hosts, Ring, Shares
+from hetermoe_cli.planner.graph import Edge, Hosts, Ring, Shares, Task
 from hetermoe_cli.planner.ilp import Model
 from hetermoe_cli.planner.rates import Port
 from hetermoe_cli.schedule.action import Kind, Pass
@@ -72,12 +72,14 @@ def precedence(model: Model) -> None:
     """Streams, lanes and data: a task starts when those before it have ended, where the condition holds."""
     earliest, remaining = windows(model)
     for number, edge in enumerate(model.graph.edges):
-        end = model.start[edge.before] + length(model, edge.before)
+        end = model.start[edge.before] + length(model, model.graph.tasks[edge.before])
+        for task in edge.between:
+            end = end + length(model, task)
         if edge.condition is None:
             model.problem += model.start[edge.after] >= end, f"after_{number}"
             continue
         indicator = _indicator(model, edge)
-        slack = model.horizon - remaining[edge.before] - earliest[edge.after]
+        slack = model.horizon - (0.0 if edge.between else remaining[edge.before]) - earliest[edge.after]
         if indicator is not None and slack > 0:
             model.problem += model.start[edge.after] >= end - slack * (1 - indicator), f"after_{number}"
 
@@ -92,16 +94,16 @@ def _indicator(model: Model, edge: Edge) -> Any:
     return None
 
 
-def length(model: Model, node: int) -> Any:
+def length(model: Model, task: Task) -> Any:
     """Seconds of a task, as an expression."""
-    number, action = model.graph.tasks[node]
+    number, action = task
     if action.is_collective:
         base, each = model.rates.collective(action)
         return base + each * model.replicated[action.layer] if each else base
     if action.is_transfer:
         return model.transfer[action.layer]
     if action.kind is not Kind.EXPERT:
-        return fixed_length(model, node)
+        return fixed_length(model, task)
     r, way = model.rates.of[number], int(action.direction is Pass.BACKWARD)
     hosted = model.hosted[action.layer, number] if model.mode == "largest" else model.mean(action.layer, number)
     seconds = hosted * r.hosted[way]
@@ -110,9 +112,9 @@ def length(model: Model, node: int) -> Any:
     return seconds
 
 
-def fixed_length(model: Model, node: int) -> float:
+def fixed_length(model: Model, task: Task) -> float:
     """Seconds that a task takes under any placement."""
-    number, action = model.graph.tasks[node]
+    number, action = task
     if action.is_collective:
         return model.rates.collective(action)[0]
     if action.kind is Kind.HEAD:
@@ -125,15 +127,17 @@ def fixed_length(model: Model, node: int) -> float:
 def windows(model: Model) -> tuple[list[float], list[float]]:
     """Per task its earliest start, and the least time from its end to the end of the iteration."""
     tasks, edges = model.graph.tasks, [e for e in model.graph.edges if e.condition is None]
-    lengths = [fixed_length(model, node) for node in range(len(tasks))]
+    lengths = [fixed_length(model, task) for task in tasks]
     earliest = [0.0] * len(tasks)
     last = model.rates.after_backward + max(r.optimizer_base for r in model.rates.of)
     after = last + model.rates.reduces[0][0]
     remaining = [last if task.action.kind is Kind.REDUCE else after for task in tasks]
-    for before, after, _ in edges:
-        earliest[after] = max(earliest[after], earliest[before] + lengths[before])
-    for before, after, _ in reversed(edges):
-        remaining[before] = max(remaining[before], remaining[after] + lengths[after])
+    for before, after, _, between in edges:
+        passed = sum(fixed_length(model, task) for task in between)
+        earliest[after] = max(earliest[after], earliest[before] + lengths[before] + passed)
+    for before, after, _, between in reversed(edges):
+        passed = sum(fixed_length(model, task) for task in between)
+        remaining[before] = max(remaining[before], remaining[after] + lengths[after] + passed)
     return earliest, remaining
 
 
@@ -143,7 +147,7 @@ def single_tasks(model: Model) -> None:
         return
     earliest, remaining = windows(model)
     place = {task: node for node, task in enumerate(model.graph.tasks)}
-    for before, after, condition in model.graph.edges:
+    for before, after, condition, _ in model.graph.edges:
         number, action = model.graph.tasks[before]
         if not isinstance(condition, Hosts) or action.is_transfer or model.rates.classes[number].count == 1:
             continue
@@ -174,12 +178,15 @@ def objective(model: Model) -> None:
     """Makespan: compute, all-reduces of dense and replicated gradients, optimizer step."""
     for node in model.graph.last:
         if node is not None:
-            model.problem += model.finish >= model.start[node] + length(model, node), f"finish_{node}"
+            model.problem += (
+                model.finish >= model.start[node] + length(model, model.graph.tasks[node]),
+                f"finish_{node}",
+            )
     makespan = model.problem.add_variable("makespan", 0, model.horizon)  # no constant in the objective: bounds omit it
     base, each = model.rates.reduces[0]
     after = model.optimizer + model.rates.after_backward
     model.problem += makespan >= model.finish + base + each * model.replicated[0] + after, "makespan_end"
     if model.graph.reduced is not None:
-        end = model.start[model.graph.reduced] + length(model, model.graph.reduced)
+        end = model.start[model.graph.reduced] + length(model, model.graph.tasks[model.graph.reduced])
         model.problem += makespan >= end + after, "makespan_reduced"
     model.problem.setObjective(makespan + 0)

@@ -7,7 +7,7 @@ from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.choice import Choice, DeviceClass, group
 from hetermoe_cli.planner.counts import Counts
 from hetermoe_cli.planner.deal import deal
-from hetermoe_cli.planner.graph import TaskGraph, task_graph
+from hetermoe_cli.planner.graph import TaskGraph, coarse, task_graph
 from hetermoe_cli.planner.rates import Rates
 from hetermoe_cli.spec.layout import Layout
 
@@ -28,8 +28,8 @@ class Prepared:
 
     @cached_property
     def graph(self) -> TaskGraph:
-        """Tasks of one iteration."""
-        return task_graph(self.choice, self.classes, self.rates.layers)
+        """Tasks of one iteration, as few as its makespan needs."""
+        return coarse(task_graph(self.choice, self.classes, self.rates.layers), self.choice.schedule.window)
 
     @property
     def single(self) -> bool:

@@ -89,7 +89,7 @@ def lacking_states(cost: CostModel) -> str | None:
 
 def possible(inputs: Inputs, limit: int) -> bool:
     """Whether memory leaves any choice open."""
-    return bool(candidates(CostModel(inputs), limit, inf)[0])
+    return bool(candidates(CostModel(inputs), limit, inf).candidates)
 
 
 def fits(inputs: Inputs, limit: int) -> bool:

@@ -3,8 +3,9 @@
 1. Closed-form bounds of every choice (bounds.py); those that cannot beat the best layout so far are dropped.
 2. A bound from patterns (master.py), for the choice with the lowest bound at a time.
 3. A heuristic placement, where that bound is still the lowest.
-4. MILPs, most promising first: with classes' means (a bound), then as it stands; devices of a class alike.
-5. MILPs over all placements, by classes and with one class per device.
+4. A bound from mixed patterns, then MILPs: with classes' means (a bound), then as it stands; devices of a class alike.
+   Choices take turns, the one with the lowest bound first, in shares of the time that double.
+5. MILPs over all placements, by classes and with one class per device, in turns as well.
 Layouts near the best are also replayed in the other orders of experts and transfers, which the bounds leave out.
 Each MILP may only find what beats the best layout so far by the solver's tolerance.
 Every step keeps the lower bound of every choice, so that the smallest one bounds the searched space.
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import count
 from math import inf
+from typing import Literal, NamedTuple
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
@@ -34,6 +36,15 @@ from hetermoe_cli.spec.layout import Layout
 SEEDS = 6  # choices in which devices of a kind are alike, placed first
 MISSES = 12
 NEAR = 1.04  # times the best: what another order may still make the best
+SHARES = 8  # of the time for the proof: what the first MILP of a choice gets
+
+
+class Stage(NamedTuple):
+    """A tighter bound on a choice: from mixed patterns, or from a MILP over its placements."""
+
+    mode: ilp.Mode | Literal["patterns"]
+    alike: bool = False
+    per_device: bool = False
 
 
 @dataclass
@@ -61,6 +72,7 @@ class Search:
     seconds: float = inf
     solved: int = 0
     open: list[Candidate] = field(default_factory=list)
+    rest: float = inf  # lower bound of choices that there was no time to look at
     offered: list[RunnerUp] = field(default_factory=list)
 
     @property
@@ -130,9 +142,9 @@ class Search:
             return bound
         return horizon if horizon == self.target else inf
 
-    def _bound(self, candidate: Candidate, ready: Prepared) -> None:
+    def _bound(self, candidate: Candidate, ready: Prepared, *, mixed: bool = False) -> None:
         horizon = self._horizon(ready)
-        found = mixture(ready.rates, horizon)
+        found = mixture(ready.rates, horizon, mixed=mixed)
         if found is not None:
             candidate.bound = max(candidate.bound, self._capped(found.bound, horizon))
             candidate.mixture = found
@@ -146,53 +158,72 @@ class Search:
 
     def prove(self) -> None:
         """Step 4: MILPs with devices of a class alike, the most promising choice first."""
-        for candidate in sorted(self.open, key=lambda c: c.alike):
-            if candidate.alike >= self.target or self.left < 0:
-                continue
-            ready = Prepared.of(self.cost, candidate.choice)
-            bound = self._solve(candidate, ready, "mean", alike=True)
-            candidate.alike = max(candidate.alike, bound)
-            if ready.single:
-                candidate.bound = max(candidate.bound, bound)
-            elif candidate.alike < self.target:
-                self._solve(candidate, ready, "largest", alike=True)
+        self._in_turn(lambda c: c.alike, [Stage("patterns"), Stage("mean", alike=True), Stage("largest", alike=True)])
 
     def prove_devices(self, whole: bool) -> None:
         """Step 5: MILPs over all placements, by classes (if `whole`), and with one class per device.
 
         Otherwise only of choices whose classes' means leave a doubt.
         """
-        for candidate in sorted(self.open, key=lambda c: c.bound if whole else c.alike):
-            for per_device in (False, True) if whole else (True,):
-                known = candidate.bound if whole else candidate.alike
-                if known < self.target and self.left > 0:
-                    ready = Prepared.of(self.cost, candidate.choice, per_device)
-                    candidate.bound = max(candidate.bound, self._solve(candidate, ready, "mean", alike=False))
-                    candidate.alike = max(candidate.alike, candidate.bound)
+        stages = [Stage("mean"), Stage("mean", per_device=True)]
+        self._in_turn((lambda c: c.bound) if whole else (lambda c: c.alike), stages if whole else stages[1:])
 
-    def _solve(self, candidate: Candidate, ready: Prepared, mode: ilp.Mode, *, alike: bool) -> float:
-        """One MILP for what beats the best by the tolerance; the lower bound that it proves."""
+    def _in_turn(self, known: Callable[[Candidate], float], stages: list[Stage]) -> None:
+        """Stages of every choice, always of the one with the lowest bound, as that is what the plan's gap is.
+
+        A MILP that does not end in its share of the time starts anew with twice as much when its choice's turn comes
+        again: most choices are soon ruled out, and one that is not must not use up the time of the others.
+        """
+        number, first = count(), self.left / SHARES
+        queue = [(known(c), next(number), c, stages, first) for c in self.open]
+        heapify(queue)
+        while queue and queue[0][0] < self.target and self.left > 0:
+            _, _, candidate, todo, seconds = heappop(queue)
+            if self._run(candidate, todo[0], min(seconds, self.left)):
+                todo = todo[1:]
+            else:
+                seconds *= 2
+            if todo:
+                heappush(queue, (known(candidate), next(number), candidate, todo, seconds))
+
+    def _run(self, candidate: Candidate, stage: Stage, seconds: float) -> bool:
+        """One stage of a choice; whether it has shown all that it can."""
+        ready = Prepared.of(self.cost, candidate.choice, stage.per_device)
+        if stage.mode == "patterns":
+            self._bound(candidate, ready, mixed=True)
+            return True
+        if stage.mode == "largest" and ready.single:
+            return True  # as the mean
+        bound, done = self._solve(ready, stage.mode, stage.alike, seconds)
+        if stage.mode == "mean":
+            candidate.alike = max(candidate.alike, bound)
+            if ready.single or not stage.alike:
+                candidate.bound = max(candidate.bound, bound)
+        return done
+
+    def _solve(self, ready: Prepared, mode: ilp.Mode, alike: bool, seconds: float) -> tuple[float, bool]:
+        """One MILP for what beats the best by the tolerance; the lower bound that it proves, and whether it ended."""
         horizon = self._horizon(ready)
         found = mixture(ready.rates, horizon, mixed=True)  # limits get tighter as the target falls
         if found is not None and found.bound >= horizon:
-            return self._capped(found.bound, horizon)
+            return self._capped(found.bound, horizon), True
         limits = found.limits if found else Limits.of(ready.rates, horizon)
         if alike:
             limits = limits.alike(ready.rates)
         model = ilp.build(ready.rates, ready.graph, horizon, mode, limits)
-        options = SolverOptions(self.options.name, max(0.1, self.left), self.options.relative_gap / 4)
+        options = SolverOptions(self.options.name, max(0.1, seconds), self.options.relative_gap / 4, mode != "mean")
         run = ilp.solve(model, options)
         self.solved += 1
         bound = self._capped(run.bound, horizon)  # before the target moves
         if run.status in ("optimal", "feasible"):
             self.offer(ready.layout(ilp.extract(model)))
-        return bound
+        return bound, run.status in ("optimal", "infeasible") or run.seconds < seconds / 2
 
     def found(self, scope: ExactOver) -> Found:
         """What the search has shown so far."""
         exact: ExactOver
-        devices = min([c.bound for c in self.open] + [self.seconds])
-        classes = min([c.alike for c in self.open] + [self.seconds])
+        devices = min([c.bound for c in self.open] + [self.seconds, self.rest])
+        classes = min([c.alike for c in self.open] + [self.seconds, self.rest])
         if devices >= self.target and scope == "devices":
             exact, bound = "devices", devices
         elif classes >= self.target and scope != "not solved":
@@ -212,12 +243,14 @@ def search(
     progress: Callable[[str], None] = lambda text: None,
 ) -> Found:
     """The fastest layout; never slower than any incumbent that fits."""
-    end = time.monotonic() + options.time_limit
+    began = time.monotonic()
+    end = began + options.time_limit
     state = Search(cost, options, end)
     for layout in incumbents:
         state.offer(layout)
     progress("bounding")
-    state.open, scope = candidates(cost, micro_batch_limit, state.seconds)
+    space = candidates(cost, micro_batch_limit, state.seconds, began + options.time_limit / 4)
+    state.open, state.rest, scope = space.candidates, space.rest, space.scope
     state.deadline = (time.monotonic() + end) / 2  # leave time for the proof
     state.explore()
     progress("proving")

@@ -19,6 +19,8 @@ from hetermoe_cli.errors import ExitCode, UserError
 THREADS = 2
 # of constraints that are of the order of one (ilp.build): a makespan must not undercut its replay by what adds up
 HIGHS_TOLERANCES = {"primal_feasibility_tolerance": 1e-9, "mip_feasibility_tolerance": 1e-9}
+# runs that only prove: their horizon leaves few solutions, and strong branching took more than it saved (docs/log.md)
+BOUND_ONLY = {"mip_heuristic_effort": 0.0, "mip_pscost_minreliable": 1}
 Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 
 
@@ -34,11 +36,12 @@ class Run:
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """Which solver, and when it may stop."""
+    """Which solver, when it may stop, and whether it looks for solutions (or cares for the bound alone)."""
 
     name: str = "highs"
     time_limit: float = 60.0
     relative_gap: float = 1e-3
+    heuristics: bool = True
 
 
 def solve_problem(problem: pulp.LpProblem, options: SolverOptions) -> Run:
@@ -51,7 +54,7 @@ def solve_problem(problem: pulp.LpProblem, options: SolverOptions) -> Run:
     return replace(run, seconds=time.monotonic() - began)
 
 
-def _attempt(problem: pulp.LpProblem, options: SolverOptions, **more: str) -> Run:
+def _attempt(problem: pulp.LpProblem, options: SolverOptions, **more: str | float) -> Run:
     solver = _make(options, **more)
     began = time.monotonic()
     try:
@@ -70,9 +73,11 @@ def check_available(name: str) -> None:
     _make(SolverOptions(name))
 
 
-def _make(options: SolverOptions, **more: str) -> Any:
+def _make(options: SolverOptions, **more: str | float) -> Any:
     settings = {"msg": False, "timeLimit": options.time_limit, "gapRel": options.relative_gap}
     if options.name.lower() == "highs":
+        if not options.heuristics:
+            more |= BOUND_ONLY
         solver = pulp.HiGHS(threads=THREADS, **settings, **HIGHS_TOLERANCES, **more)
     else:
         solver = _other(options.name, settings)

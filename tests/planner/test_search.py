@@ -1,0 +1,64 @@
+"""The proof takes turns: a MILP that needs more than its first share of the time gets it."""
+
+from math import inf
+
+import pytest
+
+from builders import make_inputs, make_model, make_profile
+from hetermoe_cli.planner import search
+from hetermoe_cli.planner.ilp import Model
+from hetermoe_cli.planner.plan import PlanOptions, make_plan
+from hetermoe_cli.planner.solver import Run, SolverOptions
+from hetermoe_cli.spec.cluster import Link
+from hetermoe_cli.spec.plan import Inputs
+
+LIMIT = 600.0
+
+
+def inputs() -> Inputs:
+    """Two new devices and an old one, which leave several choices to the MILPs."""
+    model = make_model(layers=2, experts=5, top_k=1)
+    link = Link(bandwidth_gigabytes_per_second=0.3, latency_microseconds=20.0)
+    profiles = {
+        name: make_profile(name, model=model, attention_seconds=1e-3 * slow, expert_seconds=2.3e-5 * slow)
+        for name, slow in (("new", 1.0), ("old", 3.0))
+    }
+    nodes = [("new", 1), ("new", 1), ("old", 1)]
+    return make_inputs(nodes, model=model, profiles=profiles, global_batch_sequences=4, network=link, interconnect=link)
+
+
+def test_a_milp_that_needs_more_time_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, granted = search.ilp.solve, []
+
+    def slow(model: Model, options: SolverOptions) -> Run:
+        granted.append(options.time_limit)
+        if options.time_limit < LIMIT / 3:
+            return Run("unknown", inf, -inf, options.time_limit)
+        return real(model, options)
+
+    options = PlanOptions(solver=SolverOptions(time_limit=LIMIT, relative_gap=1e-5))
+    plan = make_plan(inputs(), options)
+    monkeypatch.setattr(search.ilp, "solve", slow)
+    again = make_plan(inputs(), options)
+    assert min(granted) < LIMIT / 3 < max(granted)
+    assert again.bound.exact_over == plan.bound.exact_over == "devices"
+    assert again.predicted.iteration_seconds == pytest.approx(plan.predicted.iteration_seconds, rel=1e-4)
+    assert again.bound.iteration_seconds == pytest.approx(plan.bound.iteration_seconds, rel=1e-4)
+
+
+def test_a_solver_that_gives_up_ends_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not asked again, and the plan claims no more than the bounds from patterns."""
+    asked = 0
+
+    def useless(model: Model, options: SolverOptions) -> Run:
+        nonlocal asked
+        asked += 1
+        return Run("unknown", inf, -inf, 0.0)
+
+    options = PlanOptions(solver=SolverOptions(time_limit=LIMIT, relative_gap=1e-5))
+    best = make_plan(inputs(), options).predicted.iteration_seconds
+    monkeypatch.setattr(search.ilp, "solve", useless)
+    plan = make_plan(inputs(), options)
+    assert plan.solver.status == "feasible"
+    assert plan.bound.iteration_seconds < best
+    assert 0 < asked <= 5 * plan.solver.candidates
