@@ -172,14 +172,16 @@ class Search:
         """Stages of every choice, always of the one with the lowest bound, as that is what the plan's gap is.
 
         A MILP that does not end in its share of the time starts anew with twice as much when its choice's turn comes
-        again: most choices are soon ruled out, and one that is not must not use up the time of the others.
+        again: most choices are soon ruled out, and one that is not must not use up the time of the others. The last one
+        gets all that is left.
         """
         number, first = count(), self.left / SHARES
         queue = [(known(c), next(number), c, stages, first) for c in self.open]
         heapify(queue)
         while queue and queue[0][0] < self.target and self.left > 0:
             _, _, candidate, todo, seconds = heappop(queue)
-            if self._run(candidate, todo[0], min(seconds, self.left)):
+            alone = not queue or queue[0][0] >= self.target
+            if self._run(candidate, todo[0], self.left if alone else min(seconds, self.left)):
                 todo = todo[1:]
             else:
                 seconds *= 2
