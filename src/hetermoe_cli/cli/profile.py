@@ -49,10 +49,6 @@ def profile(
     sequences: Annotated[str | None, typer.Option(help="Sequences attended to at once, such as 1,2,4.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Rows of an expert and of the head, such as 64,256.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; each worker runs with 1.")] = 1,
-    beside: Annotated[
-        int | None,
-        typer.Option("--neighbours", min=0, help="Processes that train meanwhile.", show_default="CPU: other cores"),
-    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and repeats.")] = False,
     no_network: Annotated[bool, typer.Option("--no-network", help="Do not measure the link of two workers.")] = False,
     output: Annotated[Path, typer.Option(help="Folder of the profiles.")] = Path("profiles"),
@@ -74,7 +70,6 @@ def profile(
 
     from hetermoe_cli.profiler.kernels import Sizes
     from hetermoe_cli.profiler.measure import QUICK, Effort
-    from hetermoe_cli.profiler.neighbours import default_neighbours
     from hetermoe_cli.profiler.profile import default_name, device_facts, profile_device, resolve_device
     from hetermoe_cli.profiler.tables import merge
     from hetermoe_cli.spec.files import dump
@@ -88,8 +83,7 @@ def profile(
     sizes = Sizes(*(numbers or default for numbers, default in zip(given, _SIZES[target.type, quick], strict=True)))
     effort = QUICK if quick else Effort()
     with _progress(f"profiling {name}") as progress:
-        beside = default_neighbours(target, threads) if beside is None else beside
-        measured = profile_device(models, target, name, precision.value, sizes, effort, threads, progress, beside)
+        measured = profile_device(models, target, name, precision.value, sizes, effort, threads, progress)
     merged, note = merge(old, measured)
     dump(merged, path, "Measured by `hetermoe profile`; seconds are medians, spread is IQR / median.")
     link = None if no_network else _link(target.type, quick)

@@ -15,7 +15,6 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.model.warm_up import warm_up
 from hetermoe_cli.profiler.kernels import DTYPES, Sizes, profile_kernels, require_precision
 from hetermoe_cli.profiler.measure import Effort, Progress
-from hetermoe_cli.profiler.neighbours import neighbours
 from hetermoe_cli.profiler.nvml import cpu_facts, gpu_facts
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.profile import DeviceFacts, Precision, Profile
@@ -77,10 +76,8 @@ def profile_device(
     effort: Effort,
     threads: int = 1,
     progress: Progress | None = None,
-    beside: int = 0,
 ) -> Profile:
-    """Measure every distinct layer shape of `models` on `device`; `threads` is torch's thread count on the CPU, and
-    `beside` how many other processes train meanwhile.
+    """Measure every distinct layer shape of `models` on `device`; `threads` is torch's thread count on the CPU.
 
     `progress` counts over all shapes. UserError if a model is beyond the engine, or the precision or a size beyond
     the device.
@@ -92,11 +89,10 @@ def profile_device(
     shapes = list({model.shape: model for model in models}.values())
     with torch_threads(threads):
         framework = framework_bytes(device, DTYPES[precision])
-        with neighbours(beside):
-            tables = [
-                profile_kernels(model, precision, device, sizes, effort, _part(progress, index, len(shapes)))
-                for index, model in enumerate(shapes)
-            ]
+        tables = [
+            profile_kernels(model, precision, device, sizes, effort, _part(progress, index, len(shapes)))
+            for index, model in enumerate(shapes)
+        ]
     if facts.memory_bytes is None:
         raise UserError("profile: the operating system does not tell the memory of this machine")
     return Profile(
@@ -109,7 +105,6 @@ def profile_device(
             "torch": torch.__version__,
             "python": platform.python_version(),
             "threads": str(threads),
-            "neighbours": str(beside),
         },
         facts=facts,
         memory_bytes=facts.memory_bytes,
