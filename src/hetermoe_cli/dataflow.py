@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import Action, Kind
-from hetermoe_cli.schedule.schedule import Schedule, completions, inputs
+from hetermoe_cli.schedule.schedule import Schedule, inputs
 
 Ranks = NDArray[np.intp]
 Places = Ranks | None  # positions among a task's ranks; None: all of them
@@ -155,7 +155,7 @@ class _Graph:
         numbers = {action: self._new() for action in schedule.transfers}
         for transfer in self.transfers:
             number = numbers[transfer.action]
-            for source in self._makers(transfer.action):
+            for source in schedule.sources(transfer.action, self._layers):
                 makers = [table[source] for table in self._tables if source in table]
                 transfer.makers += self._chosen(makers, schedule.senders[transfer.action])
             for maker, _ in transfer.makers:
@@ -168,12 +168,6 @@ class _Graph:
                     for _, places in self._chosen([task], schedule.receivers[source]):
                         compute.arrivals.append((numbers[source] - first, places))
                         self._edge(numbers[source], task)
-
-    def _makers(self, transfer: Action) -> Sequence[Action]:
-        """What a transfer needs; hosts that send gradients wait for their experts'."""
-        if transfer.kind is Kind.REDUCE:
-            return completions(transfer, self._layers)
-        return self._schedule.sources(transfer, self._layers)
 
     def _sources(self, action: Action) -> Sequence[Action]:
         """What a compute task needs; the end of synchronisation needs all gradients."""

@@ -16,13 +16,6 @@ HETERMOE = [str(Path(sys.executable).parent / "hetermoe")]
 MODEL = make_model(layers=2, experts=4, hidden_size=16, ffn_size=24, head_size=4)
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "corpus.txt"
-    file.write_text("".join(f"line {n}: {'abc' * (n % 7)} the quick brown fox\n" for n in range(3000)))
-    return file
-
-
 @pytest.fixture
 def plans(tmp_path: Path) -> list[Path]:
     """Two layouts for two CPU devices."""

@@ -19,11 +19,6 @@ from hetermoe_cli.trace import Trace, read_trace
 
 
 @pytest.fixture
-def hetermoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Hetermoe:
-    return Hetermoe(monkeypatch, capsys)
-
-
-@pytest.fixture
 def plan_file(plan: Plan, tmp_path: Path) -> Path:
     dump(plan, tmp_path / "plan.yaml")
     return tmp_path / "plan.yaml"

@@ -46,14 +46,6 @@ def plan_file(tmp_path: Path) -> Path:
     return tmp_path / "plan.yaml"
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small corpus, so that workers start quickly."""
-    file = tmp_path_factory.mktemp("text") / "corpus.txt"
-    file.write_text("".join(f"line {n}: {'abc' * (n % 7)} the quick brown fox\n" for n in range(3000)))
-    return file
-
-
 def hetermoe(*arguments: object, check: int | None = 0) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([*HETERMOE, *map(str, arguments)], capture_output=True, text=True, timeout=300)
     if check is not None:

@@ -54,18 +54,6 @@ def groups_plan(*groups: tuple[Layout, Sequence[list[int]]]) -> Plan:
     return Plan.model_validate(whole.model_copy(update=changes).model_dump())
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "corpus.txt"
-    file.write_text("".join(f"line {n}: {'abc' * (n % 7)} the quick brown fox\n" for n in range(3000)))
-    return file
-
-
-@pytest.fixture
-def hetermoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Hetermoe:
-    return Hetermoe(monkeypatch, capsys)
-
-
 def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in events(folder, "step")]
 

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
 import torch
 
 import train_command
@@ -30,13 +29,6 @@ def plan_file(folder: Path, precision: Precision) -> Path:
     plan = make_plan(inputs.model_copy(update={"train": train}), make_layout((2, 0), (1, 3), micro_batches=2))
     dump(plan, folder / "plan.yaml")
     return folder / "plan.yaml"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "corpus.txt"
-    file.write_text("".join(f"line {n}: {'abc' * (n % 7)} the quick brown fox\n" for n in range(3000)))
-    return file
 
 
 def train(plan: Path, folder: Path, text: Path, *options: object, code: int = 0) -> subprocess.CompletedProcess[str]:

@@ -28,13 +28,6 @@ def skewed_plan(hosted: tuple[int, ...] = (0, 4, 4)) -> Plan:
     return make_plan(inputs.model_copy(update={"train": train}), make_layout((2, 0, 0), hosted, micro_batches=2))
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "corpus.txt"
-    file.write_text("".join(f"line {n}: {'abc' * (n % 7)} the quick brown fox\n" for n in range(3000)))
-    return file
-
-
 def resumed_from(whole: Path, step: int, folder: Path) -> Path:
     """A new run folder that holds one checkpoint of another."""
     name = f"step-{step:08d}"

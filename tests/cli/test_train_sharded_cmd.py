@@ -38,11 +38,8 @@ def plan(hetermoe: Hetermoe, folder: Path, precision: Precision, state: DenseSta
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_trains_and_resumes_bit_exactly_and_under_a_plan_that_shards_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], precision: Precision
+    hetermoe: Hetermoe, text: Path, tmp_path: Path, precision: Precision
 ) -> None:
-    text = tmp_path / "corpus.txt"
-    text.write_text("".join(f"line {n}: {'abc' * (n % 7)} the quick brown fox\n" for n in range(3000)))
-    hetermoe = Hetermoe(monkeypatch, capsys)
     full = plan(hetermoe, tmp_path / "full", precision, "full")
     layout = load(Plan, full).layout
     assert layout.gathers

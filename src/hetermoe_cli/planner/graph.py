@@ -148,7 +148,8 @@ def _data_edges(index: dict[Task, int], classes: int, schedule: Schedule, layers
     edges = []
     for task, node in index.items():
         if task.action.is_transfer:
-            sources = schedule.sources(task.action, layers)
+            made = schedule.sources(task.action, layers)
+            sources = made[-1:] if task.action.kind is Kind.REDUCE else made  # one group: attending ranks send it
             makers = [Task(number, source) for source in sources for number in range(classes)]
         else:
             makers = [Task(-1, source) for source in inputs(task.action, layers)]

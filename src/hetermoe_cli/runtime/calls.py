@@ -88,7 +88,6 @@ def calls_of(schedule: Schedule, world: Layout | World, process: int, exchange: 
     number, rank = world.seat(process)
     calls: Calls = []
     layout = world.replicas[number].layout
-    attending = partial(Call, COMMUNICATORS[3], peer=-1, members=world.attending)
     for action in schedule.transfers_of(rank):
         if action.is_collective:
             calls += _collectives(world, action, layout, process, exchange)
@@ -102,21 +101,25 @@ def calls_of(schedule: Schedule, world: Layout | World, process: int, exchange: 
             calls.append(Call(COMMUNICATORS[0], action, "figures", "all-reduce", -1, "float64", members=everyone))
         elif action.kind is Kind.OPTIMIZER and layout.schedule.dense_state == "optimizer" and rank in layout.attending:
             segments = layout.layers + 1  # and the head's
-            calls += [attending(action, "weights", "all-gather", dtype=WIDEST)] * segments
+            calls += [_of_attending(world)(action, "weights", "all-gather", dtype=WIDEST)] * segments
     return calls
 
 
 def _collectives(world: World, action: Action, layout: Layout, process: int, exchange: str) -> Iterator[Call]:
     """Of a gather or a reduction."""
-    shared = partial(Call, COMMUNICATORS[3], action, peer=-1, members=world.attending)
     if action.kind is Kind.GATHER:
-        yield shared("weights", "all-gather", dtype=WIDEST)
+        yield _of_attending(world)(action, "weights", "all-gather", dtype=WIDEST)
         return
     if layout.gathers:
-        yield shared("gradients", "reduce-scatter", dtype=exchange)
+        yield _of_attending(world)(action, "gradients", "reduce-scatter", dtype=exchange)
         if action.micro_batch < layout.micro_batches - 1:
             return
     yield from _sums(world, action, process, exchange, dense=not layout.gathers)
+
+
+def _of_attending(world: World) -> "partial[Call]":
+    """A collective of all attending processes."""
+    return partial(Call, COMMUNICATORS[3], peer=-1, members=world.attending)
 
 
 def _sums(world: World, action: Action, process: int, exchange: str, dense: bool) -> Iterator[Call]:

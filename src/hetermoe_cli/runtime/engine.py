@@ -22,7 +22,7 @@ from hetermoe_cli.runtime.parts import Parts
 from hetermoe_cli.runtime.stage import AttentionStage, Border, ExpertStage
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.gathers import releases
-from hetermoe_cli.schedule.schedule import Schedule, completions, inputs
+from hetermoe_cli.schedule.schedule import Schedule, inputs
 from hetermoe_cli.spec.layout import Layout
 
 Batch = Callable[[int], tuple[Tensor, Tensor]]  # micro-batch -> this rank's tokens and targets, both [B, S]
@@ -98,9 +98,7 @@ class Engine:
         mine, layers = set(schedule.compute[self.mesh.rank]), self.layout.layers
         for transfer in schedule.transfers_of(self.mesh.rank):
             if transfer.is_collective:
-                reduces = transfer.kind is Kind.REDUCE
-                sources = completions(transfer, layers) if reduces else schedule.sources(transfer, layers)
-                own = [source for source in sources if source in mine]
+                own = [source for source in schedule.sources(transfer, layers) if source in mine]
                 result.setdefault(own[-1] if own else None, []).append(transfer)
         return result
 

@@ -32,9 +32,10 @@ class Schedule:
         return [t for t in self.transfers if rank in self.senders[t] or rank in self.receivers[t]]
 
     def sources(self, transfer: Action, layers: int) -> tuple[Action, ...]:
-        """Tasks that its senders must have done before they take part in it."""
+        """Tasks that its senders must have done, where they have them, before they take part in it."""
+        made = completions(transfer, layers) if transfer.kind is Kind.REDUCE else inputs(transfer, layers)
         first = self.after.get(transfer)
-        return (*inputs(transfer, layers), first) if first else inputs(transfer, layers)
+        return (*made, first) if first else made
 
     def __str__(self) -> str:
         """Text form: a line per rank, then a line per transfer with its senders and receivers and what it follows."""
