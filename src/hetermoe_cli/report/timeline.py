@@ -203,7 +203,7 @@ def _legend(figure: Any, used: set[str]) -> None:
     handles = [Patch(color=COLOURS[name], label=name) for name in CATEGORIES if name in used]
     handles.append(Patch(color="#efefef", label="waiting"))
     note = (
-        "each rank: compute, rows to the experts, rows from the experts, gradients; "
+        "each rank: compute, rows to the experts, rows from the experts, collectives; "
         "in the bars: layer.micro-batch, or the layer"
     )
     figure.legend(
