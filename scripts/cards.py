@@ -29,7 +29,8 @@ CALIBRATION_LENGTH = 64 * 1024
 @dataclass(frozen=True)
 class Sheet:
     """Data-sheet figures: dense fp16 tensor rate with fp32 accumulation in TFLOP/s, memory in GB (1e9 bytes),
-    bandwidth in GB/s. Where there is bf16 (capability 8.0 and newer), its rate is the same."""
+    bandwidth in GB/s. Where there is bf16 (capability 8.0 and newer), its rate is the same. `reported_bytes` of memory,
+    as CUDA (deviceQuery) gives them, where such an output was found."""
 
     product: str
     capability: str
@@ -37,6 +38,12 @@ class Sheet:
     memory_gigabytes: int
     gigabytes_per_second: float
     source: str
+    reported_bytes: int | None = None
+
+    @property
+    def memory_bytes(self) -> int:
+        """As reported, else the data sheet's."""
+        return self.reported_bytes or self.memory_gigabytes * 10**9
 
     @property
     def bandwidth(self) -> float:
@@ -102,8 +109,8 @@ def gpus() -> dict[str, Gpu]:
     geforce = "white paper (tensor rate with fp32 accumulation, half of that with fp16)"
     a40 = new_gpu(Sheet("NVIDIA A40", "8.6", 149.7, 48, 696, "A40 data sheet"))
     l40s = new_gpu(Sheet("NVIDIA L40S", "8.9", 362, 48, 864, "L40S data sheet"))
-    v100 = Sheet("Tesla V100-PCIE-16GB", "7.0", 112, 16, 900, "V100 data sheet (PCIe)")
-    t4 = Sheet("Tesla T4", "7.5", 65, 16, 320, "T4 data sheet")
+    v100 = Sheet("Tesla V100-PCIE-16GB", "7.0", 112, 16, 900, "V100 data sheet (PCIe)", 16_945_512_448)
+    t4 = Sheet("Tesla T4", "7.5", 65, 16, 320, "T4 data sheet", 15_843_721_216)
     a100 = Sheet("NVIDIA A100-SXM4-80GB", "8.0", 312, 80, 2039, "A100 data sheet (SXM 80 GB)")
     h100 = Sheet("NVIDIA H100 80GB HBM3", "9.0", 989, 80, 3350, "H100 data sheet (SXM; half of its rate with sparsity)")
     rtx3090 = Sheet("NVIDIA GeForce RTX 3090", "8.6", 71, 24, 936, f"GA102 {geforce}")

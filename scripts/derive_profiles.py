@@ -149,7 +149,7 @@ def rounded(value: float) -> float:
 
 def profile(name: str, gpu: Gpu) -> Profile:
     """The modelled profile, with no field that the data sheet does not give."""
-    memory = gpu.sheet.memory_gigabytes * 10**9
+    memory = gpu.sheet.memory_bytes
     return Profile(
         device=name,
         accelerator="cuda",
@@ -166,13 +166,16 @@ def profile(name: str, gpu: Gpu) -> Profile:
 def header(name: str, gpu: Gpu) -> str:
     """The origin of every field, as comment lines."""
     sheet = gpu.sheet
+    memory = f"data sheet; {sheet.memory_gigabytes} GB read as {sheet.memory_gigabytes}e9 bytes "
+    memory += "(drivers show about that: GiB less ECC)"
+    if sheet.reported_bytes:
+        memory = "as CUDA reports them (deviceQuery)"
     precision = "fp16 and bf16, at equal rates" if sheet.has_bf16 else "fp16 only: no bf16 below capability 8.0"
     return "\n".join(
         [
             f"{name}: MODELLED by scripts/derive_profiles.py (regenerate with it, do not edit). Nothing was measured.",
             f"sheet: {sheet.source}",
-            f"facts, memory_bytes: data sheet; {sheet.memory_gigabytes} GB read as {sheet.memory_gigabytes}e9 bytes "
-            "(drivers show about that: GiB less ECC)",
+            f"facts, memory_bytes: {memory}",
             "framework_bytes: assumed 1.2 GB (CUDA context, cuBLAS workspaces, NCCL buffers)",
             f"GEMM, attention core: {gpu.origin}",
             f"memory traffic: {BANDWIDTH_SHARE} x {sheet.gigabytes_per_second:g} GB/s of the data sheet",

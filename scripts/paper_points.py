@@ -1,25 +1,31 @@
 """Set-ups of the HeterMoE paper (section 5 of its evaluation) and all methods on them, for reproduce_paper.py.
 
-Assumed, since the paper does not state it (docs/paper.md): which model ran on which set-up; one NIC per GPU; the global
-batch; R and window tuned per point and method; all of a GPU's memory used. Stated: fp16, activation checkpointing
-(recompute "all") for every method.
+Stated: fp16, activation checkpointing (recompute "all") for every method; the largest batch that all baselines have
+memory for; all-to-alls of EP and DistEP cut into parts, as Tutel and Lina do; a pipeline's stages are single GPUs.
+Assumed (docs/paper.md): which model ran on which set-up; one NIC per GPU; R, window and parts tuned for each point and
+method; all of a GPU's memory used.
 """
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from math import ceil, inf, lcm
+from math import ceil, gcd, inf, lcm
 from pathlib import Path
 from statistics import mean
 
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.planner.baselines import RIVALS, Rival
-from hetermoe_cli.planner.baselines.even import ep
+from hetermoe_cli.planner.baselines.even import ep, even_placement
 from hetermoe_cli.planner.baselines.ideal import ep_ideal
-from hetermoe_cli.planner.baselines.roles import gather_squeeze
+from hetermoe_cli.planner.baselines.pipeline import pp
+from hetermoe_cli.planner.baselines.rival import Overlap
+from hetermoe_cli.planner.baselines.roles import dist_ep, gather_squeeze
+from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import ClusterSpec, NodeGroup
 from hetermoe_cli.spec.files import load
+from hetermoe_cli.spec.layout import Layout, ScheduleChoice
 from hetermoe_cli.spec.library import load_links
 from hetermoe_cli.spec.model import NAMED_MODELS, ModelConfig
 from hetermoe_cli.spec.plan import Inputs
@@ -30,20 +36,21 @@ ROOT = Path(__file__).resolve().parent.parent
 PROFILES = [ROOT / "profiles"]
 LENGTHS = (4, 8, 12, 16, 20, 24, 28, 32)  # in units of 1024 tokens
 MOST_MICRO_BATCHES = 64
+MOST_UNITS = 64
 GPUS = tuple[tuple[str, int], ...]  # (type, count), attention GPUs first
 
+MIXED: GPUS = (("A40", 2), ("V100", 2))
 ON_PREMISE = (("O1", "W1"), ("O1", "D1"), ("O2", "W2"), ("O2", "D1"), ("O3", "D2"))
 AWS = (("C1", "D1"), ("C2", "D3"))
 
 
 @dataclass(frozen=True)
 class Case:
-    """Assumptions that the paper leaves open: sequences per attention GPU, and whether EP overlaps its all-to-alls with
-    the compute of other micro-batches (also in EP (Ideal) and on equal GPUs). The paper's EP is DeepSpeed-MoE, whose
-    published layer waits for its all-to-alls."""
+    """How EP's all-to-alls overlap (also in EP (Ideal) and on equal GPUs, and in parts those of DistEP), and the least
+    number of sequences per attention GPU in a batch; None: as many as memory allows."""
 
-    per_attention_gpu: int = 8
-    ep_overlaps: bool = False
+    overlap: Overlap = "parts"
+    per_attention_gpu: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Point:
     model: str
     kilotokens: int
     batch: int
-    ep_overlaps: bool
+    overlap: Overlap
 
 
 @cache
@@ -65,32 +72,52 @@ def setup_of(name: str) -> tuple[GPUS, str]:
     return tuple((node.device, node.count * node.devices) for node in nodes), str(nodes[0].network)
 
 
-def batch_of(gpus: GPUS, per_attention_gpu: int) -> int:
-    """The smallest batch of so many sequences per attention GPU that attention GPUs, and all GPUs, can share equally.
+def unit_of(gpus: GPUS) -> int:
+    """The smallest batch that attention GPUs, and all GPUs, can share equally.
 
     EP splits a batch evenly over all GPUs: without this it would get uneven shares on twelve and nine GPUs.
     """
-    attention = gpus[0][1]
-    both = lcm(attention, sum(count for _, count in gpus))
-    return ceil(per_attention_gpu * attention / both) * both
+    return lcm(gpus[0][1], sum(count for _, count in gpus))
+
+
+def sized(case: Case, at: Point) -> Point:
+    """The point with the case's batch, in units of the smallest one and at least that."""
+    unit = at.batch
+    wanted = case.per_attention_gpu * at.gpus[0][1] / unit if case.per_attention_gpu else largest(at)
+    return replace(at, batch=max(1, ceil(wanted)) * unit)
+
+
+@cache
+def largest(at: Point) -> int:
+    """How many times the point's batch EP over all GPUs holds at once, one sequence of each GPU a micro-batch."""
+    cost, times = cost_of(at), 0
+    world, placement = len(cost.devices), even_placement(cost)
+    while times < MOST_UNITS:
+        count = (times + 1) * at.batch // world
+        schedule = ScheduleChoice.zebra(count, recompute="all")
+        layout = Layout(schedule=schedule, sequences_per_rank=[1] * world, placement=placement)
+        if overflow(LayoutCost(cost, layout)):
+            break
+        times += 1
+    return times
 
 
 def point(case: Case, setup: str, model: str, kilotokens: int) -> Point:
     """A point of the grid of set-ups."""
     gpus, network = setup_of(setup)
-    batch = batch_of(gpus, case.per_attention_gpu)
-    return Point(gpus, network, model, kilotokens, batch, case.ep_overlaps)
+    return sized(case, Point(gpus, network, model, kilotokens, unit_of(gpus), case.overlap))
 
 
 def ratio_point(case: Case, old: int, kilotokens: int) -> Point:
-    """D1 on 4 A40 and `old` V100."""
+    """D1 on 4 A40 and `old` V100, with experts in proportion to the V100, four on each as on O1."""
     gpus = (("A40", 4), ("V100", old))
-    return Point(gpus, "ethernet-100g", "D1", kilotokens, 4 * case.per_attention_gpu, case.ep_overlaps)
+    return sized(case, Point(gpus, "ethernet-100g", f"D1-{4 * old}", kilotokens, unit_of(gpus), case.overlap))
 
 
 def eight_experts(case: Case, gpus: GPUS, kilotokens: int) -> Point:
     """D1 with 8 experts; the batch is that of 2 A40 + 2 V100, which others are compared with."""
-    return Point(gpus, "ethernet-100g", "D1-8", kilotokens, 2 * case.per_attention_gpu, case.ep_overlaps)
+    mixed = sized(case, Point(MIXED, "ethernet-100g", "D1-8", kilotokens, unit_of(MIXED), case.overlap))
+    return replace(mixed, gpus=gpus)
 
 
 def model_of(name: str) -> ModelConfig:
@@ -137,14 +164,31 @@ METHODS: dict[str, Callable[[CostModel, int], Rival]] = {
     "hetermoe": gather_squeeze,  # the paper's method: attention on the newer type, zebra, its greedy Asym-EA
     "no_asym": partial(gather_squeeze, asymmetric=False),
 }
-WITHOUT_OVERLAP = {"ep": partial(ep, overlaps=False), "ep_ideal": partial(ep_ideal, overlaps=False)}
 
 
 @cache
 def run(at: Point, method: str) -> Rival:
     """The best that a method finds."""
-    methods = METHODS if at.ep_overlaps else METHODS | WITHOUT_OVERLAP
-    return methods[method](cost_of(at), MOST_MICRO_BATCHES)
+    return methods_at(at.overlap)[method](cost_of(at), MOST_MICRO_BATCHES)
+
+
+@cache
+def methods_at(overlap: Overlap) -> dict[str, Callable[[CostModel, int], Rival]]:
+    """All methods, where all-to-alls of EP in its three forms overlap so."""
+    disaggregated = "parts" if overlap == "parts" else "none"
+    chosen = {
+        "ep": partial(ep, overlap=overlap),
+        "ep_ideal": partial(ep_ideal, overlap=overlap),
+        "dist_ep": partial(dist_ep, overlap=disaggregated),
+        "pp": single_stages,
+    }
+    return METHODS | chosen
+
+
+def single_stages(cost: CostModel, limit: int) -> Rival:
+    """PP of single GPUs, in as many equal pipelines as possible: 6 of A40 and V100 on O1, 4 of A40 and 2 V100 on O2."""
+    kinds = Counter(device.type for device in cost.devices)
+    return pp(cost, limit, pipelines=gcd(*kinds.values()))
 
 
 def speed_up(at: Point, over: str, method: str = "hetermoe") -> float | None:
@@ -174,3 +218,14 @@ def moved(at: Point) -> float:
     if layout is None:
         return 0.0
     return mean(len(part) for p in layout.placement for part in p.experts[: at.gpus[0][1]]) * at.gpus[0][1]
+
+
+def attention_over_experts(at: Point) -> float | None:
+    """T_A / T_E of Algorithm 1, forward, as HeterMoE runs the point: attention on one type, experts on the other."""
+    layout = run(at, "hetermoe").layout
+    if layout is None:
+        return None
+    cost, (_, attending), (_, hosting) = cost_of(at), *at.gpus
+    old, total = cost.of(attending), layout.sequences_per_micro_batch
+    experts = cost.model.experts / hosting * old.expert(cost.rows_per_expert(total)).forward
+    return cost.of(0).attention(total / attending).forward / experts

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from paper_figures import NEW, Ours, Place, at, average, gains, homogeneous, newest, ratio, utilisation
-from paper_points import AWS, LENGTHS, ON_PREMISE, Case, moved, point
+from paper_figures import D1_AT_32K, NEW, Ours, Place, at, average, gains, homogeneous, newest, ratio, utilisation
+from paper_points import AWS, LENGTHS, ON_PREMISE, Case, attention_over_experts, moved, point
 
 OLD_COUNTS = range(3, 9)  # V100 beside 4 A40
 EVERYWHERE = (*ON_PREMISE, *AWS)
@@ -56,6 +56,11 @@ def moves_none(model: str, above: int) -> Callable[[Case], bool]:
     return lambda case: not any(moved(point(case, "O1", model, length)) for length in LENGTHS if length > above)
 
 
+def attention_share(kilotokens: int) -> Ours:
+    """Forward time of attention on A40 over that of experts on V100, D1 on O1."""
+    return lambda case: attention_over_experts(point(case, "O1", "D1", kilotokens))
+
+
 def change(kilotokens: int) -> Ours:
     """What Asym-EA adds to the utilisation of A40."""
     shares = [utilisation(kilotokens, method, "A40") for method in ("no_asym", "hetermoe")]
@@ -78,11 +83,11 @@ TRENDS = [
     Trend("at 4K the speed-up over EP is least for W2 on O2", extreme_at(min, ("O2", "W2"), "ep", 4, [4])),
     Trend(
         "at 32K the speed-up over EP is larger for D2 than for D1",
-        rising(average("ep", [("O1", "D1"), ("O2", "D1")], [32]), at("O3", "D2", 32, "ep")),
+        rising(D1_AT_32K, at("O3", "D2", 32, "ep")),
     ),
     Trend(
         "at 32K the speed-up over EP is larger for D1 than in the mean",
-        rising(average("ep", lengths=[32]), average("ep", [("O1", "D1"), ("O2", "D1")], [32])),
+        rising(average("ep", lengths=[32]), D1_AT_32K),
     ),
     Trend("the speed-up over EP is larger on AWS than on-premise", rising(average("ep"), average("ep", AWS))),
     Trend("faster than EP (Ideal) in the mean, on-premise", rising(1.0, average("ep_ideal"))),
@@ -116,7 +121,10 @@ TRENDS = [
     ),
     Trend("Asym-EA moves no experts of D1 on O1 above 20K", moves_none("D1", 20)),
     Trend("Asym-EA moves no experts of W1 on O1 above 28K", moves_none("W1", 28)),
-    Trend("Asym-EA still moves experts of D1 on O1 at 20K", lambda case: moved(point(case, "O1", "D1", 20)) > 0),
+    Trend(
+        "attention on A40 becomes slower than experts on V100 between 20K and 24K (D1 on O1)",
+        rising(attention_share(20), 1.0, attention_share(24)),
+    ),
     Trend("Asym-EA still moves experts of W1 on O1 at 28K", lambda case: moved(point(case, "O1", "W1", 28)) > 0),
     Trend(
         "Asym-EA makes A40 busier and V100 less busy at 8K (D1 on O1)",

@@ -28,9 +28,9 @@ from paper_trends import OLD_COUNTS, TRENDS
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "paper.md"
 ASSUMED = Case()
 OTHERS = {  # the same with one assumption changed
-    "4 sequences": Case(per_attention_gpu=4),
-    "16 sequences": Case(per_attention_gpu=16),
-    "EP with overlap": Case(ep_overlaps=True),
+    "8 sequences per attention GPU": Case(per_attention_gpu=8),
+    "nothing of EP overlaps": Case(overlap="none"),
+    "EP overlaps micro-batches": Case(overlap="micro_batches"),
 }
 SHARE_WITHIN = 0.8
 COLUMNS = {"ep": "EP", "dist_ep": "DistEP", "ep_ideal": "EP (Ideal)", "ep_ideal_charged": "charged", "pp": "PP"}

@@ -83,4 +83,4 @@ def test_without_overlap_messages_take_time_of_their_own() -> None:
     nodes = [node.model_copy(update={"network": link}) for node in inputs(2, 2).cluster.nodes]
     slow = inputs(2, 2).model_copy(update={"cluster": inputs(2, 2).cluster.model_copy(update={"nodes": nodes})})
     cost = CostModel(slow)
-    assert ep_ideal(cost, 16, overlaps=False).seconds > 1.02 * ep_ideal(cost, 16).seconds
+    assert ep_ideal(cost, 16, overlap="none").seconds > 1.02 * ep_ideal(cost, 16).seconds

@@ -1,6 +1,7 @@
 """The reproduction: batches, means, trends, and the page that it rewrites. Its figures take a minute: not here."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,41 @@ import paper_figures
 import paper_points
 import paper_trends
 import reproduce_paper
-from paper_points import Case, Point, batch_of, cost_of, model_of, point, setup_of
+from hetermoe_cli.cost import LayoutCost
+from hetermoe_cli.planner.baselines.even import even_placement
+from hetermoe_cli.planner.replay import overflow
+from hetermoe_cli.spec.layout import Layout, ScheduleChoice
+from paper_points import Case, Point, cost_of, model_of, point, setup_of, unit_of
 
 CASE = Case()
 
 
 @pytest.mark.parametrize(("setup", "batch"), [("O1", 48), ("O2", 36), ("O3", 54), ("C1", 16), ("C2", 20)])
 def test_batches_can_be_shared_by_attention_gpus_and_by_all(setup: str, batch: int) -> None:
-    gpus, _ = setup_of(setup)
-    assert batch_of(gpus, 8) == batch
-    assert batch % gpus[0][1] == batch % sum(count for _, count in gpus) == 0
+    at = point(Case(per_attention_gpu=8), setup, "D1", 4)
+    assert at.batch == batch
+    assert batch % at.gpus[0][1] == batch % sum(count for _, count in at.gpus) == 0
+
+
+def test_a_batch_is_as_large_as_memory_allows() -> None:
+    unit = unit_of(setup_of("O1")[0])
+    short, long = point(CASE, "O1", "D1", 8), point(CASE, "O1", "D1", 32)
+    assert short.batch > 4 * long.batch >= 4 * unit
+    for sequences, fits in ((short.batch, True), (short.batch + unit, False)):
+        cost = cost_of(replace(short, batch=sequences))
+        schedule = ScheduleChoice.zebra(sequences // 12, recompute="all")
+        layout = Layout(schedule=schedule, sequences_per_rank=[1] * 12, placement=even_placement(cost))
+        assert (overflow(LayoutCost(cost, layout)) is None) is fits
+
+
+def test_experts_are_scaled_with_the_v100() -> None:
+    for old in paper_trends.OLD_COUNTS:
+        assert model_of(paper_points.ratio_point(CASE, old, 4).model).experts == 4 * old
+
+
+def test_a_pipeline_has_the_paper_s_stages() -> None:
+    assert paper_points.run(point(CASE, "O1", "D1", 32), "pp").reason.split(", ")[2] == "6 x 2 stages"
+    assert paper_points.run(point(CASE, "O2", "D1", 32), "pp").reason.split(", ")[2] == "4 x 3 stages"
 
 
 def test_a_point_is_what_section_5_says() -> None:
@@ -36,10 +62,18 @@ def test_the_greedy_cannot_act_where_counts_do_not_divide() -> None:
     assert paper_points.moved(point(CASE, "O1", "D1", 4)) > 0
 
 
-def test_ep_that_overlaps_nothing_is_slower() -> None:
-    at = [point(case, "O1", "D1", 4) for case in (Case(ep_overlaps=True), Case(ep_overlaps=False))]
-    assert paper_points.run(at[1], "ep").seconds > paper_points.run(at[0], "ep").seconds
-    assert paper_points.run(at[1], "hetermoe").seconds == paper_points.run(at[0], "hetermoe").seconds
+def test_ep_is_faster_the_more_it_overlaps() -> None:
+    at = [point(Case(overlap, 8), "O1", "D1", 4) for overlap in ("none", "parts", "micro_batches")]
+    seconds = [paper_points.run(one, "ep").seconds for one in at]
+    assert seconds[0] > seconds[1] > seconds[2]
+    assert len({paper_points.run(one, "hetermoe").seconds for one in at}) == 1
+
+
+def test_attention_over_experts_grows_with_the_length() -> None:
+    shares = [paper_trends.attention_share(length)(Case(per_attention_gpu=8)) for length in (4, 20)]
+    assert shares[0] is not None
+    assert shares[1] is not None
+    assert 0 < shares[0] < shares[1]
 
 
 @pytest.fixture

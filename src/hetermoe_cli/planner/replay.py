@@ -62,14 +62,14 @@ def overflow(cost: LayoutCost) -> Overflow | None:
     return worst if worst.needed > worst.limit else None
 
 
-def busy_bound(cost: LayoutCost) -> float:
+def busy_bound(cost: LayoutCost, *, exposed: bool = True) -> float:
     """What no replay of the layout can undercut: the busiest rank's compute, and in sequential order the transfers.
 
-    In sequential order every transfer lies between two tasks of each attending rank.
+    In sequential order every transfer lies between two tasks of each attending rank, and is `exposed`.
     """
     layout, known = cost.layout, {}
     transfers = 0.0
-    if layout.schedule.name == "sequential":
+    if exposed and layout.schedule.name == "sequential":
         there = [cost.transfer(Action(Kind.DISPATCH, Pass.FORWARD, layer)).seconds for layer in range(layout.layers)]
         transfers = 4 * sum(there)
     busiest = 0.0

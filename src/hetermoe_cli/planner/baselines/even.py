@@ -5,13 +5,13 @@ from functools import cache
 from math import floor
 
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.planner.baselines.rival import Rival, best, micro_batch_counts, windows, with_schedule
+from hetermoe_cli.planner.baselines.rival import Overlap, Rival, best, micro_batch_counts, windows, with_schedule
 from hetermoe_cli.planner.deal import number, rotate
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, ScheduleChoice
 
 
-def ep(cost: CostModel, limit: int, *, overlaps: bool = True) -> Rival:
-    """Equal sequences and equal experts on every device; `overlaps`: all-to-alls with compute of other micro-batches.
+def ep(cost: CostModel, limit: int, *, overlap: Overlap = "micro_batches") -> Rival:
+    """Equal sequences and equal experts on every device; `overlap`: of the all-to-alls.
 
     Where the batch does not divide by the devices, a micro-batch is uneven by one sequence, and R is such that all
     attend if there are sequences enough. Experts are uneven by one where they do not divide.
@@ -28,8 +28,10 @@ def ep(cost: CostModel, limit: int, *, overlaps: bool = True) -> Rival:
         return Layout(schedule=ScheduleChoice.zebra(count), sequences_per_rank=sequences, placement=placement)
 
     wanted = equal or everyone or counts
-    ladders = overlapped_or_not(cost, wanted) if overlaps else (rungs[-1:] for rungs in windows(cost, wanted))
-    return best(cost, ([with_schedule(layout(s.micro_batches), s) for s in rungs] for rungs in ladders))
+    across = overlap == "micro_batches"
+    ladders = overlapped_or_not(cost, wanted) if across else (rungs[-1:] for rungs in windows(cost, wanted))
+    layouts = ([with_schedule(layout(s.micro_batches), s) for s in rungs] for rungs in ladders)
+    return best(cost, layouts, parts=overlap == "parts")
 
 
 def even_placement(cost: CostModel) -> list[LayerPlacement]:

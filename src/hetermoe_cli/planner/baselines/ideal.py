@@ -16,15 +16,15 @@ import numpy as np
 from hetermoe_cli.cost.device import STATE_BYTES
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.baselines.even import even_placement
-from hetermoe_cli.planner.baselines.rival import Rival, best, schedules, with_schedule
+from hetermoe_cli.planner.baselines.rival import Overlap, Rival, best, schedules, with_schedule
 from hetermoe_cli.planner.deal import rotate
 from hetermoe_cli.spec.layout import Layout, ScheduleChoice
 from hetermoe_cli.spec.plan import Inputs
 
 
-def ep_ideal(cost: CostModel, limit: int, *, overlaps: bool = True) -> Rival:
-    """As the paper defines it: nothing is exchanged between the types. `overlaps`: as that of ep."""
-    alone = {name: type_alone(cost, name, limit, overlaps=overlaps) for name in cost.types}
+def ep_ideal(cost: CostModel, limit: int, *, overlap: Overlap = "micro_batches") -> Rival:
+    """As the paper defines it: nothing is exchanged between the types. `overlap`: as that of ep."""
+    alone = {name: type_alone(cost, name, limit, overlap) for name in cost.types}
     return _added(cost, alone, 0.0)
 
 
@@ -33,7 +33,7 @@ def ep_ideal_charged(cost: CostModel, limit: int) -> Rival:
 
     It follows the backward, as that between several groups of a plan does.
     """
-    alone = {name: type_alone(cost, name, limit, overlaps=True) for name in cost.types}
+    alone = {name: type_alone(cost, name, limit, "micro_batches") for name in cost.types}
     fitting = [name for name, rival in alone.items() if rival.layout]
     return _added(cost, alone, exchange_seconds(cost, fitting))
 
@@ -49,7 +49,7 @@ def _added(cost: CostModel, alone: dict[str, Rival], charge: float) -> Rival:
 
 
 @lru_cache(maxsize=8)  # both kinds of EP (Ideal) ask for the same
-def type_alone(cost: CostModel, name: str, limit: int, *, overlaps: bool = True) -> Rival:
+def type_alone(cost: CostModel, name: str, limit: int, overlap: Overlap = "micro_batches") -> Rival:
     """The EP layout of most sequences per second on the devices of one type."""
     alone = CostModel(_only(cost.inputs, name))
     placement, world = even_placement(alone), len(alone.devices)
@@ -59,16 +59,17 @@ def type_alone(cost: CostModel, name: str, limit: int, *, overlaps: bool = True)
         shares = rotate([sequences], world)[0]
         return Layout(schedule=ScheduleChoice.zebra(1), sequences_per_rank=shares, placement=placement)
 
-    batches = _batches(alone, limit, overlaps)
-    return best(alone, ([with_schedule(layout(n), s) for s in rungs] for n, rungs in batches), _sequences)
+    batches = _batches(alone, limit, overlap == "micro_batches")
+    layouts = ([with_schedule(layout(n), s) for s in rungs] for n, rungs in batches)
+    return best(alone, layouts, _sequences, parts=overlap == "parts")
 
 
-def _batches(cost: CostModel, limit: int, overlaps: bool) -> Iterator[tuple[int, list[ScheduleChoice]]]:
+def _batches(cost: CostModel, limit: int, across: bool) -> Iterator[tuple[int, list[ScheduleChoice]]]:
     """Sequences of a micro-batch, smallest first, with a ladder of schedules."""
     world, batch = len(cost.devices), cost.train.global_batch_sequences
     for sequences in range(world, batch + 1, world) if world <= batch else [batch]:
         most = min(limit, batch // sequences)
-        for sizes in _ladders(most) if overlaps else [[(most, 1)]]:
+        for sizes in _ladders(most) if across else [[(most, 1)]]:
             yield from ((sequences, rungs) for rungs in schedules(cost, sizes))
 
 

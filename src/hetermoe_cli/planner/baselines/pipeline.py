@@ -54,11 +54,14 @@ class Tuned:
         return f"{self.order}, R = {max(self.micro_batches)}, {self.setup}, layers {' or '.join(splits)}"
 
 
-def pp(cost: CostModel, limit: int) -> Rival:
-    """The best pipeline of the searched space. `limit` is for the R of layouts; a pipeline needs more."""
+def pp(cost: CostModel, limit: int, *, pipelines: int | None = None) -> Rival:
+    """The best pipeline of the searched space. `limit` is for the R of layouts; a pipeline needs more.
+
+    `pipelines`: this many of equal depth over all devices, each device a stage, instead of all widths and depths.
+    """
     if len(cost.devices) > MOST_DEVICES:
         return Rival(None, inf, f"not computed for more than {MOST_DEVICES} devices")
-    search = _Search(cost)
+    search = _Search(cost, pipelines)
     winner: Tuned | None = None
     seconds = inf
     for bound, setup in sorted(((search.work(setup), setup) for setup in search.setups()), key=lambda pair: pair[0]):
@@ -76,8 +79,8 @@ def pp(cost: CostModel, limit: int) -> Rival:
 
 
 class _Search:
-    def __init__(self, cost: CostModel) -> None:
-        self.cost, self.batch = cost, cost.train.global_batch_sequences
+    def __init__(self, cost: CostModel, pipelines: int | None = None) -> None:
+        self.cost, self.batch, self.pipelines = cost, cost.train.global_batch_sequences, pipelines
         self._costs: dict[tuple[int, int, Recompute], PipelineCost] = {}
         one = PipelineCost(cost, 1, 1, "none")
         self.sorted = sorted(range(len(cost.devices)), key=lambda rank: one.unit((rank,)).layer)
@@ -99,6 +102,8 @@ class _Search:
 
     def _shapes(self) -> list[tuple[int, int, int]]:
         """(width, stages, pipelines)."""
+        if self.pipelines:
+            return [(1, len(self.sorted) // self.pipelines, self.pipelines)]
         types = [self.cost.devices[rank].type for rank in self.sorted]
         prefixes = {
             place for place in range(1, len(types) + 1) if place == len(types) or types[place - 1] != types[place]

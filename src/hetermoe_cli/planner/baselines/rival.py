@@ -4,16 +4,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import inf
-from typing import get_args
+from typing import Literal, get_args
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.planner.baselines.parts import parted_seconds
 from hetermoe_cli.planner.orders import other_orders
 from hetermoe_cli.planner.replay import Overflow, busy_bound, overflow
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.layout import Layout, ScheduleChoice
 from hetermoe_cli.spec.plan import Baseline
 from hetermoe_cli.spec.train import DenseState, Recompute
+
+# What runs beside an all-to-all: nothing; experts of other parts of the same micro-batch and layer (parts.py); any task
+# of other micro-batches.
+Overlap = Literal["none", "parts", "micro_batches"]
 
 
 @dataclass(frozen=True)
@@ -67,29 +72,39 @@ def windows(cost: CostModel, counts: Iterable[int]) -> Iterator[list[ScheduleCho
 
 
 def best(
-    cost: CostModel, ladders: Iterable[Iterable[Layout]], size: Callable[[Layout], float] = lambda layout: 1.0
+    cost: CostModel,
+    ladders: Iterable[Iterable[Layout]],
+    size: Callable[[Layout], float] = lambda layout: 1.0,
+    *,
+    parts: bool = False,
 ) -> Rival:
     """The layout with the fewest seconds (per `size`) among the first that fits of every ladder.
 
     Each rung of a ladder needs less memory than the one before. What cannot win is not replayed. `reason` names the
-    least overflow where nothing fits.
+    least overflow where nothing fits. `parts`: the layouts are sequential, and their all-to-alls are cut into parts.
     """
     fitting: list[tuple[float, LayoutCost]] = []
     worst: Overflow | None = None
     for ladder in ladders:
         found, missing = _first_fitting(cost, list(ladder))
         if found:
-            fitting.append((busy_bound(found) / size(found.layout), found))
+            fitting.append((busy_bound(found, exposed=not parts) / size(found.layout), found))
         elif worst is None or (missing and missing.ratio < worst.ratio):
             worst = missing
     winner, seconds, ratio = None, inf, inf
     for bound, layout_cost in sorted(fitting, key=lambda pair: pair[0]):
         if bound < ratio:
-            replayed = simulate(layout_cost).seconds
-            for layout, time in [(layout_cost.layout, replayed), *other_orders(layout_cost)]:
+            for layout, time in _times(layout_cost, parts):
                 if time / size(layout) < ratio:
                     winner, seconds, ratio = layout, time, time / size(layout)
     return Rival(winner, seconds, "" if winner else f"does not fit: {worst}")
+
+
+def _times(cost: LayoutCost, parts: bool) -> list[tuple[Layout, float]]:
+    """Every order of a layout with its seconds."""
+    if parts:
+        return [(cost.layout, parted_seconds(cost))]
+    return [(cost.layout, simulate(cost).seconds), *other_orders(cost)]
 
 
 def _first_fitting(cost: CostModel, ladder: Sequence[Layout]) -> tuple[LayoutCost | None, Overflow | None]:

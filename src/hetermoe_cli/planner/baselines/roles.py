@@ -6,7 +6,7 @@ from itertools import chain
 from math import ceil, floor, inf
 
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.planner.baselines.rival import Rival, best, micro_batch_counts, windows, with_schedule
+from hetermoe_cli.planner.baselines.rival import Overlap, Rival, best, micro_batch_counts, windows, with_schedule
 from hetermoe_cli.planner.deal import number, rotate
 from hetermoe_cli.planner.rates import ClassRates, device_rates
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, ScheduleChoice
@@ -20,14 +20,14 @@ class Roles:
     hosting: list[int]
 
 
-def dist_ep(cost: CostModel, limit: int) -> Rival:
-    """Attention and experts on different devices, nothing overlapped: one micro-batch after another."""
+def dist_ep(cost: CostModel, limit: int, *, overlap: Overlap = "none") -> Rival:
+    """Attention and experts on different devices, one micro-batch after another; `overlap`: none or parts."""
     if (roles := find_roles(cost)) is None:
         return _no_roles()
     counts = micro_batch_counts(cost.train.global_batch_sequences, limit)
     known: dict[tuple[int, ...], Layout] = {}
     ladders = (_by_placement(cost, roles, rungs[-1:], known, asymmetric=False) for rungs in windows(cost, counts))
-    return best(cost, chain.from_iterable(ladders))
+    return best(cost, chain.from_iterable(ladders), parts=overlap == "parts")
 
 
 def gather_squeeze(cost: CostModel, limit: int, *, asymmetric: bool = True) -> Rival:
