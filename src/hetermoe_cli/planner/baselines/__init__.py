@@ -7,17 +7,23 @@ ep_ideal            ideal.py     EP on each type alone, throughputs added; no re
 ep_ideal_charged    ideal.py     the same, and the all-reduce of all gradients between the types
 pp                  pipeline.py  layers over stages, tuned under memory limits; data parallel replicas
 
+All-to-alls of EP overlap with other micro-batches, those of DistEP with nothing; on demand each cuts them into parts
+(parts.py), as the paper's do.
+
 Assumptions in the reproduction: docs/paper.md. What has no Layout cannot be run by this engine, and its
 Rival says in words how it runs.
 """
 
+from collections.abc import Callable
+
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.baselines.even import ep, hetero_ep
 from hetermoe_cli.planner.baselines.ideal import ep_ideal, ep_ideal_charged
 from hetermoe_cli.planner.baselines.pipeline import pp
 from hetermoe_cli.planner.baselines.rival import Rival, micro_batch_counts, recompute_choices
 from hetermoe_cli.planner.baselines.roles import dist_ep, gather_squeeze
 
-RIVALS = {
+RIVALS: dict[str, Callable[[CostModel, int], Rival]] = {
     "ep": ep,
     "dist_ep": dist_ep,
     "gather_squeeze": gather_squeeze,
