@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hetermoe_cli.errors import ExitCode, UserError
+from hetermoe_cli.model.grouped import run_experts
 from hetermoe_cli.model.transformer import DenseModel
 from hetermoe_cli.profiler.kernels import DTYPES, Bench, Sizes, profile_kernels
 from hetermoe_cli.profiler.measure import Case, Effort, measure, relative_spread, saved_bytes
@@ -75,15 +76,15 @@ def test_saved_bytes_count_a_storage_once_and_whole() -> None:
     assert saved_bytes(case, []) == 4 * (10 + 10)
 
 
-def test_an_expert_saves_rows_and_four_ffn_widths() -> None:
+def test_an_expert_saves_rows_gate_and_up() -> None:
     table = profile_kernels(TINY, "fp64", CPU, SIZES, EFFORT)
     assert [point.saved_bytes / point.tokens for point in table.expert] == [
-        8 * (TINY.hidden_size + 4 * TINY.ffn_size)
+        8 * (TINY.hidden_size + 2 * TINY.ffn_size)
     ] * 2
 
 
 def test_experts_are_measured_as_the_engine_runs_them(table: KernelTable) -> None:
-    """In one grouped product in fp32; that keeps where each expert's rows end, too."""
+    """In one grouped product in fp32."""
     grouped, alone = Bench(TINY, torch.float32, CPU), Bench(TINY, torch.float64, CPU)
     assert (grouped.experts, alone.experts) == (4, 1)
     for bench in (grouped, alone):
@@ -91,10 +92,11 @@ def test_experts_are_measured_as_the_engine_runs_them(table: KernelTable) -> Non
         (rows,) = case.leaves()
         (outputs,) = case.forward([rows])
         assert case.parts == len(bench.group.ids) == len(outputs) // 16
-        torch.testing.assert_close(outputs, bench.group._one_by_one(rows, [16] * case.parts))
-    each = 4 * (TINY.hidden_size + 4 * TINY.ffn_size)
+        alike = run_experts(rows, bench.group.gate_up, bench.group.down, [16] * case.parts, grouped=False)
+        torch.testing.assert_close(outputs, alike)
+    each = 4 * (TINY.hidden_size + 2 * TINY.ffn_size)
     for point in table.expert:
-        assert 0 <= point.saved_bytes - point.tokens * each <= 4
+        assert point.saved_bytes == point.tokens * each
 
 
 @pytest.mark.parametrize("stage", ["attention", "head"])
