@@ -10,7 +10,7 @@ from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.model.grouped import run_experts
 from hetermoe_cli.model.transformer import DenseModel
 from hetermoe_cli.profiler.kernels import DTYPES, Bench, Sizes, profile_kernels
-from hetermoe_cli.profiler.measure import Case, Effort, measure, relative_spread, saved_bytes
+from hetermoe_cli.profiler.measure import Caches, Case, Effort, measure, relative_spread, saved_bytes
 from hetermoe_cli.spec.model import NAMED_MODELS
 from hetermoe_cli.spec.profile import KernelTable, Precision
 
@@ -188,6 +188,30 @@ def test_cases_take_turns() -> None:
 
     measure([case("a"), case("b")], CPU, Effort(visits=2, visit_seconds=0), None)
     assert order == ["a", "a", "b", "b"] * 2  # warm-up and one run a visit
+
+
+def test_caches_are_emptied_before_every_pass_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(Caches, "empty", lambda self: order.append("empty"))
+
+    def forward(leaves: list[Tensor]) -> list[Tensor]:
+        order.append("forward")
+        leaves[0].register_hook(lambda gradient: order.append("backward"))
+        return [leaves[0] * 2]
+
+    case = Case("a test", lambda: [torch.ones(1, requires_grad=True)], forward)
+    measure([case], CPU, Effort(visits=1, visit_seconds=10, visit_runs=2), None)
+    warm_up, timed = order[:2], order[2:]
+    assert warm_up == ["forward", "backward"]
+    assert [pass_ for pass_ in timed if pass_ != "backward"] == ["empty", "forward", "empty"] * 2
+
+
+def test_emptied_caches_hold_something_else() -> None:
+    caches = Caches(CPU)
+    caches._other.fill_(1)
+    caches.empty()
+    assert len(caches._other) >= 2**26
+    assert not caches._other.any()
 
 
 def test_spread_is_the_interquartile_range_over_the_median() -> None:
