@@ -41,9 +41,14 @@ LIMITS = {"deepspeed": 0.8, "hugging_face": 0.7}
 MOST_SECONDS = 600
 # Not here: experts "batched_mm", which copies an expert's weights for every row (12 GB a rank at this size), and
 # AutoEP's grouped GEMM, which needs Triton.
-VARIANTS: dict[str, list[dict[str, Any]]] = {
+_SETTINGS: dict[str, list[dict[str, Any]]] = {
     "deepspeed": [{"zero": 0}, {"zero": 1}, {"zero": 2}],
     "hugging_face": [{"experts": "eager", "bucket_mb": 25}, {"experts": "grouped_mm", "bucket_mb": 25}],
+}
+# each also as the engine's workers are started, which keep freed memory
+VARIANTS = {
+    name: [one | {"keeps_freed": keeps} for one in settings for keeps in (False, True)]
+    for name, settings in _SETTINGS.items()
 }
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hetermoe_cli.errors import ExitCode, UserError
+from hetermoe_cli.launch.local import MEMORY
 from hetermoe_cli.model.data import Batches, load_corpus
 from hetermoe_cli.model.transformer import Transformer, initialise, named_tensors
 from hetermoe_cli.spec.model import ModelConfig
@@ -133,6 +134,7 @@ class Rival:
         file = folder / "job.json"
         file.write_text(json.dumps(job, indent=1))
         port = _free_port()
+        self._keeps_freed = job["variant"]["keeps_freed"]
         self._logs = [folder / f"rank{rank}.log" for rank in range(WORLD_SIZE)]
         self._ranks = [self._start([str(python), str(WORKER), str(file)], rank, port) for rank in range(WORLD_SIZE)]
 
@@ -148,6 +150,8 @@ class Rival:
             "DS_ACCELERATOR": "cpu",
             "HF_HUB_OFFLINE": "1",
         }
+        if self._keeps_freed:
+            variables |= MEMORY
         with self._logs[rank].open("w") as log:
             return subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=variables

@@ -62,15 +62,13 @@ class Rates:
 class Part:
     """What one way to attend, or the shared experts, add to an attention stage.
 
-    `weights` are all read once; `moved` and `saved` count elements a token, `saved_bytes` other bytes a token,
-    `norms` the elements a token that a norm which is not fused keeps besides.
+    `weights` are all read once; `moved` and `saved` count elements a token, `saved_bytes` other bytes a token.
     """
 
     weights: int
     moved: int
     saved: int
     saved_bytes: int = 0
-    norms: int = 0
     kernels: int = 0
 
 
@@ -99,7 +97,6 @@ def latent(shape: LayerShape, sizes: LatentAttention) -> Part:
         moved=2 * ranks + rope + join,
         saved=2 * ranks + sizes.rope_size + 2 * heads * shape.head_size + up + 2 * heads * sizes.value_size,
         saved_bytes=2 * 4,
-        norms=ranks,
         kernels=LATENT_KERNELS,
     )
 
@@ -107,11 +104,11 @@ def latent(shape: LayerShape, sizes: LatentAttention) -> Part:
 def swiglu(hidden: int, width: int) -> Part:
     """A SwiGLU network added to the residual: shared experts of their widths together, or a dense layer's.
 
-    Saved: gate and up, silu(gate), their product; the rows are the norm's output.
+    Saved: gate and up, and what the last product reads; the rows are the norm's output.
     """
     if not width:
         return Part(0, 0, 0)
-    return Part(weights=3 * hidden * width, moved=3 * width + 3 * hidden, saved=4 * width, kernels=EXPERT_KERNELS + 1)
+    return Part(weights=3 * hidden * width, moved=3 * width + 3 * hidden, saved=3 * width, kernels=EXPERT_KERNELS + 1)
 
 
 def parts(shape: LayerShape, width: int) -> tuple[Part, Part]:
@@ -176,22 +173,21 @@ def head_work(shape: LayerShape, tokens: int) -> Work:
     return Work(2 * tokens * weights, 0, 0, ELEMENT_BYTES * moved, HEAD_KERNELS)
 
 
-def attention_saved_bytes(shape: LayerShape, length: int, sequences: int, element: int, fused_norm: bool = True) -> int:
+def attention_saved_bytes(shape: LayerShape, length: int, sequences: int, element: int) -> int:
     """What autograd and the stage keep of model/attention.py and combine, `element` bytes each; no parameters.
 
     Leaves hidden, expert outputs and weights; both residuals and both norms' outputs; what the parts keep (fp32
-    log-sum-exp beside it); gate scores, top k and their sum, int64 choices, inverse norms; once: cos and sin. Without a
-    fused RMSNorm (the CPU) each norm keeps one tensor more.
+    log-sum-exp beside it); gate scores, top k and their sum, int64 choices, inverse norms; once: cos and sin.
     """
     k, added = shape.top_k, parts(shape, shared_width(shape))
     elements = (5 + k) * shape.hidden_size + gate_experts(shape) + 2 * k + 1
-    return _stage_saved_bytes(shape, length, sequences, element, fused_norm, added, elements, 8 * k)
+    return _stage_saved_bytes(shape, length, sequences, element, added, elements, 8 * k)
 
 
-def dense_saved_bytes(shape: LayerShape, length: int, sequences: int, element: int, fused_norm: bool = True) -> int:
+def dense_saved_bytes(shape: LayerShape, length: int, sequences: int, element: int) -> int:
     """What autograd keeps of a dense layer: both residuals, both norms' outputs; the rest as in an attention stage."""
     added = parts(shape, shape.dense_ffn_size)
-    return _stage_saved_bytes(shape, length, sequences, element, fused_norm, added, 4 * shape.hidden_size, 0)
+    return _stage_saved_bytes(shape, length, sequences, element, added, 4 * shape.hidden_size, 0)
 
 
 def _stage_saved_bytes(
@@ -199,27 +195,23 @@ def _stage_saved_bytes(
     length: int,
     sequences: int,
     element: int,
-    fused_norm: bool,
     added: tuple[Part, Part],
     elements: int,
     others: int,
 ) -> int:
     """`elements` and `others` (bytes) a token, and what `added`, attention core and norms keep."""
     elements += sum(part.saved for part in added)
-    if not fused_norm:
-        elements += 2 * shape.hidden_size + sum(part.norms for part in added)
     others += 4 * shape.attention_heads + 2 * 4 + sum(part.saved_bytes for part in added)
     rope = shape.latent.rope_size if shape.latent else shape.head_size
     return sequences * length * (element * elements + others) + element * length * rope
 
 
 def expert_saved_bytes(shape: LayerShape, tokens: int, element: int) -> int:
-    """Rows, gate and up, silu(gate), their product."""
-    return tokens * element * (shape.hidden_size + 4 * shape.ffn_size)
+    """Rows, gate and up."""
+    return tokens * element * (shape.hidden_size + 2 * shape.ffn_size)
 
 
-def head_saved_bytes(shape: LayerShape, tokens: int, element: int, fused_norm: bool = True) -> int:
+def head_saved_bytes(shape: LayerShape, tokens: int, element: int) -> int:
     """Leaves hidden, expert outputs and weights; residual and its norm; log-probabilities, int64 targets."""
-    norm = 1 if fused_norm else 2
-    per_token = element * ((2 + shape.top_k + norm) * shape.hidden_size + shape.vocab_size + shape.top_k)
+    per_token = element * ((3 + shape.top_k) * shape.hidden_size + shape.vocab_size + shape.top_k)
     return tokens * (per_token + 8 + 4)

@@ -184,6 +184,13 @@ def test_all_reduce_takes_the_slowest_link_of_the_ring() -> None:
     assert Network(devices).all_reduce_seconds([0, 1], GIGABYTE) == pytest.approx(1.0 + 2 * 20e-6)
 
 
+def test_a_ring_has_a_bandwidth_of_its_own() -> None:
+    link = Link(bandwidth_gigabytes_per_second=4, latency_microseconds=10, all_reduce_gigabytes_per_second=2)
+    network = Network([Device(rank=r, type="x", node=r, nic=r, network=link, interconnect=link) for r in range(2)])
+    assert network.all_reduce_seconds([0, 1], GIGABYTE) == pytest.approx(0.5 + 20e-6)
+    assert network.seconds(np.array([[0, GIGABYTE], [0, 0]]), np.arange(2)) == pytest.approx(0.25 + 10e-6)
+
+
 @pytest.mark.parametrize(("ranks", "size"), [([2], GIGABYTE), ([0, 1, 2], 0)])
 def test_nothing_to_reduce(ranks: list[int], size: float) -> None:
     assert TWO_NODES.all_reduce_seconds(ranks, size) == 0.0

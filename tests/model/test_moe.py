@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
 from builders import make_model
-from hetermoe_cli.model.grouped import has_grouped_gemm
+from hetermoe_cli.model.grouped import has_grouped_gemm, run_experts
 from hetermoe_cli.model.moe import ExpertGroup
 
 torch.set_num_threads(1)
@@ -30,9 +31,45 @@ def run(group: ExpertGroup, counts: list[int], grouped: bool, device: str = "cpu
     generator = torch.Generator().manual_seed(7)
     rows, gradient = torch.randn(2, sum(counts), WIDTH, generator=generator).to(device, group.down.dtype)
     leaf = rows.clone().requires_grad_()
-    outputs = (group._grouped if grouped else group._one_by_one)(leaf, counts)
+    outputs = run_experts(leaf, group.gate_up, group.down, counts, grouped)
     found = torch.autograd.grad(outputs, [leaf, *group.parameters()], gradient)
     return [outputs.detach(), *found]
+
+
+def alone(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """One expert, as it is defined."""
+    gate, up = functional.linear(rows, gate_up).chunk(2, dim=-1)
+    return functional.linear(functional.silu(gate) * up, down)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_added_where_they_accumulate(dtype: torch.dtype, grouped: bool) -> None:
+    """In place in the weight's precision; in bf16 autograd adds them up in fp32."""
+    group, counts = make(3, dtype), [4, 0, 7]
+    once = run(group, counts, grouped)[2:]
+    rows, gradient = torch.randn(2, sum(counts), WIDTH, generator=torch.Generator().manual_seed(7)).to(dtype)
+    for parameter in group.parameters():
+        parameter.grad_dtype = torch.float32
+        parameter.grad = torch.ones_like(parameter, dtype=torch.float32)
+    places = [parameter.grad for parameter in group.parameters()]
+    for _ in range(2):
+        run_experts(rows.clone().requires_grad_(), group.gate_up, group.down, counts, grouped).backward(gradient)
+    for parameter, place, found in zip(group.parameters(), places, once, strict=True):
+        assert parameter.grad is place
+        torch.testing.assert_close(place, 1 + 2 * found.float(), rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_gradients_are_those_of_autograd(grouped: bool) -> None:
+    group, counts = make(2, torch.float32), [3, 5]
+    found = run(group, counts, grouped)
+    rows, gradient = torch.randn(2, 8, WIDTH, generator=torch.Generator().manual_seed(7))
+    leaf, (gate_up, down) = rows.requires_grad_(), group.parameters()
+    outputs = torch.cat([alone(leaf[:3], gate_up[0], down[0]), alone(leaf[3:], gate_up[1], down[1])])
+    expected = torch.autograd.grad(outputs, [leaf, gate_up, down], gradient)
+    for one, other in zip(found, [outputs.detach(), *expected], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -60,8 +97,7 @@ def test_each_row_goes_through_its_expert_alone(grouped: bool) -> None:
     whole = run(group, [2, 0, 3], grouped)[0]
     rows = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(7))[0]
     for row, expert in enumerate([0, 0, 2, 2, 2]):
-        alone = ExpertGroup._expert(rows[row], group.gate_up[expert], group.down[expert])
-        torch.testing.assert_close(whole[row], alone)
+        torch.testing.assert_close(whole[row], alone(rows[row], group.gate_up[expert], group.down[expert]))
 
 
 def test_what_the_grouped_product_takes() -> None:

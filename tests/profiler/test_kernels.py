@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from hetermoe_cli.errors import ExitCode, UserError
+from hetermoe_cli.model.grouped import run_experts
 from hetermoe_cli.model.transformer import DenseModel
 from hetermoe_cli.profiler.kernels import DTYPES, Bench, Sizes, profile_kernels
-from hetermoe_cli.profiler.measure import Case, Effort, measure, relative_spread, saved_bytes
+from hetermoe_cli.profiler.measure import Caches, Case, Effort, measure, relative_spread, saved_bytes
 from hetermoe_cli.spec.model import NAMED_MODELS
 from hetermoe_cli.spec.profile import KernelTable, Precision
 
@@ -75,15 +76,15 @@ def test_saved_bytes_count_a_storage_once_and_whole() -> None:
     assert saved_bytes(case, []) == 4 * (10 + 10)
 
 
-def test_an_expert_saves_rows_and_four_ffn_widths() -> None:
+def test_an_expert_saves_rows_gate_and_up() -> None:
     table = profile_kernels(TINY, "fp64", CPU, SIZES, EFFORT)
     assert [point.saved_bytes / point.tokens for point in table.expert] == [
-        8 * (TINY.hidden_size + 4 * TINY.ffn_size)
+        8 * (TINY.hidden_size + 2 * TINY.ffn_size)
     ] * 2
 
 
 def test_experts_are_measured_as_the_engine_runs_them(table: KernelTable) -> None:
-    """In one grouped product in fp32; that keeps where each expert's rows end, too."""
+    """In one grouped product in fp32."""
     grouped, alone = Bench(TINY, torch.float32, CPU), Bench(TINY, torch.float64, CPU)
     assert (grouped.experts, alone.experts) == (4, 1)
     for bench in (grouped, alone):
@@ -91,10 +92,11 @@ def test_experts_are_measured_as_the_engine_runs_them(table: KernelTable) -> Non
         (rows,) = case.leaves()
         (outputs,) = case.forward([rows])
         assert case.parts == len(bench.group.ids) == len(outputs) // 16
-        torch.testing.assert_close(outputs, bench.group._one_by_one(rows, [16] * case.parts))
-    each = 4 * (TINY.hidden_size + 4 * TINY.ffn_size)
+        alike = run_experts(rows, bench.group.gate_up, bench.group.down, [16] * case.parts, grouped=False)
+        torch.testing.assert_close(outputs, alike)
+    each = 4 * (TINY.hidden_size + 2 * TINY.ffn_size)
     for point in table.expert:
-        assert 0 <= point.saved_bytes - point.tokens * each <= 4
+        assert point.saved_bytes == point.tokens * each
 
 
 @pytest.mark.parametrize("stage", ["attention", "head"])
@@ -186,6 +188,30 @@ def test_cases_take_turns() -> None:
 
     measure([case("a"), case("b")], CPU, Effort(visits=2, visit_seconds=0), None)
     assert order == ["a", "a", "b", "b"] * 2  # warm-up and one run a visit
+
+
+def test_caches_are_emptied_before_every_pass_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(Caches, "empty", lambda self: order.append("empty"))
+
+    def forward(leaves: list[Tensor]) -> list[Tensor]:
+        order.append("forward")
+        leaves[0].register_hook(lambda gradient: order.append("backward"))
+        return [leaves[0] * 2]
+
+    case = Case("a test", lambda: [torch.ones(1, requires_grad=True)], forward)
+    measure([case], CPU, Effort(visits=1, visit_seconds=10, visit_runs=2), None)
+    warm_up, timed = order[:2], order[2:]
+    assert warm_up == ["forward", "backward"]
+    assert [pass_ for pass_ in timed if pass_ != "backward"] == ["empty", "forward", "empty"] * 2
+
+
+def test_emptied_caches_hold_something_else() -> None:
+    caches = Caches(CPU)
+    caches._other.fill_(1)
+    caches.empty()
+    assert len(caches._other) >= 2**26
+    assert not caches._other.any()
 
 
 def test_spread_is_the_interquartile_range_over_the_median() -> None:

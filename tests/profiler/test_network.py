@@ -16,17 +16,20 @@ SIZES = (4096, 65536, 1048576, 8388608)
 
 def test_a_link_between_two_processes_is_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wide bounds: the machine may be busy; a wrong unit misses them by far."""
-    samples: list[list[float]] = []
-    monkeypatch.setattr(network, "run_pair", lambda *arguments: samples.extend(run_pair(*arguments)) or samples)
+    found: list[network.Samples] = []
+    monkeypatch.setattr(network, "run_pair", lambda *arguments: found.append(run_pair(*arguments)) or found[-1])
     record = measure_link("gloo", SIZES, repeats=10)
     assert (record.name, record.source) == ("gloo-loopback", "measured")
     assert 0.05 < record.link.bandwidth_gigabytes_per_second < 100
     assert record.link.latency_microseconds < 50_000
     assert record.spread is not None
-    assert [len(values) for values in samples] == [10] * len(SIZES)
-    small, *_, large = map(statistics.median, samples)
-    assert 1e-6 < small < large
-    assert SIZES[-1] / large < 100e9  # no loopback moves more bytes per second
+    assert record.link.all_reduce_gigabytes_per_second is not None
+    assert 0.02 < record.link.all_reduce_gigabytes_per_second < 100
+    for samples in found[0]:
+        assert [len(values) for values in samples] == [10] * len(SIZES)
+        small, *_, large = map(statistics.median, samples)
+        assert 1e-6 < small < large
+        assert SIZES[-1] / large < 100e9  # no loopback moves more bytes per second
 
 
 def test_a_failed_worker_is_one_line_and_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:

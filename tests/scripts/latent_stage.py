@@ -5,7 +5,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hetermoe_cli.model.moe import combine
+from hetermoe_cli.model.norm import RMSNorm
 from hetermoe_cli.model.rope import rope_table, rotate
+from hetermoe_cli.model.swiglu import swiglu
 from hetermoe_cli.spec.latent import LatentAttention
 from hetermoe_cli.spec.model import ModelConfig
 
@@ -17,12 +19,12 @@ class LatentStage(nn.Module):
         super().__init__()
         hidden, heads, width = config.hidden_size, config.attention_heads, config.shared_experts * config.ffn_size
         self.config, self.sizes = config, sizes
-        self.attention_norm, self.expert_norm = nn.RMSNorm(hidden), nn.RMSNorm(hidden)
+        self.attention_norm, self.expert_norm = RMSNorm(hidden), RMSNorm(hidden)
         self.query_down = nn.Linear(hidden, sizes.query_rank, bias=False)
-        self.query_norm = nn.RMSNorm(sizes.query_rank)
+        self.query_norm = RMSNorm(sizes.query_rank)
         self.query_up = nn.Linear(sizes.query_rank, heads * config.head_size, bias=False)
         self.down = nn.Linear(hidden, sizes.key_value_rank + sizes.rope_size, bias=False)
-        self.norm = nn.RMSNorm(sizes.key_value_rank)
+        self.norm = RMSNorm(sizes.key_value_rank)
         self.up = nn.Linear(sizes.key_value_rank, heads * (sizes.nope_size + sizes.value_size), bias=False)
         self.out = nn.Linear(heads * sizes.value_size, hidden, bias=False)
         self.gate = nn.Linear(hidden, config.experts, bias=False)
@@ -35,8 +37,7 @@ class LatentStage(nn.Module):
         hidden = hidden + self._attend(self.attention_norm(hidden))
         normed = self.expert_norm(hidden)
         top, _ = self.gate(normed).flatten(0, 1).softmax(dim=-1).topk(self.config.top_k, dim=-1)
-        gate, up = self.shared_gate_up(normed).chunk(2, dim=-1)
-        hidden = hidden + self.shared_down(functional.silu(gate) * up)
+        hidden = hidden + self.shared_down(swiglu(self.shared_gate_up(normed)))
         return [hidden, normed.flatten(0, 1), top / top.sum(dim=-1, keepdim=True)]
 
     def _attend(self, x: Tensor) -> Tensor:

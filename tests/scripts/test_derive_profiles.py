@@ -226,7 +226,7 @@ def test_only_shapes_with_dense_layers_have_their_seconds(profiles: dict[str, Pr
 
 @pytest.mark.parametrize(("shared_experts", "dense_layers"), [(0, 0), (2, 1)])
 def test_saved_bytes_formulas_match_the_measurement(shared_experts: int, dense_layers: int) -> None:
-    """fp32 on the CPU, which has no fused RMSNorm; the design asks for 15 %."""
+    """fp32 on the CPU; the design asks for 15 %."""
     config = NAMED_MODELS["tiny"].model_copy(update={"experts": 8})  # what the formula assumes for an unnamed shape
     config = config.model_copy(
         update={"ffn_size": 160, "attention_heads": 6, "head_size": 8, "shared_experts": shared_experts}
@@ -236,16 +236,16 @@ def test_saved_bytes_formulas_match_the_measurement(shared_experts: int, dense_l
     measured = profile_kernels(config, "fp32", torch.device("cpu"), sizes, Effort(visits=2, visit_runs=1))
     shape = config.shape
     for point in measured.attention:
-        expected = roofline.attention_saved_bytes(shape, point.sequence_length, point.sequences, 4, fused_norm=False)
+        expected = roofline.attention_saved_bytes(shape, point.sequence_length, point.sequences, 4)
         assert point.saved_bytes == pytest.approx(expected, rel=0.02)
     assert len(measured.dense) == dense_layers * len(measured.attention)
     for point in measured.dense:
-        expected = roofline.dense_saved_bytes(shape, point.sequence_length, point.sequences, 4, fused_norm=False)
+        expected = roofline.dense_saved_bytes(shape, point.sequence_length, point.sequences, 4)
         assert point.saved_bytes == pytest.approx(expected, rel=0.02)
     for expert in measured.expert:
         assert expert.saved_bytes == roofline.expert_saved_bytes(shape, expert.tokens, 4)
     for head in measured.head:
-        expected = roofline.head_saved_bytes(shape, head.tokens, 4, fused_norm=False)
+        expected = roofline.head_saved_bytes(shape, head.tokens, 4)
         assert head.saved_bytes == pytest.approx(expected, rel=0.02)
 
 
@@ -260,5 +260,5 @@ def test_saved_bytes_of_latent_attention_and_shared_experts_match_a_measurement(
         tokens = length * sequences
         sizes = (sequences, length, 64), (tokens, 2, 64), (tokens, 2)
         case = Case("stage", lambda s=sizes: [torch.randn(n, requires_grad=True) for n in s], lambda x: stage(*x))
-        expected = roofline.attention_saved_bytes(config.shape, length, sequences, 4, fused_norm=False)
+        expected = roofline.attention_saved_bytes(config.shape, length, sequences, 4)
         assert saved_bytes(case, list(stage.parameters())) == pytest.approx(expected, rel=0.02)

@@ -175,4 +175,8 @@ def _print_tables(measured: "Profile", link: "LinkRecord | None") -> None:
         console.print(f"optimizer: {1e9 * kernels.optimizer_seconds_per_parameter:.3f} ns per parameter")
     if link:
         bandwidth, latency = link.link.bandwidth_gigabytes_per_second, link.link.latency_microseconds
-        console.print(f"link {link.name}: {bandwidth:.2f} GB/s, {latency:.0f} us, spread {link.spread or 0:.0%}")
+        ring = link.link.ring_bandwidth / 1e9
+        console.print(
+            f"link {link.name}: {bandwidth:.2f} GB/s, {latency:.0f} us, all-reduce {ring:.2f} GB/s, "
+            f"spread {link.spread or 0:.0%}"
+        )

@@ -40,16 +40,21 @@ class Network:
         np.fill_diagonal(self.out_port, -1)
         np.fill_diagonal(self.in_port, -1)
         self.count = 2 * (nics + len(devices))
-        self._byte_seconds = np.zeros(self.count)
+        self._byte_seconds, self._ring_byte_seconds = np.zeros(self.count), np.zeros(self.count)
         self._latency = np.zeros(self.count)
         for device in devices:
             for base, link in ((2 * device.nic, device.network), (2 * (nics + device.rank), device.interconnect)):
                 self._byte_seconds[base : base + 2] = 1 / (link.bandwidth_gigabytes_per_second * 1e9)
+                self._ring_byte_seconds[base : base + 2] = 1 / link.ring_bandwidth
                 self._latency[base : base + 2] = link.latency_microseconds * 1e-6
 
     def link(self, port: int) -> tuple[float, float]:
         """(seconds a byte, seconds of latency) of a port."""
         return float(self._byte_seconds[port]), float(self._latency[port])
+
+    def ring_link(self, port: int) -> tuple[float, float]:
+        """The same of an all-reduce's messages."""
+        return float(self._ring_byte_seconds[port]), float(self._latency[port])
 
     def owner(self, port: int) -> tuple[int, bool]:
         """(NIC, False) of a NIC's port, (rank, True) of an interconnect's."""
@@ -108,4 +113,4 @@ class Network:
             return 0.0
         ports = np.array(self.ring_ports(ranks))
         rounds = 2 * (m - 1)
-        return float(rounds / m * size * self._byte_seconds[ports].max() + rounds * self._latency[ports].max())
+        return float(rounds / m * size * self._ring_byte_seconds[ports].max() + rounds * self._latency[ports].max())

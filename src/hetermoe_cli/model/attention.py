@@ -7,7 +7,9 @@ from torch.nn import functional
 
 from hetermoe_cli.model.documents import Documents, attend_within
 from hetermoe_cli.model.gate import Gate, Router
+from hetermoe_cli.model.norm import RMSNorm
 from hetermoe_cli.model.rope import rope_table, rotate
+from hetermoe_cli.model.swiglu import swiglu
 from hetermoe_cli.spec.model import ModelConfig
 
 
@@ -33,7 +35,7 @@ class Attention(nn.Module):
         super().__init__()
         query, key = config.attention_heads * config.head_size, config.kv_heads * config.head_size
         self.config = config
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         self.qkv = nn.Linear(config.hidden_size, query + 2 * key, bias=False)
         self.out = nn.Linear(query, config.hidden_size, bias=False)
 
@@ -68,7 +70,7 @@ class AttentionBlock(Attention):
 
     def __init__(self, config: ModelConfig, router: Router = "learned") -> None:
         super().__init__(config)
-        self.expert_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
+        self.expert_norm = RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         self.gate = Gate(config, router)
         width = config.shared_experts * config.ffn_size  # every token visits all of them: one network
         self.shared = SwiGLU(config.hidden_size, width) if width else None
@@ -88,7 +90,7 @@ class DenseBlock(Attention):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
+        self.ffn_norm = RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         self.ffn = SwiGLU(config.hidden_size, config.dense_ffn_size)
 
     def forward(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
@@ -107,5 +109,4 @@ class SwiGLU(nn.Module):
 
     def forward(self, normed: Tensor) -> Tensor:
         """normed [B, S, H] -> [B, S, H]."""
-        gate, up = self.gate_up(normed).chunk(2, dim=-1)
-        return self.down(functional.silu(gate) * up)  # type: ignore[no-any-return]
+        return self.down(swiglu(self.gate_up(normed)))  # type: ignore[no-any-return]

@@ -1,11 +1,18 @@
-"""Grouped matrix products: rows sorted by expert times each expert's matrix, in one call."""
+"""The experts of one rank and layer as one autograd function: rows sorted by expert through each expert's SwiGLU.
 
-from collections.abc import Sequence
+It keeps the rows and the first product only; the activation is computed again in backward, which reads gate and up
+anyway. Gradients of weights are added in the product itself where they accumulate ("gradient accumulation fusion",
+Megatron-LM): none is written, read and added apart.
+"""
+
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+
+from hetermoe_cli.model import swiglu
 
 _ALIGNMENT_BYTES = 16  # of every row, for torch's grouped_mm
 _CUDA_MAJORS = (9, 10)  # compute capabilities with a grouped kernel; it takes bf16 only
@@ -25,28 +32,76 @@ def has_grouped_gemm(rows: Tensor, widths: Sequence[int]) -> bool:
     return rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-def group_ends(counts: Sequence[int], device: torch.device) -> Tensor:
+def run_experts(
+    rows: Tensor, gate_up: nn.Parameter, down: nn.Parameter, counts: Sequence[int], grouped: bool
+) -> Tensor:
+    """rows [M, H], the first counts[0] for the first expert and so on, through gate_up [E, 2 F, H] and down [E, H, F]
+    -> [M, H]; `grouped`: in one call each where the rows allow it, else in a loop.
+
+    Backward adds to the `grad` of weights that have one of the rows' precision; others get theirs from autograd.
+    """
+    ends = _group_ends(counts, rows.device) if grouped else None
+    return _Experts.apply(rows, gate_up, down, Groups(counts, ends))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _group_ends(counts: Sequence[int], device: torch.device) -> Tensor:
     """[E] int32: where each expert's rows end. The device does not wait for the host, nor the host for it."""
     ends = torch.tensor(counts, dtype=torch.int64).cumsum(0).int()
     return ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """rows [M, I] times each expert's own part of weight [E, O, I] -> [M, O]."""
-    return _GroupedLinear.apply(rows, weight, ends)  # type: ignore[no-any-return, no-untyped-call]
+class Groups:
+    """Rows of each expert, on the host, and where they end for grouped products."""
+
+    def __init__(self, counts: Sequence[int], ends: Tensor | None) -> None:
+        self._counts, self._ends = list(counts), ends
+
+    def times(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        """rows [M, I] times each expert's own part of matrices [E, I, O] -> [M, O]."""
+        if self._ends is not None:
+            return functional.grouped_mm(rows, matrices, offs=self._ends)
+        result = rows.new_empty(len(rows), matrices.shape[2])
+        for expert, part, out in self._each(rows, result):
+            torch.mm(part, matrices[expert], out=out)
+        return result
+
+    def to_weight(self, weight: Tensor, gradient: Tensor, rows: Tensor) -> Tensor | None:
+        """The gradient of weight [E, O, I] from that of rows' products [M, O] and rows [M, I]; None if it was added to
+        `weight.grad`."""
+        accumulated = weight.grad
+        if accumulated is None or accumulated.dtype != rows.dtype:
+            return self._new_gradient(weight, gradient, rows)
+        for expert, given, part in self._each(gradient, rows):
+            accumulated[expert].addmm_(given.T, part)
+        return None
+
+    def _new_gradient(self, weight: Tensor, gradient: Tensor, rows: Tensor) -> Tensor:
+        if self._ends is not None:
+            return functional.grouped_mm(gradient.T, rows, offs=self._ends)
+        result = torch.zeros_like(weight)
+        for expert, given, part in self._each(gradient, rows):
+            torch.mm(given.T, part, out=result[expert])
+        return result
+
+    def _each(self, first: Tensor, second: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Experts that have rows, with their part of both."""
+        parts = zip(torch.split(first, self._counts), torch.split(second, self._counts), strict=True)
+        return ((expert, one, other) for expert, (one, other) in enumerate(parts) if len(one))
 
 
-class _GroupedLinear(torch.autograd.Function):
-    """torch's own backward refuses gradients that are expanded, as that of a sum is."""
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, groups: Groups) -> Tensor:
+        joined = groups.times(rows, gate_up.transpose(1, 2))
+        ctx.save_for_backward(rows, joined, gate_up, down)
+        ctx.groups = groups
+        return groups.times(swiglu.activated(joined), down.transpose(1, 2))
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.ends = ends  # neither an input that has a gradient nor an output
-        return functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        (rows, weight), ends, gradient = ctx.saved_tensors, ctx.ends, gradients[0].contiguous()
-        to_rows = functional.grouped_mm(gradient, weight, offs=ends)
-        return to_rows, functional.grouped_mm(gradient.T, rows, offs=ends), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        rows, joined, gate_up, down = ctx.saved_tensors
+        groups, gradient = ctx.groups, gradients[0].contiguous()  # grouped_mm refuses expanded ones, as that of a sum
+        to_joined, activated = swiglu.backward(joined, groups.times(gradient, down))
+        to_down = groups.to_weight(down, gradient, activated)
+        del activated
+        return groups.times(to_joined, gate_up), groups.to_weight(gate_up, to_joined, rows), to_down, None

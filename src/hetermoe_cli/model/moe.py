@@ -4,9 +4,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from hetermoe_cli.model.grouped import group_ends, grouped_linear, has_grouped_gemm
+from hetermoe_cli.model.grouped import has_grouped_gemm, run_experts
 from hetermoe_cli.spec.model import ModelConfig
 
 
@@ -23,29 +22,7 @@ class ExpertGroup(nn.Module):
         """rows [T, H], the first counts[0] for the first expert and so on -> outputs [T, H]."""
         if not len(rows):
             return rows
-        if has_grouped_gemm(rows, self.down.shape[1:]):
-            return self._grouped(rows, counts)
-        return self._one_by_one(rows, counts)
-
-    def _grouped(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        ends = group_ends(counts, rows.device)
-        gate, up = grouped_linear(rows, self.gate_up, ends).chunk(2, dim=-1)
-        return grouped_linear(functional.silu(gate) * up, self.down, ends)
-
-    def _one_by_one(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        # unbind, not indexing: its backward writes one stacked gradient instead of one per expert
-        weights = zip(self.gate_up.unbind(), self.down.unbind(), strict=True)
-        parts = [
-            self._expert(part, gate_up, down)
-            for part, (gate_up, down) in zip(torch.split(rows, list(counts)), weights, strict=True)
-            if len(part)
-        ]
-        return torch.cat(parts)
-
-    @staticmethod
-    def _expert(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        gate, up = functional.linear(rows, gate_up).chunk(2, dim=-1)
-        return functional.linear(functional.silu(gate) * up, down)
+        return run_experts(rows, self.gate_up, self.down, counts, has_grouped_gemm(rows, self.down.shape[1:]))
 
     def named_slices(self) -> Iterator[tuple[str, nn.Parameter, int]]:
         """(name, stacked parameter, index): `parameter[index]` is the tensor called `name` in every layout."""

@@ -12,6 +12,7 @@ from hetermoe_cli.model.documents import Documents, find_documents
 from hetermoe_cli.model.embedding import Embedding
 from hetermoe_cli.model.gate import Router
 from hetermoe_cli.model.moe import ExpertGroup, combine
+from hetermoe_cli.model.norm import RMSNorm
 from hetermoe_cli.spec.model import ModelConfig
 
 
@@ -27,7 +28,7 @@ class DenseModel(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.hidden_size)
         self.dense_layers = nn.ModuleList(DenseBlock(config) for _ in range(config.dense_layers))
         self.layers = nn.ModuleList(AttentionBlock(config, router) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def documents(self, tokens: Tensor) -> Documents | None:

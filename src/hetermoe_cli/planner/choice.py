@@ -63,7 +63,9 @@ def symmetry_keys(devices: Sequence[Device], sequences: Sequence[int]) -> list[o
 
     def label(device: Device) -> tuple[object, ...]:
         links = (device.network, device.interconnect)
-        numbers = [(link.bandwidth_gigabytes_per_second, link.latency_microseconds) for link in links]
+        numbers = [
+            (link.bandwidth_gigabytes_per_second, link.ring_bandwidth, link.latency_microseconds) for link in links
+        ]
         return (device.type, *numbers, sequences[device.rank])
 
     on_nic: dict[int, list[tuple[object, ...]]] = defaultdict(list)

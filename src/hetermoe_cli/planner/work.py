@@ -56,7 +56,7 @@ def _ring_seconds(cost: CostModel) -> float:
     links = [link for device in cost.devices for link in (device.network, device.interconnect)]
     size = cost.segment_parameters(0) * STATE_BYTES[cost.train.precision][1]
     share = 0.5 if cost.train.dense_state in ("full", "auto") else 1.0
-    return 2 * share * size / (max(link.bandwidth_gigabytes_per_second for link in links) * 1e9)
+    return 2 * share * size / max(link.ring_bandwidth for link in links)
 
 
 def _enough(speeds: list[Speed], seconds: float, sequences: float, rows: float) -> bool:

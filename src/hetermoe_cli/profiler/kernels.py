@@ -18,6 +18,7 @@ from hetermoe_cli.model.grouped import has_grouped_gemm
 from hetermoe_cli.model.moe import ExpertGroup, combine
 from hetermoe_cli.model.transformer import DenseModel, initialise
 from hetermoe_cli.profiler.measure import (
+    Caches,
     Case,
     Effort,
     Progress,
@@ -183,9 +184,10 @@ class Bench:
         weights: list[Tensor] = [*self.dense.layers.parameters(), *self.group.parameters()]
         masters = [w.detach().to(torch.promote_types(self.dtype, torch.float32), copy=True) for w in weights]
         step = adamw(masters).step
-        samples = []
+        samples, caches = [], Caches(self.device)
         for _ in range(effort.visits + 1):
             watch = Stopwatch(self.device)
+            caches.empty()
             watch.mark()
             for master, weight in zip(masters, weights, strict=True):
                 master.grad = None if weight.grad is None else weight.grad.to(master.dtype)

@@ -1,8 +1,8 @@
-"""Point-to-point latency and bandwidth between two real worker processes on this machine -> LinkRecord.
+"""Latency and bandwidth of messages and all-reduces between two real worker processes on this machine -> LinkRecord.
 
-Rank 0 bounces messages off rank 1; a one-way time is half a round trip. gloo over the loopback interface, or NCCL
-between the first two CUDA devices. `python -m hetermoe_cli.profiler.network RANK PORT BACKEND SIZES REPEATS` is one
-worker.
+Rank 0 bounces messages off rank 1; a one-way time is half a round trip. An all-reduce follows each. gloo over the
+loopback interface, or NCCL between the first two CUDA devices. `python -m hetermoe_cli.profiler.network RANK PORT
+BACKEND SIZES REPEATS` is one worker.
 """
 
 import json
@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import date, timedelta
-from typing import IO, Literal
+from typing import IO, Literal, NamedTuple
 
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.spec.cluster import Link, LinkRecord
@@ -32,28 +32,36 @@ _POLL_SECONDS = 0.05
 
 
 def measure_link(backend: Backend, sizes: Sequence[int] = SIZES, repeats: int = 40) -> LinkRecord:
-    """Start two workers, time messages of `sizes` bytes, fit bytes / bandwidth + latency.
+    """Start two workers, time messages of `sizes` bytes, fit bytes / bandwidth + latency; the same of all-reduces.
 
     UserError (WORKER_DIED) with the worker's last line if one fails.
     """
     samples = run_pair(backend, sizes, repeats)
-    # The first quartile, not the median: two busy cores of a shared machine wake a receiver milliseconds late.
-    seconds = [statistics.quantiles(values, n=4, method="inclusive")[0] for values in samples]
-    latency, bandwidth = fit(sizes, seconds)
+    latency, bandwidth = fit(sizes, [_usual(values) for values in samples.messages])
+    _, ring = fit(sizes, [_usual(values) for values in samples.all_reduces])  # two ranks: 2 (m - 1) / m is 1
     return LinkRecord(
         name=NAMES[backend],
         source="measured",
         date=date.today(),
         link=Link(
-            bandwidth_gigabytes_per_second=round(bandwidth / 1e9, 4), latency_microseconds=round(latency * 1e6, 2)
+            bandwidth_gigabytes_per_second=round(bandwidth / 1e9, 4),
+            latency_microseconds=round(latency * 1e6, 2),
+            all_reduce_gigabytes_per_second=round(ring / 1e9, 4),
         ),
-        spread=round(statistics.median(_spread(values) for values in samples), 4),
+        spread=round(statistics.median(_spread(values) for values in samples.messages), 4),
         comment=f"{backend} between two processes of one machine, {sizes[0]} to {sizes[-1]} bytes, first quartiles",
     )
 
 
-def run_pair(backend: Backend, sizes: Sequence[int], repeats: int) -> list[list[float]]:
-    """One-way seconds of every repeat, one list a size. The two workers are gone when this returns."""
+class Samples(NamedTuple):
+    """Seconds of every repeat, one list a size: one way of a message, and a whole all-reduce."""
+
+    messages: list[list[float]]
+    all_reduces: list[list[float]]
+
+
+def run_pair(backend: Backend, sizes: Sequence[int], repeats: int) -> Samples:
+    """What rank 0 saw. The two workers are gone when this returns."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     # The store binds a port that the system picks and keeps it, so that no other process can take it in between.
@@ -74,8 +82,8 @@ def run_pair(backend: Backend, sizes: Sequence[int], repeats: int) -> list[list[
             last = (errors[failed].read().strip().splitlines() or ["it did not finish in time"])[-1]
             raise UserError(f"profile: network worker {failed}: {last}", ExitCode.WORKER_DIED)
         outputs[0].seek(0)
-        result: list[list[float]] = json.loads(outputs[0].read().strip().splitlines()[-1])
-    return result
+        result: list[list[list[float]]] = json.loads(outputs[0].read().strip().splitlines()[-1])
+    return Samples(*result)
 
 
 def _start(arguments: Sequence[str], output: IO[str], errors: IO[str]) -> subprocess.Popen[str]:
@@ -118,14 +126,19 @@ def fit(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
     return latency, 1 / slope
 
 
+def _usual(values: Sequence[float]) -> float:
+    """The first quartile, not the median: two busy cores of a shared machine wake a receiver milliseconds late."""
+    return statistics.quantiles(values, n=4, method="inclusive")[0]
+
+
 def _spread(values: Sequence[float]) -> float:
     from hetermoe_cli.profiler.measure import relative_spread
 
     return relative_spread(values)
 
 
-def bounce(rank: int, port: int, backend: Backend, sizes: Sequence[int], repeats: int) -> list[list[float]]:
-    """One worker's part: one-way seconds by size and repeat, as this rank saw them. Sizes take turns."""
+def bounce(rank: int, port: int, backend: Backend, sizes: Sequence[int], repeats: int) -> Samples:
+    """One worker's part, as this rank saw it. Sizes take turns."""
     import torch
     import torch.distributed as dist
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -135,20 +148,27 @@ def bounce(rank: int, port: int, backend: Backend, sizes: Sequence[int], repeats
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=_WAIT)
-    buffers = [torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes]
-    samples: list[list[float]] = [[] for _ in sizes]
+    buffers = [torch.zeros(size // 4, dtype=torch.float32, device=device) for size in sizes]
+    samples = Samples([[] for _ in sizes], [[] for _ in sizes])
+
+    def seconds() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
     for repeat in range(_WARM_UP + repeats):
         for index, buffer in enumerate(buffers):
-            start = time.perf_counter()
+            start = seconds()
             for turn in range(2):
                 if turn == rank:
                     dist.send(buffer, 1 - rank)
                 else:
                     dist.recv(buffer, 1 - rank)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            bounced = seconds()
+            dist.all_reduce(buffer)
             if repeat >= _WARM_UP:
-                samples[index].append((time.perf_counter() - start) / 2)
+                samples.messages[index].append((bounced - start) / 2)
+                samples.all_reduces[index].append(seconds() - bounced)
     dist.destroy_process_group()
     return samples
 

@@ -11,10 +11,27 @@ from hetermoe_cli.spec.base import NonNegativeFloat, PositiveFloat, PositiveInt,
 
 
 class Link(Spec):
-    """One direction of a link: a message of b bytes takes b / bandwidth + latency."""
+    """One direction of a link: a message of b bytes takes b / bandwidth + latency.
+
+    `all_reduce_gigabytes_per_second`: what a ring all-reduce moves over it, as NCCL's tests count it ("bus bandwidth":
+    2 (m - 1) / m of the bytes); None: as much as messages.
+    """
 
     bandwidth_gigabytes_per_second: PositiveFloat
     latency_microseconds: NonNegativeFloat
+    all_reduce_gigabytes_per_second: PositiveFloat | None = None
+
+    @property
+    def ring_bandwidth(self) -> float:
+        """Bytes a second of an all-reduce's ring."""
+        return 1e9 * (self.all_reduce_gigabytes_per_second or self.bandwidth_gigabytes_per_second)
+
+    @model_serializer(mode="wrap")
+    def _without_later_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Files and hashes that were written before all-reduces were measured stay what they are."""
+        data: dict[str, Any] = handler(self)
+        later = "all_reduce_gigabytes_per_second"
+        return {name: value for name, value in data.items() if name != later or value is not None}
 
 
 class LinkRecord(Spec):

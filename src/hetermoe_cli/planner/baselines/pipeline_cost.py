@@ -186,6 +186,6 @@ def all_reduce_seconds(cost: CostModel, rings: Iterator[tuple[Unit, int]]) -> fl
     for ranks, size in sizes.items():
         m = len(ranks)
         for port in network.ring_ports(ranks):
-            byte_seconds, latency = network.link(port)
+            byte_seconds, latency = network.ring_link(port)
             busy[port] += 2 * (m - 1) * (size / m * byte_seconds + latency)
     return max(busy)

@@ -90,8 +90,7 @@ def expert_seconds(whole: CostModel, hosted: Mapping[int, float], groups: int) -
     moved = rounds / groups * whole.expert_gradient_bytes
     return max(
         (
-            count * moved / (links[nic].bandwidth_gigabytes_per_second * 1e9)
-            + rounds * links[nic].latency_microseconds * 1e-6
+            count * moved / links[nic].ring_bandwidth + rounds * links[nic].latency_microseconds * 1e-6
             for nic, count in behind.items()
             if count
         ),
@@ -106,7 +105,7 @@ def expected_seconds(part: Part, found: Evaluated, groups: int) -> float:
     hosted = {rank: float(share) for c, share in zip(found.classes, found.hosted, strict=True) for rank in c.ranks}
     result = cost.synchronise_seconds(found.choice.schedule, attending, found.replicated)
     if groups > 1:
-        slowest = max(1 / cost.devices[rank].network.bandwidth_gigabytes_per_second for rank in attending) / 1e9
+        slowest = max(1 / cost.devices[rank].network.ring_bandwidth for rank in attending)
         size = cost.dense_gradient_bytes + found.replicated * cost.expert_gradient_bytes
         members = len(attending) * groups
         ring = 2 * (members - 1) / members * size * slowest
