@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from builders import make_model
-from hetermoe_cli.model.documents import attend_within, find_documents, has_varlen
+from hetermoe_cli.model.causal import attend, has_varlen
+from hetermoe_cli.model.documents import find_documents
 from hetermoe_cli.model.transformer import Transformer, initialise, named_tensors
 
 torch.set_num_threads(1)
@@ -110,7 +111,7 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, tokens: Tensor) 
 def test_attention_is_that_of_a_block_mask() -> None:
     tokens, _ = packed(10, 1, 30, 23, sequences=2)
     inputs = attention_inputs("cpu", torch.float64, 8)
-    found = attend_within(*inputs, find_documents(tokens, END, CPU))
+    found = attend(*inputs, find_documents(tokens, END, CPU))
     torch.testing.assert_close(found, masked_attention(*inputs, tokens), rtol=0, atol=1e-12)
 
 
@@ -125,7 +126,7 @@ def test_attention_on_cuda_is_that_of_a_block_mask(dtype: torch.dtype, size: int
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     results = []
     for inputs, mixed in (
-        (attention_inputs("cuda", dtype, size), lambda q, k, v: attend_within(q, k, v, documents)),
+        (attention_inputs("cuda", dtype, size), lambda q, k, v: attend(q, k, v, documents)),
         (attention_inputs("cuda", torch.float32, size), lambda q, k, v: masked_attention(q, k, v, tokens)),
     ):
         leaves = [x.detach().requires_grad_() for x in inputs]

@@ -59,7 +59,6 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
     _check_groups(plan, plan_path, options)
     check(plan.world, plan.inputs.train.precision)
     emulation = _emulation(plan, options.emulate) if options.emulate else None
-    (emulation.executed if emulation else plan.inputs.model).check_trainable()
     precision = options.emulate.precision if options.emulate else plan.inputs.train.precision
     if not emulation:
         check_devices(plan)
