@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-COMMANDS = ("profile", "plan", "simulate", "train", "bench", "calibrate")
+COMMANDS = ("profile", "plan", "simulate", "train", "bench", "calibrate", "export")
 HEAVY = ("torch", "pulp", "highspy", "matplotlib", "numpy", "pydantic", "yaml")
 
 

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from builders import make_inputs, make_layout, make_model, make_plan, make_profile
 from hetermoe_cli.spec.files import dump
-from hetermoe_cli.spec.latent import LatentAttention
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.plan import Plan
 
@@ -299,21 +298,6 @@ def test_unreadable_text(plan_file: Path, tmp_path: Path) -> None:
         message = refused("train", plan_file, "--run-folder", tmp_path / "run", "--data", tmp_path / name)
         assert expected in message
         assert name in message
-
-
-def test_a_model_beyond_the_engine_is_emulated_but_not_trained(text: Path, tmp_path: Path) -> None:
-    latent = LatentAttention(query_rank=8, key_value_rank=8, nope_size=2, rope_size=2, value_size=4)
-    model = MODEL.model_copy(update={"kv_heads": 4, "latent": latent, "router_score": "sigmoid"})
-    profile = make_profile("cpu", model=model, precision="fp32", source="measured", sequence_lengths=(64,))
-    inputs = make_inputs((("cpu", 2),), model=model, profiles={"cpu": profile}, precision="fp32")
-    dump(make_plan(inputs), tmp_path / "plan.yaml")
-    arguments = ("train", tmp_path / "plan.yaml", "--run-folder", tmp_path / "run", "--data", text)
-    message = refused(*arguments)
-    assert "model synthetic: field latent: latent attention can be planned" in message
-    emulated = json.loads(hetermoe(*arguments, "--emulate", "--dry-run", "--json").stdout)
-    executed = emulated["run"]["emulation"]["executed"]
-    assert "latent" not in executed
-    assert executed["router_score"] == "sigmoid"
 
 
 def test_usage_errors(plan_file: Path, tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ PAIRS = [
     "bias, EP",
     "capacity, R=1",
     "documents",
+    "latent",
+    "latent, EP, capacity",
 ]
 
 

@@ -72,6 +72,10 @@ LOSSES = {"router_balance": "auxiliary", "router_auxiliary_loss": 0.5, "router_z
 BIAS = {"router_score": "sigmoid", "router_balance": "bias", "router_bias_rate": 0.05, "router_auxiliary_loss": 0.1}
 DENSE = {"dense_layers": 1, "dense_ffn_size": 20}
 CAPACITY = {"router_capacity": 0.8}
+LATENT = {
+    "kv_heads": 4, "head_size": 6,
+    "latent": {"query_rank": 9, "key_value_rank": 7, "nope_size": 2, "rope_size": 4, "value_size": 3},
+}  # fmt: skip
 ROPE = {
     "rope_scaling": {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4, "beta_fast": 2.0, "beta_slow": 0.1
@@ -134,6 +138,12 @@ CASES = {
     "documents, mixed, windows, recompute, rope scaling": Case(
         [1, 1, 0, 0], MIXED, 4, schedule="windowed", recompute="all", documents="masked", features=ROPE | LOSSES
     ),
+    "latent": Case([4, 0], hosts([], list(range(6))), 2, features=LATENT),
+    "latent, dense layers, mixed, windows, recompute, documents, rope scaling": Case(
+        [1, 1, 0, 0], MIXED, 4, schedule="windowed", recompute="all", documents="masked",
+        features=LATENT | ROPE | DENSE | {"dense_layers": 2} | BIAS,
+    ),
+    "latent, EP, capacity": Case([2, 2], hosts([0, 1, 2], [3, 4, 5]), 2, features=LATENT | SIGMOID | CAPACITY),
 }  # fmt: skip
 TRAIN = TrainSpec(
     sequence_length=LENGTH, global_batch_sequences=8, steps=STEPS, warmup_steps=1, learning_rate=0.01, seed=3

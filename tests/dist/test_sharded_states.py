@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_engine_equality import BIAS, CASES, DENSE, LENGTH, MIXED, SIGMOID, STEPS, Case, batches, hosts, reference, starve
+from test_engine_equality import BIAS, CASES, DENSE, LATENT, LENGTH, MIXED, SIGMOID, STEPS, Case, batches, hosts, reference, starve
 from workers import run_workers
 
 from hetermoe_cli.model.training_state import restore_training, training_names, training_shapes, training_tensors
@@ -19,6 +19,7 @@ SHARDED = {
     "three attend": Case([3, 1, 0, 4], MIXED, 1, recompute="all", features=SIGMOID),
     "windows, replicated, bias": Case([1, 1, 0, 0], MIXED, 4, schedule="windowed", features=BIAS),
     "dense layers": Case([2, 1, 1, 0], MIXED, 2, recompute="attention", features=DENSE | {"dense_layers": 2}),
+    "latent, recompute": Case([2, 1, 1, 0], MIXED, 2, recompute="all", features=LATENT | DENSE),
     "one attends": CASES["1+1 R=2"],
 }
 FULL = SHARDED | {

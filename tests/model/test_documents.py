@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from builders import make_model
-from hetermoe_cli.model.documents import attend_within, find_documents, has_varlen
+from hetermoe_cli.model.causal import attend, has_varlen
+from hetermoe_cli.model.documents import find_documents
 from hetermoe_cli.model.transformer import Transformer, initialise, named_tensors
 
 torch.set_num_threads(1)
@@ -94,10 +95,12 @@ def test_without_a_mask_documents_see_each_other() -> None:
     assert (joined[3:] - masked[3:]).abs().amax(dim=1).min() > 1e-3
 
 
-def attention_inputs(device: str, dtype: torch.dtype, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def attention_inputs(
+    device: str, dtype: torch.dtype, size: int, value_size: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     query, key, value = torch.randn(3, 2, 4, 64, size, dtype=torch.float64, generator=generator)
-    return query.to(device, dtype), key.to(device, dtype), value.to(device, dtype)
+    return query.to(device, dtype), key.to(device, dtype), value[..., :value_size].to(device, dtype)
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, tokens: Tensor) -> Tensor:
@@ -110,23 +113,23 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, tokens: Tensor) 
 def test_attention_is_that_of_a_block_mask() -> None:
     tokens, _ = packed(10, 1, 30, 23, sequences=2)
     inputs = attention_inputs("cpu", torch.float64, 8)
-    found = attend_within(*inputs, find_documents(tokens, END, CPU))
+    found = attend(*inputs, find_documents(tokens, END, CPU))
     torch.testing.assert_close(found, masked_attention(*inputs, tokens), rtol=0, atol=1e-12)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("size", [64, 12])
-def test_attention_on_cuda_is_that_of_a_block_mask(dtype: torch.dtype, size: int) -> None:
+@pytest.mark.parametrize(("size", "value_size"), [(64, 64), (64, 40), (12, 12)])
+def test_attention_on_cuda_is_that_of_a_block_mask(dtype: torch.dtype, size: int, value_size: int) -> None:
     """With FlashAttention over documents where the card has it, else document by document."""
     tokens, _ = packed(10, 1, 30, 23, sequences=2)
     documents = find_documents(tokens, END, torch.device("cuda"))
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     results = []
     for inputs, mixed in (
-        (attention_inputs("cuda", dtype, size), lambda q, k, v: attend_within(q, k, v, documents)),
-        (attention_inputs("cuda", torch.float32, size), lambda q, k, v: masked_attention(q, k, v, tokens)),
+        (attention_inputs("cuda", dtype, size, value_size), lambda q, k, v: attend(q, k, v, documents)),
+        (attention_inputs("cuda", torch.float32, size, value_size), lambda q, k, v: masked_attention(q, k, v, tokens)),
     ):
         leaves = [x.detach().requires_grad_() for x in inputs]
         output = mixed(*leaves)
@@ -135,4 +138,5 @@ def test_attention_on_cuda_is_that_of_a_block_mask(dtype: torch.dtype, size: int
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
     modern = torch.cuda.get_device_capability() >= (8, 0)
-    assert has_varlen(attention_inputs("cuda", dtype, size)[0]) == (modern and dtype != torch.float32 and size == 64)
+    query, _, value = attention_inputs("cuda", dtype, size, value_size)
+    assert has_varlen(query, value) == (modern and dtype != torch.float32 and size == 64)

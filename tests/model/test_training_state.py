@@ -9,7 +9,13 @@ from torch import Tensor
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.model.optimizer import make_optimizer
-from hetermoe_cli.model.training_state import expected_shapes, restore_training, training_shapes, training_tensors
+from hetermoe_cli.model.training_state import (
+    begin_with,
+    expected_shapes,
+    restore_training,
+    training_shapes,
+    training_tensors,
+)
 from hetermoe_cli.model.transformer import Transformer, named_tensors
 
 
@@ -31,6 +37,19 @@ def test_training_goes_on_as_if_never_stopped(dtype: torch.dtype, steps: int) ->
     model, optimizer = trained(dtype, steps)
     again = Transformer(MODEL).to(dtype)
     its_optimizer = restored(again, training_tensors(model, optimizer), steps)
+    for _ in range(3):
+        train_step(model, optimizer)
+        train_step(again, its_optimizer)
+    assert same(training_tensors(again, its_optimizer), training_tensors(model, optimizer))
+
+
+def test_training_begins_with_weights_as_if_they_had_been_drawn() -> None:
+    """In whatever precision they come, here float64 of an fp32 run's."""
+    model, _ = trained(torch.float32)
+    weights = {name: tensor.double() for name, tensor in named_tensors(model).items()}
+    optimizer, again = make_optimizer(model, TRAIN), Transformer(MODEL)
+    its_optimizer = make_optimizer(again, TRAIN)
+    begin_with(again, its_optimizer, weights)
     for _ in range(3):
         train_step(model, optimizer)
         train_step(again, its_optimizer)

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from hetermoe_cli.cli import bench, calibrate, plan, profile, simulate, train
+from hetermoe_cli.cli import bench, calibrate, export, plan, profile, simulate, train
 from hetermoe_cli.errors import ExitCode, UserError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app.command("plan")(plan.plan)
 app.command("simulate")(simulate.simulate)
 app.command("train")(train.train)
 app.command("bench")(bench.bench)
+app.command("export")(export.export)
 app.command("calibrate")(calibrate.calibrate)
 
 

@@ -25,6 +25,9 @@ def train(
     run_folder: Annotated[Path | None, typer.Option(help="Run folder; default runs/<plan name>.")] = None,
     data: Data = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default: the plan's.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder of Hugging Face weights to begin with; default: drawn from the seed.")
+    ] = None,
     router: Router = "learned",
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: only at the end.")] = 0,
     validate_every: Annotated[int, typer.Option(min=0, help="Steps between validations; 0: only at the end.")] = 0,
@@ -53,6 +56,7 @@ def train(
         folder=run_folder or Path("runs") / plan.stem,
         sources=data or [],
         steps=steps,
+        weights=weights,
         router=router,
         checkpoint_every=checkpoint_every,
         validate_every=validate_every,

@@ -46,6 +46,7 @@ class TrainOptions:
     validation_batches: int = 4
     trace_steps: int = 5
     resume: bool = False
+    weights: Path | None = None
     drift_every: int = 20
     rebalance: bool = False
     emulate: EmulateOptions | None = None
@@ -59,7 +60,6 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
     _check_groups(plan, plan_path, options)
     check(plan.world, plan.inputs.train.precision)
     emulation = _emulation(plan, options.emulate) if options.emulate else None
-    (emulation.executed if emulation else plan.inputs.model).check_trainable()
     precision = options.emulate.precision if options.emulate else plan.inputs.train.precision
     if not emulation:
         check_devices(plan)
@@ -72,6 +72,7 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
         precision=precision,
         router="balanced" if options.router == "balanced" else "learned",
         steps=options.steps or plan.inputs.train.steps,
+        weights_from=str(options.weights.resolve()) if options.weights else None,
         resume_from=_resume_point(options),
         checkpoint_every=options.checkpoint_every,
         validate_every=options.validate_every,
@@ -82,6 +83,8 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
         emulation=emulation,
     )
     _check_text(run, corpus)
+    if options.weights:
+        _check_weights(run, options.weights)
     if run.resume_from:
         from hetermoe_cli.runtime.saving import check_resumable, resumed_placement  # loads torch
 
@@ -112,6 +115,14 @@ def _check_text(run: RunSpec, corpus: Corpus) -> None:
         )
     for part in (corpus.train, corpus.validation):
         Batches(part, run.sequence_length, run.plan.inputs.train.global_batch_sequences, 0, corpus.source)
+
+
+def _check_weights(run: RunSpec, folder: Path) -> None:
+    if run.resume_from:
+        raise UserError(f"{folder}: --weights are for a new run, a resumed one has its checkpoint's: leave one out")
+    from hetermoe_cli.model.hugging_face import Weights  # loads torch
+
+    Weights(folder, run.model)
 
 
 def _resume_point(options: TrainOptions) -> str | None:

@@ -3,10 +3,11 @@
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn import functional
 
-from hetermoe_cli.model.documents import Documents, attend_within
+from hetermoe_cli.model.causal import attend
+from hetermoe_cli.model.documents import Documents
 from hetermoe_cli.model.gate import Gate, Router
+from hetermoe_cli.model.latent import LatentProjections, softmax_scale
 from hetermoe_cli.model.norm import RMSNorm
 from hetermoe_cli.model.rope import rope_table, rotate
 from hetermoe_cli.model.swiglu import swiglu
@@ -29,15 +30,18 @@ class Routed(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Pre-norm GQA attention with RoPE, added to the residual."""
+    """Pre-norm causal attention with RoPE, grouped-query or latent, added to the residual."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        query, key = config.attention_heads * config.head_size, config.kv_heads * config.head_size
         self.config = config
         self.attention_norm = RMSNorm(config.hidden_size, eps=config.norm_epsilon)
-        self.qkv = nn.Linear(config.hidden_size, query + 2 * key, bias=False)
-        self.out = nn.Linear(query, config.hidden_size, bias=False)
+        self.latent = LatentProjections(config, config.latent) if config.latent else None
+        if self.latent is None:
+            widths = (config.attention_heads + 2 * config.kv_heads) * config.head_size
+            self.qkv = nn.Linear(config.hidden_size, widths, bias=False)
+        self.scale = softmax_scale(config) if config.latent else None
+        self.out = nn.Linear(config.attention_heads * config.value_size, config.hidden_size, bias=False)
 
     def attended(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
         """hidden [B, S, H] -> the same with attention added; with `documents` no token attends to another document."""
@@ -45,24 +49,26 @@ class Attention(nn.Module):
 
     def _attend(self, x: Tensor, documents: Documents | None = None) -> Tensor:
         c = self.config
-        batch, length, _ = x.shape
-        sizes = [c.attention_heads * c.head_size, c.kv_heads * c.head_size, c.kv_heads * c.head_size]
-        query, key, value = (
-            part.view(batch, length, -1, c.head_size).transpose(1, 2) for part in self.qkv(x).split(sizes, dim=-1)
-        )
-        cos, sin = rope_table(length, c.head_size, c.rope_theta, x.device, x.dtype, c.rope_scaling)
+        cos, sin = rope_table(x.shape[1], c.rope_size, c.rope_theta, x.device, x.dtype, c.rope_scaling)
         if documents is not None:
             cos, sin = cos[documents.positions][:, None], sin[documents.positions][:, None]
+        query, key, value = self._grouped(x, cos, sin) if self.latent is None else self.latent(x, cos, sin)
+        mixed = attend(query, key, value, documents, self.scale)
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out
+
+    def _grouped(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, S, H] -> query, and for every head of it key and value, all [B, heads, S, D]."""
+        c = self.config
+        sizes = [c.attention_heads * c.head_size, c.kv_heads * c.head_size, c.kv_heads * c.head_size]
+        query, key, value = (
+            part.view(*x.shape[:-1], -1, c.head_size).transpose(1, 2) for part in self.qkv(x).split(sizes, dim=-1)
+        )
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         groups = c.attention_heads // c.kv_heads
         if groups > 1:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        if documents is None:
-            mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        else:
-            mixed = attend_within(query, key, value, documents)
-        out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
-        return out
+        return query, key, value
 
 
 class AttentionBlock(Attention):

@@ -75,10 +75,11 @@ def _yarn(plain: Tensor, head_size: int, theta: float, scaling: YarnScaling) -> 
 def _attention_factor(scaling: YarnScaling) -> float:
     if scaling.attention_factor is not None:
         return scaling.attention_factor
-
-    def scale(weight: float) -> float:
-        return 0.1 * weight * math.log(scaling.factor) + 1
-
     if scaling.mscale and scaling.mscale_all_dim:
-        return scale(scaling.mscale) / scale(scaling.mscale_all_dim)
-    return scale(1.0)
+        return magnitude(scaling.factor, scaling.mscale) / magnitude(scaling.factor, scaling.mscale_all_dim)
+    return magnitude(scaling.factor, 1.0)
+
+
+def magnitude(factor: float, weight: float) -> float:
+    """YaRN's mscale: how much longer queries and keys should be where sequences are `factor` times as long."""
+    return 0.1 * weight * math.log(factor) + 1

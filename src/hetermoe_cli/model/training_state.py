@@ -26,6 +26,11 @@ def training_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return shapes | {name: tuple(tensor.shape) for name, tensor in named_state(Transformer(config)).items()}
 
 
+def weight_names(config: ModelConfig) -> set[str]:
+    """Names of all weights and selection biases: a checkpoint without AdamW state."""
+    return {name for name in training_shapes(config) if "@" not in name}
+
+
 def training_names(parts: nn.Module) -> set[str]:
     """Names of all that `restore_training` needs for `parts`."""
     return {full for name in parameter_slices(parts) for full in _with_moments(name)} | named_state(parts).keys()
@@ -76,6 +81,14 @@ def restore_training(parts: nn.Module, optimizer: AdamW, tensors: Mapping[str, T
                 _part(parameter, index).copy_(tensors[name])  # rounded, where it is not its own master
         for name, tensor in named_state(parts).items():
             tensor.copy_(tensors[name])
+
+
+def begin_with(parts: nn.Module, optimizer: AdamW, weights: Mapping[str, Tensor]) -> None:
+    """Take weights and selection biases by name, in any precision; the moments begin at zero."""
+    needed = named_tensors(parts) | named_state(parts)
+    tensors = {n: weights[n].to(torch.promote_types(own.dtype, torch.float32)) for n, own in needed.items()}
+    moments = {full: tensors[n] for n in parameter_slices(parts) for full in _with_moments(n)[1:]}
+    restore_training(parts, optimizer, tensors | {name: torch.zeros_like(t) for name, t in moments.items()}, step=0)
 
 
 def _copy(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:

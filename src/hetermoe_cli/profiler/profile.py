@@ -79,11 +79,8 @@ def profile_device(
 ) -> Profile:
     """Measure every distinct layer shape of `models` on `device`; `threads` is torch's thread count on the CPU.
 
-    `progress` counts over all shapes. UserError if a model is beyond the engine, or the precision or a size beyond
-    the device.
+    `progress` counts over all shapes. UserError if the precision or a size is beyond the device.
     """
-    for model in models:
-        model.check_trainable()
     require_precision(precision, device)
     facts = device_facts(device)
     shapes = list({model.shape: model for model in models}.values())

@@ -13,7 +13,8 @@ from hetermoe_cli.model.checkpoint import (
     verify,
     write_shard,
 )
-from hetermoe_cli.model.training_state import restore_training, training_names, training_tensors
+from hetermoe_cli.model.hugging_face import Weights
+from hetermoe_cli.model.training_state import begin_with, restore_training, training_names, training_tensors
 from hetermoe_cli.model.transformer import named_state, parameter_slices
 from hetermoe_cli.runtime.mesh import barrier
 from hetermoe_cli.runtime.recorder import CHECKPOINTS
@@ -64,6 +65,14 @@ def restore(run: RunSpec, trainer: Trainer) -> None:
     trainer.loss_scale.restore(read_manifest(folder).extra.get("loss_scale"), run.start_step, f"{folder / MANIFEST}")
     tensors = load_tensors(folder, training_names(trainer.parts))
     restore_training(trainer.parts, trainer.optimizer, tensors, trainer.loss_scale.taken(run.start_step))
+
+
+def take_weights(run: RunSpec, trainer: Trainer) -> None:
+    """Begin with the weights in run.weights_from; UserError if they are not this model's."""
+    assert run.weights_from is not None
+    parts = trainer.parts
+    names = [*parameter_slices(parts), *named_state(parts)]
+    begin_with(parts, trainer.optimizer, Weights(Path(run.weights_from), run.model).tensors(names))
 
 
 def check_resumable(run: RunSpec) -> int:

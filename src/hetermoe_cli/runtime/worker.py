@@ -27,7 +27,7 @@ from hetermoe_cli.runtime.memory import MemoryMeter
 from hetermoe_cli.runtime.mesh import Mesh, PeerLost, common_moment, join, peer_errors
 from hetermoe_cli.runtime.parts import DTYPES
 from hetermoe_cli.runtime.recorder import Recorder
-from hetermoe_cli.runtime.saving import restore, save
+from hetermoe_cli.runtime.saving import restore, save, take_weights
 from hetermoe_cli.runtime.trainer import StepResult, Trainer
 from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.spec.files import load
@@ -93,6 +93,8 @@ def train(run: RunSpec) -> None:
     )
     if run.resume_from:
         restore(run, trainer)
+    elif run.weights_from:
+        take_weights(run, trainer)
     recorder = Recorder(run, mesh.process)
     if run.emulation:
         copy, _ = world.seat(mesh.process)

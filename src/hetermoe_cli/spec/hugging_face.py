@@ -1,11 +1,14 @@
-"""Hugging Face's config.json of a Mixtral or a DeepSeek-V3: its fields under our names."""
+"""Hugging Face's config.json of a Mixtral or a DeepSeek-V3: its fields under our names, and ours under its names."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.files import read_text
+
+if TYPE_CHECKING:
+    from hetermoe_cli.spec.model import ModelConfig
 
 _COMMON_FIELDS = {
     "num_hidden_layers": "layers",
@@ -44,13 +47,8 @@ def hugging_face_fields(path: Path) -> dict[str, Any]:
 
     Of DeepSeek-V3 the groups of experts in its gate and multi-token prediction are left out.
     """
-    try:
-        data = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno}: malformed JSON ({error.msg})") from error
-    kind = data.get("model_type") if isinstance(data, dict) else type(data).__name__
-    if kind not in _ROPE_THETA:
-        raise UserError(f"{path}: field model_type: expected 'mixtral' or 'deepseek_v3', found {kind!r}")
+    data = read_config(path)
+    kind = data["model_type"]
     _refuse_unsupported(path, data)
     rope = _rope(data)
     values = _renamed(data, _COMMON_FIELDS)
@@ -63,6 +61,68 @@ def hugging_face_fields(path: Path) -> dict[str, Any]:
         values.setdefault("head_size", hidden // heads)
     name = Path(str(data.get("_name_or_path") or path.parent.resolve().name)).name or "model"
     return {"name": name, **values}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json as it is; UserError if it is of no model type that we know."""
+    try:
+        data = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}: malformed JSON ({error.msg})") from error
+    kind = data.get("model_type") if isinstance(data, dict) else type(data).__name__
+    if kind not in _ROPE_THETA:
+        raise UserError(f"{path}: field model_type: expected 'mixtral' or 'deepseek_v3', found {kind!r}")
+    return dict(data)
+
+
+def model_type(model: "ModelConfig") -> str:
+    """Hugging Face's type that computes what this model does; UserError if it has none.
+
+    Losses that balance the router and its capacity belong to training and are no part of it.
+    """
+    kind = "deepseek_v3" if model.latent else "mixtral"
+    if model.latent:
+        needed = {"router_score": model.router_score == "sigmoid", "shared_experts": model.shared_experts > 0}
+    else:
+        needed = {
+            "dense_layers": not model.dense_layers,
+            "shared_experts": not model.shared_experts,
+            "router_score": model.router_score == "softmax",
+            "router_renormalise": model.router_renormalise,
+            "router_scale": model.router_scale == 1.0,
+            "router_balance": model.router_balance != "bias",
+        }
+    needed["top_k"] = model.top_k > 1 or not model.router_renormalise  # theirs makes a single weight 1
+    for field, same in needed.items():
+        if not same:
+            raise UserError(
+                f"model {model.name}: field {field}: Hugging Face's {kind}, which is nearest to it, knows no "
+                f"{getattr(model, field)!r}: there is no form to export it in"
+            )
+    return kind
+
+
+def config_fields(model: "ModelConfig", sequence_length: int) -> dict[str, Any]:
+    """config.json of `model`, trained on sequences of that length; UserError as of `model_type`."""
+    kind, scaling = model_type(model), model.rope_scaling
+    result = {"model_type": kind, "hidden_act": "silu", "tie_word_embeddings": False, **_given(model, _COMMON_FIELDS)}
+    if model.latent:
+        result |= {"architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "rope_interleave": True}
+        result |= {"n_group": 1, "topk_group": 1, "intermediate_size": model.dense_ffn_size or model.ffn_size}
+        result |= _given(model, _DEEPSEEK_FIELDS) | _given(model.latent, _LATENT_FIELDS)
+    else:
+        result |= {"architectures": ["MixtralForCausalLM"], "sliding_window": None, **_given(model, _MIXTRAL_FIELDS)}
+    rope = scaling.model_dump(mode="json", exclude_none=True) if scaling else {"rope_type": "default"}
+    reach = scaling.factor * getattr(scaling, "original_max_position_embeddings", 0) if scaling else 0
+    return result | {
+        "num_hidden_layers": model.layers + model.dense_layers,
+        "max_position_embeddings": max(sequence_length, int(reach)),
+        "rope_parameters": {"rope_theta": model.rope_theta, **rope},
+    }
+
+
+def _given(spec: object, names: dict[str, str]) -> dict[str, Any]:
+    return {theirs: getattr(spec, ours) for theirs, ours in names.items()}
 
 
 def _renamed(data: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class LayerShape(ExtendedSpec):
 
 
 class ModelConfig(ExtendedSpec):
-    """Decoder with GQA attention (RoPE), RMSNorm, SwiGLU experts and a top-k gate.
+    """Decoder with GQA or latent attention (RoPE), RMSNorm, SwiGLU experts and a top-k gate.
 
     `layers` counts the MoE layers: those that have experts to place. `dense_layers` more come before them, whose SwiGLU
     network of width `dense_ffn_size` every token visits; attending devices run them within the first attention stage.
@@ -72,8 +72,7 @@ class ModelConfig(ExtendedSpec):
     With `router_capacity` an expert takes at most so many times its even share of a sequence's rows, the first ones in
     token order; the rest are dropped: neither sent nor combined, the other choices of their token keep their weights.
     `shared_experts` of width ffn_size are visited by every token; the attending device runs them on its own tokens in
-    the attention stage. Planned but not trained in yet: `latent` attention in place of GQA, whose head_size is that of
-    queries and keys.
+    the attention stage. `latent` attention takes the place of GQA; head_size is then that of queries and keys.
     """
 
     later: ClassVar[frozenset[str]] = frozenset(
@@ -158,6 +157,16 @@ class ModelConfig(ExtendedSpec):
         return LayerShape(**{name: getattr(self, name) for name in LayerShape.model_fields})
 
     @property
+    def rope_size(self) -> int:
+        """How wide the part of a query or a key is that RoPE turns."""
+        return self.latent.rope_size if self.latent else self.head_size
+
+    @property
+    def value_size(self) -> int:
+        """How wide a head's value is."""
+        return self.latent.value_size if self.latent else self.head_size
+
+    @property
     def expert_parameters(self) -> int:
         """Parameters of one expert (three SwiGLU matrices)."""
         return 3 * self.hidden_size * self.ffn_size
@@ -201,14 +210,6 @@ class ModelConfig(ExtendedSpec):
     def parameters(self) -> int:
         """All parameters."""
         return self.dense_parameters + self.layers * self.experts * self.expert_parameters
-
-    def check_trainable(self) -> None:
-        """UserError if the engine has no code for a part of this model."""
-        if self.latent:
-            raise UserError(
-                f"model {self.name}: field latent: latent attention can be planned, simulated and emulated with "
-                "modelled profiles, but not run yet: take a model without"
-            )
 
 
 def _mixtral(name: str, layers: int, hidden: int, experts: int, **other: Any) -> ModelConfig:

@@ -33,7 +33,8 @@ class Emulation(Spec):
 
 
 class RunSpec(Spec):
-    """One training run. Paths are absolute; `sources` empty means the default corpus.
+    """One training run. Paths are absolute; `sources` empty means the default corpus. `weights_from`: a folder
+    of Hugging Face's weights to begin with.
 
     Every `drift_every` steps (0: never) measured load and speeds are compared with what the placement was solved for;
     `rebalance`: experts move then, where that pays. `rebalanced`: where they had moved to when the run resumes.
@@ -49,6 +50,7 @@ class RunSpec(Spec):
     precision: Precision
     router: Literal["learned", "balanced"] = "learned"
     steps: PositiveInt
+    weights_from: str | None = None
     resume_from: str | None = None
     start_step: NonNegativeInt = 0
     checkpoint_every: NonNegativeInt = 0

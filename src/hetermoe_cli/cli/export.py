@@ -1,0 +1,27 @@
+"""`hetermoe export`: a checkpoint's weights in Hugging Face's form."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hetermoe_cli.errors import UserError
+
+
+def export(
+    source: Annotated[Path, typer.Argument(help="Run folder (its newest checkpoint), or one checkpoint's folder.")],
+    output: Annotated[Path, typer.Option(help="New folder of config.json and safetensors.")],
+) -> None:
+    """Write the weights of a Mixtral or a DeepSeek-V3 as transformers reads them, and `train --weights`."""
+    from hetermoe_cli.model.checkpoint import MANIFEST, find_latest, load_tensors, read_manifest
+    from hetermoe_cli.model.hugging_face import export as write
+    from hetermoe_cli.model.training_state import weight_names
+    from hetermoe_cli.runtime.recorder import CHECKPOINTS
+
+    folder = source if (source / MANIFEST).is_file() else find_latest(source / CHECKPOINTS)
+    if folder is None:
+        raise UserError(f"{source}: neither a checkpoint nor a run folder with one")
+    manifest = read_manifest(folder)
+    tensors = load_tensors(folder, weight_names(manifest.model))
+    write(output, manifest.model, tensors, int(manifest.extra["sequence_length"]))
+    typer.echo(f"hetermoe: wrote step {manifest.step} of {folder} to {output}", err=True)
