@@ -1,17 +1,22 @@
 """The dense part in shares, its states alone or all of it: equal to the reference, saved in whole, resumed on any plan."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_engine_equality import BIAS, CASES, DENSE, LENGTH, MIXED, SIGMOID, STEPS, Case, batches, hosts, reference, starve
+from test_engine_equality import (
+    BIAS, CASES, DENSE, LENGTH, LOSSES, MIXED, SIGMOID, STEPS, Case, batches, hosts, reference, starve,
+)  # fmt: skip
+from test_groups_equality import ALL, ALONE, Groups
 from workers import run_workers
 
 from hetermoe_cli.model.training_state import restore_training, training_names, training_shapes, training_tensors
 from hetermoe_cli.model.transformer import named_tensors
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
+from hetermoe_cli.spec.world import World
 
 SHARDED = {
     "EP 2": CASES["EP 2"],
@@ -28,6 +33,33 @@ FULL = SHARDED | {
     "interleaved": CASES["EP 2 between, interleaved"],
     "one layer": Case([1, 1], [LayerPlacement(experts=[[0, 1, 2], [3, 4, 5]])], 4, "windowed", features={"layers": 1}),
 }
+WINDOWS = Case([1, 1], hosts([0, 1, 2], [3, 4, 5]), 2, schedule="sequential", recompute="all")
+GROUPS = {  # each gathers among its own ranks
+    "three and two": Groups(
+        copies=[(Case([2, 0, 1, 1], hosts([0], [2, 1], [5], [3, 4]), 1), [0, 1, 4, 5]), (WINDOWS, [2, 3])]
+    ),
+    "two in windows and one alone": Groups(
+        copies=[
+            (Case([1, 0, 1], hosts([1, 0], [2, 3], [4], replicated=(5,)), 3, schedule="sequential"), [0, 1, 3]),
+            (ALONE, [2]),
+        ],
+        features=BIAS | LOSSES | {"router_balance": "bias"},
+    ),
+    "one alone first": Groups(
+        copies=[(Case([2], hosts(ALL), 1), [0]), (WINDOWS, [1, 2]), (Case([2, 0], hosts([], ALL), 1), [3, 4])]
+    ),
+    "replicated in both, other orders": Groups(
+        copies=[
+            (
+                Case([1, 1], hosts([1, 0], [2, 3], replicated=(5, 4)), 2, schedule="sequential", expert_order="between"),
+                [1, 3],
+            ),
+            (Case([1, 1], hosts([0], [1, 2, 3], replicated=(4, 5)), 2, transfers="interleaved"), [0, 2]),
+        ],
+        features=DENSE | SIGMOID,
+    ),
+}  # fmt: skip
+FULL |= GROUPS
 STATES = [*((name, "optimizer") for name in SHARDED), *((name, "full") for name in FULL)]
 PAIR = Case([2, 2], hosts([0, 1], [2, 3], replicated=(4, 5)), 2)
 OTHER = {"optimizer": "full", "full": "optimizer"}
@@ -38,9 +70,7 @@ def build(case: Case, precision: str = "fp64", ranks: tuple[str, ...] = (), stat
     from hetermoe_cli.runtime.mesh import join
     from hetermoe_cli.runtime.trainer import Trainer
 
-    layout = case.layout
-    schedule = layout.schedule.model_copy(update={"dense_state": state})
-    layout = Layout.model_validate({**dict(layout), "schedule": schedule})
+    layout = laid_out(case, state)
     trainer = Trainer.build(
         case.model, layout, case.train, join(layout, "cpu"), sequence_length=LENGTH, precision=precision,
         rank_precisions=ranks,
@@ -48,6 +78,14 @@ def build(case: Case, precision: str = "fp64", ranks: tuple[str, ...] = (), stat
     with whole_weights(trainer):
         starve(trainer.parts)
     return trainer
+
+
+def laid_out(case: Case, state: str) -> Layout | World:
+    """The case's layout, or groups, with the dense part held in that way."""
+    if isinstance(case, Groups):
+        return replace(case, dense_state=state).layout
+    schedule = case.layout.schedule.model_copy(update={"dense_state": state})
+    return Layout.model_validate({**dict(case.layout), "schedule": schedule})
 
 
 @contextmanager
@@ -91,10 +129,11 @@ def test_equals_single_device_reference(name: str, state: str) -> None:
             assert found[step][0] == pytest.approx(wanted.figures, rel=1e-12, abs=1e-12)
             for key, weight in found[step][1].items():
                 np.testing.assert_allclose(weight, wanted.weights[key], rtol=0, atol=1e-9, err_msg=key)
-    dense = max(size for _, _, size in ranks)
-    attending, segments = sum(map(bool, case.sequences)), case.model.layers + 1
-    assert sum(held for _, held, _ in ranks) == dense  # each element once
-    assert max(held for _, held, _ in ranks) <= dense / attending + segments
+    dense, segments = max(size for _, _, size in ranks), case.model.layers + 1
+    for replica in World.of(case.layout).replicas:
+        shares = [ranks[process][1] for process in replica.processes]
+        assert sum(shares) == dense  # each element once
+        assert max(shares) <= dense / len(replica.attending) + segments
 
 
 def whole(trainer) -> dict[str, torch.Tensor]:

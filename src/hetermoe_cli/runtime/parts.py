@@ -109,12 +109,13 @@ class Parts(nn.Module):
         return segments
 
     def holdings(self, world: World, process: int, *, dense: bool = True) -> list[list[Holding]]:
-        """Of every shared segment (`shared_segments`), what is summed over whom."""
+        """Of every shared segment (`shared_segments`), what is summed over whom; the first of an attending process is
+        summed over all that attend, and empty if that is the dense part and `dense` is not set."""
         return [
             [
                 Holding(share.holders, self._slices(layer, share, dense))
                 for share in world.shares(layer)
-                if process in share.holders and (share.experts or dense)
+                if process in share.holders
             ]
             for layer in range(len(self.experts) + 1)
         ]
@@ -166,7 +167,8 @@ def build_parts(
     """This rank's modules on its device; masters are initialised equally under every layout and in every precision."""
     parts = Parts(config, world.replica_of(mesh.process).layout, mesh.rank, router, document_end)
     parts.dtype, parts.exchange = DTYPES[precisions.of(mesh.process)], DTYPES[precisions.exchange]
-    parts.gathered = precisions.gathered(world.attending)
+    replica = world.replica_of(mesh.process)
+    parts.gathered = precisions.gathered(replica.attending if replica.layout.gathers else world.attending)
     parts.widen(parts, mesh.device)
     initialise(parts, config, seed)
     parts.narrow(parts)

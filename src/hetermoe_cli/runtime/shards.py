@@ -24,12 +24,14 @@ from hetermoe_cli.runtime.parts import Parts
 @dataclass(frozen=True)
 class Segment:
     """The parameters of one segment. `whole` [ranks * n]: their weights, one after another and padded, of which the
-    parameters are views; `master` [n]: this rank's share in fp32 or wider; `pieces`: what of a parameter is in it."""
+    parameters are views; `master` [n]: this rank's share, number `own`, in fp32 or wider; `pieces`: what of a parameter
+    is in it."""
 
     parameters: list[nn.Parameter]
     whole: Tensor
     master: Tensor
     pieces: dict[nn.Parameter, Piece | None]
+    own: int
 
     @classmethod
     def of(
@@ -55,12 +57,21 @@ class Segment:
                 piece.weight.copy_(piece.of(values))
             pieces[parameter] = piece
             offset += size
-        return cls(parameters, whole, master, pieces)
+        return cls(parameters, whole, master, pieces, own)
+
+    @property
+    def size(self) -> int:
+        """Elements of its parameters."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def share(self, flat: Tensor) -> Tensor:
+        """This rank's part of `flat` [ranks * n]: a view."""
+        return flat.chunk(len(self.whole) // len(self.master))[self.own]
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """`flat` [ranks * n], cut into views like the parameters."""
         sizes = [parameter.numel() for parameter in self.parameters]
-        parts = torch.split(flat[: sum(sizes)], sizes)
+        parts = torch.split(flat[: self.size], sizes)
         return [part.view_as(parameter) for part, parameter in zip(parts, self.parameters, strict=True)]
 
     def resize(self, elements: int) -> None:
@@ -69,13 +80,15 @@ class Segment:
 
 
 class Shards:
-    """Who steps what of the dense part. What gathers is collective over the attending ranks."""
+    """Who steps what of the dense part. What gathers is collective over the attending ranks: of all groups where
+    weights are kept whole, else of this one."""
 
     def __init__(self, parts: Parts, mesh: Mesh, kept: bool = True) -> None:
         """Takes the masters that other ranks will hold out of `parts`; `kept`: weights stay whole on every rank."""
-        assert mesh.attending is not None
-        self._mesh, self._parts, self._group, self.kept = mesh, parts, mesh.attending, kept
-        self._count, self._own = dist.get_world_size(mesh.attending), dist.get_rank(mesh.attending)
+        group = mesh.attending if kept else mesh.gathering
+        assert group is not None
+        self._mesh, self._parts, self._group, self.kept = mesh, parts, group, kept
+        self._count, self._own = dist.get_world_size(group), dist.get_rank(group)
         self.segments: list[Segment] = []
         for parameters in parts.dense_segments():
             self.segments.append(Segment.of(parameters, parts.masters, self._count, self._own, kept))

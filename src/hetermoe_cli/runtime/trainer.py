@@ -84,7 +84,8 @@ class Trainer:
         layout = replica.layout
         self.world, self.layout, self.engine = world, layout, engine
         shards = self.shards if layout.gathers else None
-        shares, dense = GradientShares(shards.segments, parts.exchange) if shards else None, not layout.gathers
+        counted, dense = world.counts_dense(process), not layout.gathers
+        shares = GradientShares(shards.segments, parts.exchange, counted) if shards else None
         own = parts.hosted_parameters() if alone else []
         shared = parts.shared_segments(dense=dense, hosted=not alone)
         holdings, last = parts.holdings(world, process, dense=dense), layout.micro_batches - 1
