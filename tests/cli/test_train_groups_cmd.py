@@ -43,6 +43,23 @@ def cpu_inputs() -> Inputs:
     return inputs.model_copy(update={"train": train_spec})
 
 
+def sharing_inputs() -> Inputs:
+    """The same, where attention takes nearly all the time, so that two groups of two that attend are best."""
+    inputs = cpu_inputs()
+    link = Link(bandwidth_gigabytes_per_second=1e-3, latency_microseconds=5e4)
+    nodes = [node.model_copy(update={"interconnect": link, "nics": 4}) for node in inputs.cluster.nodes]
+    profile = make_profile(
+        "cpu", model=MODEL, precision="fp32", source="measured", sequence_lengths=(32,), attention_seconds=1.0,
+        expert_seconds=1e-4,
+    )  # fmt: skip
+    changes = {
+        "cluster": inputs.cluster.model_copy(update={"nodes": nodes}),
+        "profiles": {"cpu": profile},
+        "train": inputs.train.model_copy(update={"dense_state": "full"}),
+    }
+    return inputs.model_copy(update=changes)
+
+
 def groups_plan(*groups: tuple[Layout, Sequence[list[int]]]) -> Plan:
     """A plan of these groups, predicted by their replay."""
     inputs = cpu_inputs()
@@ -66,20 +83,20 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in events(folder, "step")]
 
 
-@pytest.mark.parametrize("state", ["replicated", "full"])
-def test_two_groups_are_planned_trained_and_told_of(
-    hetermoe: Hetermoe, text: Path, tmp_path: Path, state: DenseState
+@pytest.mark.parametrize(("most", "full"), [(4, False), (2, True)], ids=["replicated", "full"])
+def test_several_groups_are_planned_trained_and_told_of(
+    hetermoe: Hetermoe, text: Path, tmp_path: Path, most: int, full: bool
 ) -> None:
-    inputs, plan_file, folder = cpu_inputs(), tmp_path / "plan.yaml", tmp_path / "run"
-    inputs = inputs.model_copy(update={"train": inputs.train.model_copy(update={"dense_state": state})})
+    inputs, plan_file, folder = sharing_inputs() if full else cpu_inputs(), tmp_path / "plan.yaml", tmp_path / "run"
     for name in ("model", "cluster", "train"):
         dump(getattr(inputs, name), tmp_path / f"{name}.yaml")
     dump(inputs.profiles["cpu"], tmp_path / "profiles/cpu.yaml")
     words = [word for name in ("model", "cluster", "train") for word in (f"--{name}", tmp_path / f"{name}.yaml")]
-    words += ["--profiles", tmp_path / "profiles", "--output", plan_file, "--time-limit", 2, "--max-groups", 4]
+    words += ["--profiles", tmp_path / "profiles", "--output", plan_file, "--time-limit", 2, "--max-groups", most]
     assert hetermoe("plan", *words).code == 0
     plan = load(Plan, plan_file)
     assert plan.group_count > 1
+    assert plan.groups[0].layout.gathers == full
 
     done = train(plan_file, "--run-folder", folder, "--data", text, "--json")
     summary = json.loads(done.stdout)

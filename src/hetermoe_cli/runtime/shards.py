@@ -20,6 +20,8 @@ from hetermoe_cli.model.transformer import parameter_slices
 from hetermoe_cli.runtime.mesh import Mesh
 from hetermoe_cli.runtime.parts import Parts
 
+_ALIGNMENT = 16  # elements: AdamW on CPUs rounds what is left over by its vectors in another way (copies step alike)
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -40,7 +42,7 @@ class Segment:
         """Share `own` of `count`. `masters`: those of narrow parameters. `kept`: the weights are to stay whole; where
         they are wide the share is a part of them."""
         sizes = [parameter.numel() for parameter in parameters]
-        share = -(-sum(sizes) // count)
+        share = -(-sum(sizes) // (count * _ALIGNMENT)) * _ALIGNMENT
         whole = parameters[0].detach().new_zeros(share * count)
         wide = torch.promote_types(whole.dtype, torch.float32)
         mine = whole[own * share : (own + 1) * share]
