@@ -86,13 +86,15 @@ class Shards:
     weights are kept whole, else of this one."""
 
     def __init__(self, parts: Parts, mesh: Mesh, kept: bool = True) -> None:
-        """Takes the masters that other ranks will hold out of `parts`; `kept`: weights stay whole on every rank."""
+        """Fills and cuts one segment after another, so that no more of what other ranks will hold is ever here; `kept`:
+        weights stay whole on every rank."""
         group = mesh.attending if kept else mesh.gathering
         assert group is not None
         self._mesh, self._parts, self._group, self.kept = mesh, parts, group, kept
         self._count, self._own = dist.get_world_size(group), dist.get_rank(group)
         self.segments: list[Segment] = []
         for parameters in parts.dense_segments():
+            parts.fill(parameters)
             self.segments.append(Segment.of(parameters, parts.masters, self._count, self._own, kept))
             for parameter in parameters:
                 parts.masters.pop(parameter, None)

@@ -70,6 +70,7 @@ class Trainer:
         layout = world.replica_of(mesh.process).layout
         sharded = (layout.schedule.dense_state == "optimizer" or layout.gathers) and mesh.attending is not None
         self.shards = Shards(parts, mesh, kept=not layout.gathers) if sharded else None
+        parts.fill(parts.parameters())
         self.optimizer = make_optimizer(parts, train, parts.masters, self.shards.pieces if self.shards else None)
         self.lay_out(world, engine)
         self.loss_scale = LossScale(dynamic=scaled)
