@@ -251,3 +251,31 @@ def test_whole_weights_and_gradients_are_there_only_where_they_are_used(name: st
             assert max(whole for whole, _ in found) == 2
             assert max(gradients for _, gradients in found) <= 1
             assert found[-1] == (0, 0)
+
+
+def built(rank: int, case: Case, state: str) -> list[int]:
+    """Elements of dense weights and wide masters that are there whenever a segment was filled, and at last."""
+    from hetermoe_cli.runtime.parts import Parts
+
+    found: list[int] = []
+    fill = Parts.fill
+
+    def fill_and_count(parts: Parts, parameters: Any) -> None:
+        fill(parts, parameters)
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().size() for p in parts.dense.parameters()}
+        masters = sum(master.numel() * master.element_size() for master in parts.masters.values())
+        found.append(sum(storages.values()) + masters)
+
+    Parts.fill = fill_and_count  # type: ignore[method-assign]
+    trainer = build(case, "bf16", state=state)
+    experts = sum(4 * p.numel() for p in trainer.parts.experts.parameters())
+    sizes = [sum(p.numel() for p in segment.parameters) for segment in trainer.shards.segments]
+    return [*found[:-1], found[-1] - experts, max(sizes), sum(sizes)]
+
+
+def test_start_up_fills_one_segment_at_a_time() -> None:
+    for found in run_workers(2, built, PAIR, "full"):
+        *filled, last, largest, everything = found
+        assert len(filled) == PAIR.model.layers + 1
+        assert max(filled) == 6 * largest < 6 * everything / 2  # bf16 weights and fp32 masters of one segment
+        assert last == 0
