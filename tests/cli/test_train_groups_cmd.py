@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import Group, Inputs, Plan
+from hetermoe_cli.spec.train import DenseState
 from train_command import events, train
 
 MODEL = make_model(
@@ -27,6 +29,7 @@ MODEL = make_model(
 BATCH, STEPS = 8, 6
 PAIR = make_layout((2, 0), (1, 2), replicated=1, micro_batches=2)
 ALONE = make_layout((2,), (4,), micro_batches=2)
+SHARED = make_layout((1, 1), (1, 2), replicated=1, micro_batches=2, schedule="sequential", dense_state="full")
 
 
 def cpu_inputs() -> Inputs:
@@ -38,6 +41,23 @@ def cpu_inputs() -> Inputs:
     )  # fmt: skip
     train_spec = inputs.train.model_copy(update={"steps": STEPS, "warmup_steps": 2, "learning_rate": 3e-3})
     return inputs.model_copy(update={"train": train_spec})
+
+
+def sharing_inputs() -> Inputs:
+    """The same, where attention takes nearly all the time, so that two groups of two that attend are best."""
+    inputs = cpu_inputs()
+    link = Link(bandwidth_gigabytes_per_second=1e-3, latency_microseconds=5e4)
+    nodes = [node.model_copy(update={"interconnect": link, "nics": 4}) for node in inputs.cluster.nodes]
+    profile = make_profile(
+        "cpu", model=MODEL, precision="fp32", source="measured", sequence_lengths=(32,), attention_seconds=1.0,
+        expert_seconds=1e-4,
+    )  # fmt: skip
+    changes = {
+        "cluster": inputs.cluster.model_copy(update={"nodes": nodes}),
+        "profiles": {"cpu": profile},
+        "train": inputs.train.model_copy(update={"dense_state": "full"}),
+    }
+    return inputs.model_copy(update=changes)
 
 
 def groups_plan(*groups: tuple[Layout, Sequence[list[int]]]) -> Plan:
@@ -54,20 +74,29 @@ def groups_plan(*groups: tuple[Layout, Sequence[list[int]]]) -> Plan:
     return Plan.model_validate(whole.model_copy(update=changes).model_dump())
 
 
+def sharded(layout: Layout, state: DenseState = "full") -> Layout:
+    """The layout with the dense part in shares."""
+    return layout.model_copy(update={"schedule": layout.schedule.model_copy(update={"dense_state": state})})
+
+
 def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in events(folder, "step")]
 
 
-def test_two_groups_are_planned_trained_and_told_of(hetermoe: Hetermoe, text: Path, tmp_path: Path) -> None:
-    inputs, plan_file, folder = cpu_inputs(), tmp_path / "plan.yaml", tmp_path / "run"
+@pytest.mark.parametrize(("most", "full"), [(4, False), (2, True)], ids=["replicated", "full"])
+def test_several_groups_are_planned_trained_and_told_of(
+    hetermoe: Hetermoe, text: Path, tmp_path: Path, most: int, full: bool
+) -> None:
+    inputs, plan_file, folder = sharing_inputs() if full else cpu_inputs(), tmp_path / "plan.yaml", tmp_path / "run"
     for name in ("model", "cluster", "train"):
         dump(getattr(inputs, name), tmp_path / f"{name}.yaml")
     dump(inputs.profiles["cpu"], tmp_path / "profiles/cpu.yaml")
     words = [word for name in ("model", "cluster", "train") for word in (f"--{name}", tmp_path / f"{name}.yaml")]
-    words += ["--profiles", tmp_path / "profiles", "--output", plan_file, "--time-limit", 2, "--max-groups", 4]
+    words += ["--profiles", tmp_path / "profiles", "--output", plan_file, "--time-limit", 2, "--max-groups", most]
     assert hetermoe("plan", *words).code == 0
     plan = load(Plan, plan_file)
     assert plan.group_count > 1
+    assert plan.groups[0].layout.gathers == full
 
     done = train(plan_file, "--run-folder", folder, "--data", text, "--json")
     summary = json.loads(done.stdout)
@@ -98,6 +127,8 @@ def test_a_checkpoint_of_several_groups_goes_on_in_one_and_back(text: Path, tmp_
         "groups": groups_plan((PAIR, [[0, 2]]), (ALONE, [[3]])),
         "twice": groups_plan((PAIR, [[0, 1], [2, 3]])),
         "one": groups_plan((make_layout((2, 2), (3, 1), micro_batches=2), [[1, 2]])),
+        "shared": groups_plan((sharded(ALONE), [[3]]), (SHARED, [[0, 2]])),
+        "optimizer": groups_plan((sharded(PAIR, "optimizer"), [[0, 1], [2, 3]])),
     }
     for name, plan in plans.items():
         dump(plan, tmp_path / f"{name}.yaml")
@@ -110,9 +141,12 @@ def test_a_checkpoint_of_several_groups_goes_on_in_one_and_back(text: Path, tmp_
         assert len(shards) == len(plans[name].used_ranks)
     assert found["groups"] == pytest.approx(found["one"], rel=1e-5)
     assert found["twice"] == pytest.approx(found["one"], rel=1e-5)
-    again = resumed(tmp_path / "groups.yaml", tmp_path / "groups", tmp_path / "again", text)
-    assert again == found["groups"][3:]  # to the bit
-    for one, other in (("groups", "one"), ("one", "twice"), ("twice", "groups")):
+    assert found["shared"] == pytest.approx(found["one"], rel=1e-5)
+    for name in ("groups", "shared"):
+        again = resumed(tmp_path / f"{name}.yaml", tmp_path / name, tmp_path / f"{name}-again", text)
+        assert again == found[name][3:]  # to the bit
+    circle = ("groups", "one", "shared", "optimizer", "shared", "twice", "groups")
+    for one, other in pairwise(circle):
         moved = resumed(tmp_path / f"{other}.yaml", tmp_path / one, tmp_path / f"{one}-{other}", text)
         assert moved == pytest.approx(found["one"][3:], rel=1e-5)
 
@@ -157,11 +191,9 @@ def test_dry_run_shows_the_workers_of_all_groups(text: Path, tmp_path: Path) -> 
 
 
 def test_groups_that_keep_other_dense_states_are_refused(text: Path, tmp_path: Path) -> None:
-    schedule = ALONE.schedule.model_copy(update={"dense_state": "optimizer"})
-    sharded = ALONE.model_copy(update={"schedule": schedule})
-    dump(groups_plan((PAIR, [[0, 2]]), (sharded, [[3]])), tmp_path / "plan.yaml")
+    dump(groups_plan((PAIR, [[0, 2]]), (sharded(ALONE, "optimizer"), [[3]])), tmp_path / "plan.yaml")
     done = train(tmp_path / "plan.yaml", "--run-folder", tmp_path / "run", "--data", text, code=3)
-    assert "field groups: dense_state optimizer, replicated: train shares one dense part" in done.stderr
+    assert "field groups: dense_state optimizer, replicated: optimizer states are shared out" in done.stderr
 
 
 def test_what_works_on_one_group_says_so(hetermoe: Hetermoe, text: Path, tmp_path: Path) -> None:
@@ -194,8 +226,10 @@ def test_bench_compares_groups_with_one(hetermoe: Hetermoe, text: Path, tmp_path
     assert groups["measured_seconds"] > 0
 
 
-def test_groups_are_emulated(text: Path, tmp_path: Path) -> None:
-    dump(groups_plan((ALONE, [[0]]), (PAIR, [[1, 3]])), tmp_path / "plan.yaml")
+@pytest.mark.parametrize("pair", [PAIR, SHARED], ids=["replicated", "full"])
+def test_groups_are_emulated(text: Path, tmp_path: Path, pair: Layout) -> None:
+    """Also where one shards all of its dense part and the other keeps it."""
+    dump(groups_plan((ALONE, [[0]]), (pair, [[1, 3]])), tmp_path / "plan.yaml")
     options = ("--emulate", "--executed-sequence-length", 16, "--steps", 3, "--router", "balanced", "--json")
     done = train(tmp_path / "plan.yaml", "--run-folder", tmp_path / "run", "--data", text, *options)
     summary = json.loads(done.stdout)

@@ -8,6 +8,8 @@ import pytest
 from test_engine_equality import CASES, LENGTH, TRAIN, Case, batches
 from test_groups_equality import CASES as GROUPS
 from test_groups_equality import SHARDED
+from test_sharded_states import GROUPS as FULL
+from test_sharded_states import laid_out
 from workers import run_workers
 
 from hetermoe_cli.runtime.calls import COMMUNICATORS, WIDEST, Call, calls_of, lane_name, share_name
@@ -29,12 +31,6 @@ STATES = [(name, "replicated") for name in NAMES]
 STATES += [(name, state) for name in NAMES[2:4] for state in ("optimizer", "full")]
 STATES += [(name, "full") for name in ("2+1 uneven sequences", "EP 2 between, interleaved", "left out")]
 DTYPES = {"torch.float64": "fp64", "torch.int64": "int64"}
-
-
-def laid_out(case: Case, state: str) -> Layout:
-    """The case's layout, with the dense part's states shared out or not."""
-    layout = case.layout
-    return layout.model_copy(update={"schedule": layout.schedule.model_copy(update={"dense_state": state})})
 
 
 def work(rank: int, case: Case, layout: Layout | World, ordered: bool) -> tuple[list[Recorded], np.ndarray, float]:
@@ -99,6 +95,12 @@ def test_groups_call_what_was_derived(name: str, ordered: bool) -> None:
     """NCCL's one order over all communicators, those that groups share among them."""
     case = GROUPS[name] if name else SHARDED
     check_calls(case, case.layout, ordered)
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["lanes", "ordered"])
+@pytest.mark.parametrize("name", FULL)
+def test_groups_gather_among_their_own(name: str, ordered: bool) -> None:
+    check_calls(FULL[name], laid_out(FULL[name], "full"), ordered)
 
 
 def check_calls(case: Case, layout: Layout | World, ordered: bool) -> None:

@@ -1,17 +1,22 @@
 """The dense part in shares, its states alone or all of it: equal to the reference, saved in whole, resumed on any plan."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_engine_equality import BIAS, CASES, DENSE, LATENT, LENGTH, MIXED, SIGMOID, STEPS, Case, batches, hosts, reference, starve
+from test_engine_equality import (
+    BIAS, CASES, DENSE, LATENT, LENGTH, LOSSES, MIXED, SIGMOID, STEPS, Case, batches, hosts, reference, starve,
+)  # fmt: skip
+from test_groups_equality import ALL, ALONE, Groups
 from workers import run_workers
 
 from hetermoe_cli.model.training_state import restore_training, training_names, training_shapes, training_tensors
 from hetermoe_cli.model.transformer import named_tensors
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
+from hetermoe_cli.spec.world import World
 
 SHARDED = {
     "EP 2": CASES["EP 2"],
@@ -29,6 +34,33 @@ FULL = SHARDED | {
     "interleaved": CASES["EP 2 between, interleaved"],
     "one layer": Case([1, 1], [LayerPlacement(experts=[[0, 1, 2], [3, 4, 5]])], 4, "windowed", features={"layers": 1}),
 }
+WINDOWS = Case([1, 1], hosts([0, 1, 2], [3, 4, 5]), 2, schedule="sequential", recompute="all")
+GROUPS = {  # each gathers among its own ranks
+    "three and two": Groups(
+        copies=[(Case([2, 0, 1, 1], hosts([0], [2, 1], [5], [3, 4]), 1), [0, 1, 4, 5]), (WINDOWS, [2, 3])]
+    ),
+    "two in windows and one alone": Groups(
+        copies=[
+            (Case([1, 0, 1], hosts([1, 0], [2, 3], [4], replicated=(5,)), 3, schedule="sequential"), [0, 1, 3]),
+            (ALONE, [2]),
+        ],
+        features=BIAS | LOSSES | {"router_balance": "bias"},
+    ),
+    "one alone first": Groups(
+        copies=[(Case([2], hosts(ALL), 1), [0]), (WINDOWS, [1, 2]), (Case([2, 0], hosts([], ALL), 1), [3, 4])]
+    ),
+    "replicated in both, other orders": Groups(
+        copies=[
+            (
+                Case([1, 1], hosts([1, 0], [2, 3], replicated=(5, 4)), 2, schedule="sequential", expert_order="between"),
+                [1, 3],
+            ),
+            (Case([1, 1], hosts([0], [1, 2, 3], replicated=(4, 5)), 2, transfers="interleaved"), [0, 2]),
+        ],
+        features=DENSE | SIGMOID,
+    ),
+}  # fmt: skip
+FULL |= GROUPS
 STATES = [*((name, "optimizer") for name in SHARDED), *((name, "full") for name in FULL)]
 PAIR = Case([2, 2], hosts([0, 1], [2, 3], replicated=(4, 5)), 2)
 OTHER = {"optimizer": "full", "full": "optimizer"}
@@ -39,9 +71,7 @@ def build(case: Case, precision: str = "fp64", ranks: tuple[str, ...] = (), stat
     from hetermoe_cli.runtime.mesh import join
     from hetermoe_cli.runtime.trainer import Trainer
 
-    layout = case.layout
-    schedule = layout.schedule.model_copy(update={"dense_state": state})
-    layout = Layout.model_validate({**dict(layout), "schedule": schedule})
+    layout = laid_out(case, state)
     trainer = Trainer.build(
         case.model, layout, case.train, join(layout, "cpu"), sequence_length=LENGTH, precision=precision,
         rank_precisions=ranks,
@@ -49,6 +79,14 @@ def build(case: Case, precision: str = "fp64", ranks: tuple[str, ...] = (), stat
     with whole_weights(trainer):
         starve(trainer.parts)
     return trainer
+
+
+def laid_out(case: Case, state: str) -> Layout | World:
+    """The case's layout, or groups, with the dense part held in that way."""
+    if isinstance(case, Groups):
+        return replace(case, dense_state=state).layout
+    schedule = case.layout.schedule.model_copy(update={"dense_state": state})
+    return Layout.model_validate({**dict(case.layout), "schedule": schedule})
 
 
 @contextmanager
@@ -92,10 +130,11 @@ def test_equals_single_device_reference(name: str, state: str) -> None:
             assert found[step][0] == pytest.approx(wanted.figures, rel=1e-12, abs=1e-12)
             for key, weight in found[step][1].items():
                 np.testing.assert_allclose(weight, wanted.weights[key], rtol=0, atol=1e-9, err_msg=key)
-    dense = max(size for _, _, size in ranks)
-    attending, segments = sum(map(bool, case.sequences)), case.model.layers + 1
-    assert sum(held for _, held, _ in ranks) == dense  # each element once
-    assert max(held for _, held, _ in ranks) <= dense / attending + segments
+    dense, segments = max(size for _, _, size in ranks), case.model.layers + 1
+    for replica in World.of(case.layout).replicas:
+        shares = [ranks[process][1] for process in replica.processes]
+        assert sum(shares) == dense  # each element once
+        assert max(shares) <= dense / len(replica.attending) + 16 * segments
 
 
 def whole(trainer) -> dict[str, torch.Tensor]:
@@ -159,6 +198,27 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped_and_in_other_states_too(
             np.testing.assert_array_equal(value, dense[1][name], err_msg=name)
 
 
+def trained_states(rank: int, case: Case, precisions: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Masters and moments after three steps, those that this rank would save of its group's."""
+    trainer = build(case, "bf16", precisions, "full")
+    for step in range(3):
+        trainer.step(batches(), step)
+    shared = trainer.shards.tensors(trainer.optimizer) if trainer.shards else {}
+    return arrays(training_tensors(trainer.parts, trainer.optimizer) | shared)
+
+
+def test_groups_step_their_shares_alike() -> None:
+    """To the bit, though they cut the dense part at other places, and compute in other precisions."""
+    case = GROUPS["three and two"]
+    ranks = run_workers(len(case.sequences), trained_states, case, ("bf16", "fp32", "bf16", "fp32", "bf16", "bf16"))
+    seen: dict[str, np.ndarray] = {}
+    for replica in case.layout.replicas:
+        group = {name: value for process in replica.processes for name, value in ranks[process].items()}
+        assert group.keys() == training_shapes(case.model).keys()
+        for name, value in group.items():
+            np.testing.assert_array_equal(value, seen.setdefault(name, value), err_msg=name)
+
+
 def held(shards) -> tuple[int, int]:
     """Segments with whole weights, and with whole gradients."""
     gradients = [any(p.grad is not None for p in segment.parameters) for segment in shards.segments]
@@ -192,3 +252,31 @@ def test_whole_weights_and_gradients_are_there_only_where_they_are_used(name: st
             assert max(whole for whole, _ in found) == 2
             assert max(gradients for _, gradients in found) <= 1
             assert found[-1] == (0, 0)
+
+
+def built(rank: int, case: Case, state: str) -> list[int]:
+    """Elements of dense weights and wide masters that are there whenever a segment was filled, and at last."""
+    from hetermoe_cli.runtime.parts import Parts
+
+    found: list[int] = []
+    fill = Parts.fill
+
+    def fill_and_count(parts: Parts, parameters: Any) -> None:
+        fill(parts, parameters)
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().size() for p in parts.dense.parameters()}
+        masters = sum(master.numel() * master.element_size() for master in parts.masters.values())
+        found.append(sum(storages.values()) + masters)
+
+    Parts.fill = fill_and_count  # type: ignore[method-assign]
+    trainer = build(case, "bf16", state=state)
+    experts = sum(4 * p.numel() for p in trainer.parts.experts.parameters())
+    sizes = [sum(p.numel() for p in segment.parameters) for segment in trainer.shards.segments]
+    return [*found[:-1], found[-1] - experts, max(sizes), sum(sizes)]
+
+
+def test_start_up_fills_one_segment_at_a_time() -> None:
+    for found in run_workers(2, built, PAIR, "full"):
+        *filled, last, largest, everything = found
+        assert len(filled) == PAIR.model.layers + 1
+        assert max(filled) == 6 * largest < 6 * everything / 2  # bf16 weights and fp32 masters of one segment
+        assert last == 0

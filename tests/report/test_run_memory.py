@@ -27,6 +27,9 @@ def test_predicted_against_measured(tmp_path: Path) -> None:
     assert found.predicted_bytes == predicted
     assert found.measured_bytes == [int(1.5 * predicted[0]), None]
     assert found.whole_run_bytes == [2 * predicted[0], None]
+    assert found.start_up_bytes == [None, None]  # of a run that did not note it yet
+    write(folder, 0, start_bytes=5, step_peak_bytes=7, peak_bytes=8, start_up_peak_bytes=6)
+    assert run_memory(folder).start_up_bytes == [6, None]
     assert json.loads(json.dumps(found.as_dict()))["start_bytes"] == [5_000_000, None]
     console = Console(width=160, record=True, quiet=False)
     console.print(memory_table(found))

@@ -153,13 +153,14 @@ def of_same_model(one: Layout, other: Layout, data: st.DataObject) -> Layout:
 def test_the_calls_of_all_copies_fit_together_and_sum_everything(
     one: Layout, other: Layout, data: st.DataObject
 ) -> None:
-    assume(one.schedule.dense_state != "full")  # train refuses that of several groups
     world = side_by_side(one, of_same_model(one, other, data))
     check(world, "fp32")
     for process, mine in enumerate(world_calls(world)):
         replica = world.replica_of(process)
         rank = replica.processes.index(process)
-        sums = [call for call in mine if call.payload == "gradients"]
+        sums = [call for call in mine if call.operation == "all-reduce" and call.payload == "gradients"]
+        within = [call for call in mine if call.operation in ("reduce-scatter", "all-gather")]
+        assert not replica.layout.gathers or all(call.members == tuple(replica.attending) for call in within)
         for layer in range(world.layers):
             held = set(replica.layout.local_experts(layer, rank))
             shares = [s for s in world.shares(layer) if process in s.holders]

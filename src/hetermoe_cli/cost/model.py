@@ -135,10 +135,10 @@ class CostModel(MemoryModel):
         return self.network.all_reduce_seconds(attending, self.dense_gradient_bytes) / 2
 
     def sharding_seconds(self, schedule: ScheduleChoice, attending: Sequence[int]) -> float:
-        """What a fully sharded dense part adds where several groups synchronise: in every window its weights are
-        gathered forward and backward, and its gradients scattered at the end (the last time is part of the all-reduce).
+        """What a fully sharded dense part adds at most: in every window its weights are gathered forward and backward,
+        and its gradients scattered at the end (the last time is part of the all-reduce).
 
-        Each is half an all-reduce. An upper estimate: one group's replay overlaps them with compute, and gathers fewer.
+        Each is half an all-reduce. An upper estimate: a replay overlaps them with compute, and gathers fewer.
         """
         if schedule.dense_state != "full":
             return 0.0

@@ -96,10 +96,10 @@ def _check_groups(plan: Plan, source: Path, options: TrainOptions) -> None:
     if plan.group_count == 1:
         return
     states = {group.schedule.dense_state for group in plan.groups}
-    if len(states) > 1 or "full" in states:
+    if len(states) > 1 and "optimizer" in states:
         raise UserError(
-            f"{source}: field groups: dense_state {', '.join(sorted(states))}: train shares one dense part over all "
-            "groups, not fully sharded: plan with train.dense_state: replicated or optimizer, or with --max-groups 1"
+            f"{source}: field groups: dense_state {', '.join(sorted(states))}: optimizer states are shared out over "
+            "all groups or none: plan with one train.dense_state (not auto), or with --max-groups 1"
         )
     if options.rebalance:
         raise UserError(

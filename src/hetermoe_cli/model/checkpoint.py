@@ -138,8 +138,28 @@ def find_latest(run_folder: Path) -> Path | None:
     raise UserError(f"{pointer}: names the checkpoint {name!r}, which is not there: restore it or write another name")
 
 
-def load_tensors(folder: Path, names: set[str]) -> dict[str, Tensor]:
-    """The tensors called `names`, on the CPU, from the shards that hold them; each of those is verified.
+class Stored(Mapping[str, Tensor]):
+    """Tensors on the CPU that are views of their files: none takes memory but while it is used, and of it what is."""
+
+    def __init__(self, paths: Mapping[str, Path]) -> None:
+        self._paths = paths
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A file is opened for each tensor, as all that one opening gives share what was read of the file."""
+        path = self._paths[name]
+        with _disk_errors(path, _OTHER_CHECKPOINT), safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+def load_tensors(folder: Path, names: set[str]) -> Stored:
+    """The tensors called `names`, to be read from the shards that hold them; each of those is verified.
 
     UserError if a name is not in the checkpoint, or a shard is missing or not what was written.
     """
@@ -147,24 +167,24 @@ def load_tensors(folder: Path, names: set[str]) -> dict[str, Tensor]:
     unknown = sorted(names - manifest.tensors().keys())
     if unknown:
         raise UserError(f"{folder / MANIFEST}: {_some(unknown)} not in this checkpoint: use the model it was made with")
-    result: dict[str, Tensor] = {}
+    paths: dict[str, Path] = {}
     for shard in manifest.files:
         here = names & shard.tensors.keys()
         if here:
-            result |= _read_shard(folder / shard.file, shard, here)
-    return result
+            paths |= dict.fromkeys(sorted(here), folder / shard.file)
+            _check_shard(folder / shard.file, shard, here)
+    return Stored(paths)
 
 
-def _read_shard(path: Path, shard: Shard, names: set[str]) -> dict[str, Tensor]:
+def _check_shard(path: Path, shard: Shard, names: set[str]) -> None:
     _verify(path, shard)
     with _disk_errors(path, _OTHER_CHECKPOINT), safe_open(path, framework="pt") as file:
         if set(file.keys()) != shard.tensors.keys():
             raise UserError(f"{path}: holds other tensors than the manifest says: {_OTHER_CHECKPOINT}")
-        result = {name: file.get_tensor(name) for name in sorted(names)}
-    for name, tensor in result.items():
+        found = {name: file.get_tensor(name) for name in sorted(names)}  # reads nothing yet
+    for name, tensor in found.items():
         if TensorInfo(shape=tuple(tensor.shape), dtype=_dtype_name(tensor)) != shard.tensors[name]:
             raise UserError(f"{path}: {name} has another shape or dtype than the manifest says: {_OTHER_CHECKPOINT}")
-    return result
 
 
 def verify(folder: Path) -> Manifest:

@@ -37,7 +37,9 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.experts, config.hidden_size))
         kaiming_uniform_(self.weight, a=5**0.5)  # nn.Linear's
         self.selection_bias: Tensor | None
-        bias = torch.zeros(config.experts, dtype=torch.float32) if config.router_balance == "bias" else None
+        balanced = config.router_balance == "bias"
+        # it has values in a module that is made on the meta device too
+        bias = torch.zeros(config.experts, dtype=torch.float32, device="cpu") if balanced else None
         self.register_buffer("selection_bias", bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Gate":

@@ -72,11 +72,11 @@ def restore_training(parts: nn.Module, optimizer: AdamW, tensors: Mapping[str, T
             optimizer.state[parameter] = fresh_state(optimizer, parameter, step)
     with torch.no_grad():
         for name, (parameter, index) in slices.items():
-            sources = [tensors[full] for full in _with_moments(name)]
+            sources = (tensors[full] for full in _with_moments(name))  # one at a time
             if parameter not in optimizer.pieces:
                 _copy(sources, state_slices(optimizer, parameter, index))
             elif piece := optimizer.pieces[parameter]:
-                _copy([piece.of(source) for source in sources], state_slices(optimizer, piece.weight, None))
+                _copy(map(piece.of, sources), state_slices(optimizer, piece.weight, None))
             if parameter.untyped_storage().size():  # else the weights are gathered from all ranks' masters when needed
                 _part(parameter, index).copy_(tensors[name])  # rounded, where it is not its own master
         for name, tensor in named_state(parts).items():

@@ -109,19 +109,23 @@ class Transformer(nn.Module):
 
 
 def initialise(parts: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill every tensor from a generator seeded by (seed, name), so that any layout starts from equal weights.
+    """Give every tensor its first values (`initialise_tensor`)."""
+    for name, tensor in named_tensors(parts).items():
+        initialise_tensor(name, tensor, config, seed)
+
+
+def initialise_tensor(name: str, tensor: Tensor, config: ModelConfig, seed: int) -> None:
+    """Fill a tensor from a generator seeded by (seed, name), so that any layout starts from equal weights.
 
     Matrices are normal with config.initializer_range, norms are ones.
     """
-    with torch.no_grad():
-        for name, tensor in named_tensors(parts).items():
-            if tensor.dim() == 1:
-                tensor.fill_(1.0)
-                continue
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            values = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
-            tensor.copy_(values * config.initializer_range)
+    if tensor.dim() == 1:
+        tensor.fill_(1.0)
+        return
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    values = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
+    tensor.copy_(values.mul_(config.initializer_range))
 
 
 def parameter_slices(parts: nn.Module) -> dict[str, tuple[nn.Parameter, int | None]]:

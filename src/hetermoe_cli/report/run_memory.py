@@ -14,6 +14,7 @@ from hetermoe_cli.spec.files import read_text
 from hetermoe_cli.spec.run import RunSpec
 
 _FIELDS = ("start_bytes", "step_peak_bytes", "peak_bytes")
+_LATER_FIELDS = ("start_up_peak_bytes",)  # which older runs do not have
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,14 @@ class RunMemory:
 
     `predicted_bytes`: the plan's, without the framework's; None of an emulated run, whose memory is not the plan's
     devices'. `measured_bytes`: peak of the training steps. `whole_run_bytes`: peak with building, validation and
-    checkpoints. None where a rank could not measure.
+    checkpoints; `start_up_bytes`: peak until the first step. None where a rank could not measure.
     """
 
     predicted_bytes: list[int] | None
     measured_bytes: list[int | None]
     whole_run_bytes: list[int | None]
     start_bytes: list[int | None]
+    start_up_bytes: list[int | None]
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -39,8 +41,9 @@ def run_memory(folder: Path) -> RunMemory:
     """Read a run folder; UserError on a broken file."""
     run = read_run(folder)
     found = [_read(folder, rank) for rank in range(run.world.size)]
-    start, measured, whole = ([values.get(name) for values in found] for name in _FIELDS)
-    return RunMemory(_predicted(run), measured, whole, start)
+    names = (*_FIELDS, *_LATER_FIELDS)
+    start, measured, whole, start_up = ([values.get(name) for values in found] for name in names)
+    return RunMemory(_predicted(run), measured, whole, start, start_up)
 
 
 def _predicted(run: RunSpec) -> list[int] | None:
@@ -55,7 +58,8 @@ def _read(folder: Path, rank: int) -> dict[str, int]:
         return {}
     try:
         values = json.loads(read_text(path))
-        return {name: int(values[name]) for name in _FIELDS}
+        later = [name for name in _LATER_FIELDS if name in values]
+        return {name: int(values[name]) for name in (*_FIELDS, *later)}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the peaks of memory of this run ({error}): run it again") from error
 
@@ -63,7 +67,8 @@ def _read(folder: Path, rank: int) -> dict[str, int]:
 def memory_table(memory: RunMemory) -> Table:
     """One row a rank."""
     table = Table(
-        "rank", "predicted peak", "measured, training steps", "measured, whole run", "before the model",
+        "rank", "predicted peak", "measured, training steps", "measured, start-up", "measured, whole run",
+        "before the model",
         title="memory (MB, above what there was before the model)", title_justify="left",
     )  # fmt: skip
     for rank, measured in enumerate(memory.measured_bytes):
@@ -74,6 +79,7 @@ def memory_table(memory: RunMemory) -> Table:
             str(rank),
             "of other devices" if predicted is None else _megabytes(predicted),
             _megabytes(measured) + against,
+            _megabytes(memory.start_up_bytes[rank]),
             _megabytes(whole),
             _megabytes(start),
         )

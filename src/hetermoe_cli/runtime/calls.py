@@ -18,7 +18,7 @@ from hetermoe_cli.schedule.lower import training_schedules, validation_schedules
 from hetermoe_cli.schedule.schedule import Schedule
 from hetermoe_cli.simulator import check_deadlock
 from hetermoe_cli.spec.layout import Layout
-from hetermoe_cli.spec.world import World
+from hetermoe_cli.spec.world import Replica, World
 
 COMMUNICATORS = ("world", "to experts", "from experts", "attending")  # by an action's lane
 COUNTS = "int64"
@@ -107,19 +107,21 @@ def calls_of(schedule: Schedule, world: Layout | World, process: int, exchange: 
 
 def _collectives(world: World, action: Action, layout: Layout, process: int, exchange: str) -> Iterator[Call]:
     """Of a gather or a reduction."""
+    replica = world.replica_of(process)
     if action.kind is Kind.GATHER:
-        yield _of_attending(world)(action, "weights", "all-gather", dtype=WIDEST)
+        yield _of_attending(world, replica)(action, "weights", "all-gather", dtype=WIDEST)
         return
-    if layout.gathers:
-        yield _of_attending(world)(action, "gradients", "reduce-scatter", dtype=exchange)
-        if action.micro_batch < layout.micro_batches - 1:
-            return
-    yield from _sums(world, action, process, exchange, dense=not layout.gathers)
+    alone, last = len(world.replicas) == 1, action.micro_batch == layout.micro_batches - 1
+    if layout.gathers and (alone or not last):
+        yield _of_attending(world, replica)(action, "gradients", "reduce-scatter", dtype=exchange)
+    if last:
+        yield from _sums(world, action, process, exchange, dense=not (layout.gathers and alone))
 
 
-def _of_attending(world: World) -> "partial[Call]":
-    """A collective of all attending processes."""
-    return partial(Call, COMMUNICATORS[3], peer=-1, members=world.attending)
+def _of_attending(world: World, replica: Replica | None = None) -> "partial[Call]":
+    """A collective of all attending processes, or of one copy's."""
+    members = tuple(replica.attending) if replica else world.attending
+    return partial(Call, share_name(world, members), peer=-1, members=members)
 
 
 def _sums(world: World, action: Action, process: int, exchange: str, dense: bool) -> Iterator[Call]:
@@ -133,8 +135,11 @@ def _sums(world: World, action: Action, process: int, exchange: str, dense: bool
 
 
 def share_name(world: World, holders: tuple[int, ...]) -> str:
-    """The communicator of processes that hold the same parameters."""
-    return COMMUNICATORS[3] if holders == world.attending else f"holders {', '.join(map(str, holders))}"
+    """The communicator of processes that hold the same parameters, or attend in one copy."""
+    if holders == world.attending:
+        return COMMUNICATORS[3]
+    within = [number for number, replica in enumerate(world.replicas) if holders == tuple(replica.attending)]
+    return lane_name(world, within[0], 3) if within else f"holders {', '.join(map(str, holders))}"
 
 
 def lane_name(world: World, number: int, lane: int) -> str:

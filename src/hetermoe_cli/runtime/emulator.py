@@ -43,6 +43,7 @@ class EmulatedClock(Clock):
         self._world = run.world
         copy, self._local = self._world.seat(rank)
         self._processes = list(self._world.replicas[copy].processes)
+        self._micro_batches = self._world.replicas[copy].layout.micro_batches
         self._schedule, self._cost_of = schedule, _costs(run, copy)
         self._row_scale, self._time_scale = run.row_scale, run.time_scale
         self._board = Board(Path(run.folder) / "board.bin", self._world, _posted(self._world), rank)
@@ -139,7 +140,8 @@ class EmulatedClock(Clock):
 
     def _start(self, action: Action, here: float) -> float:
         """When `action` starts that this group could start at `here`: what is summed over groups, in all of them."""
-        if action.kind is not Kind.REDUCE or len(self._world.replicas) == 1:
+        within = action.micro_batch < self._micro_batches - 1  # of a sharded dense part, in a window before the last
+        if action.kind is not Kind.REDUCE or within or len(self._world.replicas) == 1:
             return here
         self._board.post(self._step, action.layer, here)
         return self._board.wait(self._step, action.layer, [replica.attending[0] for replica in self._world.replicas])

@@ -9,12 +9,13 @@ from hetermoe_cli.runtime.shards import Segment
 
 
 class GradientShares:
-    """A segment's gradients are whole from its backward in a window until they are scattered: autograd accumulates the
+    """A segment's gradients are whole from its backward in a window until they are summed: autograd accumulates the
     window's micro-batches in gradients of its own, fp32 or wider, which `collect` rounds once to `exchange`. Several
-    windows add up in the shares."""
+    windows add up in the shares: what a rank has of those before goes into the next sum. `counted`: whether the norm
+    counts them, which it does in one group."""
 
-    def __init__(self, segments: Sequence[Segment], exchange: torch.dtype) -> None:
-        self._segments = segments
+    def __init__(self, segments: Sequence[Segment], exchange: torch.dtype, counted: bool = True) -> None:
+        self._segments, self.counted = segments, counted
         self.shares = [torch.zeros_like(segment.master, dtype=exchange) for segment in segments]
         for parameter in self._parameters():
             wide = torch.promote_types(parameter.dtype, torch.float32)
@@ -41,6 +42,17 @@ class GradientShares:
                 place.copy_(parameter.grad)
                 parameter.grad = None
         return flat
+
+    def add_earlier(self, layer: int, flat: Tensor) -> Tensor:
+        """Put this rank's share of the windows before into `flat` [ranks * n], which is to be summed; without padding,
+        as it is in every group."""
+        segment = self._segments[layer]
+        segment.share(flat).add_(self.shares[layer])
+        return flat[: segment.size]
+
+    def keep(self, layer: int, flat: Tensor) -> Tensor:
+        """This rank's share of `flat` [ranks * n], which is summed."""
+        return self.shares[layer].copy_(self._segments[layer].share(flat))
 
     def pieces(self) -> dict[Tensor, Tensor]:
         """What the optimizer steps of the dense part, with its gradient."""

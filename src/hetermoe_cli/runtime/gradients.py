@@ -24,7 +24,8 @@ class Gradients:
     autograd accumulates into these in place. In fp16 and bf16 it accumulates a parameter's micro-batches in a temporary
     fp32 gradient, which `fold` rounds into its place once for every run of micro-batches: small contributions are not
     lost, and only the layer at work has fp32 gradients. `sharded`: the dense part's instead, where it is fully sharded;
-    it is not in `shared` then.
+    it is not in `shared` then. What several groups hold of it is summed over all of them with the last window, else
+    within the group.
     """
 
     def __init__(
@@ -93,22 +94,28 @@ class Gradients:
 
     def reduce(self, action: Action, given: Tensor) -> Tensor:
         """Sum a segment over all that hold its parameters; of sharded gradients this rank keeps its share."""
+        layer, group = action.layer, self._mesh.gathering
         if self._sharded is None:
-            self._sum_shared(action.layer)
+            self._sum_shared(layer)
             return given
-        attending = self._mesh.attending
-        assert attending is not None
-        share = self._sharded.shares[action.layer]
-        share += self._mesh.reduce_scatter(given, attending)
-        if action.micro_batch == self._last:
-            self._sum_shared(action.layer)
-        return share
+        assert group is not None
+        dense, last = self._sharded.add_earlier(layer, given), action.micro_batch == self._last
+        if last and group is not self._mesh.attending:
+            self._sum_shared(layer, dense)
+        else:
+            self._mesh.reduce_scatter(given, group)
+            if last:
+                self._sum_shared(layer)
+        return self._sharded.keep(layer, given)
 
-    def _sum_shared(self, layer: int) -> None:
-        """In place: one message for each set of holders."""
+    def _sum_shared(self, layer: int, dense: Tensor | None = None) -> None:
+        """In place: one message for each set of holders. `dense`: gradients of the dense part that are not in the
+        buffer."""
         for holding in self._holdings[layer]:
-            if len(holding.holders) > 1:
-                pieces = self._pieces(holding)
+            pieces = self._pieces(holding)
+            if dense is not None:  # it is in the first message, that of all who attend
+                pieces, dense = [dense, *pieces], None
+            if pieces and len(holding.holders) > 1:
                 message = pieces[0] if len(pieces) == 1 else torch.cat([piece.flatten() for piece in pieces])
                 self._mesh.all_reduce(message, self._mesh.shared[holding.holders])
                 if len(pieces) > 1:
@@ -120,6 +127,8 @@ class Gradients:
         """Views of the gradients, in their order; a single one where they lie in the flat buffer one after another."""
         places = ((self._places[parameter], index) for parameter, index in holding.slices)
         views = [place if index is None else place[index] for place, index in places]
+        if not views:
+            return []
         start = end = views[0].storage_offset()
         for view in views:
             if view.storage_offset() != end:
@@ -134,7 +143,7 @@ class Gradients:
         finite if a gradient of any rank is not.
         """
         square = torch.zeros(1, dtype=torch.float64, device=self._mesh.device)
-        for share in self._sharded.shares if self._sharded else ():
+        for share in self._sharded.shares if self._sharded and self._sharded.counted else ():
             square += _square(share)
         for holding in chain.from_iterable(self._holdings):
             if self._mesh.process == holding.holders[0]:  # one copy of what several processes hold

@@ -23,12 +23,14 @@ class MemoryMeter:
         self._device = device
         self.measured = device.type == "cuda" or _STATUS.exists()
         self.start = self._now() if self.measured else 0
-        self.step_peak = self.peak = 0
+        self.start_up_peak = self.step_peak = self.peak = 0
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around a training step."""
         self.note()
+        if not self.step_peak:
+            self.start_up_peak = self.peak
         self._reset()
         yield
         self.step_peak = max(self.step_peak, self._highest() - self.start)
@@ -42,7 +44,12 @@ class MemoryMeter:
         if not self.measured:
             return {}
         self.note()
-        found = {"start_bytes": self.start, "step_peak_bytes": self.step_peak, "peak_bytes": self.peak}
+        found = {
+            "start_bytes": self.start,
+            "start_up_peak_bytes": self.start_up_peak,
+            "step_peak_bytes": self.step_peak,
+            "peak_bytes": self.peak,
+        }
         if self._device.type == "cuda":
             found["reserved_bytes"] = torch.cuda.max_memory_reserved(self._device)
         return found

@@ -60,8 +60,9 @@ class Mesh:
     """This rank of a layout, which is `process` of all `world_size` ones, and its process groups.
 
     `to_experts`, `from_experts`: the ranks of this copy of the model, one a direction, so that the two never wait for
-    each other. `attending`: those of all copies that attend, None where this one does not. `shared`: by the processes
-    that hold some parameters (World.communicators), where there are several and this is one of them. `wire`: where
+    each other. `attending`: those of all copies that attend, None where this one does not; `gathering`: those of this
+    copy, where it shards all of the dense part. `shared`: by the processes that hold some parameters
+    (World.communicators), where there are several and this is one of them. `wire`: where
     messages lie, the device with NCCL, the host with gloo. `ordered`: whether this rank's lanes call in one static
     order over all of them, as NCCL demands.
     """
@@ -76,6 +77,7 @@ class Mesh:
     ordered: bool = False
     process: int = 0
     shared: Mapping[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
+    gathering: dist.ProcessGroup | None = None
 
     def on_wire(self, tensor: Tensor) -> Tensor:
         """`tensor` where messages lie; if it must come down from the device, this thread waits for it."""
@@ -94,19 +96,18 @@ class Mesh:
         with peer_errors():
             ALL_GATHER(everyone, own, group=group)
 
-    def reduce_scatter(self, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """[n / ranks] this rank's equal share of the sum of `tensor` [n] over the ranks of `group`; spoils `tensor`.
+    def reduce_scatter(self, tensor: Tensor, group: dist.ProcessGroup) -> None:
+        """Sum `tensor` [n] over the ranks of `group`, in place: this rank's part, one of equal ones in the order of the
+        ranks, has its sum then, the others may have anything.
 
-        With gloo an all-reduce in place: its own reduce-scatter makes one of a copy.
+        With gloo an all-reduce: its own reduce-scatter makes one of a copy.
         """
-        count, own = dist.get_world_size(group), dist.get_rank(group)
         if self.wire.type == "cpu":
             self.all_reduce(tensor, group)
-            return tensor.chunk(count)[own]
-        share = tensor.new_empty(len(tensor) // count)
+            return
+        share = tensor.chunk(dist.get_world_size(group))[dist.get_rank(group)]
         with peer_errors():
             REDUCE_SCATTER(share, tensor, group=group)
-        return share
 
     def agree(self, digest: int) -> list[int]:
         """Every process' `digest`, by process."""
@@ -139,9 +140,9 @@ def join(layout: Layout | World, accelerator: str, backend: Backend | None = Non
         _start(backend, wire)
         process = dist.get_rank()
         lanes, shared = _groups(world, process, wire)
-    _, rank = world.seat(process)
+    replica = world.replica_of(process)
     return Mesh(
-        rank=rank,
+        rank=replica.processes.index(process),
         world_size=world_size,
         device=device,
         to_experts=lanes[0],
@@ -151,6 +152,7 @@ def join(layout: Layout | World, accelerator: str, backend: Backend | None = Non
         ordered=backend == "nccl",
         process=process,
         shared=shared,
+        gathering=shared.get(tuple(replica.attending)) if replica.layout.gathers else None,
     )
 
 

@@ -1,15 +1,15 @@
 """Parts: the modules that one rank holds under a layout."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
 
 from hetermoe_cli.model.gate import Router
 from hetermoe_cli.model.moe import ExpertGroup
-from hetermoe_cli.model.transformer import DenseModel, initialise
+from hetermoe_cli.model.transformer import DenseModel, initialise_tensor, parameter_slices
 from hetermoe_cli.runtime.mesh import Mesh
 from hetermoe_cli.runtime.stage import ExpertParts
 from hetermoe_cli.schedule.action import Action, Kind, Pass
@@ -58,6 +58,7 @@ class Parts(nn.Module):
 
     `dtype` is this rank's, `exchange` that of rows on their way, `gathered` one that holds the weights of all attending
     ranks; `masters`: fp32 values of narrower parameters (where the dense part is shared out, of this rank's pieces).
+    Parameters of `build_parts` have no values, and no memory, until `fill`.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class Parts(nn.Module):
         )
         self.dtype = self.exchange = self.gathered = torch.get_default_dtype()
         self.masters: dict[nn.Parameter | Tensor, Tensor] = {}
+        self._initialise: Callable[[str, Tensor], None] = lambda name, tensor: None
+        self._empty: dict[nn.Parameter, list[tuple[str, int | None]]] = {}  # names of what is in parameters to fill
 
     def experts_of(self, layer: int) -> ExpertParts:
         """The local experts of a layer."""
@@ -109,12 +112,13 @@ class Parts(nn.Module):
         return segments
 
     def holdings(self, world: World, process: int, *, dense: bool = True) -> list[list[Holding]]:
-        """Of every shared segment (`shared_segments`), what is summed over whom."""
+        """Of every shared segment (`shared_segments`), what is summed over whom; the first of an attending process is
+        summed over all that attend, and empty if that is the dense part and `dense` is not set."""
         return [
             [
                 Holding(share.holders, self._slices(layer, share, dense))
                 for share in world.shares(layer)
-                if process in share.holders and (share.experts or dense)
+                if process in share.holders
             ]
             for layer in range(len(self.experts) + 1)
         ]
@@ -142,12 +146,35 @@ class Parts(nn.Module):
         """Put `module` on the device, in this rank's precision or, where that is narrower, in fp32."""
         module.to(device=device, dtype=torch.promote_types(self.dtype, torch.float32))
 
-    def narrow(self, module: nn.Module) -> None:
-        """Round what `widen` left to this rank's precision and keep it as masters, if there is a difference."""
-        for parameter in module.parameters():
+    def narrow(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Round what is wide to this rank's precision and keep it as masters, if there is a difference."""
+        for parameter in parameters:
             if parameter.dtype != self.dtype:
                 self.masters[parameter] = parameter.detach()
                 parameter.data = parameter.data.to(self.dtype)
+
+    def empty(self, device: torch.device, initialise: Callable[[str, Tensor], None]) -> None:
+        """Put modules that were made on the meta device on this one, without memory; `initialise` will fill them, by
+        name."""
+        for module in self.modules():
+            module.to_empty(device=device, recurse=False)
+            for parameter in module.parameters(recurse=False):
+                parameter.untyped_storage().resize_(0)
+        self._initialise, self._empty = initialise, {parameter: [] for parameter in self.parameters()}
+        for name, (parameter, index) in parameter_slices(self).items():
+            self._empty[parameter].append((name, index))
+
+    def fill(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give those of `parameters` that are empty their first values, in this rank's precision, with masters where
+        it is narrow."""
+        with torch.no_grad():
+            for parameter in parameters:
+                if parameter in self._empty:
+                    wide = torch.promote_types(self.dtype, torch.float32)
+                    parameter.data = torch.empty(parameter.shape, dtype=wide, device=parameter.device)
+                    for name, index in self._empty.pop(parameter):
+                        self._initialise(name, parameter if index is None else parameter[index])
+                    self.narrow([parameter])
 
     def hosted_parameters(self) -> list[nn.Parameter]:
         """Hosted experts of all layers."""
@@ -163,11 +190,11 @@ def build_parts(
     router: Router = "learned",
     document_end: int | None = None,
 ) -> Parts:
-    """This rank's modules on its device; masters are initialised equally under every layout and in every precision."""
-    parts = Parts(config, world.replica_of(mesh.process).layout, mesh.rank, router, document_end)
+    """This rank's modules on its device, to be filled: equally under every layout and in every precision."""
+    with torch.device("meta"):
+        parts = Parts(config, world.replica_of(mesh.process).layout, mesh.rank, router, document_end)
     parts.dtype, parts.exchange = DTYPES[precisions.of(mesh.process)], DTYPES[precisions.exchange]
-    parts.gathered = precisions.gathered(world.attending)
-    parts.widen(parts, mesh.device)
-    initialise(parts, config, seed)
-    parts.narrow(parts)
+    replica = world.replica_of(mesh.process)
+    parts.gathered = precisions.gathered(replica.attending if replica.layout.gathers else world.attending)
+    parts.empty(mesh.device, partial(initialise_tensor, config=config, seed=seed))
     return parts

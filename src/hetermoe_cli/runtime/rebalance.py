@@ -90,7 +90,7 @@ def _group(
         return old
     group = ExpertGroup(model, layer, experts)
     parts.widen(group, mesh.device)
-    parts.narrow(group)
+    parts.narrow(group.parameters())
     return group
 
 

@@ -20,16 +20,20 @@ from hetermoe_cli.model.transformer import parameter_slices
 from hetermoe_cli.runtime.mesh import Mesh
 from hetermoe_cli.runtime.parts import Parts
 
+_ALIGNMENT = 16  # elements: AdamW on CPUs rounds what is left over by its vectors in another way (copies step alike)
+
 
 @dataclass(frozen=True)
 class Segment:
     """The parameters of one segment. `whole` [ranks * n]: their weights, one after another and padded, of which the
-    parameters are views; `master` [n]: this rank's share in fp32 or wider; `pieces`: what of a parameter is in it."""
+    parameters are views; `master` [n]: this rank's share, number `own`, in fp32 or wider; `pieces`: what of a parameter
+    is in it."""
 
     parameters: list[nn.Parameter]
     whole: Tensor
     master: Tensor
     pieces: dict[nn.Parameter, Piece | None]
+    own: int
 
     @classmethod
     def of(
@@ -38,7 +42,7 @@ class Segment:
         """Share `own` of `count`. `masters`: those of narrow parameters. `kept`: the weights are to stay whole; where
         they are wide the share is a part of them."""
         sizes = [parameter.numel() for parameter in parameters]
-        share = -(-sum(sizes) // count)
+        share = -(-sum(sizes) // (count * _ALIGNMENT)) * _ALIGNMENT
         whole = parameters[0].detach().new_zeros(share * count)
         wide = torch.promote_types(whole.dtype, torch.float32)
         mine = whole[own * share : (own + 1) * share]
@@ -55,12 +59,21 @@ class Segment:
                 piece.weight.copy_(piece.of(values))
             pieces[parameter] = piece
             offset += size
-        return cls(parameters, whole, master, pieces)
+        return cls(parameters, whole, master, pieces, own)
+
+    @property
+    def size(self) -> int:
+        """Elements of its parameters."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def share(self, flat: Tensor) -> Tensor:
+        """This rank's part of `flat` [ranks * n]: a view."""
+        return flat.chunk(len(self.whole) // len(self.master))[self.own]
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """`flat` [ranks * n], cut into views like the parameters."""
         sizes = [parameter.numel() for parameter in self.parameters]
-        parts = torch.split(flat[: sum(sizes)], sizes)
+        parts = torch.split(flat[: self.size], sizes)
         return [part.view_as(parameter) for part, parameter in zip(parts, self.parameters, strict=True)]
 
     def resize(self, elements: int) -> None:
@@ -69,15 +82,19 @@ class Segment:
 
 
 class Shards:
-    """Who steps what of the dense part. What gathers is collective over the attending ranks."""
+    """Who steps what of the dense part. What gathers is collective over the attending ranks: of all groups where
+    weights are kept whole, else of this one."""
 
     def __init__(self, parts: Parts, mesh: Mesh, kept: bool = True) -> None:
-        """Takes the masters that other ranks will hold out of `parts`; `kept`: weights stay whole on every rank."""
-        assert mesh.attending is not None
-        self._mesh, self._parts, self._group, self.kept = mesh, parts, mesh.attending, kept
-        self._count, self._own = dist.get_world_size(mesh.attending), dist.get_rank(mesh.attending)
+        """Fills and cuts one segment after another, so that no more of what other ranks will hold is ever here; `kept`:
+        weights stay whole on every rank."""
+        group = mesh.attending if kept else mesh.gathering
+        assert group is not None
+        self._mesh, self._parts, self._group, self.kept = mesh, parts, group, kept
+        self._count, self._own = dist.get_world_size(group), dist.get_rank(group)
         self.segments: list[Segment] = []
         for parameters in parts.dense_segments():
+            parts.fill(parameters)
             self.segments.append(Segment.of(parameters, parts.masters, self._count, self._own, kept))
             for parameter in parameters:
                 parts.masters.pop(parameter, None)

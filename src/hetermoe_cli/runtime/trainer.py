@@ -70,6 +70,7 @@ class Trainer:
         layout = world.replica_of(mesh.process).layout
         sharded = (layout.schedule.dense_state == "optimizer" or layout.gathers) and mesh.attending is not None
         self.shards = Shards(parts, mesh, kept=not layout.gathers) if sharded else None
+        parts.fill(parts.parameters())
         self.optimizer = make_optimizer(parts, train, parts.masters, self.shards.pieces if self.shards else None)
         self.lay_out(world, engine)
         self.loss_scale = LossScale(dynamic=scaled)
@@ -84,7 +85,8 @@ class Trainer:
         layout = replica.layout
         self.world, self.layout, self.engine = world, layout, engine
         shards = self.shards if layout.gathers else None
-        shares, dense = GradientShares(shards.segments, parts.exchange) if shards else None, not layout.gathers
+        counted, dense = world.counts_dense(process), not layout.gathers
+        shares = GradientShares(shards.segments, parts.exchange, counted) if shards else None
         own = parts.hosted_parameters() if alone else []
         shared = parts.shared_segments(dense=dense, hosted=not alone)
         holdings, last = parts.holdings(world, process, dense=dense), layout.micro_batches - 1

@@ -48,7 +48,8 @@ def _lower(layout: Layout, order_of: _OrderOf, copies: int) -> Schedule:
     order, after = _transfer_order(order_of, layout.layers, windows, layout.gathers)
     for action in order:
         if action.is_collective:
-            others = copies > 1 and action.kind is Kind.REDUCE and action.layer < layout.layers
+            last = action.kind is Kind.REDUCE and action.micro_batch == layout.micro_batches - 1
+            others = copies > 1 and last and action.layer < layout.layers
             hosts = hosting[action.layer] if others else ()
             if copies > 1 or len(attending) > 1:
                 transfers.append(action)

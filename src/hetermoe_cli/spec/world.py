@@ -123,8 +123,14 @@ class World:
         dense, *rest = together.items()
         return [Share(dense[0], True, tuple(dense[1])), *(Share(h, False, tuple(e)) for h, e in sorted(rest))]
 
+    def counts_dense(self, process: int) -> bool:
+        """Whether the dense part of the copy that a process belongs to is the one that is saved and in the norm."""
+        return self.attending[0] in self.replica_of(process).attending
+
     def communicators(self) -> list[tuple[int, ...]]:
-        """The holders of all shares, each once, the attending processes first: equal on all processes."""
-        found = {share.holders: None for layer in range(self.layers + 1) for share in self.shares(layer)}
+        """The holders of all shares and the attending processes of every copy that gathers, each once, the attending
+        processes of all copies first: equal on all processes."""
+        found = {tuple(replica.attending): None for replica in self.replicas if replica.layout.gathers}
+        found |= {share.holders: None for layer in range(self.layers + 1) for share in self.shares(layer)}
         first, *rest = {self.attending: None} | found
         return [first, *sorted(rest)]

@@ -6,6 +6,8 @@ from cluster_builders import fleet, fleet_cost
 from builders import make_layout
 from hetermoe_cli.cost import LayoutCost
 from hetermoe_cli.planner.cluster.replayed import Replayed, replay_groups
+from hetermoe_cli.schedule.action import Kind
+from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.plan import Group
 
@@ -78,6 +80,27 @@ def test_new_weights_of_shared_out_states_are_gathered_at_the_end() -> None:
     replayed = replay_groups(cost.inputs, groups)
     assert replayed.after == cost.network.all_reduce_seconds([0, 2], cost.dense_gradient_bytes) / 2
     assert replayed.synchronise == pytest.approx(seconds_of(replayed)[0] + replayed.after)
+
+
+def test_a_fully_sharded_dense_part_is_gathered_within_each_group() -> None:
+    """During its compute, in every window; scattered there too but for the last one, whose sum is over all groups."""
+    plain = make_layout((1, 1), (4, 4), micro_batches=2, schedule="sequential")
+    full = make_layout((1, 1), (4, 4), micro_batches=2, schedule="sequential", dense_state="full")
+    cost = fleet_cost([("new", 2, 2)], batch=8)
+    replicas = [[0, 1], [2, 3]]
+    found, other = (replay_groups(cost.inputs, [Group.of(layout, replicas)]) for layout in (full, plain))
+    assert found.after == other.after == 0.0
+    assert seconds_of(found) == seconds_of(other)
+    alone = LayoutCost(found.groups[0].cost, full)
+    within = found.cost_of(0)
+    for kind, last in ((Kind.GATHER, True), (Kind.REDUCE, False)):
+        for layer in range(3):
+            assert within.collective(kind, layer, last=last) == alone.collective(kind, layer, last=last)
+            assert within.collective(kind, layer, last=last).seconds > 0
+    assert within.collective(Kind.REDUCE, 1) == found.groups[0].reduces[1]
+    gathers = sum(alone.transfer(t).seconds for t in training_schedule(full, 2).transfers if t.kind is Kind.GATHER)
+    assert other.seconds < found.seconds < other.seconds + gathers  # compute hides some
+    assert simulate(within).seconds == pytest.approx(found.seconds)
 
 
 def test_all_reduces_use_the_ports_of_their_own_group() -> None:

@@ -121,8 +121,6 @@ def _notes(cost: CostModel, found: FoundGroups, used: list[int], wanted: Wanted)
             f"synchronising the groups adds {replayed.synchronise:.3f} s, "
             f"{replayed.synchronise / replayed.seconds:.1%} of the iteration; modelled on the NICs alone"
         )
-        if any(group.schedule.dense_state == "full" for group in found.groups):
-            yield "gathers of the sharded dense part are charged in full after all compute: an upper estimate"
     if wanted.objective == "cost":
         yield "the gap is in tokens a dollar: to perfectly divisible work, each kind on the type that is cheapest at it"
     else:

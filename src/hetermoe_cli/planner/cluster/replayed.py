@@ -37,10 +37,11 @@ class GroupCost(LayoutCost):
         self._over_groups, self._synchronise = reduces, synchronise
 
     def collective(self, kind: Kind, layer: int, *, last: bool = True) -> TransferCost:
-        """All-reduce of a layer's gradients over all groups. Of a fully sharded dense part only the last sum is here;
-        `synchronise` has its gathers and scatters."""
-        summed = self._over_groups and kind is Kind.REDUCE and last
-        return self._over_groups[layer] if summed else TransferCost(0.0, ())
+        """All-reduce of a layer's gradients over all groups. A fully sharded dense part is gathered within the group,
+        and so are its gradients scattered in the windows before the last."""
+        if kind is Kind.GATHER or not last:
+            return super().collective(kind, layer, last=last)
+        return self._over_groups[layer] if self._over_groups else TransferCost(0.0, ())
 
     @cached_property
     def synchronise_seconds(self) -> float:

@@ -3,8 +3,8 @@
 Layer by layer, during backward, dense gradients (and those of replicated experts) go round one ring through all
 attending ranks of all groups. Each hosted expert goes round a ring of its hosts, one in every group; all these rings
 run at once, and ranks behind one NIC share it. Upper estimates: every message between groups is charged to the NICs,
-even where two groups share a node; a replicated expert is charged as if it were replicated in all groups; and what a
-fully sharded dense part gathers and scatters is charged afterwards, as if nothing hid it.
+even where two groups share a node; a replicated expert is charged as if it were replicated in all groups. What a fully
+sharded dense part gathers and scatters before is within a group, and part of its replay.
 """
 
 from collections import defaultdict
@@ -30,11 +30,6 @@ class Copy:
     def attending(self) -> list[int]:
         """Ranks of the whole cluster that attend."""
         return [self.ranks[local] for local in self.layout.attending]
-
-    @property
-    def gathers(self) -> float:
-        """Seconds that a fully sharded dense part adds."""
-        return self.cost.sharding_seconds(self.layout.schedule, self.layout.attending)
 
 
 def reduce_seconds(whole: CostModel, copies: Sequence[Copy], layer: int) -> float:
@@ -71,11 +66,10 @@ def reduce_ports(whole: CostModel, copies: Sequence[Copy], copy: Copy) -> list[t
 
 
 def after_backward_seconds(whole: CostModel, copies: Sequence[Copy]) -> float:
-    """What follows the sums: new weights of optimizer states that all groups share out, and gathers within groups."""
+    """What follows the sums: new weights of optimizer states that all groups share out."""
     attending = sorted(rank for copy in copies for rank in copy.attending)
     sharded = any(copy.layout.schedule.dense_state == "optimizer" for copy in copies)
-    gather = whole.network.all_reduce_seconds(attending, whole.dense_gradient_bytes) / 2 if sharded else 0.0
-    return gather + max(copy.gathers for copy in copies)
+    return whole.network.all_reduce_seconds(attending, whole.dense_gradient_bytes) / 2 if sharded else 0.0
 
 
 def expert_seconds(whole: CostModel, hosted: Mapping[int, float], groups: int) -> float:
