@@ -95,9 +95,10 @@ def test_the_engine_calls_what_was_derived(name: str, state: str, ordered: bool)
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["lanes", "ordered"])
 @pytest.mark.parametrize("name", ["experts elsewhere in each group", "four and one", "other orders in each group", ""])
-def test_groups_call_what_was_derived(name: str, ordered: bool) -> None:
+@pytest.mark.parametrize("state", ["replicated", "optimizer"])
+def test_groups_call_what_was_derived(name: str, state: str, ordered: bool) -> None:
     """NCCL's one order over all communicators, those that groups share among them."""
-    case = GROUPS[name] if name else SHARDED
+    case = replace(GROUPS[name] if name else SHARDED, dense_state=state)
     check_calls(case, case.layout, ordered)
 
 

@@ -15,7 +15,7 @@ class GradientShares:
 
     def __init__(self, segments: Sequence[Segment], exchange: torch.dtype) -> None:
         self._segments = segments
-        self.shares = [torch.zeros_like(segment.master, dtype=exchange) for segment in segments]
+        self.shares = [torch.zeros_like(segment.own, dtype=exchange) for segment in segments]
         for parameter in self._parameters():
             wide = torch.promote_types(parameter.dtype, torch.float32)
             if parameter.dtype != wide:
@@ -35,7 +35,7 @@ class GradientShares:
     def collect(self, layer: int) -> Tensor:
         """[ranks * n] whole gradients of a segment, which are kept nowhere else any more."""
         segment = self._segments[layer]
-        flat = self.shares[layer].new_zeros(len(segment.whole))
+        flat = self.shares[layer].new_zeros(segment.share * segment.count)
         for parameter, place in zip(segment.parameters, segment.split(flat), strict=True):
             if parameter.grad is not None:
                 place.copy_(parameter.grad)
@@ -47,7 +47,7 @@ class GradientShares:
         result: dict[Tensor, Tensor] = {}
         for segment, share in zip(self._segments, self.shares, strict=True):
             offset = 0
-            for piece in segment.pieces.values():
+            for piece in segment.pieces:
                 if piece:
                     result[piece.weight] = share[offset : offset + len(piece.weight)]
                     offset += len(piece.weight)

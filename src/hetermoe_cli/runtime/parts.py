@@ -56,8 +56,8 @@ class Precisions:
 class Parts(nn.Module):
     """`dense` on attending ranks, and the local experts of every layer (possibly none).
 
-    `dtype` is this rank's, `exchange` that of rows on their way, `gathered` one that holds the weights of all attending
-    ranks; `masters`: fp32 values of narrower parameters (where the dense part is shared out, of this rank's pieces).
+    `dtype` is this rank's, `exchange` that of rows on their way, `precisions` those of all ranks; `masters`: fp32
+    values of narrower parameters, but for those that are shared out (runtime/shards.py).
     """
 
     def __init__(
@@ -78,7 +78,8 @@ class Parts(nn.Module):
             )
             for layer, placement in enumerate(layout.placement)
         )
-        self.dtype = self.exchange = self.gathered = torch.get_default_dtype()
+        self.dtype = self.exchange = torch.get_default_dtype()
+        self.precisions = Precisions("fp32")
         self.masters: dict[nn.Parameter | Tensor, Tensor] = {}
 
     def experts_of(self, layer: int) -> ExpertParts:
@@ -166,7 +167,7 @@ def build_parts(
     """This rank's modules on its device; masters are initialised equally under every layout and in every precision."""
     parts = Parts(config, world.replica_of(mesh.process).layout, mesh.rank, router, document_end)
     parts.dtype, parts.exchange = DTYPES[precisions.of(mesh.process)], DTYPES[precisions.exchange]
-    parts.gathered = precisions.gathered(world.attending)
+    parts.precisions = precisions
     parts.widen(parts, mesh.device)
     initialise(parts, config, seed)
     parts.narrow(parts)

@@ -68,8 +68,7 @@ class Trainer:
         self.train, self.mesh, self.parts = train, mesh, parts
         self._tokens = world.sequences * sequence_length
         layout = world.replica_of(mesh.process).layout
-        sharded = (layout.schedule.dense_state == "optimizer" or layout.gathers) and mesh.attending is not None
-        self.shards = Shards(parts, mesh, kept=not layout.gathers) if sharded else None
+        self.shards = Shards(parts, mesh, world) if layout.schedule.dense_state != "replicated" else None
         self.optimizer = make_optimizer(parts, train, parts.masters, self.shards.pieces if self.shards else None)
         self.lay_out(world, engine)
         self.loss_scale = LossScale(dynamic=scaled)
@@ -156,7 +155,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = result.learning_rate
         self.gradients.apply(self.optimizer, clip_factor(result.gradient_norm, self.train.gradient_clip) / scale)
-        if self.shards and self.shards.kept:
+        if self.shards:
             self.shards.tell()
         if self.parts.dense:
             self.parts.dense.update_biases(torch.from_numpy(result.expert_rows))
