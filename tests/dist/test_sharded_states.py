@@ -2,6 +2,7 @@
 plan."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -191,7 +192,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped_and_in_other_states_too(
 
 PLANS = {  # of four ranks
     "copies": (Case([2, 1, 1, 0], hosts([1], [], [0], [3], replicated=(5, 2, 4)), 2), "optimizer"),
-    "groups": (GROUPS["replicated in one group"], "optimizer"),
+    "groups": (replace(GROUPS["replicated in one group"], features={}), "optimizer"),
     "mixed groups": (GROUPS["replicated in both groups"], "optimizer"),
     "full": (Case([1, 1, 0, 0], MIXED, 4, schedule="windowed"), "full"),
     "plain": (Case([1, 1, 1, 1], hosts([0, 5], [1, 2], [3], [4]), 2), "replicated"),

@@ -111,13 +111,14 @@ class Parts(nn.Module):
 
     def holdings(self, world: World, process: int, *, dense: bool = True) -> list[list[Holding]]:
         """Of every shared segment (`shared_segments`), what is summed over whom."""
+        return [self.holdings_of(layer, world, process, dense=dense) for layer in range(len(self.experts) + 1)]
+
+    def holdings_of(self, layer: int, world: World, process: int, *, dense: bool = True) -> list[Holding]:
+        """Of one of them."""
         return [
-            [
-                Holding(share.holders, self._slices(layer, share, dense))
-                for share in world.shares(layer)
-                if process in share.holders and (share.experts or dense)
-            ]
-            for layer in range(len(self.experts) + 1)
+            Holding(share.holders, self._slices(layer, share, dense))
+            for share in world.shares(layer)
+            if process in share.holders and (share.experts or dense)
         ]
 
     def _slices(self, layer: int, share: Share, dense: bool) -> Slices:

@@ -122,7 +122,7 @@ class Shards:
 
     def _cut(self, layer: int) -> list[tuple[Holding, Segment]]:
         """What of a layer this rank shares with others, its weights kept whole."""
-        found = self._parts.holdings(self._world, self._mesh.process, dense=not self._full)[layer]
+        found = self._parts.holdings_of(layer, self._world, self._mesh.process, dense=not self._full)
         return [(holding, self._segment(holding, kept=True)) for holding in found if len(holding.holders) > 1]
 
     def _segment(self, holding: Holding, kept: bool) -> Segment:
@@ -164,17 +164,17 @@ class Shards:
 
     def tensors(self, optimizer: AdamW) -> dict[str, Tensor]:
         """Master and moments of what this rank is to save, by name: every parameter, or expert, is saved by one of its
-        holders, in turn, so that none needs room for all of them."""
+        holders, in turn, so that none needs room for all of them. Turns go by place in a segment: its holders may have
+        other segments besides."""
         names = {(id(p), index): name for name, (p, index) in parameter_slices(self._parts).items()}
         saved: dict[str, Tensor] = {}
-        turn = 0
-        full = [(Holding(self._world.attending, segment.slices), segment) for segment in self.segments]
-        for holding, segment in full + [pair for layer in self._kept for pair in layer]:
-            own = holding.holders.index(self._mesh.process)
-            for (parameter, index), whole in self._states(holding.holders, segment, optimizer):
-                if turn % segment.count == own:
-                    saved |= state_tensors(names[id(parameter), index], (tensor.clone() for tensor in whole))
-                turn += 1
+        full = [[(Holding(self._world.attending, segment.slices), segment)] for segment in self.segments]
+        for layer, segments in [*enumerate(full), *enumerate(self._kept)]:
+            for holding, segment in segments:
+                own = holding.holders.index(self._mesh.process)
+                for turn, (one, whole) in enumerate(self._states(holding.holders, segment, optimizer), layer):
+                    if turn % segment.count == own:
+                        saved |= state_tensors(names[id(one[0]), one[1]], (tensor.clone() for tensor in whole))
         return saved
 
     def join(self, layer: int, optimizer: AdamW, steps_taken: int) -> None:
