@@ -142,6 +142,15 @@ SHAPES = [
         hosted=[1, 1],
         schedule={"dense_state": "full"},
     ),
+    Shape(
+        "copies",
+        {"layers": 6, "hidden_size": 512, "ffn_size": 768},
+        length=256,
+        sequences=[1, 1],
+        hosted=[1, 1],
+        schedule={"dense_state": "optimizer"},
+        precision="bf16",
+    ),
 ]
 
 

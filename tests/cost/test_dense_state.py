@@ -6,7 +6,9 @@ import pytest
 
 from builders import make_inputs, make_layout, make_model
 from hetermoe_cli.cost import CostModel, LayoutCost
-from hetermoe_cli.planner.rates import device_rates
+from hetermoe_cli.cost.sharers import Sharers
+from hetermoe_cli.planner.choice import Choice, group
+from hetermoe_cli.planner.rates import Rates, device_rates
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.schedule.zebra import OPTIMIZER
@@ -94,6 +96,57 @@ def test_replicated_experts_are_summed_once_beside_the_scattered_gradients() -> 
     first, last = (cost.transfer(Action(Kind.REDUCE, Pass.BACKWARD, 1, j)).seconds for j in (0, 1))
     assert last - first == pytest.approx(2 * MODEL.expert_parameters / 1e9)
     assert first == pytest.approx(MODEL.attention_layer_parameters / 1e9)
+
+
+@pytest.mark.parametrize("state", get_args(DenseState))
+def test_replicated_experts_are_stepped_in_shares_and_their_weights_gathered(state: Any) -> None:
+    plain, copied = (
+        LayoutCost(
+            CostModel(INPUTS),
+            make_layout((1, 1, 0), (0, 0, 4 - count), replicated=count, layers=4, micro_batches=2, dense_state=state),
+        )
+        for count in (0, 1)
+    )
+    more, shared = 4 * MODEL.expert_parameters, 1 if state == "replicated" else 2  # copies on each of two ranks
+    kinds = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
+    found = [getattr(copied.memory(0), kind) - getattr(plain.memory(0), kind) for kind in kinds]
+    assert found == pytest.approx([2 * more, 2 * more, 12 * more / shared])
+    assert copied.parameters(0) - plain.parameters(0) == more / shared
+    assert copied.parameters(2) == 3 * more
+    gathered = copied.synchronise_seconds - plain.synchronise_seconds
+    assert gathered == pytest.approx(0.0 if state == "replicated" else more * 2 / 1e9 / 2)
+    rates = Rates(
+        copied.cost,
+        Choice(copied.layout.schedule, (1, 1, 0)),
+        group(copied.cost.devices, (1, 1, 0)),
+    )
+    attending, host = rates.of
+    per_layer = gathered / 4
+    step = copied.seconds(0, OPTIMIZER) - plain.seconds(0, OPTIMIZER)
+    assert attending.optimizer_per_copy == pytest.approx(step / 4 + per_layer)
+    assert host.optimizer_per_copy == pytest.approx(per_layer)
+
+
+@pytest.mark.parametrize("state", ["replicated", "optimizer"])
+def test_groups_share_out_states_among_all_holders(state: Any) -> None:
+    """A pair with a copied expert, twice, and a rank alone: ranks of all groups together step every parameter once."""
+    pair = make_layout((1, 1), (2, 1), replicated=1, layers=4, dense_state=state)
+    alone = make_layout((2,), (4,), layers=4, dense_state=state)
+    sharers = Sharers.of([(pair, 2), (alone, 1)])
+    assert sharers.attending == 5
+    assert sharers.experts.tolist() == [[3, 3, 3, 5]] * 4
+    total = 0.0
+    for layout, copies in ((pair, 2), (alone, 1)):
+        cost = LayoutCost(CostModel(INPUTS), layout)
+        cost.sharers = sharers
+        own = [cost.parameters(rank) for rank in range(layout.world_size)]
+        total += copies * sum(own)
+        for rank, stepped in enumerate(own):
+            assert cost.memory(rank).optimizer_bytes == int(12 * stepped)
+    copied = MODEL.layers * MODEL.expert_parameters
+    assert total == pytest.approx(
+        MODEL.parameters if state == "optimizer" else 3 * MODEL.parameters + 2 * (DENSE + copied)
+    )
 
 
 def test_gathers_hide_behind_compute_where_there_is_enough() -> None:

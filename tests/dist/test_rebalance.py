@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from test_engine_equality import BIAS, LENGTH, MIXED, STEPS, TRAIN, Case, arrays, batches, hosts, reference, starve
-from test_sharded_states import whole_weights
+from test_sharded_states import in_state, whole_weights
 from workers import run_workers
 
 from hetermoe_cli.model.training_state import training_tensors
@@ -22,23 +22,32 @@ CASES = {
         Case([4, 0], hosts([], list(range(6))), 2),
         hosts([], [], replicated=tuple(range(6))),
     ),
+    "beside copies that stay": (
+        Case([2, 1, 1], hosts([0, 1], [2], [3], replicated=(5, 4)), 2),
+        [
+            LayerPlacement(experts=[[1], [0, 3], [2]], replicated=[5, 4]),
+            LayerPlacement(experts=[[0, 1], [2], [3]], replicated=[4, 5]),
+            LayerPlacement(experts=[[0, 1], [2], [3]], replicated=[5, 4]),
+        ],
+    ),
     "only one layer, windows": (
         Case([1, 1, 0, 0], hosts([], [], [4, 1, 2], [3, 0, 5]), 4, schedule="windowed"),
         [*hosts([], [], [4, 1, 2], [3, 0, 5])[:2], LayerPlacement(experts=[[], [], [0, 4, 1, 5], [3, 2]])],
     ),
 }  # fmt: skip
 FIRST = next(iter(CASES))
+SHARED = (FIRST, "2+2, back again", "one host -> all replicated", "beside copies that stay")
+STATES = [*((name, "replicated") for name in CASES), *((name, "optimizer") for name in SHARED), (FIRST, "full")]
 MOVED_AFTER = 1  # steps
 
 
 def work(rank: int, case: Case, placement: list[LayerPlacement] | None, dense_state: str):
-    """Per step the loss and the states that this rank holds in whole; experts move after the first step."""
+    """Per step the loss and the states that this rank would save, or has a copy of; experts move after the first step."""
     from hetermoe_cli.runtime.mesh import join
     from hetermoe_cli.runtime.rebalance import move_experts
     from hetermoe_cli.runtime.trainer import Trainer
 
-    schedule = case.layout.schedule.model_copy(update={"dense_state": dense_state})
-    layout = case.layout.model_copy(update={"schedule": schedule})
+    layout = in_state(case.layout, dense_state)
     trainer = Trainer.build(case.model, layout, TRAIN, join(layout, "cpu"), sequence_length=LENGTH, precision="fp64")
     with whole_weights(trainer):
         starve(trainer.parts)
@@ -55,13 +64,15 @@ def work(rank: int, case: Case, placement: list[LayerPlacement] | None, dense_st
                 assert (parts.hosted.gate_up is before[layer]) is same
             held = {id(master) for group in trainer.optimizer.param_groups for master in group["params"]}
             assert held == {id(p) for p in trainer.optimizer.state}
-            assert held >= {id(p) for p in trainer.parts.experts.parameters()}
-            assert len(held) <= len(list(trainer.parts.parameters()))
-        result.append((found.loss, arrays(training_tensors(trainer.parts, trainer.optimizer))))
+            pieces = trainer.optimizer.pieces
+            shared = {id(piece.weight) for by_index in pieces.values() for piece in by_index.values()}
+            assert held == shared | {id(p) for p in trainer.parts.parameters() if p not in pieces}
+        saved = trainer.shards.tensors(trainer.optimizer) if trainer.shards else {}
+        result.append((found.loss, arrays(training_tensors(trainer.parts, trainer.optimizer) | saved)))
     return result
 
 
-@pytest.mark.parametrize(("name", "dense_state"), [*((name, "replicated") for name in CASES), (FIRST, "optimizer"), (FIRST, "full")])
+@pytest.mark.parametrize(("name", "dense_state"), STATES)
 def test_equals_the_reference_and_a_run_that_moves_nothing(name: str, dense_state: str) -> None:
     case, placement = CASES[name]
     expected = reference(case)
@@ -79,34 +90,38 @@ def test_equals_the_reference_and_a_run_that_moves_nothing(name: str, dense_stat
         assert seen.keys() == unmoved.keys()
 
 
-def there_and_back(rank: int, case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], float]:
+def there_and_back(rank: int, case: Case, dense_state: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], float]:
     """Ranks of several precisions: masters, moments and rounded weights before and after two moves; the next loss."""
     from hetermoe_cli.runtime.mesh import join
     from hetermoe_cli.runtime.rebalance import move_experts
     from hetermoe_cli.runtime.trainer import Trainer
 
     precisions = ["fp16", "bf16", "fp32", "bf16"]
+    layout = in_state(case.layout, dense_state)
     trainer = Trainer.build(
-        case.model, case.layout, TRAIN, join(case.layout, "cpu"),
+        case.model, layout, TRAIN, join(layout, "cpu"),
         sequence_length=LENGTH, precision="bf16", rank_precisions=precisions,
     )  # fmt: skip
     taken = sum(not trainer.step(batches(), step).skipped for step in range(4))
 
     def state() -> dict[str, np.ndarray]:
         weights = {f"{name}@weight": p.detach().float() for name, p in trainer.parts.named_parameters()}
-        return arrays(training_tensors(trainer.parts, trainer.optimizer) | weights)
+        saved = trainer.shards.tensors(trainer.optimizer) if trainer.shards else {}
+        return arrays(training_tensors(trainer.parts, trainer.optimizer) | saved | weights)
 
     before = state()
     assert all(before[key].any() for key in before if key.endswith("gate_up@exp_avg_sq"))
     for placement in (SPREAD, MIXED):
-        move_experts(trainer, case.model, case.layout.model_copy(update={"placement": placement}), taken)
+        move_experts(trainer, case.model, layout.model_copy(update={"placement": placement}), taken)
         assert {p.dtype for p in trainer.parts.parameters()} == {trainer.parts.dtype}
-        assert len(trainer.parts.masters) == len(list(trainer.parts.parameters())) * (precisions[rank] != "fp32")
+        alone = [p for p in trainer.parts.parameters() if p not in trainer.optimizer.pieces]
+        assert len(trainer.parts.masters) == len(alone) * (precisions[rank] != "fp32")
     return before, state(), trainer.step(batches(), 4).loss
 
 
-def test_there_and_back_is_bit_exact_on_ranks_of_several_precisions() -> None:
-    found = run_workers(4, there_and_back, CASES[FIRST][0])
+@pytest.mark.parametrize("dense_state", ["replicated", "optimizer"])
+def test_there_and_back_is_bit_exact_on_ranks_of_several_precisions(dense_state: str) -> None:
+    found = run_workers(4, there_and_back, CASES[FIRST][0], dense_state)
     assert 0 < found[0][2] < 10
     for before, after, loss in found:
         assert loss == found[0][2]

@@ -9,7 +9,7 @@ from test_engine_equality import CASES, LENGTH, TRAIN, Case, batches
 from test_groups_equality import CASES as GROUPS
 from test_groups_equality import SHARDED
 from test_sharded_states import GROUPS as FULL
-from test_sharded_states import laid_out
+from test_sharded_states import in_state
 from workers import run_workers
 
 from hetermoe_cli.runtime.calls import COMMUNICATORS, WIDEST, Call, calls_of, lane_name, share_name
@@ -86,21 +86,22 @@ def expected(calls: list[Call], world: World, rank: int, counts: list[np.ndarray
 @pytest.mark.parametrize("ordered", [False, True], ids=["lanes", "ordered"])
 @pytest.mark.parametrize(("name", "state"), STATES)
 def test_the_engine_calls_what_was_derived(name: str, state: str, ordered: bool) -> None:
-    check_calls(CASES[name], laid_out(CASES[name], state), ordered)
+    check_calls(CASES[name], in_state(CASES[name].layout, state), ordered)
 
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["lanes", "ordered"])
 @pytest.mark.parametrize("name", ["experts elsewhere in each group", "four and one", "other orders in each group", ""])
-def test_groups_call_what_was_derived(name: str, ordered: bool) -> None:
+@pytest.mark.parametrize("state", ["replicated", "optimizer"])
+def test_groups_call_what_was_derived(name: str, state: str, ordered: bool) -> None:
     """NCCL's one order over all communicators, those that groups share among them."""
-    case = GROUPS[name] if name else SHARDED
+    case = replace(GROUPS[name] if name else SHARDED, dense_state=state)
     check_calls(case, case.layout, ordered)
 
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["lanes", "ordered"])
 @pytest.mark.parametrize("name", FULL)
 def test_groups_gather_among_their_own(name: str, ordered: bool) -> None:
-    check_calls(FULL[name], laid_out(FULL[name], "full"), ordered)
+    check_calls(FULL[name], in_state(FULL[name].layout, "full"), ordered)
 
 
 def check_calls(case: Case, layout: Layout | World, ordered: bool) -> None:

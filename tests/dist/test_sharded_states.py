@@ -1,4 +1,5 @@
-"""The dense part in shares, its states alone or all of it: equal to the reference, saved in whole, resumed on any plan."""
+"""States, or all of the dense part, in shares of their holders: equal to the reference, saved in whole, resumed on any
+plan."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,8 +12,13 @@ from test_engine_equality import (
     BIAS, CASES, DENSE, LATENT, LENGTH, LOSSES, MIXED, SIGMOID, STEPS, Case, batches, hosts, reference, starve,
 )  # fmt: skip
 from test_groups_equality import ALL, ALONE, Groups
+from test_groups_equality import CASES as MIXED_GROUPS
+from test_groups_equality import SHARDED as EQUAL_GROUPS
 from workers import run_workers
 
+from builders import make_inputs
+from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.sharers import Sharers
 from hetermoe_cli.model.training_state import restore_training, training_names, training_shapes, training_tensors
 from hetermoe_cli.model.transformer import named_tensors
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
@@ -26,6 +32,10 @@ SHARDED = {
     "dense layers": Case([2, 1, 1, 0], MIXED, 2, recompute="attention", features=DENSE | {"dense_layers": 2}),
     "latent, recompute": Case([2, 1, 1, 0], MIXED, 2, recompute="all", features=LATENT | DENSE),
     "one attends": CASES["1+1 R=2"],
+    "one attends to copies": Case([4, 0], hosts([2], [0, 1, 3], replicated=(5, 4)), 2),
+    "copies of two, backwards": Case([1, 1], hosts([1], [0], replicated=(5, 2, 4, 3)), 4, "windowed"),
+    "copies of three": Case([2, 1, 1], hosts([0], [], [4, 1], replicated=(2, 5, 3)), 2, recompute="experts"),
+    "copies only": Case([1, 3], hosts([], [], replicated=(0, 1, 2, 3, 4, 5)), 2),
 }
 FULL = SHARDED | {
     "2+1": CASES["2+1"],
@@ -61,7 +71,9 @@ GROUPS = {  # each gathers among its own ranks
     ),
 }  # fmt: skip
 FULL |= GROUPS
-STATES = [*((name, "optimizer") for name in SHARDED), *((name, "full") for name in FULL)]
+SEVERAL = MIXED_GROUPS | {"equal": EQUAL_GROUPS}
+STATES = [*((name, "optimizer") for name in (*SHARDED, *SEVERAL)), *((name, "full") for name in FULL)]
+PADDING = 4 * 4 + 3 * 16 * 4  # elements that the last share has less, of experts and of a fully sharded dense part
 PAIR = Case([2, 2], hosts([0, 1], [2, 3], replicated=(4, 5)), 2)
 OTHER = {"optimizer": "full", "full": "optimizer"}
 PRECISIONS = {"fp64": (), "bf16": (), "fp16": ("fp16", "bf16"), "fp32": ("bf16", "fp32")}
@@ -71,7 +83,7 @@ def build(case: Case, precision: str = "fp64", ranks: tuple[str, ...] = (), stat
     from hetermoe_cli.runtime.mesh import join
     from hetermoe_cli.runtime.trainer import Trainer
 
-    layout = laid_out(case, state)
+    layout = in_state(case.layout, state)
     trainer = Trainer.build(
         case.model, layout, case.train, join(layout, "cpu"), sequence_length=LENGTH, precision=precision,
         rank_precisions=ranks,
@@ -81,23 +93,25 @@ def build(case: Case, precision: str = "fp64", ranks: tuple[str, ...] = (), stat
     return trainer
 
 
-def laid_out(case: Case, state: str) -> Layout | World:
-    """The case's layout, or groups, with the dense part held in that way."""
-    if isinstance(case, Groups):
-        return replace(case, dense_state=state).layout
-    schedule = case.layout.schedule.model_copy(update={"dense_state": state})
-    return Layout.model_validate({**dict(case.layout), "schedule": schedule})
+def in_state(layout: Layout | World, state: str) -> World:
+    """Its layouts with that dense state."""
+
+    def changed(layout: Layout) -> Layout:
+        schedule = layout.schedule.model_copy(update={"dense_state": state})
+        return Layout.model_validate({**dict(layout), "schedule": schedule})
+
+    return World.side_by_side([(changed(copy.layout), copy.processes) for copy in World.of(layout).replicas])
 
 
 @contextmanager
 def whole_weights(trainer):
     """Collective: dense weights can be read, and written alike on all ranks."""
-    shards = trainer.shards if trainer.shards and not trainer.shards.kept else None
+    shards = trainer.shards
     for layer in range(len(shards.segments) if shards else 0):
         shards.gather(layer)
     yield
     for layer, segment in enumerate(shards.segments if shards else ()):
-        for parameter, piece in segment.pieces.items():
+        for parameter, piece in zip(segment.parameters, segment.pieces, strict=True):
             if piece and not torch.equal(piece.weight.to(parameter.dtype), piece.of(parameter)):
                 piece.weight.copy_(piece.of(parameter))
         shards.release(layer)
@@ -108,7 +122,7 @@ def arrays(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 def weights(rank: int, case: Case, state: str) -> list[Any]:
-    """Per step, figures and weights; then the elements that the optimizer holds of the dense part, and all of it."""
+    """Per step, figures and weights; then the elements that the optimizer holds, and those of what others hold too."""
     trainer, result = build(case, state=state), []
     for step in range(STEPS):
         found = trainer.step(batches(), step)
@@ -116,25 +130,39 @@ def weights(rank: int, case: Case, state: str) -> list[Any]:
         with whole_weights(trainer):
             result.append((figures, {n: t.clone().numpy() for n, t in named_tensors(trainer.parts).items()}))
     held = sum(state["exp_avg"].numel() for state in trainer.optimizer.state.values())
-    experts = sum(p.numel() for p in trainer.parts.experts.parameters())
-    dense = sum(p.numel() for p in trainer.parts.dense.parameters()) if trainer.parts.dense else 0
-    return [result, held - experts, dense]
+    shared = sum(p.numel() for p in trainer.shards.pieces)
+    alone = sum(p.numel() for p in trainer.parts.parameters() if p not in trainer.shards.pieces)
+    return [result, held, held - alone, shared]
+
+
+def predicted(case: Case, state: str) -> list[float]:
+    """By process, the parameters that the cost model has it step."""
+    world = in_state(case.layout, state)
+    layouts = [replica.layout for replica in world.replicas]
+    inputs = make_inputs([("new", 1)] * world.size, model=case.model, global_batch_sequences=world.sequences)
+    costs = [LayoutCost(CostModel(inputs), layout) for layout in layouts]
+    for cost in costs:
+        cost.sharers = Sharers.of((layout, 1) for layout in layouts)
+    return [costs[copy].parameters(rank) for copy, rank in map(world.seat, range(world.size))]
 
 
 @pytest.mark.parametrize(("name", "state"), STATES)
 def test_equals_single_device_reference(name: str, state: str) -> None:
-    case = FULL[name]
+    case = (FULL | SEVERAL)[name]
     expected, ranks = reference(case), run_workers(len(case.sequences), weights, case, state)
     for step, wanted in enumerate(expected):
         for found, *_ in ranks:
             assert found[step][0] == pytest.approx(wanted.figures, rel=1e-12, abs=1e-12)
             for key, weight in found[step][1].items():
                 np.testing.assert_allclose(weight, wanted.weights[key], rtol=0, atol=1e-9, err_msg=key)
-    dense, segments = max(size for _, _, size in ranks), case.model.layers + 1
-    for replica in World.of(case.layout).replicas:
-        shares = [ranks[process][1] for process in replica.processes]
-        assert sum(shares) == dense  # each element once
-        assert max(shares) <= dense / len(replica.attending) + 16 * segments
+    assert [held for _, held, _, _ in ranks] == pytest.approx(predicted(case, state), abs=PADDING)
+    groups, dense = len(World.of(case.layout).replicas), case.model.dense_parameters
+    everything = case.model.parameters + (dense * (groups - 1) if state == "full" else 0)
+    assert sum(held for _, held, _, _ in ranks) == everything  # each element once, or once a group
+    if groups == 1 and sum(map(bool, case.sequences)) > 1:
+        for attends, (*_, held, shared) in zip(case.sequences, ranks, strict=True):
+            assert held <= shared / sum(map(bool, case.sequences)) + PADDING
+            assert bool(shared) == bool(attends)
 
 
 def whole(trainer) -> dict[str, torch.Tensor]:
@@ -219,6 +247,40 @@ def test_groups_step_their_shares_alike() -> None:
             np.testing.assert_array_equal(value, seen.setdefault(name, value), err_msg=name)
 
 
+PLANS = {  # of four ranks
+    "copies": (Case([2, 1, 1, 0], hosts([1], [], [0], [3], replicated=(5, 2, 4)), 2), "optimizer"),
+    "groups": (replace(MIXED_GROUPS["replicated in one group"], features={}), "optimizer"),
+    "mixed groups": (MIXED_GROUPS["replicated in both groups"], "optimizer"),
+    "full": (Case([1, 1, 0, 0], MIXED, 4, schedule="windowed"), "full"),
+    "plain": (Case([1, 1, 1, 1], hosts([0, 5], [1, 2], [3], [4]), 2), "replicated"),
+}
+
+
+def around(rank: int, precision: str) -> list[tuple[str, float, dict[str, np.ndarray]]]:
+    """What a run saved, after it went through every plan, and the loss of a step from there."""
+    first, state = PLANS["copies"]
+    trainer = build(first, precision, state=state)
+    for step in range(2):
+        trainer.step(batches(), step)
+    kept = whole(trainer)
+    result = [("at first", trainer.step(batches(), 2).loss, arrays(kept))]
+    for name, (case, state) in PLANS.items():
+        trainer = resumed(build(case, precision, state=state), kept, 2)
+        kept = whole(trainer)
+        result.append((name, trainer.step(batches(), 2).loss, arrays(kept)))
+    return result
+
+
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_a_checkpoint_goes_through_all_plans_unchanged(precision: str) -> None:
+    for (_, loss, saved), *others in run_workers(4, around, precision):
+        assert saved.keys() == training_shapes(PAIR.model).keys()
+        for name, other, tensors in others:
+            assert other == pytest.approx(loss, rel=1e-12 if precision == "fp64" else 1e-2), name
+            assert tensors.keys() == saved.keys()
+            assert all(np.array_equal(tensor, tensors[key]) for key, tensor in saved.items()), name
+
+
 def held(shards) -> tuple[int, int]:
     """Segments with whole weights, and with whole gradients."""
     gradients = [any(p.grad is not None for p in segment.parameters) for segment in shards.segments]
@@ -228,7 +290,8 @@ def held(shards) -> tuple[int, int]:
 def watched(rank: int, case: Case) -> list[tuple[int, int]]:
     """What is held after every gather of a step and a validation; at last after both."""
     trainer, found = build(case, state="full"), []
-    if shards := trainer.shards:
+    shards = trainer.shards
+    if shards.segments:
         gather = shards.gather
 
         def gather_and_look(layer: int) -> torch.Tensor:
@@ -240,7 +303,7 @@ def watched(rank: int, case: Case) -> list[tuple[int, int]]:
         shards.gather = gather_and_look
     trainer.step(batches(), 0)
     trainer.validate(batches(), 1)
-    return [*found, held(shards)] if shards else []
+    return [*found, held(shards)] if found else []
 
 
 @pytest.mark.parametrize("name", ["2+1", "windows, replicated, bias", "sequential"])
@@ -269,9 +332,9 @@ def built(rank: int, case: Case, state: str) -> list[int]:
 
     Parts.fill = fill_and_count  # type: ignore[method-assign]
     trainer = build(case, "bf16", state=state)
-    experts = sum(4 * p.numel() for p in trainer.parts.experts.parameters())
+    experts = sum(4 * master.numel() for master in trainer.parts.masters.values())
     sizes = [sum(p.numel() for p in segment.parameters) for segment in trainer.shards.segments]
-    return [*found[:-1], found[-1] - experts, max(sizes), sum(sizes)]
+    return [*found[: len(sizes)], found[-1] - experts, max(sizes), sum(sizes)]
 
 
 def test_start_up_fills_one_segment_at_a_time() -> None:

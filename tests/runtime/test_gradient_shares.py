@@ -18,7 +18,7 @@ def parameters(dtype: torch.dtype) -> list[nn.Parameter]:
 
 
 def segment(dtype: torch.dtype, count: int, own: int, kept: bool = False) -> Segment:
-    return Segment.of(parameters(dtype), {}, count, own, kept)
+    return Segment.of([(parameter, None) for parameter in parameters(dtype)], {}, count, own, kept)
 
 
 @pytest.mark.parametrize("count", [2, 4, 7, 40])
@@ -27,7 +27,7 @@ def test_every_element_is_in_one_share(count: int) -> None:
     assert len({len(share.master) for share in shares}) == 1
     assert len(shares[0].whole) == count * len(shares[0].master)
     for place, parameter in enumerate(parameters(torch.float32)):
-        pieces = [list(share.pieces.values())[place] for share in shares]
+        pieces = [share.pieces[place] for share in shares]
         held = [(piece.start, piece.stop) for piece in pieces if piece]
         assert (held[0][0], held[-1][1]) == (0, parameter.numel())
         assert all(first[1] == second[0] for first, second in pairwise(held))
@@ -53,12 +53,36 @@ def test_parameters_are_views_of_storage_that_comes_and_goes(dtype: torch.dtype)
 
 
 def test_a_share_of_wide_weights_that_stay_whole_is_part_of_them() -> None:
-    wide, narrow = (segment(dtype, 2, 1, kept=True) for dtype in (torch.float32, torch.bfloat16))
-    wide.master.zero_()
-    assert not wide.whole[16:].any()
+    wide, narrow = (segment(dtype, 4, 2, kept=True) for dtype in (torch.float32, torch.bfloat16))
+    for found in (wide, narrow):
+        for piece in found.pieces:
+            if piece:
+                piece.weight.zero_()
+    assert wide.master is None
+    assert not torch.cat([p.flatten() for p in wide.parameters])[16:24].any()
+    assert narrow.master is not None
     assert narrow.master.dtype == torch.float32
-    narrow.master.zero_()
-    assert narrow.whole[16:].any()
+    assert not narrow.master.any()
+    assert torch.cat([p.flatten() for p in narrow.parameters])[16:24].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_anywhere_in_stacks_are_cut_alike_on_holders_that_stack_them_otherwise(dtype: torch.dtype) -> None:
+    """Experts 7 and 9, among others, in two orders: shares put together are the weights of both."""
+    experts = torch.arange(10.0)[:, None, None].expand(10, 3, 5).to(dtype) + torch.rand(10, 3, 5).to(dtype)
+    orders = [[9, 1, 7], [7, 9, 2, 3]]
+    stacks = [nn.Parameter(experts[order].clone()) for order in orders]
+    places = [[(stack, order.index(7)), (stack, order.index(9))] for stack, order in zip(stacks, orders, strict=True)]
+    shares = [Segment.of(slices, {}, 2, own, kept=True) for own, slices in enumerate(places)]
+    for share in shares:
+        for piece in share.pieces:
+            if piece:
+                piece.weight.mul_(2)
+    everyone = torch.cat([share.weights for share in shares]).to(dtype)
+    for share, stack, order in zip(shares, stacks, orders, strict=True):
+        share.fill(everyone)
+        for place, expert in enumerate(order):
+            assert torch.equal(stack[place], experts[expert] * (2 if expert in (7, 9) else 1))
 
 
 def test_a_window_is_rounded_once_and_collected_away() -> None:

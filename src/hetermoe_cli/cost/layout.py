@@ -12,6 +12,7 @@ from hetermoe_cli.cost.curves import Cost
 from hetermoe_cli.cost.device import DeviceCost, ExpertRows
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.ports import Matrix, Ranks, TransferCost
+from hetermoe_cli.cost.sharers import Sharers
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
 from hetermoe_cli.spec.plan import Memory
@@ -64,10 +65,12 @@ class _Hosts(NamedTuple):
 class LayoutCost:
     """Seconds of compute actions and transfers, under the inputs' expert load (balanced without one) unless `load`.
 
-    `copies`: groups that train the model side by side (schedule.lower).
+    `copies`: groups that train the model side by side (schedule.lower). `sharers`: who shares out states, where groups
+    do so together.
     """
 
     copies = 1
+    sharers: Sharers | None = None
 
     def __init__(self, cost: CostModel, layout: Layout, load: Load | None = None) -> None:
         self.cost, self.layout = cost, layout
@@ -229,16 +232,25 @@ class LayoutCost:
     @cached_property
     def synchronise_seconds(self) -> float:
         """What of the synchronisation begins after the whole backward."""
-        return self.cost.after_backward_seconds(self.layout.schedule, self.layout.attending)
+        copies = sum([len(placement.replicated) for placement in self.layout.placement])
+        return self.cost.after_backward_seconds(self.layout.schedule, self.layout.attending, copies)
 
     def parameters(self, rank: int) -> float:
-        """Parameters that `rank` updates; a sharded dense part counts by its share."""
-        experts = sum([len(placement.experts[rank]) for placement in self.layout.placement])
+        """Parameters that `rank` updates; of what several ranks share out, its share."""
+        model = self.cost.model
+        if self.sharers:
+            over = {"replicated": 1, "optimizer": self.sharers.attending, "full": len(self._attending)}
+            ranks = over[self.layout.schedule.dense_state]
+            dense = model.dense_parameters / ranks if self.layout.sequences_per_rank[rank] else 0.0
+            local = [self.layout.local_experts(layer, rank) for layer in range(model.layers)]
+            parts = [(1 / counts[held]).sum() for counts, held in zip(self.sharers.experts, local, strict=True)]
+            return dense + model.expert_parameters * float(sum(parts))
+        hosted = sum([len(placement.experts[rank]) for placement in self.layout.placement]) * model.expert_parameters
         if not self.layout.sequences_per_rank[rank]:
-            return experts * self.cost.model.expert_parameters
-        experts += sum([len(placement.replicated) for placement in self.layout.placement])
-        dense = self.cost.dense_updates(self.layout.schedule, len(self._attending))
-        return dense + experts * self.cost.model.expert_parameters
+            return hosted
+        copies = sum([len(placement.replicated) for placement in self.layout.placement])
+        share = self.cost.state_share(self.layout.schedule, len(self._attending))
+        return hosted + share * (model.dense_parameters + copies * model.expert_parameters)
 
     def memory(self, rank: int) -> Memory:
         """Bytes of `rank` by kind, under the inputs' expert load."""
@@ -252,6 +264,7 @@ class LayoutCost:
             replicated=[len(placement.replicated) for placement in layout.placement],
             rows=None if self.cost.shares is None else self.assumed_rows(rank),
             attending=len(layout.attending),
+            stepped=self.parameters(rank),
         )
 
     def hosted_rows(self, rank: int) -> list[list[float]]:

@@ -47,6 +47,10 @@ class MemoryModel:
         stages = self.model.layers * sum(device.attention(sequences)[:2]) + sum(self.dense_cost(device, sequences)[:2])
         return stages + sum(self.head_cost(device, sequences)[:2])
 
+    def state_share(self, schedule: ScheduleChoice, attending: int) -> float:
+        """Of the parameters that all of `attending` ranks hold, what each of them steps, with masters and moments."""
+        return 1 / attending if schedule.shares_states else 1.0
+
     def dense_state_bytes(self, schedule: ScheduleChoice, attending: int) -> tuple[float, float, float]:
         """Bytes (weights, gradients, optimizer) of the dense part on each of `attending` ranks.
 
@@ -59,7 +63,7 @@ class MemoryModel:
         if state == "replicated" or attending == 1:
             return weights, gradients, optimizer
         if state == "optimizer":
-            return weights, gradients, optimizer / attending
+            return weights, gradients, optimizer * self.state_share(schedule, attending)
         segments = [self.segment_parameters(layer) for layer in range(self.model.layers + 1)]
         whole = max(map(sum, pairwise(segments)))
         own = weights / attending if sizes[0] >= _WIDE_BYTES else 0.0
@@ -157,17 +161,17 @@ class MemoryModel:
         replicated: list[int],
         rows: ExpertRows | None = None,
         attending: int = 1,
+        stepped: float,
     ) -> Memory:
         """Bytes of one rank under a balanced router, or where its experts get `rows`.
 
         `hosted` and `replicated`: experts per layer. `attending`: ranks of the group that do, for a sharded dense part.
+        `stepped`: parameters whose masters and moments the rank holds.
         """
         held = sum(hosted) + (sum(replicated) if sequences else 0)
         dense = self.dense_state_bytes(schedule, attending) if sequences else (0.0, 0.0, 0.0)
-        weights, gradients, optimizer = (
-            held * self.model.expert_parameters * size + part
-            for size, part in zip(STATE_BYTES[self.train.precision], dense, strict=True)
-        )
+        sizes = STATE_BYTES[self.train.precision]
+        weights, gradients = (held * self.model.expert_parameters * sizes[kind] + dense[kind] for kind in (0, 1))
         again = schedule.recompute_experts
         expected, own = self.rows_per_expert(sequences_per_micro_batch), self.rows_per_expert(sequences)
         if rows:
@@ -186,7 +190,7 @@ class MemoryModel:
         return Memory(
             weights_bytes=int(weights),
             gradients_bytes=int(gradients),
-            optimizer_bytes=int(optimizer),
+            optimizer_bytes=int(stepped * sizes[2]),
             activations_bytes=int(schedule.window * kept + peak),
             buffers_bytes=int(self.buffer_bytes(sequences_per_micro_batch, sequences, share, schedule.window)),
             framework_bytes=device.framework_bytes,

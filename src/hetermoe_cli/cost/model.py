@@ -96,10 +96,6 @@ class CostModel(MemoryModel):
         """What attending ranks all-reduce for one replicated expert."""
         return self.model.expert_parameters * self.gradient_bytes
 
-    def dense_updates(self, schedule: ScheduleChoice, attending: int) -> float:
-        """Dense parameters that each of `attending` ranks updates."""
-        return self.model.dense_parameters / (1 if schedule.dense_state == "replicated" else attending)
-
     def synchronise_seconds(self, schedule: ScheduleChoice, attending: Sequence[int], replicated: int) -> float:
         """All-reduce of dense and `replicated` experts' gradients over a group's attending ranks, one after another.
 
@@ -107,7 +103,8 @@ class CostModel(MemoryModel):
         sharded dense part.
         """
         size = {"optimizer": 1.5, "full": 0.5}.get(schedule.dense_state, 1.0) * self.dense_gradient_bytes
-        seconds = self.network.all_reduce_seconds(attending, size + replicated * self.expert_gradient_bytes)
+        copies = replicated * self.expert_gradient_bytes * (1.5 if schedule.shares_states else 1.0)
+        seconds = self.network.all_reduce_seconds(attending, size + copies)
         return seconds + self.sharding_seconds(schedule, attending)
 
     def reduce_seconds(self, schedule: ScheduleChoice, attending: Sequence[int], layer: int, replicated: int) -> float:
@@ -127,12 +124,16 @@ class CostModel(MemoryModel):
         size = BYTES_PER_ELEMENT[precisions.pop() if len(precisions) == 1 else "fp32"]
         return self.network.all_reduce_seconds(attending, self.segment_parameters(layer) * size) / 2
 
-    def after_backward_seconds(self, schedule: ScheduleChoice, attending: Sequence[int]) -> float:
-        """The part of it that nothing overlaps: where the dense part's states are sharded, the all-gather of its new
-        weights; of a fully sharded one the next iteration gathers them as it needs them."""
-        if schedule.dense_state != "optimizer":
+    def after_backward_seconds(self, schedule: ScheduleChoice, attending: Sequence[int], replicated: int = 0) -> float:
+        """The part of it that nothing overlaps: where states are sharded, the all-gather of new weights of the dense
+        part and of `replicated` experts, all layers together. Weights of a fully sharded dense part are gathered in the
+        next iteration, as it needs them; experts beside it add no latency here, so that they count alike."""
+        if not schedule.shares_states:
             return 0.0
-        return self.network.all_reduce_seconds(attending, self.dense_gradient_bytes) / 2
+        copies, dense = replicated * self.expert_gradient_bytes, self.dense_gradient_bytes
+        seconds = self.network.all_reduce_seconds(attending, dense + copies) / 2
+        gathered = schedule.dense_state == "full"
+        return seconds - self.network.all_reduce_seconds(attending, dense) / 2 if gathered else seconds
 
     def sharding_seconds(self, schedule: ScheduleChoice, attending: Sequence[int]) -> float:
         """What a fully sharded dense part adds at most: in every window its weights are gathered forward and backward,

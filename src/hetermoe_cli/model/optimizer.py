@@ -1,7 +1,7 @@
 """AdamW, with fp32 master copies of narrower weights, and its learning rate."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,26 +24,32 @@ def learning_rate(train: TrainSpec, step: int) -> float:
     return train.learning_rate * (lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def part_of(tensor: Tensor, index: int | None) -> Tensor:
+    """View of a parameter, or of the expert at `index` in stacked ones."""
+    return tensor.detach() if index is None else tensor.detach()[index]
+
+
 @dataclass(frozen=True)
 class Piece:
-    """Elements [start, stop) of a flattened parameter that several ranks share out; `weight` is a view of them."""
+    """Elements [start, stop) of a flattened parameter, or expert, that several ranks share out; `weight` is what of
+    them is stepped."""
 
     start: int
     stop: int
     weight: Tensor
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The same elements of a tensor like the parameter."""
+        """The same elements of a tensor like the whole."""
         return tensor.detach().flatten()[self.start : self.stop]
 
 
-Pieces = Mapping[nn.Parameter, Piece | None]  # None: other ranks step all of it
+Pieces = Mapping[nn.Parameter, Mapping[int | None, Piece]]  # by `index` of part_of; other ranks step what is missing
 
 
 class AdamW(torch.optim.AdamW):
     """AdamW that steps on fp32 masters of fp16 and bf16 weights; a wider weight is its own master.
 
-    Of parameters in `pieces` it holds and steps that piece only.
+    Of parameters in `pieces` it holds and steps these only.
     """
 
     def __init__(
@@ -55,22 +61,23 @@ class AdamW(torch.optim.AdamW):
     ) -> None:
         """`groups` hold masters; `masters` names those of weights that are not their own."""
         super().__init__(groups, **options)
-        self._masters, self.pieces = dict(masters), pieces or {}
+        self._masters, self.pieces = dict(masters), {} if pieces is None else pieces
 
     def master(self, weight: Tensor) -> Tensor:
         """What is stepped on in place of a parameter, or of a piece's weight: in fp32 or wider."""
         return self._masters.get(weight, weight)
 
-    def add(self, masters: Mapping[nn.Parameter, Tensor]) -> None:
-        """Step on further matrices as well; `masters`: of each, or itself."""
-        self._masters |= {parameter: master for parameter, master in masters.items() if master is not parameter}
-        self.param_groups[0]["params"] += masters.values()
+    def add(self, parameter: nn.Parameter, weights: Sequence[Tensor]) -> None:
+        """Step on another parameter as well: on its master, or itself, or on its pieces' weights."""
+        if parameter not in self.pieces and weights[0] is not parameter:
+            self._masters[parameter] = weights[0]
+        self.param_groups[parameter.dim() < 2]["params"] += weights
 
-    def drop(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Forget matrices and their state."""
-        gone = {self._masters.pop(parameter, parameter) for parameter in parameters}
-        group = self.param_groups[0]
-        group["params"] = [master for master in group["params"] if master not in gone]
+    def drop(self, weights: Iterable[Tensor]) -> None:
+        """Forget parameters, or pieces' weights, and their state."""
+        gone = {self._masters.pop(weight, weight) for weight in weights}
+        for group in self.param_groups:
+            group["params"] = [master for master in group["params"] if master not in gone]
         for master in gone:
             self.state.pop(master, None)
 
@@ -79,8 +86,9 @@ class AdamW(torch.optim.AdamW):
         for parameter, gradient in gradients.items():
             if parameter not in self.pieces:
                 yield parameter, gradient
-            elif piece := self.pieces[parameter]:
-                yield piece.weight, piece.of(gradient)
+            else:
+                for index, piece in self.pieces[parameter].items():
+                    yield piece.weight, piece.of(part_of(gradient, index))
 
     def update(self, gradients: Mapping[Any, Tensor], factor: float) -> None:
         """One step from `factor` times `gradients` of any precision, by parameter, then round masters to weights.
@@ -123,13 +131,11 @@ def make_optimizer(
 
     `masters`: fp32 values of the narrower parameters and pieces. `pieces`: what to step of the parameters in it.
     """
-    masters, pieces = masters or {}, pieces or {}
+    masters, pieces = masters or {}, {} if pieces is None else pieces
     groups: dict[bool, list[Tensor]] = {True: [], False: []}  # matrices, others
     for parameter in parts.parameters():
-        piece = pieces.get(parameter)
-        if piece or parameter not in pieces:
-            weight = piece.weight if piece else parameter
-            groups[parameter.dim() >= 2].append(masters.get(weight, weight))
+        weights = [piece.weight for piece in pieces[parameter].values()] if parameter in pieces else [parameter]
+        groups[parameter.dim() >= 2] += [masters.get(weight, weight) for weight in weights]
     return AdamW(
         [
             {"params": groups[True], "weight_decay": train.weight_decay},

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.model.optimizer import AdamW
+from hetermoe_cli.model.optimizer import AdamW, part_of
 from hetermoe_cli.model.transformer import Transformer, named_state, named_tensors, parameter_slices
 from hetermoe_cli.spec.model import ModelConfig
 
@@ -57,7 +57,7 @@ def state_slices(optimizer: AdamW, weight: Tensor, index: int | None) -> list[Te
     master = optimizer.master(weight)
     state = optimizer.state.get(master, {})
     whole = [master, *(state.get(moment, torch.zeros_like(master)) for moment in _MOMENTS)]
-    return [_part(tensor, index) for tensor in whole]
+    return [part_of(tensor, index) for tensor in whole]
 
 
 def restore_training(parts: nn.Module, optimizer: AdamW, tensors: Mapping[str, Tensor], step: int) -> None:
@@ -75,10 +75,10 @@ def restore_training(parts: nn.Module, optimizer: AdamW, tensors: Mapping[str, T
             sources = (tensors[full] for full in _with_moments(name))  # one at a time
             if parameter not in optimizer.pieces:
                 _copy(sources, state_slices(optimizer, parameter, index))
-            elif piece := optimizer.pieces[parameter]:
+            elif piece := optimizer.pieces[parameter].get(index):
                 _copy(map(piece.of, sources), state_slices(optimizer, piece.weight, None))
             if parameter.untyped_storage().size():  # else the weights are gathered from all ranks' masters when needed
-                _part(parameter, index).copy_(tensors[name])  # rounded, where it is not its own master
+                part_of(parameter, index).copy_(tensors[name])  # rounded, where it is not its own master
         for name, tensor in named_state(parts).items():
             tensor.copy_(tensors[name])
 
@@ -123,7 +123,3 @@ def _refuse_difference(parts: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def _with_moments(name: str) -> tuple[str, ...]:
     return (name, *(f"{name}@{moment}" for moment in _MOMENTS))
-
-
-def _part(tensor: Tensor, index: int | None) -> Tensor:
-    return tensor.detach() if index is None else tensor.detach()[index]

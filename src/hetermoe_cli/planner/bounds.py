@@ -108,7 +108,7 @@ class _Terms:
             count * (table["stages"] + table["head"]),
             first_attention + last_attention + 2 * table["receive"],
         )
-        self.step_base, self.step = table["step_base"], table["step"]
+        self.step_base, self.step, self.step_copy = table["step_base"], table["step"], table["step_copy"]
         self.hosted, self.copy = count * table["hosted"], np.where(self.attends, count * table["copy"], 0)
         repeats = count // bounder.schedule.window
         alone = repeats * table["stages"] + count * table["head"]
@@ -146,6 +146,7 @@ class _Terms:
             "send": own * cost.row_bytes / fastest if alone else 0.0,
             "step_base": r.optimizer_base,
             "step": r.optimizer_per_expert,
+            "step_copy": r.optimizer_per_copy,
             "room": r.memory_limit - r.memory_base - r.memory_if_any,
             "room_each": r.memory_per_hosted + r.memory_per_share / b.layers,
             "room_copy": r.memory_per_replicated,
@@ -183,7 +184,7 @@ class _Terms:
             np.where(self.lane_each > 0, time[:, None] / np.where(self.lane_each > 0, self.lane_each, 1), np.inf),
         ]
         cap = np.minimum.reduce([np.broadcast_to(limit, spare.shape) for limit in limits])
-        copy_cost = np.where(self.attends, self.copy + self.step, 0) + self.reduce_each[:, None]
+        copy_cost = np.where(self.attends, self.copy + self.step_copy, 0) + self.reduce_each[:, None]
         most = np.where(
             self.attends, np.minimum(spare / np.maximum(copy_cost, TINY), self.room / self.room_copy), np.inf
         )

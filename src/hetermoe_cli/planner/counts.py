@@ -116,7 +116,7 @@ def _after_backward(rates: Rates, counts: Counts) -> FloatArray:
     replicated = counts.replicated.sum(-1)
     totals = counts.totals([c.count for c in rates.classes]).sum(-2)
     steps = [
-        r.optimizer_base + r.optimizer_per_expert * (-(-totals[..., i] // c.count) + (replicated if c.attends else 0))
+        r.optimizer_base + r.optimizer_per_expert * -(-totals[..., i] // c.count) + r.optimizer_per_copy * replicated
         for i, (c, r) in enumerate(zip(rates.classes, rates.of, strict=True))
     ]
     result: FloatArray = rates.after_backward + np.maximum.reduce(steps)

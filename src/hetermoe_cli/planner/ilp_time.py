@@ -166,12 +166,12 @@ def single_tasks(model: Model) -> None:
 
 
 def optimizer_steps(model: Model) -> None:
-    """The step takes as long as on the device that holds most."""
+    """The step takes as long as on the device that holds most; what is gathered of replicated experts is in it."""
     copies = pulp.lpSum(model.replicated)
-    for c, device_class in model.classes:
+    for c, _ in model.classes:
         r = model.rates.of[c]
-        held = model.total[c] + (copies if device_class.attends else 0)
-        model.problem += model.optimizer >= r.optimizer_base + r.optimizer_per_expert * held, f"optimizer_{c}"
+        step = r.optimizer_per_expert * model.total[c] + r.optimizer_per_copy * copies
+        model.problem += model.optimizer >= r.optimizer_base + step, f"optimizer_{c}"
 
 
 def objective(model: Model) -> None:

@@ -93,11 +93,11 @@ class Rows:
         return Row("reduce", (copies,), (copies,), start + sum(base for base, _ in reduces[1:]))
 
     def _step(self, c: int) -> Row:
-        r, attends = self.rates.of[c], self.rates.classes[c].attends
+        r = self.rates.of[c]
 
         def held() -> FloatArray:
             p = self.patterns
-            result: FloatArray = r.optimizer_per_expert * (p.mean[c] + p.replicated * attends)
+            result: FloatArray = r.optimizer_per_expert * p.mean[c] + r.optimizer_per_copy * p.replicated
             return result
 
         return Row("step", (held,), (held,), r.optimizer_base)

@@ -53,9 +53,12 @@ class Named:
         self._probe = LayoutCost(cost, layout)
         self._types = [device.type for device in cost.devices]
         total = layout.sequences_per_micro_batch
+        self._share = cost.state_share(layout.schedule, len(layout.attending))  # of replicated experts' states
         self._hosted = {name: self._tables(self._types.index(name), total) for name in cost.types}
         pairs = list(zip(self._types, layout.sequences_per_rank, strict=True))
-        self._copied = {(name, own): self._tables(pairs.index((name, own)), own) for name, own in set(pairs)}
+        self._copied = {
+            (name, own): self._tables(pairs.index((name, own)), own, self._share) for name, own in set(pairs)
+        }
         self._pairs = pairs
         shares = np.array([self._probe.cost.expert_rows(1, layer, range(self.experts)) for layer in range(self.layers)])
         self.hottest = np.argsort(-shares, axis=1, kind="stable")
@@ -63,41 +66,43 @@ class Named:
         self._expected = self._counted(self._bytes)
         self.room = self._room()
 
-    def _tables(self, rank: int, sequences: int) -> tuple[FloatArray, FloatArray]:
-        """([layers, experts] seconds, bytes) of experts on the device of `rank`, on the rows of `sequences`."""
+    def _tables(self, rank: int, sequences: int, share: float = 1.0) -> tuple[FloatArray, FloatArray]:
+        """([layers, experts] seconds, bytes) of experts on the device of `rank`, on the rows of `sequences`; `share`:
+        of their states that it holds."""
         rows = [self.cost.expert_rows(sequences, layer, range(self.experts)) for layer in range(self.layers)]
-        seconds = [[self._seconds(rank, count) for count in layer] for layer in rows]
-        size = [[self._bytes(rank, count) for count in layer] for layer in rows]
+        seconds = [[self._seconds(rank, count, share) for count in layer] for layer in rows]
+        size = [[self._bytes(rank, count, share) for count in layer] for layer in rows]
         return np.array(seconds), np.array(size)
 
-    def _seconds(self, rank: int, rows: float) -> float:
+    def _seconds(self, rank: int, rows: float, share: float) -> float:
         both = (Pass.FORWARD, Pass.BACKWARD)
-        step = self.cost.optimizer_seconds(self.cost.of(rank), self.cost.model.expert_parameters)
+        step = self.cost.optimizer_seconds(self.cost.of(rank), share * self.cost.model.expert_parameters)
         tasks = sum(self._probe.expert_seconds(rank, Action(Kind.EXPERT, direction), [rows]) for direction in both)
         return tasks + step / self.layout.micro_batches
 
-    def _bytes(self, rank: int, rows: float) -> float:
-        state = sum(STATE_BYTES[self.cost.train.precision]) * self.cost.model.expert_parameters
+    def _bytes(self, rank: int, rows: float, share: float) -> float:
+        weights, gradients, optimizer = STATE_BYTES[self.cost.train.precision]
+        state = (weights + gradients + share * optimizer) * self.cost.model.expert_parameters
         again = self.layout.schedule.recompute_experts
         kept = self.cost.expert_activation_bytes(self.cost.of(rank), rows, again)
         return state + self.layout.schedule.window * kept
 
-    def _counted(self, of_rows: Callable[[int, float], float]) -> FloatArray:
+    def _counted(self, of_rows: Callable[[int, float, float], float]) -> FloatArray:
         """[layers, ranks] what the layout's own counts take where every expert gets the mean rows.
 
-        `of_rows(rank, rows)`: what one expert takes.
+        `of_rows(rank, rows, share)`: what one expert takes.
         """
         total = self.layout.sequences_per_micro_batch
         mean = {
-            (pair, sequences): of_rows(self._pairs.index(pair), self.cost.rows_per_expert(sequences))
+            (pair, copied): of_rows(self._pairs.index(pair), self.cost.rows_per_expert(sequences), share)
             for pair in set(self._pairs)
-            for sequences in (total, pair[1])
+            for copied, sequences, share in ((False, total, 1.0), (True, pair[1], self._share))
         }
         return np.array(
             [
                 [
-                    len(placement.experts[rank]) * mean[pair, total]
-                    + len(placement.replicated) * bool(pair[1]) * mean[pair, pair[1]]
+                    len(placement.experts[rank]) * mean[pair, False]
+                    + len(placement.replicated) * bool(pair[1]) * mean[pair, True]
                     for rank, pair in enumerate(self._pairs)
                 ]
                 for placement in self.layout.placement

@@ -26,6 +26,7 @@ class ClassRates:
     replicated: tuple[float, float]  # one replicated expert on the device's own rows
     optimizer_base: float
     optimizer_per_expert: float
+    optimizer_per_copy: float  # replicated expert: its step, and in `Rates` the gather of its new weights
     memory_base: float  # everything that does not depend on the placement
     memory_per_hosted: float
     memory_per_replicated: float
@@ -52,6 +53,7 @@ class ClassRates:
             replicated=(self.replicated[0] / unit, self.replicated[1] / unit),
             optimizer_base=self.optimizer_base / unit,
             optimizer_per_expert=self.optimizer_per_expert / unit,
+            optimizer_per_copy=self.optimizer_per_copy / unit,
         )
 
 
@@ -77,7 +79,7 @@ def device_rates(
 ) -> ClassRates:
     """Rates of `rank` attending to `sequences` of a micro-batch of `total` sequences.
 
-    A sharded dense part is shared by `attending` ranks; without it by as many as there can be, which bounds them all.
+    What is sharded is shared by `attending` ranks; without it by as many as there can be, which bounds them all.
     """
     attending = attending or min(len(cost.devices), total)
     model, device, own = cost.model, cost.of(rank), cost.rows_per_expert(sequences)
@@ -101,8 +103,10 @@ def device_rates(
         if model.dense_layers:
             attention = pair(Kind.ATTENTION, layer=1)  # the probe has no such layer, but attention asks its number only
         dense = first[0] - attention[0], first[1] - attention[1]
-    state = sum(STATE_BYTES[cost.train.precision]) * model.expert_parameters
-    updates = cost.dense_updates(schedule, attending) if sequences else 0
+    weights, gradients, optimizer = (size * model.expert_parameters for size in STATE_BYTES[cost.train.precision])
+    share, step = cost.state_share(schedule, attending), cost.optimizer_seconds(device, model.expert_parameters)
+    state = weights + gradients + optimizer
+    copied = weights + gradients + share * optimizer
     buffers = cost.buffer_bytes(total, sequences, 0.0, alive)
     kept = cost.attention_kept_bytes(device, sequences, attention_again) if sequences else 0.0
     per_share = (cost.buffer_bytes(total, sequences, 1.0, alive) - buffers) / model.experts
@@ -112,15 +116,16 @@ def device_rates(
         head=pair(Kind.HEAD)[1] if sequences else 0.0,
         hosted=pair(Kind.EXPERT, rows),
         replicated=pair(Kind.EXPERT, own) if sequences else (0.0, 0.0),
-        optimizer_base=cost.optimizer_seconds(device, updates),
-        optimizer_per_expert=cost.optimizer_seconds(device, model.expert_parameters),
+        optimizer_base=cost.optimizer_seconds(device, share * model.dense_parameters) if sequences else 0.0,
+        optimizer_per_expert=step,
+        optimizer_per_copy=share * step if sequences else 0.0,
         memory_base=(sum(cost.dense_state_bytes(schedule, attending)) if sequences else 0)
         + alive * kept
         + cost.transient_bytes(device, sequences, attention_again)
         + buffers
         + device.framework_bytes,
         memory_per_hosted=state + alive * cost.expert_activation_bytes(device, rows, experts_again),
-        memory_per_replicated=state + alive * cost.expert_activation_bytes(device, own, experts_again),
+        memory_per_replicated=copied + alive * cost.expert_activation_bytes(device, own, experts_again),
         memory_if_any=device.expert(rows).saved_bytes,
         memory_per_share=per_share + cost.expert_transient_bytes(device, rows, experts_again),
         memory_limit=device.memory_bytes * cost.train.memory_headroom,
@@ -136,7 +141,9 @@ class Rates:
         self.class_of = {rank: index for index, c in enumerate(self.classes) for rank in c.ranks}
         total = choice.micro_batch_sequences
         attending = sum(c.count for c in self.classes if c.attends)
-        self.of = [device_rates(cost, c.ranks[0], c.sequences, choice.schedule, total, attending) for c in self.classes]
+        none, one = (cost.after_backward_seconds(choice.schedule, self._attending, copies) for copies in (0, 1))
+        rates = [device_rates(cost, c.ranks[0], c.sequences, choice.schedule, total, attending) for c in self.classes]
+        self.of = [replace(r, optimizer_per_copy=r.optimizer_per_copy + one - none) for r in rates]
 
     @property
     def _attending(self) -> list[int]:
@@ -168,7 +175,7 @@ class Rates:
 
     @cached_property
     def after_backward(self) -> float:
-        """Seconds of what follows the last all-reduce, without the optimizer step."""
+        """Seconds of what follows the last all-reduce, without the optimizer step and replicated experts."""
         return self.cost.after_backward_seconds(self.choice.schedule, self._attending)
 
     @property
@@ -213,7 +220,7 @@ class Rates:
         for r in self.of:
             tasks = r.attending(self.layers) + everything * (sum(r.hosted) + sum(r.replicated))
             total += self.choice.schedule.micro_batches * tasks
-            total += r.optimizer_base + everything * r.optimizer_per_expert
+            total += r.optimizer_base + everything * (r.optimizer_per_expert + r.optimizer_per_copy)
         rows = self.experts * self.cost.rows_per_expert(self.choice.micro_batch_sequences) * self.cost.row_bytes
         longest = max((2 * rows * port.byte_seconds + port.latency for port in self.ports), default=0.0)
         return total + 4 * self.choice.schedule.micro_batches * self.layers * longest

@@ -99,10 +99,17 @@ def calls_of(schedule: Schedule, world: Layout | World, process: int, exchange: 
         if action.kind is Kind.SYNCHRONISE:
             everyone = tuple(range(world.size))
             calls.append(Call(COMMUNICATORS[0], action, "figures", "all-reduce", -1, "float64", members=everyone))
-        elif action.kind is Kind.OPTIMIZER and layout.schedule.dense_state == "optimizer" and rank in layout.attending:
-            segments = layout.layers + 1  # and the head's
-            calls += [_of_attending(world)(action, "weights", "all-gather", dtype=WIDEST)] * segments
+        elif action.kind is Kind.OPTIMIZER and world.shares_states:
+            calls += _news(world, action, process)
     return calls
+
+
+def _news(world: World, action: Action, process: int) -> Iterator[Call]:
+    """All-gathers of new weights among those that share them out, after the step."""
+    for layer in range(world.layers + 1):
+        for holders in _summed(world, layer, process, world.shares_dense_states):
+            name, told = share_name(world, holders), action._replace(layer=layer)
+            yield Call(name, told, "weights", "all-gather", -1, WIDEST, members=holders)
 
 
 def _collectives(world: World, action: Action, layout: Layout, process: int, exchange: str) -> Iterator[Call]:
@@ -127,11 +134,15 @@ def _of_attending(world: World, replica: Replica | None = None) -> "partial[Call
 def _sums(world: World, action: Action, process: int, exchange: str, dense: bool) -> Iterator[Call]:
     """All-reduces of one layer's gradients. Copies may differ in their micro-batches, not in the order of layers."""
     action = action._replace(micro_batch=0)
-    for share in world.shares(action.layer):
-        holders = share.holders
-        if process in holders and len(holders) > 1 and (share.experts or dense):
-            name = share_name(world, holders)
-            yield Call(name, action, "gradients", "all-reduce", -1, exchange, members=holders)
+    for holders in _summed(world, action.layer, process, dense):
+        yield Call(share_name(world, holders), action, "gradients", "all-reduce", -1, exchange, members=holders)
+
+
+def _summed(world: World, layer: int, process: int, dense: bool) -> Iterator[tuple[int, ...]]:
+    """The holders of what of a layer a process shares with others, set by set; `dense`: of the dense part too."""
+    for share in world.shares(layer):
+        if process in share.holders and len(share.holders) > 1 and (share.experts or dense):
+            yield share.holders
 
 
 def share_name(world: World, holders: tuple[int, ...]) -> str:

@@ -18,7 +18,7 @@ class Collectives:
         if action.kind is Kind.REDUCE:
             return self._gradients.segment(action.layer)
         assert self._shards is not None
-        return self._shards.segments[action.layer].master
+        return self._shards.segments[action.layer].weights
 
     def carry(self, action: Action, given: Tensor) -> Tensor:
         """Do it with the other ranks; what this rank has of the sum, or the whole weights."""

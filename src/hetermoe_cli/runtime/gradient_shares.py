@@ -16,7 +16,7 @@ class GradientShares:
 
     def __init__(self, segments: Sequence[Segment], exchange: torch.dtype, counted: bool = True) -> None:
         self._segments, self.counted = segments, counted
-        self.shares = [torch.zeros_like(segment.master, dtype=exchange) for segment in segments]
+        self.shares = [torch.zeros_like(segment.weights, dtype=exchange) for segment in segments]
         for parameter in self._parameters():
             wide = torch.promote_types(parameter.dtype, torch.float32)
             if parameter.dtype != wide:
@@ -36,7 +36,7 @@ class GradientShares:
     def collect(self, layer: int) -> Tensor:
         """[ranks * n] whole gradients of a segment, which are kept nowhere else any more."""
         segment = self._segments[layer]
-        flat = self.shares[layer].new_zeros(len(segment.whole))
+        flat = self.shares[layer].new_zeros(segment.share * segment.count)
         for parameter, place in zip(segment.parameters, segment.split(flat), strict=True):
             if parameter.grad is not None:
                 place.copy_(parameter.grad)
@@ -47,19 +47,19 @@ class GradientShares:
         """Put this rank's share of the windows before into `flat` [ranks * n], which is to be summed; without padding,
         as it is in every group."""
         segment = self._segments[layer]
-        segment.share(flat).add_(self.shares[layer])
+        segment.share_of(flat).add_(self.shares[layer])
         return flat[: segment.size]
 
     def keep(self, layer: int, flat: Tensor) -> Tensor:
         """This rank's share of `flat` [ranks * n], which is summed."""
-        return self.shares[layer].copy_(self._segments[layer].share(flat))
+        return self.shares[layer].copy_(self._segments[layer].share_of(flat))
 
     def pieces(self) -> dict[Tensor, Tensor]:
         """What the optimizer steps of the dense part, with its gradient."""
         result: dict[Tensor, Tensor] = {}
         for segment, share in zip(self._segments, self.shares, strict=True):
             offset = 0
-            for piece in segment.pieces.values():
+            for piece in segment.pieces:
                 if piece:
                     result[piece.weight] = share[offset : offset + len(piece.weight)]
                     offset += len(piece.weight)

@@ -56,9 +56,9 @@ class Precisions:
 class Parts(nn.Module):
     """`dense` on attending ranks, and the local experts of every layer (possibly none).
 
-    `dtype` is this rank's, `exchange` that of rows on their way, `gathered` one that holds the weights of all attending
-    ranks; `masters`: fp32 values of narrower parameters (where the dense part is shared out, of this rank's pieces).
-    Parameters of `build_parts` have no values, and no memory, until `fill`.
+    `dtype` is this rank's, `exchange` that of rows on their way, `precisions` those of all ranks; `masters`: fp32
+    values of narrower parameters, but for those that are shared out (runtime/shards.py). Parameters of `build_parts`
+    have no values, and no memory, until `fill`.
     """
 
     def __init__(
@@ -79,7 +79,8 @@ class Parts(nn.Module):
             )
             for layer, placement in enumerate(layout.placement)
         )
-        self.dtype = self.exchange = self.gathered = torch.get_default_dtype()
+        self.dtype = self.exchange = torch.get_default_dtype()
+        self.precisions = Precisions("fp32")
         self.masters: dict[nn.Parameter | Tensor, Tensor] = {}
         self._initialise: Callable[[str, Tensor], None] = lambda name, tensor: None
         self._empty: dict[nn.Parameter, list[tuple[str, int | None]]] = {}  # names of what is in parameters to fill
@@ -114,13 +115,14 @@ class Parts(nn.Module):
     def holdings(self, world: World, process: int, *, dense: bool = True) -> list[list[Holding]]:
         """Of every shared segment (`shared_segments`), what is summed over whom; the first of an attending process is
         summed over all that attend, and empty if that is the dense part and `dense` is not set."""
+        return [self.holdings_of(layer, world, process, dense=dense) for layer in range(len(self.experts) + 1)]
+
+    def holdings_of(self, layer: int, world: World, process: int, *, dense: bool = True) -> list[Holding]:
+        """Of one of them."""
         return [
-            [
-                Holding(share.holders, self._slices(layer, share, dense))
-                for share in world.shares(layer)
-                if process in share.holders
-            ]
-            for layer in range(len(self.experts) + 1)
+            Holding(share.holders, self._slices(layer, share, dense))
+            for share in world.shares(layer)
+            if process in share.holders
         ]
 
     def _slices(self, layer: int, share: Share, dense: bool) -> Slices:
@@ -194,7 +196,6 @@ def build_parts(
     with torch.device("meta"):
         parts = Parts(config, world.replica_of(mesh.process).layout, mesh.rank, router, document_end)
     parts.dtype, parts.exchange = DTYPES[precisions.of(mesh.process)], DTYPES[precisions.exchange]
-    replica = world.replica_of(mesh.process)
-    parts.gathered = precisions.gathered(replica.attending if replica.layout.gathers else world.attending)
+    parts.precisions = precisions
     parts.empty(mesh.device, partial(initialise_tensor, config=config, seed=seed))
     return parts

@@ -51,7 +51,12 @@ def move_experts(trainer: Trainer, model: ModelConfig, layout: Layout, steps_tak
     travelling = {layer: list(group) for layer, group in groupby(moves(before, layout), key=lambda move: move.layer)}
     for layer, (old, new) in enumerate(zip(before.placement, layout.placement, strict=True)):
         if old != new:
+            shards = trainer.shards if old.replicated != new.replicated else None  # others are not shared out
+            if shards:
+                shards.join(layer, trainer.optimizer, steps_taken)
             _move_layer(trainer, model, layer, new, travelling.get(layer, []), steps_taken)
+            if shards:
+                shards.cut(layer, World.of(layout), trainer.optimizer, steps_taken)
     trainer.lay_out(World.of(layout), Engine(layout, trainer.mesh, trainer.parts, model.hidden_size))
 
 
@@ -97,8 +102,8 @@ def _group(
 def _add_states(parts: Parts, optimizer: AdamW, groups: list[ExpertGroup], steps_taken: int) -> None:
     """Let the optimizer step on new groups as if it always had; the moments are still to come."""
     masters = {parameter: parts.masters.get(parameter, parameter) for parameter in _parameters(groups)}
-    optimizer.add(masters)
-    for master in masters.values():
+    for parameter, master in masters.items():
+        optimizer.add(parameter, [master])
         optimizer.state[master] = fresh_state(optimizer, master, steps_taken)
 
 

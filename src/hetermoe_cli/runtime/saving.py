@@ -32,7 +32,7 @@ def save(run: RunSpec, trainer: Trainer, step: int) -> Path:
     copies = _saved_by_others(trainer)
     tensors = training_tensors(trainer.parts, trainer.optimizer)
     tensors = {name: tensor for name, tensor in tensors.items() if name.split("@")[0] not in copies}
-    if trainer.shards and (trainer.shards.kept or trainer.world.counts_dense(trainer.mesh.process)):
+    if trainer.shards:
         tensors |= trainer.shards.tensors(trainer.optimizer)
     write_shard(folder, trainer.mesh.process, tensors)
     barrier()

@@ -68,8 +68,7 @@ class Trainer:
         self.train, self.mesh, self.parts = train, mesh, parts
         self._tokens = world.sequences * sequence_length
         layout = world.replica_of(mesh.process).layout
-        sharded = (layout.schedule.dense_state == "optimizer" or layout.gathers) and mesh.attending is not None
-        self.shards = Shards(parts, mesh, kept=not layout.gathers) if sharded else None
+        self.shards = Shards(parts, mesh, world) if layout.schedule.shares_states else None
         parts.fill(parts.parameters())
         self.optimizer = make_optimizer(parts, train, parts.masters, self.shards.pieces if self.shards else None)
         self.lay_out(world, engine)
@@ -84,7 +83,7 @@ class Trainer:
         replica = world.replica_of(process)
         layout = replica.layout
         self.world, self.layout, self.engine = world, layout, engine
-        shards = self.shards if layout.gathers else None
+        shards = self.shards if self.shards and self.shards.segments else None
         counted, dense = world.counts_dense(process), not layout.gathers
         shares = GradientShares(shards.segments, parts.exchange, counted) if shards else None
         own = parts.hosted_parameters() if alone else []
@@ -158,7 +157,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = result.learning_rate
         self.gradients.apply(self.optimizer, clip_factor(result.gradient_norm, self.train.gradient_clip) / scale)
-        if self.shards and self.shards.kept:
+        if self.shards:
             self.shards.tell()
         if self.parts.dense:
             self.parts.dense.update_biases(torch.from_numpy(result.expert_rows))

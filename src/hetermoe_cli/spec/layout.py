@@ -19,7 +19,7 @@ class ScheduleChoice(Spec):
     run their experts after the layer's attention of all micro-batches in the window, or between them. `transfers`: on
     a link that both use, a layer's first message goes after all answers of the layer before, or after two of them.
     `recompute`: which stages run again in backward instead of keeping their activations. `dense_state`: what attending
-    ranks share of the dense part's state.
+    ranks share of the dense part's state; if anything, holders of an expert share its masters and moments too.
     """
 
     micro_batches: PositiveInt
@@ -53,6 +53,11 @@ class ScheduleChoice(Spec):
         return "sequential" if self.window == 1 else "windowed"
 
     @property
+    def shares_states(self) -> bool:
+        """Whether masters and moments of what several ranks hold are shared out among them."""
+        return self.dense_state != "replicated"
+
+    @property
     def recompute_attention(self) -> bool:
         """Whether attention stages run again in backward."""
         return self.recompute in ("attention", "all")
@@ -69,7 +74,7 @@ class ScheduleChoice(Spec):
         parts += ["transfers interleaved"] * (self.transfers == "interleaved")
         again = {"all": ["recomputation"], "none": []}.get(self.recompute, [f"recomputation of {self.recompute}"])
         parts += again
-        shared = {"optimizer": ["dense optimizer states sharded"], "full": ["dense part fully sharded"]}
+        shared = {"optimizer": ["optimizer states sharded"], "full": ["dense part fully sharded"]}
         parts += shared.get(self.dense_state, [])
         return ", ".join(parts)
 

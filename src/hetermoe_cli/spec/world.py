@@ -123,6 +123,16 @@ class World:
         dense, *rest = together.items()
         return [Share(dense[0], True, tuple(dense[1])), *(Share(h, False, tuple(e)) for h, e in sorted(rest))]
 
+    @property
+    def shares_states(self) -> bool:
+        """Whether holders of an expert share its optimizer states: as soon as one copy does not, none can."""
+        return all(replica.layout.schedule.shares_states for replica in self.replicas)
+
+    @property
+    def shares_dense_states(self) -> bool:
+        """Whether all that attend share optimizer states of the dense part, whose weights are whole everywhere."""
+        return all(replica.layout.schedule.dense_state == "optimizer" for replica in self.replicas)
+
     def counts_dense(self, process: int) -> bool:
         """Whether the dense part of the copy that a process belongs to is the one that is saved and in the norm."""
         return self.attending[0] in self.replica_of(process).attending

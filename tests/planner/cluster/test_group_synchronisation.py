@@ -78,7 +78,9 @@ def test_new_weights_of_shared_out_states_are_gathered_at_the_end() -> None:
     cost = fleet_cost([("new", 2, 2)], batch=8)
     groups = [Group.of(LAYOUT.model_copy(update={"schedule": schedule}), [[0, 1], [2, 3]])]
     replayed = replay_groups(cost.inputs, groups)
-    assert replayed.after == cost.network.all_reduce_seconds([0, 2], cost.dense_gradient_bytes) / 2
+    dense = [cost.network.all_reduce_seconds([0, 2], cost.segment_parameters(layer) * 2) for layer in range(3)]
+    hosted = 4 * cost.expert_gradient_bytes / 1e9 + 2 * 20e-6  # of one layer
+    assert replayed.after == pytest.approx((sum(dense) + 2 * hosted) / 2)
     assert replayed.synchronise == pytest.approx(seconds_of(replayed)[0] + replayed.after)
 
 

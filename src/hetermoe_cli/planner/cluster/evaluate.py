@@ -162,7 +162,7 @@ def _without_steps(rates: GroupRates) -> GroupRates:
     result.__dict__.update(rates.__dict__)
     segments = rates.layers + 1
     result.__dict__ |= {"reduces": [(0.0, 0.0)] * segments, "gathers": [0.0] * segments, "after_backward": 0.0}
-    result.of = [replace(r, optimizer_base=0.0, optimizer_per_expert=0.0) for r in rates.of]
+    result.of = [replace(r, optimizer_base=0.0, optimizer_per_expert=0.0, optimizer_per_copy=0.0) for r in rates.of]
     return result
 
 
@@ -181,6 +181,6 @@ def _optimizer(rates: Rates, counts: Counts) -> float:
     totals = counts.totals([c.count for c in rates.classes]).sum(-2)
     copies = int(counts.replicated.sum())
     return max(
-        r.optimizer_base + r.optimizer_per_expert * (-(-int(totals[index]) // c.count) + (copies if c.attends else 0))
+        r.optimizer_base + r.optimizer_per_expert * -(-int(totals[index]) // c.count) + r.optimizer_per_copy * copies
         for index, (c, r) in enumerate(zip(rates.classes, rates.of, strict=True))
     )

@@ -12,6 +12,7 @@ from functools import cached_property
 from hetermoe_cli.cost.layout import LayoutCost, Load
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.ports import TransferCost
+from hetermoe_cli.cost.sharers import Sharers
 from hetermoe_cli.planner.cluster.parts import group_inputs
 from hetermoe_cli.planner.cluster.synchronise import Copy, after_backward_seconds, reduce_ports, reduce_seconds
 from hetermoe_cli.schedule.action import Kind
@@ -22,7 +23,7 @@ from hetermoe_cli.spec.plan import Group, Inputs, Memory
 
 class GroupCost(LayoutCost):
     """A layout among other groups. `reduces`: every layer's all-reduce over all of them, the head's last, nothing if
-    empty; `synchronise`: from the group's own last gradient until all groups may step."""
+    empty; `synchronise`: from the group's own last gradient until all groups may step; `sharers` as of LayoutCost."""
 
     def __init__(
         self,
@@ -31,8 +32,10 @@ class GroupCost(LayoutCost):
         reduces: Sequence[TransferCost] = (),
         synchronise: float = 0.0,
         load: Load | None = None,
+        sharers: Sharers | None = None,
     ) -> None:
         super().__init__(cost, group.layout, load)
+        self.sharers = sharers
         self.copies = 2 if reduces else 1
         self._over_groups, self._synchronise = reduces, synchronise
 
@@ -61,6 +64,7 @@ class ReplayedGroup:
     memory: list[Memory]
     reduces: Sequence[TransferCost] = ()  # as of GroupCost
     reduced: float = 0.0  # when its last gradient is summed
+    sharers: Sharers | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class Replayed:
         if not g.reduces:
             return LayoutCost(g.cost, g.group.layout, load)
         wait = self.reduced - g.reduced if waits else 0.0
-        return GroupCost(g.cost, g.group, g.reduces, wait + self.after, load)
+        return GroupCost(g.cost, g.group, g.reduces, wait + self.after, load, g.sharers)
 
     def busy_share(self, world_size: int) -> list[float]:
         """Share of the iteration in which each rank of the cluster computes; 0 in no group."""
@@ -130,12 +134,14 @@ def joined(done: list[ReplayedGroup], whole: CostModel) -> Replayed:
         alone = simulate(LayoutCost(done[0].cost, done[0].group.layout))
         return Replayed([replace(done[0], reduced=alone.seconds - done[0].optimizer)])
     seconds = [reduce_seconds(whole, copies, layer) for layer in range(whole.model.layers + 1)]
-    groups = []
+    sharers, groups = Sharers.of((g.group.layout, len(g.group.replicas)) for g in done), []
     for g in done:
         ports = reduce_ports(whole, copies, Copy(g.group.layout, g.group.replicas[0], g.cost))
         reduces = [TransferCost(*each) for each in zip(seconds, ports, strict=True)]
-        reduced = simulate(GroupCost(g.cost, g.group, reduces)).seconds - g.optimizer
-        groups.append(replace(g, reduces=reduces, reduced=reduced))
+        layout_cost = GroupCost(g.cost, g.group, reduces, sharers=sharers)
+        optimizer, memory = _steps(layout_cost)
+        reduced = simulate(layout_cost).seconds - optimizer
+        groups.append(replace(g, reduces=reduces, reduced=reduced, optimizer=optimizer, memory=memory, sharers=sharers))
     return Replayed(groups, after_backward_seconds(whole, copies))
 
 
@@ -149,10 +155,14 @@ def replay_group(inputs: Inputs, group: Group) -> ReplayedGroup:
     cost = group_cost(inputs, group)
     layout_cost = GroupCost(cost, group)
     trace = simulate(layout_cost)
-    world = range(len(group.sequences_per_rank))
-    optimizer = max(layout_cost.seconds(rank, OPTIMIZER) for rank in world)
-    memory = [layout_cost.memory(rank) for rank in world]
+    optimizer, memory = _steps(layout_cost)
     return ReplayedGroup(group, cost, trace, trace.seconds - optimizer, optimizer, memory)
+
+
+def _steps(layout_cost: LayoutCost) -> tuple[float, list[Memory]]:
+    """Seconds of the slowest optimizer step; every rank's bytes."""
+    world = range(layout_cost.layout.world_size)
+    return max(layout_cost.seconds(rank, OPTIMIZER) for rank in world), [layout_cost.memory(rank) for rank in world]
 
 
 def _unused(whole: CostModel, rank: int) -> Memory:

@@ -4,14 +4,14 @@ Layer by layer, during backward, dense gradients (and those of replicated expert
 attending ranks of all groups. Each hosted expert goes round a ring of its hosts, one in every group; all these rings
 run at once, and ranks behind one NIC share it. Upper estimates: every message between groups is charged to the NICs,
 even where two groups share a node; a replicated expert is charged as if it were replicated in all groups. What a fully
-sharded dense part gathers and scatters before is within a group, and part of its replay.
+sharded dense part gathers and scatters before is within a group, and part of its replay. New weights of shared out
+states go the same ways, half as long.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hetermoe_cli.cost.device import STATE_BYTES
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.cluster.evaluate import Evaluated
 from hetermoe_cli.planner.cluster.parts import Part
@@ -34,8 +34,12 @@ class Copy:
 
 def reduce_seconds(whole: CostModel, copies: Sequence[Copy], layer: int) -> float:
     """All-reduce of one layer's gradients over all groups; model.layers: of the head's."""
-    attending = sorted(rank for copy in copies for rank in copy.attending)
-    size, hosted = whole.segment_parameters(layer) * STATE_BYTES[whole.train.precision][1], {}
+    return _sum_seconds(whole, copies, layer, whole.segment_parameters(layer) * whole.gradient_bytes)
+
+
+def _sum_seconds(whole: CostModel, copies: Sequence[Copy], layer: int, size: float) -> float:
+    """All-reduce of `size` dense bytes and the experts of a layer."""
+    attending, hosted = sorted(rank for copy in copies for rank in copy.attending), {}
     if layer < whole.model.layers:
         placements = [(copy, copy.layout.placement[layer]) for copy in copies]
         size += max(len(placement.replicated) for _, placement in placements) * whole.expert_gradient_bytes
@@ -66,10 +70,13 @@ def reduce_ports(whole: CostModel, copies: Sequence[Copy], copy: Copy) -> list[t
 
 
 def after_backward_seconds(whole: CostModel, copies: Sequence[Copy]) -> float:
-    """What follows the sums: new weights of optimizer states that all groups share out."""
-    attending = sorted(rank for copy in copies for rank in copy.attending)
-    sharded = any(copy.layout.schedule.dense_state == "optimizer" for copy in copies)
-    return whole.network.all_reduce_seconds(attending, whole.dense_gradient_bytes) / 2 if sharded else 0.0
+    """What follows the sums: new weights of states that all groups share out. Upper where one of them does not."""
+    states = {copy.layout.schedule.dense_state for copy in copies} - {"replicated"}
+    gather, gathered = 0.0, states == {"full"}
+    for layer in range(whole.model.layers + 1) if states else ():
+        dense = 0 if gathered else whole.segment_parameters(layer) * whole.gradient_bytes
+        gather += _sum_seconds(whole, copies, layer, dense) / 2
+    return gather
 
 
 def expert_seconds(whole: CostModel, hosted: Mapping[int, float], groups: int) -> float:
@@ -97,11 +104,13 @@ def expected_seconds(part: Part, found: Evaluated, groups: int) -> float:
     estimate, known before they are chosen."""
     cost, attending = part.any_cost, found.attending
     hosted = {rank: float(share) for c, share in zip(found.classes, found.hosted, strict=True) for rank in c.ranks}
-    result = cost.synchronise_seconds(found.choice.schedule, attending, found.replicated)
+    schedule = found.choice.schedule
+    result, news = cost.synchronise_seconds(schedule, attending, found.replicated), 1.5 if schedule.shares_states else 1
     if groups > 1:
         slowest = max(1 / cost.devices[rank].network.ring_bandwidth for rank in attending)
-        size = cost.dense_gradient_bytes + found.replicated * cost.expert_gradient_bytes
+        size = cost.dense_gradient_bytes * (1.5 if schedule.dense_state == "optimizer" else 1)
+        size += found.replicated * cost.expert_gradient_bytes * news
         members = len(attending) * groups
         ring = 2 * (members - 1) / members * size * slowest
-        result = max(result, ring + cost.sharding_seconds(found.choice.schedule, attending))
-    return result + expert_seconds(cost, hosted, groups)
+        result = max(result, ring + cost.sharding_seconds(schedule, attending))
+    return result + expert_seconds(cost, hosted, groups) * news
