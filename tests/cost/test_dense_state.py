@@ -127,14 +127,14 @@ def test_replicated_experts_are_stepped_in_shares_and_their_weights_gathered(sta
     assert host.optimizer_per_copy == pytest.approx(per_layer)
 
 
-@pytest.mark.parametrize("state", ["replicated", "optimizer"])
+@pytest.mark.parametrize("state", get_args(DenseState))
 def test_groups_share_out_states_among_all_holders(state: Any) -> None:
     """A pair with a copied expert, twice, and a rank alone: ranks of all groups together step every parameter once."""
     pair = make_layout((1, 1), (2, 1), replicated=1, layers=4, dense_state=state)
     alone = make_layout((2,), (4,), layers=4, dense_state=state)
     sharers = Sharers.of([(pair, 2), (alone, 1)])
-    assert sharers.attending == 5
-    assert sharers.experts.tolist() == [[3, 3, 3, 5]] * 4
+    assert sharers.attending == (1 if state == "replicated" else 5)
+    assert sharers.experts.tolist() == [[1, 1, 1, 1] if state == "replicated" else [3, 3, 3, 5]] * 4
     total = 0.0
     for layout, copies in ((pair, 2), (alone, 1)):
         cost = LayoutCost(CostModel(INPUTS), layout)
@@ -144,9 +144,19 @@ def test_groups_share_out_states_among_all_holders(state: Any) -> None:
         for rank, stepped in enumerate(own):
             assert cost.memory(rank).optimizer_bytes == int(12 * stepped)
     copied = MODEL.layers * MODEL.expert_parameters
-    assert total == pytest.approx(
-        MODEL.parameters if state == "optimizer" else 3 * MODEL.parameters + 2 * (DENSE + copied)
-    )
+    wanted = {
+        "replicated": 3 * MODEL.parameters + 2 * (DENSE + copied),
+        "optimizer": MODEL.parameters,
+        "full": MODEL.parameters + 2 * DENSE,  # each group shares out its own
+    }
+    assert total == pytest.approx(wanted[state])
+
+
+def test_experts_are_shared_out_nowhere_if_one_group_does_not() -> None:
+    pair = make_layout((1, 1), (2, 1), replicated=1, layers=4, dense_state="full")
+    cost = LayoutCost(CostModel(INPUTS), pair)
+    cost.sharers = Sharers.of([(pair, 1), (make_layout((2,), (4,), layers=4), 1)])
+    assert cost.parameters(0) == DENSE / 2 + 4 * 3 * MODEL.expert_parameters
 
 
 def test_gathers_hide_behind_compute_where_there_is_enough() -> None:

@@ -112,7 +112,7 @@ def there_and_back(rank: int, case: Case, dense_state: str) -> tuple[dict[str, n
     before = state()
     assert all(before[key].any() for key in before if key.endswith("gate_up@exp_avg_sq"))
     for placement in (SPREAD, MIXED):
-        move_experts(trainer, case.model, layout.model_copy(update={"placement": placement}), taken)
+        move_experts(trainer, case.model, trainer.layout.model_copy(update={"placement": placement}), taken)
         assert {p.dtype for p in trainer.parts.parameters()} == {trainer.parts.dtype}
         alone = [p for p in trainer.parts.parameters() if p not in trainer.optimizer.pieces]
         assert len(trainer.parts.masters) == len(alone) * (precisions[rank] != "fp32")

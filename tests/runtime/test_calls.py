@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from builders import layouts, make_layout
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.runtime.calls import Calls, calls_of, check, check_agreement, digest, verify
-from hetermoe_cli.schedule.action import Action, parse_action
+from hetermoe_cli.schedule.action import Action, Kind, parse_action
 from hetermoe_cli.schedule.lower import training_schedule, training_schedules, validation_schedule
 from hetermoe_cli.schedule.schedule import Schedule
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
@@ -159,7 +159,11 @@ def test_the_calls_of_all_copies_fit_together_and_sum_everything(
         replica = world.replica_of(process)
         rank = replica.processes.index(process)
         sums = [call for call in mine if call.operation == "all-reduce" and call.payload == "gradients"]
-        within = [call for call in mine if call.operation in ("reduce-scatter", "all-gather")]
+        news = [call for call in mine if call.action.kind is Kind.OPTIMIZER]
+        everything = [share for layer in range(world.layers + 1) for share in world.shares(layer)]
+        shared = [s for s in everything if process in s.holders and (s.experts or world.shares_dense_states)]
+        assert bool(news) == bool(one.schedule.shares_states and shared)
+        within = [c for c in mine if c.operation in ("reduce-scatter", "all-gather") and c not in news]
         assert not replica.layout.gathers or all(call.members == tuple(replica.attending) for call in within)
         for layer in range(world.layers):
             held = set(replica.layout.local_experts(layer, rank))
