@@ -15,7 +15,6 @@ from builders import make_inputs, make_layout, make_plan, make_profile
 from hetermoe_cli.model.training_state import training_tensors
 from hetermoe_cli.model.transformer import named_tensors
 from hetermoe_cli.runtime.recorder import read_rebalances
-from hetermoe_cli.spec.base import sha256
 from hetermoe_cli.spec.run import Emulation, RunSpec
 from hetermoe_cli.spec.train import TrainSpec
 
@@ -68,13 +67,14 @@ def work(rank: int, run: RunSpec) -> tuple[list[float], dict[str, np.ndarray], l
     from hetermoe_cli.runtime.mesh import common_moment, join
     from hetermoe_cli.runtime.recorder import Recorder
     from hetermoe_cli.runtime.trainer import Trainer
-    from hetermoe_cli.schedule.lower import training_schedule
+    from hetermoe_cli.schedule.lower import training_schedules
 
-    mesh = join(run.layout, "cpu")
-    trainer = Trainer.build(run.model, run.layout, TRAIN, mesh, sequence_length=LENGTH, precision="fp64")
+    mesh = join(run.world, "cpu")
+    trainer = Trainer.build(run.model, run.world, TRAIN, mesh, sequence_length=LENGTH, precision="fp64")
     skew(trainer.parts)
     if run.emulation:
-        trainer.clock = EmulatedClock(run, training_schedule(run.layout), rank)
+        copy, _ = run.world.seat(rank)
+        trainer.clock = EmulatedClock(run, training_schedules(run.world)[copy], rank)
     balancer = Balancer(run, trainer, Recorder(run, rank))
     trainer.clock.set_zero(common_moment(mesh.wire))
     losses = []
@@ -107,10 +107,9 @@ def test_a_rebalanced_run_equals_the_reference_and_a_run_without(tmp_path: Path)
     changes = read_rebalances(tmp_path / "moving")
     assert changes, "no rebalance happened"
     assert changes[0].step == EVERY
-    assert changes[0].is_of(run.plan.layout)
-    assert changes[0].plan_layout_sha256 == sha256(run.plan.layout)
+    assert changes[0].is_of(run.plan.groups)
     for rank, (*_, hosted, _) in enumerate(moving):
-        assert hosted == [placement.experts[rank] for placement in changes[-1].placement]
+        assert hosted == [placement.experts[rank] for placement in changes[-1].groups[0].placement]
     assert [hosted for *_, hosted, _ in moving] != [hosted for *_, hosted, _ in still]
 
     told = events(tmp_path / "moving", "drift")[0]

@@ -2,7 +2,8 @@
 
 import pytest
 
-from builders import make_inputs, make_layout, make_model
+from builders import make_inputs, make_layout, make_model, make_plan
+from hetermoe_cli.cost.measured import MeasuredState
 from hetermoe_cli.planner.drift import Departure, Drift, find_drift
 from hetermoe_cli.spec.load import ExpertLoad
 from hetermoe_cli.spec.plan import Inputs
@@ -14,7 +15,9 @@ AS_PLANNED = [1.0, 1.0, 1.0]
 
 def drift(load: list[list[float]] | None, slowdown: list[float] = AS_PLANNED, inputs: Inputs = INPUTS) -> Drift:
     measured = ExpertLoad(layers=load) if load else None
-    return find_drift(inputs, LAYOUT, (inputs.expert_load, AS_PLANNED), (measured, slowdown))
+    plan = make_plan(inputs, LAYOUT)
+    states = MeasuredState(inputs.expert_load, AS_PLANNED), MeasuredState(measured, slowdown)
+    return find_drift(plan, plan.groups, *states)
 
 
 def test_a_balanced_load_and_profiled_speeds_are_no_drift() -> None:

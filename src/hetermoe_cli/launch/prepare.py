@@ -56,7 +56,7 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
     plan = load(Plan, plan_path)
     plan.verify(str(plan_path))
     plan = started_plan(plan)
-    _check_groups(plan, plan_path, options)
+    _check_groups(plan, plan_path)
     check(plan.world, plan.inputs.train.precision)
     emulation = _emulation(plan, options.emulate) if options.emulate else None
     (emulation.executed if emulation else plan.inputs.model).check_trainable()
@@ -77,7 +77,7 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
         validate_every=options.validate_every,
         validation_batches=options.validation_batches,
         trace_steps=options.trace_steps,
-        drift_every=options.drift_every if plan.group_count == 1 else 0,
+        drift_every=options.drift_every,
         rebalance=options.rebalance,
         emulation=emulation,
     )
@@ -89,7 +89,7 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
     return run
 
 
-def _check_groups(plan: Plan, source: Path, options: TrainOptions) -> None:
+def _check_groups(plan: Plan, source: Path) -> None:
     if plan.group_count == 1:
         return
     states = {group.schedule.dense_state for group in plan.groups}
@@ -97,11 +97,6 @@ def _check_groups(plan: Plan, source: Path, options: TrainOptions) -> None:
         raise UserError(
             f"{source}: field groups: dense_state {', '.join(sorted(states))}: train shares one dense part over all "
             "groups, not fully sharded: plan with train.dense_state: replicated or optimizer, or with --max-groups 1"
-        )
-    if options.rebalance:
-        raise UserError(
-            f"{source}: field groups: {plan.group_count} of them: --rebalance works on one group: leave it out, or "
-            "plan --max-groups 1"
         )
 
 

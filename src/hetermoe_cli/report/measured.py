@@ -93,7 +93,7 @@ def _run_of(file: Path, plan: Plan) -> "RunSpec | None":
     if not path.is_file():
         return None
     run = load(RunSpec, path)
-    if run.rebalanced and run.layout != plan.layout:
+    if run.groups != run.plan.groups:
         raise UserError(f"{path}: field rebalanced: its experts had moved when it was traced: no plan has that layout")
     if (run.plan.inputs_sha256, run.plan.groups) != (plan.inputs_sha256, plan.groups):
         raise UserError(f"{path}: field plan: another plan than the one given: name the plan that was trained")
