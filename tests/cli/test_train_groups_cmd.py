@@ -70,6 +70,11 @@ def test_two_groups_are_planned_trained_and_told_of(hetermoe: Hetermoe, text: Pa
     assert len(summary["memory"]["measured_bytes"]) == used
     rows = np.array(read_load(folder).layers)
     assert rows.sum(axis=1).tolist() == [STEPS * BATCH * 32 * MODEL.top_k] * MODEL.layers
+    sent = sum(np.load(path).sum(axis=2) for path in (folder / "loads").iterdir())  # [steps, layers, experts]
+    for line, counts in zip(events(folder, "step"), sent, strict=True):
+        shares = counts / counts.mean(axis=1, keepdims=True)
+        assert line["expert_load_highest"] == pytest.approx(shares.max(axis=1).tolist(), abs=1e-4)
+        assert line["expert_load_lowest"] == pytest.approx(shares.min(axis=1).tolist(), abs=1e-4)
     assert summary["replayed_seconds"] == pytest.approx(plan.predicted.iteration_seconds, rel=0.3)
 
 

@@ -6,19 +6,20 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from builders import make_inputs, make_layout, make_model, make_plan, make_profile
+from builders import make_groups_plan, make_inputs, make_layout, make_model, make_plan, make_profile
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.measured import MeasuredCost, MeasuredState
 from hetermoe_cli.cost.moving import holders, moves, moving_seconds, state_bytes
 from hetermoe_cli.planner import rebalance
+from hetermoe_cli.planner.cluster.replayed import replay_measured
 from hetermoe_cli.planner.group_moves import renumbered
-from hetermoe_cli.planner.rebalance import UNSTEADY
+from hetermoe_cli.planner.rebalance import NOT_FASTER, UNSTEADY
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
 from hetermoe_cli.spec.load import ExpertLoad
-from hetermoe_cli.spec.plan import Inputs
+from hetermoe_cli.spec.plan import Inputs, Plan
 from hetermoe_cli.spec.rebalance import Decision
 
 EXPERTS, LAYERS = 8, 2
@@ -146,6 +147,78 @@ def test_what_does_not_fit_moves_even_without_a_gain() -> None:
     assert overflow(LayoutCost(tight, crowded))
     decision = decide(even, 1, layout=crowded, memory_bytes=room)
     assert overflow(LayoutCost(tight, placed(crowded, decision))) is None
+
+
+def groups_plan(*, small: float = 1.0) -> Plan:
+    """Two equal groups of four, and one of three devices with half the sequences, whose experts are slower by
+    `small`."""
+    slow = make_profile("slow", model=MODEL, attention_seconds=0.05, expert_seconds=0.01 * small)
+    given = inputs()
+    profiles = {"new": given.profiles["new"], "slow": slow}
+    link = given.cluster.nodes[0].network
+    made = make_inputs((("new", 4), ("new", 4), ("slow", 3)), model=MODEL, profiles=profiles, global_batch_sequences=10,
+                       network=link, interconnect=link)  # fmt: skip
+    pair = make_layout((1, 0, 0), (0, 4, 4), layers=LAYERS, micro_batches=2)
+    return make_groups_plan(made, (LAYOUT, [[0, 1, 2, 3], [4, 5, 6, 7]]), (pair, [[8, 9, 10]]))
+
+
+def decide_groups(plan: Plan, load: Rows, slowdown: Sequence[float] = (1,) * 11) -> Decision:
+    state = MeasuredState(ExpertLoad(layers=load) if load else None, slowdown)
+    return rebalance.decide(plan, plan.groups, state, state, 1000)
+
+
+def test_all_groups_move_where_all_are_slow() -> None:
+    plan = groups_plan()
+    decision = decide_groups(plan, SKEWED)
+    assert decision.groups is not None
+    assert [group.replicas for group in decision.groups] == [group.replicas for group in plan.groups]
+    state = MeasuredState(ExpertLoad(layers=SKEWED), (1,) * 11)
+    before, after = (replay_measured(plan.inputs, groups, state) for groups in (plan.groups, decision.groups))
+    assert decision.before_seconds == pytest.approx(before.seconds)
+    assert decision.after_seconds == pytest.approx(after.seconds)
+    assert decision.after_seconds < 0.95 * decision.before_seconds
+    moved = [len(list(moves(old.layout, new.layout))) for old, new in zip(plan.groups, decision.groups, strict=True)]
+    assert all(moved)
+    assert decision.moved == 2 * moved[0] + moved[1]  # both replicas move theirs
+    assert before.copies == [0, 0, 1]
+
+
+def test_a_group_that_others_wait_for_moves_alone() -> None:
+    """Where the small one is much faster, its experts stay; where it is much slower, only its experts move."""
+    for small, stays in ((0.25, 1), (4.0, 0)):
+        plan = groups_plan(small=small)
+        decision = decide_groups(plan, SKEWED)
+        assert decision.groups is not None
+        assert [new == old for new, old in zip(decision.groups, plan.groups, strict=True)] == [stays == 0, stays == 1]
+
+
+def test_replicas_come_to_differ_where_their_devices_do() -> None:
+    """One replica's last host is slow, the other's first: they give experts away in opposite directions."""
+    plan = groups_plan(small=0.25)
+    decision = decide_groups(plan, None, (1, 1, 1, 2, 1, 1, 2, 1, 1, 1, 1))
+    assert decision.groups is not None
+    assert [group.replicas for group in decision.groups] == [[[0, 1, 2, 3]], [[4, 5, 6, 7]], [[8, 9, 10]]]
+    held = [np.sum([list(map(len, p.experts)) for p in group.placement], axis=0) for group in decision.groups]
+    assert held[0][2] > held[0][3]
+    assert held[1][2] < held[1][3]
+    state = MeasuredState(None, (1,) * 11)  # speeds are as profiled again
+    back = rebalance.decide(plan, decision.groups, state, state, 1000)
+    assert back.groups is not None
+    copies = [ranks for group in back.groups for ranks in group.replicas]
+    assert copies == [list(replica.processes) for replica in plan.world.replicas]
+
+
+def test_what_gains_nothing_for_the_slowest_group_moves_nothing() -> None:
+    """The slowest one is a single device: no other group's move shortens the iteration."""
+    made = groups_plan(small=8.0).inputs
+    nodes = [*made.cluster.nodes[:2], made.cluster.nodes[2].model_copy(update={"devices": 1})]
+    cluster = made.cluster.model_copy(update={"nodes": nodes})
+    alone = make_layout((1,), (8,), layers=LAYERS, micro_batches=2)
+    replicas = [[0, 1, 2, 3], [4, 5, 6, 7]]
+    plan = make_groups_plan(made.model_copy(update={"cluster": cluster}), (LAYOUT, replicas), (alone, [[8]]))
+    decision = decide_groups(plan, SKEWED, (1,) * 9)
+    assert decision.groups is None
+    assert decision.reason == NOT_FASTER
 
 
 def test_moves_go_from_a_holder_to_those_that_lack_the_expert() -> None:
