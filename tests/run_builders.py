@@ -115,11 +115,15 @@ def write_run(
     traces = [Trace(origin) for _ in range(plan.world.size)]
     for step in range(FIRST_STEP, run.steps):
         slow = scale * (WARM_UP if step == FIRST_STEP and steps > 1 else 1.0)
-        for number, copy in zip(replayed.copies, plan.world.replicas, strict=True):
-            load = RecordedLoad(np.array([counts[rank][step] for rank in copy.processes]), 1.0)
+        loads = [RecordedLoad(np.array([counts[r][step] for r in c.processes]), 1.0) for c in plan.world.replicas]
+        ready = [replayed.ready(number, load) for number, load in zip(replayed.copies, loads, strict=True)]
+        for number, load, copy, own in zip(replayed.copies, loads, plan.world.replicas, ready, strict=True):
+            wait = max(ready) - own  # in S, for the other copies
             for span in simulate(replayed.cost_of(number, load, waits=False)).spans:
-                there = span._replace(rank=copy.processes[span.rank], start=slow * span.start, end=slow * span.end)
-                traces[there.rank].spans.append(there._replace(step=step))
+                late = [wait * span.name.startswith("optimizer"), wait * span.name.startswith(("sync", "optimizer"))]
+                start, end = slow * (span.start + late[0]), slow * (span.end + late[1])
+                there = span._replace(rank=copy.processes[span.rank], start=start, end=end, step=step)
+                traces[there.rank].spans.append(there)
     for rank, trace in enumerate(traces):
         trace.write(trace_path(folder, rank))
     return folder

@@ -208,9 +208,11 @@ def test_nothing_moves_and_nothing_is_told_twice_where_experts_cost_nothing(tmp_
     assert 1 <= len(decided) == len(events(tmp_path / "moving", "drift")) < STEPS // EVERY
 
 
-def test_an_emulated_run_goes_on_with_one_clock(tmp_path: Path) -> None:
+@pytest.mark.parametrize("plan", [one_group, two_groups])
+def test_an_emulated_run_goes_on_with_one_clock(tmp_path: Path, plan: Callable[[float], Plan]) -> None:
     """Emulated devices are as fast as profiled, whatever this machine does; spans of all steps are kept."""
-    ranks = run_workers(4, work, make_run(tmp_path / "moving", rebalance=True, emulate=True))
+    run = make_run(tmp_path / "moving", rebalance=True, emulate=True, plan=plan)
+    ranks = run_workers(run.world.size, work, run)
     assert read_rebalances(tmp_path / "moving")
     assert all(steps == list(range(STEPS)) for *_, steps in ranks)
     assert not (tmp_path / "moving/board.bin").exists()

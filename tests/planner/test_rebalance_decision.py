@@ -149,22 +149,32 @@ def test_what_does_not_fit_moves_even_without_a_gain() -> None:
     assert overflow(LayoutCost(tight, placed(crowded, decision))) is None
 
 
-def groups_plan(*, small: float = 1.0) -> Plan:
+def groups_plan(*, small: float = 1.0, **given: float) -> Plan:
     """Two equal groups of four, and one of three devices with half the sequences, whose experts are slower by
     `small`."""
     slow = make_profile("slow", model=MODEL, attention_seconds=0.05, expert_seconds=0.01 * small)
-    given = inputs()
-    profiles = {"new": given.profiles["new"], "slow": slow}
-    link = given.cluster.nodes[0].network
+    base = inputs(**given)  # type: ignore[arg-type]
+    profiles = {"new": base.profiles["new"], "slow": slow}
+    link = base.cluster.nodes[0].network
     made = make_inputs((("new", 4), ("new", 4), ("slow", 3)), model=MODEL, profiles=profiles, global_batch_sequences=10,
                        network=link, interconnect=link)  # fmt: skip
     pair = make_layout((1, 0, 0), (0, 4, 4), layers=LAYERS, micro_batches=2)
     return make_groups_plan(made, (LAYOUT, [[0, 1, 2, 3], [4, 5, 6, 7]]), (pair, [[8, 9, 10]]))
 
 
-def decide_groups(plan: Plan, load: Rows, slowdown: Sequence[float] = (1,) * 11) -> Decision:
-    state = MeasuredState(ExpertLoad(layers=load) if load else None, slowdown)
-    return rebalance.decide(plan, plan.groups, state, state, 1000)
+def with_one_alone(**given: float) -> Plan:
+    """The third group is a single device that holds all experts."""
+    made = groups_plan(**given).inputs
+    nodes = [*made.cluster.nodes[:2], made.cluster.nodes[2].model_copy(update={"devices": 1})]
+    cluster = made.cluster.model_copy(update={"nodes": nodes})
+    alone = make_layout((1,), (8,), layers=LAYERS, micro_batches=2)
+    replicas = [[0, 1, 2, 3], [4, 5, 6, 7]]
+    return make_groups_plan(made.model_copy(update={"cluster": cluster}), (LAYOUT, replicas), (alone, [[8]]))
+
+
+def decide_groups(plan: Plan, load: Rows, slowdown: Sequence[float] = (), steps: int = 1000) -> Decision:
+    state = MeasuredState(ExpertLoad(layers=load) if load else None, slowdown or (1,) * plan.inputs.cluster.world_size)
+    return rebalance.decide(plan, plan.groups, state, state, steps)
 
 
 def test_all_groups_move_where_all_are_slow() -> None:
@@ -210,15 +220,19 @@ def test_replicas_come_to_differ_where_their_devices_do() -> None:
 
 def test_what_gains_nothing_for_the_slowest_group_moves_nothing() -> None:
     """The slowest one is a single device: no other group's move shortens the iteration."""
-    made = groups_plan(small=8.0).inputs
-    nodes = [*made.cluster.nodes[:2], made.cluster.nodes[2].model_copy(update={"devices": 1})]
-    cluster = made.cluster.model_copy(update={"nodes": nodes})
-    alone = make_layout((1,), (8,), layers=LAYERS, micro_batches=2)
-    replicas = [[0, 1, 2, 3], [4, 5, 6, 7]]
-    plan = make_groups_plan(made.model_copy(update={"cluster": cluster}), (LAYOUT, replicas), (alone, [[8]]))
-    decision = decide_groups(plan, SKEWED, (1,) * 9)
+    decision = decide_groups(with_one_alone(small=8.0), SKEWED)
     assert decision.groups is None
     assert decision.reason == NOT_FASTER
+
+
+def test_moving_pays_for_the_iteration_of_all_groups_not_for_one() -> None:
+    """On a slow network moved experts take longer to sum over groups, so that all gain less than a group by itself."""
+    plan = with_one_alone(small=0.25, gigabytes_per_second=1e-3)
+    for steps in (5, 6, 7, 100):
+        decision = decide_groups(plan, SKEWED, steps=steps)
+        gain = (decision.before_seconds - decision.after_seconds) * steps
+        assert gain > decision.move_seconds or decision.groups is None
+    assert decision.groups is not None  # 100 steps are enough
 
 
 def test_moves_go_from_a_holder_to_those_that_lack_the_expert() -> None:

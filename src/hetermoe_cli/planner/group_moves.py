@@ -16,6 +16,7 @@ from hetermoe_cli.cost.moving import moving_seconds
 from hetermoe_cli.planner.named import AIMS, Named
 from hetermoe_cli.planner.replay import busy_bound, overflow
 from hetermoe_cli.planner.single_moves import neighbours
+from hetermoe_cli.schedule.zebra import OPTIMIZER
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
 
@@ -29,15 +30,15 @@ class Search:
         current: Layout,
         remaining_steps: int,
         end: float,
-        floor: float = 0.0,
+        others: tuple[float, float] = (0.0, 0.0),
     ) -> None:
-        """`cost_of`: a layout's costs, with what it sums with other groups. `end`: on the monotonic clock. `floor`: an
-        iteration that others take anyway, so that a shorter one is worth nothing."""
+        """`cost_of`: a layout's costs, with what it sums with other groups. `end`: on the monotonic clock. `others`:
+        from when on other groups could step, and their slowest step: being faster than they are is worth nothing."""
         self.current, self._cost_of = current, cost_of
         self.cost = cost_of(current).cost
-        self._remaining, self._end, self._floor = remaining_steps, end, floor
+        self._remaining, self._end, self._others = remaining_steps, end, others
         self.layout: Layout | None = None
-        self.seconds = self.total = self.fastest = inf
+        self.ready = self.total = self.fastest = inf
         self.offer(current)
 
     @property
@@ -48,28 +49,27 @@ class Search:
     def offer(self, layout: Layout) -> bool:
         """Keep `layout` if it is better."""
         layout_cost = self._cost_of(layout)
-        if overflow(layout_cost) or self._steps(busy_bound(layout_cost)) >= self.total:
+        least = max(busy_bound(layout_cost), sum(self._others))
+        if overflow(layout_cost) or least * self._remaining >= self.total:
             return False
-        seconds = simulate(layout_cost).seconds
+        optimizer = max(layout_cost.seconds(rank, OPTIMIZER) for rank in range(layout.world_size))
+        ready = simulate(layout_cost).seconds - optimizer
+        seconds = max(ready, self._others[0]) + max(optimizer, self._others[1])
         self.fastest = min(self.fastest, seconds)
-        total = self._steps(seconds) + moving_seconds(self.cost, self.current, layout)
+        total = seconds * self._remaining + moving_seconds(self.cost, self.current, layout)
         if total >= self.total:
             return False
-        self.layout, self.seconds, self.total = layout, seconds, total
+        self.layout, self.ready, self.total = layout, ready, total
         return True
 
-    def _steps(self, seconds: float) -> float:
-        return max(seconds, self._floor) * self._remaining
 
-
-def search(found: Search, planned: Layout) -> Search:
+def search(found: Search, planned: Layout) -> None:
     """Offer `found` candidates until its time is up; `planned`: the plan's layout, whose counts say what ranks have
     time for."""
     for layout in _candidates(found, planned):
         found.offer(layout)
         if found.over:
             break
-    return found
 
 
 def _candidates(search: Search, planned: Layout) -> Iterator[Layout]:

@@ -50,26 +50,25 @@ def decide(
     if len(layouts) < len(current):
         return _stay(before, "no placement fits into memory under this load")
     if layouts == current:
-        if (gain := before - found.fastest) < LEAST_GAIN * before:
-            return _stay(before, NOT_FASTER)
-        return _stay(
-            before, f"moving takes longer than the {gain * 1e3:.3g} ms an iteration that {remaining_steps} steps gain"
-        )
-    after = replay_moved(plan.inputs, replayed, layouts)
+        gain = before - found.fastest
+        return _stay(before, NOT_FASTER if gain < LEAST_GAIN * before else _too_long(gain, remaining_steps))
+    after, pairs = replay_moved(plan.inputs, replayed, layouts), list(zip(replayed.groups, layouts, strict=True))
+    move_seconds = max(moving_seconds(g.cost, g.group.layout, to) for g, to in pairs)
     if not any(_overflows(replayed)):
-        if before - after.seconds < LEAST_GAIN * before:
+        if (gain := before - after.seconds) < LEAST_GAIN * before:
             return _stay(before, NOT_FASTER)
+        if gain * remaining_steps <= move_seconds:  # another group is as slow as before
+            return _stay(before, _too_long(gain, remaining_steps))
         then = _search(plan, replay_measured(plan.inputs, groups, earlier), remaining_steps).layouts
         best = [layout or here for layout, here in zip(then, current, strict=True)]
         if before - replay_moved(plan.inputs, replayed, best).seconds < LEAST_GAIN * before:
             return _stay(before, UNSTEADY)
-    pairs = list(zip(replayed.groups, layouts, strict=True))
     travelling = [len(g.group.replicas) * len(move.targets) for g, to in pairs for move in moves(g.group.layout, to)]
     return Decision(
         groups=_merged(plan, after),
         before_seconds=before,
         after_seconds=after.seconds,
-        move_seconds=max(moving_seconds(g.cost, g.group.layout, to) for g, to in pairs),
+        move_seconds=move_seconds,
         moved=sum(travelling),
     )
 
@@ -80,25 +79,29 @@ def _stay(seconds: float, reason: str) -> Decision:
     )
 
 
+def _too_long(gain: float, remaining_steps: int) -> str:
+    return f"moving takes longer than the {gain * 1e3:.3g} ms an iteration that {remaining_steps} steps gain"
+
+
 def _search(plan: Plan, replayed: Replayed, remaining_steps: int) -> _Found:
     """Groups from the slowest on; those that do not fit as they are come first."""
     end, planned, full = time.monotonic() + SOLVE_SECONDS, _by_rank(plan), _overflows(replayed)
-    seconds = [replayed.seconds_of(number) for number in range(len(full))]
+    ready = [replayed.ready(number) for number in range(len(full))]
     layouts: list[Layout | None] = [g.group.layout for g in replayed.groups]
-    order = sorted(range(len(full)), key=lambda number: (not full[number], -seconds[number]))
+    order = sorted(range(len(full)), key=lambda number: (not full[number], -ready[number]))
     floor = fastest = 0.0
     for place, number in enumerate(order):
-        if seconds[number] <= floor and not full[number]:
-            fastest = max(fastest, seconds[number])
+        if ready[number] <= floor and not full[number]:
+            fastest = max(fastest, ready[number] + replayed.optimizer)
             continue
         now, group = time.monotonic(), replayed.groups[number].group
         until = now + (end - now) / (len(order) - place)
+        optimizer = max((g.optimizer for other, g in enumerate(replayed.groups) if other != number), default=0.0)
         cost_of = partial(replayed.with_placement, number)
-        found = search(
-            Search(cost_of, group.layout, remaining_steps, until, floor), planned[group.replicas[0][0]].layout
-        )
+        found = Search(cost_of, group.layout, remaining_steps, until, (floor, optimizer))
+        search(found, planned[group.replicas[0][0]].layout)
         layouts[number] = found.layout
-        floor, fastest = max(floor, found.seconds), max(fastest, found.fastest)
+        floor, fastest = max(floor, found.ready), max(fastest, found.fastest)
     return _Found(layouts, fastest)
 
 

@@ -15,7 +15,7 @@ What a prediction by medians still misses is what makes tasks differ from their 
 other the slowest counts. The iteration before and after shows how much that is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -27,7 +27,6 @@ from hetermoe_cli.profiler.refit import KINDS, Fit, fit, point_sizes, refit
 from hetermoe_cli.report.link_fit import LinkFit, fit_link
 from hetermoe_cli.report.run_figures import REPLAYED_STEPS
 from hetermoe_cli.report.run_tasks import Place, RunTasks, Samples, read_run_tasks
-from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import LinkRecord
 from hetermoe_cli.spec.plan import Inputs
 from hetermoe_cli.spec.profile import KernelTable, Profile
@@ -193,10 +192,5 @@ def _iteration(run: RunTasks, before: Inputs, after: Inputs) -> Iteration:
     steps = run.steps[-REPLAYED_STEPS:]
     seconds = run.trace.step_seconds()
     return Iteration(
-        median(seconds[step] for step in steps), *(_replayed(run, each, steps) for each in (before, after))
+        median(seconds[step] for step in steps), *(median(run.seconds(each, steps)) for each in (before, after))
     )
-
-
-def _replayed(run: RunTasks, inputs: Inputs, steps: Sequence[int]) -> float:
-    costs = run.costs(inputs)
-    return median(max(simulate(copy[step]).seconds for copy in costs) for step in steps)  # the slowest copy

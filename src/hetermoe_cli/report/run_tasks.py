@@ -7,15 +7,15 @@ task holds a second forward: the task's own forward is taken off both sides.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from hetermoe_cli.cost import LayoutCost, balanced_load
-from hetermoe_cli.cost.layout import RecordedLoad
+from hetermoe_cli.cost.layout import Load, RecordedLoad
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.planner.cluster.replayed import replay_groups
+from hetermoe_cli.planner.cluster.replayed import Replayed, replay_groups
 from hetermoe_cli.profiler.refit import KINDS, Sample
 from hetermoe_cli.report.measured import of_ranks, read_spans
 from hetermoe_cli.report.run_figures import read_run, recorded_load
@@ -91,15 +91,24 @@ class RunTasks:
     def costs(self, plan: Inputs) -> list[dict[int, LayoutCost]]:
         """Of every copy among the others, but without its waiting for them, the cost of every step, by its load."""
         replayed = replay_groups(plan, self.spec.groups)
+        loads = [self._loads(replayed, step) for step in self.steps]
         return [
             {
-                step: replayed.cost_of(
-                    number, load or balanced_load(replayed.groups[number].cost, copy.layout), waits=False
-                )
-                for step, load in copy.loads.items()
+                step: replayed.cost_of(number, load[copy], waits=False)
+                for step, load in zip(self.steps, loads, strict=True)
             }
-            for number, copy in zip(replayed.copies, self.copies, strict=True)
+            for copy, number in enumerate(replayed.copies)
         ]
+
+    def seconds(self, plan: Inputs, steps: Sequence[int]) -> list[float]:
+        """The iteration of each step, simulated with its loads."""
+        replayed = replay_groups(plan, self.spec.groups)
+        return [replayed.seconds_under(self._loads(replayed, step)) for step in steps]
+
+    def _loads(self, replayed: Replayed, step: int) -> list[Load]:
+        """Of every copy."""
+        pairs = zip(replayed.copies, self.copies, strict=True)
+        return [copy.loads[step] or balanced_load(replayed.groups[number].cost, copy.layout) for number, copy in pairs]
 
     def samples(self, plan: Inputs) -> Samples:
         """Every compute task that was traced, against its cost by `plan`."""

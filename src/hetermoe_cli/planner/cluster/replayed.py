@@ -90,7 +90,7 @@ class Replayed:
     @property
     def seconds(self) -> float:
         """The iteration: the slowest group's compute, what synchronising adds, the slowest optimizer step."""
-        return self.reduced + self.after + max(g.optimizer for g in self.groups)
+        return self.reduced + self.after + self.optimizer
 
     @property
     def copies(self) -> list[int]:
@@ -112,13 +112,19 @@ class Replayed:
             return LayoutCost(g.cost, layout, load)
         return GroupCost(g.cost, layout, g.reduces, wait + self.after, load)
 
-    def seconds_of(self, number: int, load: Load | None = None) -> float:
-        """A group's own iteration, without its waiting for others, under a load."""
-        return simulate(self.cost_of(number, load, waits=False)).seconds
+    @property
+    def optimizer(self) -> float:
+        """The slowest optimizer step."""
+        return max(g.optimizer for g in self.groups)
+
+    def ready(self, number: int, load: Load | None = None) -> float:
+        """When a group could step if no other were slower, under a load."""
+        return simulate(self.cost_of(number, load, waits=False)).seconds - self.groups[number].optimizer
 
     def seconds_under(self, loads: Sequence[Load | None]) -> float:
-        """The iteration of the slowest copy, each under a load of its own."""
-        return max(self.seconds_of(number, load) for number, load in zip(self.copies, loads, strict=True))
+        """The iteration with a load for every copy."""
+        ready = [self.ready(number, load) for number, load in zip(self.copies, loads, strict=True)]
+        return max(ready) + self.optimizer
 
     def busy_share(self, world_size: int) -> list[float]:
         """Share of the iteration in which each rank of the cluster computes; 0 in no group."""
