@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from hypothesis import strategies as st
 
 from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import ClusterSpec, Link, NodeGroup
 from hetermoe_cli.spec.layout import ExpertOrder, LayerPlacement, Layout, ScheduleChoice, ScheduleName, TransferOrder
@@ -234,6 +235,21 @@ def make_plan(inputs: Inputs | None = None, layout: Layout | None = None) -> Pla
         inputs=inputs,
         inputs_sha256=inputs.hashes(),
     )
+
+
+def make_groups_plan(inputs: Inputs, *groups: tuple[Layout, Sequence[list[int]]]) -> Plan:
+    """A plan of several layouts with the ranks of each copy, predicted by their replay."""
+    size, model = inputs.cluster.world_size, inputs.model
+    alone = [[count, *[0] * (size - 1)] for count in (inputs.train.global_batch_sequences, model.experts)]
+    whole = make_plan(inputs, make_layout(*alone, layers=model.layers, micro_batches=1))
+    found = [Group.of(layout, list(replicas)) for layout, replicas in groups]
+    replayed = replay_groups(inputs, found)
+    predicted = whole.predicted.model_copy(
+        update={"iteration_seconds": replayed.seconds, "busy_share_per_rank": replayed.busy_share(size)}
+    )
+    memory = replayed.memory(CostModel(inputs))
+    changes = {"groups": found, "predicted": predicted, "memory": memory, "max_groups": None}
+    return Plan.model_validate(whole.model_copy(update=changes).model_dump())
 
 
 @st.composite

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from builders import make_inputs, make_layout, make_model, make_plan, make_profile
-from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.cost.layout import RecordedLoad
+from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.runtime.recorder import load_path, trace_path
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.files import dump
@@ -106,27 +106,37 @@ def write_run(
     dump(run, folder / "run.yaml")
     counts = _counts(plan, run.steps)
     if loads:
-        for rank in plan.layout.attending:
+        for rank in plan.world.attending:
             path = load_path(folder, rank)
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, counts[rank])
-    cost, scale = CostModel(truth or plan.inputs), emulated_scale or 1.0
+    replayed, scale = replay_groups(truth or plan.inputs, plan.groups), emulated_scale or 1.0
     origin: Any = "emulated" if emulated_scale else "measured"
-    traces = [Trace(origin) for _ in range(plan.layout.world_size)]
+    traces = [Trace(origin) for _ in range(plan.world.size)]
     for step in range(FIRST_STEP, run.steps):
         slow = scale * (WARM_UP if step == FIRST_STEP and steps > 1 else 1.0)
-        for span in simulate(LayoutCost(cost, plan.layout, RecordedLoad(counts[:, step], 1.0))).spans:
-            traces[span.rank].spans.append(span._replace(start=slow * span.start, end=slow * span.end, step=step))
+        loads = [RecordedLoad(np.array([counts[r][step] for r in c.processes]), 1.0) for c in plan.world.replicas]
+        ready = [replayed.ready(number, load) for number, load in zip(replayed.copies, loads, strict=True)]
+        for number, load, copy, own in zip(replayed.copies, loads, plan.world.replicas, ready, strict=True):
+            wait = max(ready) - own  # in S, for the other copies
+            for span in simulate(replayed.cost_of(number, load, waits=False)).spans:
+                late = [wait * span.name.startswith("optimizer"), wait * span.name.startswith(("sync", "optimizer"))]
+                start, end = slow * (span.start + late[0]), slow * (span.end + late[1])
+                there = span._replace(rank=copy.processes[span.rank], start=start, end=end, step=step)
+                traces[there.rank].spans.append(there)
     for rank, trace in enumerate(traces):
         trace.write(trace_path(folder, rank))
     return folder
 
 
-def _counts(plan: Plan, steps: int) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """[world, steps, layers, micro-batches, experts] rows that a skewed router sends."""
-    layout, train, model = plan.layout, plan.inputs.train, plan.inputs.model
+def _counts(plan: Plan, steps: int) -> dict[int, np.ndarray[Any, np.dtype[np.int32]]]:
+    """By rank, [steps, layers, micro-batches, experts] rows that a skewed router sends."""
+    train, model, result = plan.inputs.train, plan.inputs.model, {}
     random = np.random.default_rng(0)
-    rows = [count * train.sequence_length * model.top_k for count in layout.sequences_per_rank]
-    places = (steps, layout.layers, layout.micro_batches)
-    shares = random.dirichlet(np.ones(layout.experts), size=places)
-    return np.array([random.multinomial(count, shares) for count in rows], np.int32)
+    for copy in plan.world.replicas:
+        layout = copy.layout
+        rows = [count * train.sequence_length * model.top_k for count in layout.sequences_per_rank]
+        shares = random.dirichlet(np.ones(layout.experts), size=(steps, layout.layers, layout.micro_batches))
+        sent = [random.multinomial(count, shares).astype(np.int32) for count in rows]
+        result |= zip(copy.processes, sent, strict=True)
+    return result

@@ -71,7 +71,6 @@ def test_simulate_one_group_on_its_local_ranks(
     [
         (["simulate", "PLAN", "--group", "1"], "--group 1: the plan has groups 0 to 0"),
         (["simulate", "PLAN", "--schedule"], "it has several groups: choose one with --group 0 to 0"),
-        (["train", "PLAN", "--rebalance"], "field groups: 2 of them: --rebalance works on one group: leave it out, or"),
     ],
 )
 def test_what_needs_one_group_says_so_in_one_line(

@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from builders import make_inputs, make_layout, make_model, make_plan, make_profile
+from builders import make_groups_plan, make_inputs, make_layout, make_model, make_profile
 from command import Hetermoe
-from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.planner.cluster.replayed import replay_groups
+from hetermoe_cli.profiler.refit import KINDS
 from hetermoe_cli.report.run_load import read_load
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.layout import Layout
-from hetermoe_cli.spec.plan import Group, Inputs, Plan
+from hetermoe_cli.spec.plan import Inputs, Plan
 from hetermoe_cli.spec.train import DenseState
 from train_command import events, train
 
@@ -61,17 +60,8 @@ def sharing_inputs() -> Inputs:
 
 
 def groups_plan(*groups: tuple[Layout, Sequence[list[int]]]) -> Plan:
-    """A plan of these groups, predicted by their replay."""
-    inputs = cpu_inputs()
-    whole = make_plan(inputs, make_layout((1, 1, 1, 1), (1, 1, 1, 1), micro_batches=2))
-    found = [Group.of(layout, list(replicas)) for layout, replicas in groups]
-    replayed = replay_groups(inputs, found)
-    predicted = whole.predicted.model_copy(
-        update={"iteration_seconds": replayed.seconds, "busy_share_per_rank": replayed.busy_share(4)}
-    )
-    memory = replayed.memory(CostModel(inputs))
-    changes = {"groups": found, "predicted": predicted, "memory": memory, "max_groups": None}
-    return Plan.model_validate(whole.model_copy(update=changes).model_dump())
+    """A plan of these groups on the four CPUs."""
+    return make_groups_plan(cpu_inputs(), *groups)
 
 
 def sharded(layout: Layout, state: DenseState = "full") -> Layout:
@@ -107,9 +97,13 @@ def test_several_groups_are_planned_trained_and_told_of(
     used = len(plan.used_ranks)
     assert {path.name for path in (folder / "traces").iterdir()} == {f"rank{rank}.json" for rank in range(used)}
     assert len(summary["memory"]["measured_bytes"]) == used
-    assert not events(folder, "drift")
     rows = np.array(read_load(folder).layers)
     assert rows.sum(axis=1).tolist() == [STEPS * BATCH * 32 * MODEL.top_k] * MODEL.layers
+    sent = sum(np.load(path).sum(axis=2) for path in (folder / "loads").iterdir())  # [steps, layers, experts]
+    for line, counts in zip(events(folder, "step"), sent, strict=True):
+        shares = counts / counts.mean(axis=1, keepdims=True)
+        assert line["expert_load_highest"] == pytest.approx(shares.max(axis=1).tolist(), abs=1e-4)
+        assert line["expert_load_lowest"] == pytest.approx(shares.min(axis=1).tolist(), abs=1e-4)
     assert summary["replayed_seconds"] == pytest.approx(plan.predicted.iteration_seconds, rel=0.3)
 
 
@@ -186,7 +180,7 @@ def test_dry_run_shows_the_workers_of_all_groups(text: Path, tmp_path: Path) -> 
     shown = json.loads(done.stdout)
     assert shown["workers"] == 3
     assert [group["replicas"] for group in shown["run"]["plan"]["groups"]] == [[[0, 1]], [[2]]]
-    assert shown["run"]["drift_every"] == 0
+    assert shown["run"]["drift_every"] == 20
     assert not (tmp_path / "run").exists()
 
 
@@ -196,17 +190,18 @@ def test_groups_that_keep_other_dense_states_are_refused(text: Path, tmp_path: P
     assert "field groups: dense_state optimizer, replicated: optimizer states are shared out" in done.stderr
 
 
-def test_what_works_on_one_group_says_so(hetermoe: Hetermoe, text: Path, tmp_path: Path) -> None:
+def test_what_compares_one_group_says_so_and_calibration_takes_all(
+    hetermoe: Hetermoe, text: Path, tmp_path: Path
+) -> None:
     dump(groups_plan((ALONE, [[0], [3]])), tmp_path / "plan.yaml")
     train(tmp_path / "plan.yaml", "--run-folder", tmp_path / "run", "--data", text, "--steps", 4)
-    for words in (
-        ["calibrate", tmp_path / "run", "--dry-run"],
-        ["simulate", tmp_path / "plan.yaml", "--measured", tmp_path / "run"],
-    ):
-        refused = hetermoe(*words)
-        assert refused.code == 3
-        assert "groups" in refused.err
-        assert len(refused.err.strip().splitlines()) == 1
+    refused = hetermoe("simulate", tmp_path / "plan.yaml", "--measured", tmp_path / "run")
+    assert refused.code == 3
+    assert "groups" in refused.err
+    assert len(refused.err.strip().splitlines()) == 1
+    found = hetermoe("calibrate", tmp_path / "run", "--dry-run", "--json")
+    assert found.code == 0, found.err
+    assert len(json.loads(found.out)["rows"]) == len(KINDS)
 
 
 def test_bench_compares_groups_with_one(hetermoe: Hetermoe, text: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A run that rebalances in its middle tells, decides, moves, and trains like one that does not and like one device."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from test_engine_equality import LENGTH, MODEL, arrays, batches
 from workers import run_workers
 
 from train_command import events
-from builders import make_inputs, make_layout, make_plan, make_profile
+from builders import make_groups_plan, make_inputs, make_layout, make_plan, make_profile
 from hetermoe_cli.model.training_state import training_tensors
 from hetermoe_cli.model.transformer import named_tensors
+from hetermoe_cli.planner.drift import NAMED
 from hetermoe_cli.runtime.recorder import read_rebalances
-from hetermoe_cli.spec.base import sha256
+from hetermoe_cli.spec.plan import Inputs, Plan, world_of
 from hetermoe_cli.spec.run import Emulation, RunSpec
 from hetermoe_cli.spec.train import TrainSpec
 
@@ -31,17 +33,46 @@ TRAIN = TrainSpec(
 )
 
 
-def make_run(folder: Path, *, rebalance: bool, experts: float = 0.02, emulate: bool = False, **options: Any) -> RunSpec:
+def one_group(experts: float) -> Plan:
     """Two ranks attend, two host three experts a layer, which take `experts` seconds a row (modelled)."""
-    profile = make_profile(
-        "new", model=MODEL, sequence_lengths=(LENGTH,), precision="fp32", attention_seconds=0.01, expert_seconds=experts
-    )
-    inputs = make_inputs((("new", 4),), model=MODEL, profiles={"new": profile}, sequence_length=LENGTH,
-                         global_batch_sequences=8, precision="fp32")  # fmt: skip
     layout = make_layout((2, 2, 0, 0), (0, 0, 3, 3), layers=MODEL.layers, micro_batches=2)
+    return make_plan(inputs({"new": (4, experts)}), layout)
+
+
+def two_groups(experts: float) -> Plan:
+    """One rank with two hosts, and on devices that are three times as slow one that hosts as well, with another."""
+    pair = make_layout((3, 0, 0), (0, 3, 3), layers=MODEL.layers, micro_batches=2)
+    other = make_layout((1, 0), (3, 3), layers=MODEL.layers, micro_batches=2)
+    devices = inputs({"new": (3, experts), "old": (2, 3 * experts)})
+    return make_groups_plan(devices, (pair, [[0, 1, 2]]), (other, [[3, 4]]))
+
+
+def inputs(types: dict[str, tuple[int, float]]) -> Inputs:
+    """A node of each device type: devices, and what an expert takes a row."""
+    profiles = {
+        name: make_profile(
+            name, model=MODEL, sequence_lengths=(LENGTH,), precision="fp32", attention_seconds=0.01, expert_seconds=seconds
+        )
+        for name, (_, seconds) in types.items()
+    }
+    nodes = [(name, count) for name, (count, _) in types.items()]
+    made = make_inputs(nodes, model=MODEL, profiles=profiles, sequence_length=LENGTH, global_batch_sequences=8,
+                       precision="fp32")  # fmt: skip
+    return made.model_copy(update={"train": TRAIN})
+
+
+def make_run(
+    folder: Path,
+    *,
+    rebalance: bool,
+    experts: float = 0.02,
+    emulate: bool = False,
+    plan: Callable[[float], Plan] = one_group,
+    **options: Any,
+) -> RunSpec:
     executed = {"executed": MODEL, "sequence_length": LENGTH, "time_scale": 0.02}
     return RunSpec(
-        plan=make_plan(inputs.model_copy(update={"train": TRAIN}), layout),
+        plan=plan(experts),
         folder=str(folder),
         corpus_sha256="",
         precision="fp64",
@@ -68,13 +99,14 @@ def work(rank: int, run: RunSpec) -> tuple[list[float], dict[str, np.ndarray], l
     from hetermoe_cli.runtime.mesh import common_moment, join
     from hetermoe_cli.runtime.recorder import Recorder
     from hetermoe_cli.runtime.trainer import Trainer
-    from hetermoe_cli.schedule.lower import training_schedule
+    from hetermoe_cli.schedule.lower import training_schedules
 
-    mesh = join(run.layout, "cpu")
-    trainer = Trainer.build(run.model, run.layout, TRAIN, mesh, sequence_length=LENGTH, precision="fp64")
+    mesh = join(run.world, "cpu")
+    trainer = Trainer.build(run.model, run.world, TRAIN, mesh, sequence_length=LENGTH, precision="fp64")
     skew(trainer.parts)
     if run.emulation:
-        trainer.clock = EmulatedClock(run, training_schedule(run.layout), rank)
+        copy, _ = run.world.seat(rank)
+        trainer.clock = EmulatedClock(run, training_schedules(run.world)[copy], rank)
     balancer = Balancer(run, trainer, Recorder(run, rank))
     trainer.clock.set_zero(common_moment(mesh.wire))
     losses = []
@@ -107,10 +139,9 @@ def test_a_rebalanced_run_equals_the_reference_and_a_run_without(tmp_path: Path)
     changes = read_rebalances(tmp_path / "moving")
     assert changes, "no rebalance happened"
     assert changes[0].step == EVERY
-    assert changes[0].is_of(run.plan.layout)
-    assert changes[0].plan_layout_sha256 == sha256(run.plan.layout)
+    assert changes[0].is_of(run.plan.groups)
     for rank, (*_, hosted, _) in enumerate(moving):
-        assert hosted == [placement.experts[rank] for placement in changes[-1].placement]
+        assert hosted == [placement.experts[rank] for placement in changes[-1].groups[0].placement]
     assert [hosted for *_, hosted, _ in moving] != [hosted for *_, hosted, _ in still]
 
     told = events(tmp_path / "moving", "drift")[0]
@@ -138,6 +169,37 @@ def test_a_rebalanced_run_equals_the_reference_and_a_run_without(tmp_path: Path)
             np.testing.assert_allclose(seen[name], value, rtol=0, atol=1e-9, err_msg=name)
 
 
+def test_groups_of_unequal_size_rebalance_and_equal_the_reference(tmp_path: Path) -> None:
+    """Each moves its own experts at the same step; every rank of both ends with the single device's states."""
+    run = make_run(tmp_path / "moving", rebalance=True, plan=two_groups)
+    ranks = run_workers(5, work, run)
+
+    changes = read_rebalances(tmp_path / "moving")
+    assert changes, "no rebalance happened"
+    assert changes[0].is_of(run.plan.groups)
+    before, after = ([group.placement for group in groups] for groups in (run.plan.groups, changes[0].groups))
+    assert all(old != new for old, new in zip(before, after, strict=True))
+    world = world_of(changes[-1].groups)
+    for process, (*_, hosted, _) in enumerate(ranks):
+        copy, rank = world.seat(process)
+        assert hosted == [placement.experts[rank] for placement in world.replicas[copy].layout.placement]
+
+    told = events(tmp_path / "moving", "drift")[0]
+    departed = {(found["rank"], found["group"], found["device"]) for found in told["departures"]}
+    assert departed >= {(1, 0, "new"), (3, 1, "old")}
+    for found in told["departures"][:NAMED]:
+        assert f"rank {found['rank']} ({found['device']}, group {found['group']}) gets" in told["message"]
+
+    losses, expected = reference()
+    seen: set[str] = set()
+    for own, state, _, _ in ranks:
+        np.testing.assert_allclose(own, losses, rtol=0, atol=1e-9)
+        for name, value in state.items():
+            np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-9, err_msg=name)
+        seen |= state.keys()
+    assert seen == expected.keys()
+
+
 def test_nothing_moves_and_nothing_is_told_twice_where_experts_cost_nothing(tmp_path: Path) -> None:
     run_workers(4, work, make_run(tmp_path / "moving", rebalance=True, experts=1e-7))
     assert not read_rebalances(tmp_path / "moving")
@@ -146,9 +208,11 @@ def test_nothing_moves_and_nothing_is_told_twice_where_experts_cost_nothing(tmp_
     assert 1 <= len(decided) == len(events(tmp_path / "moving", "drift")) < STEPS // EVERY
 
 
-def test_an_emulated_run_goes_on_with_one_clock(tmp_path: Path) -> None:
+@pytest.mark.parametrize("plan", [one_group, two_groups])
+def test_an_emulated_run_goes_on_with_one_clock(tmp_path: Path, plan: Callable[[float], Plan]) -> None:
     """Emulated devices are as fast as profiled, whatever this machine does; spans of all steps are kept."""
-    ranks = run_workers(4, work, make_run(tmp_path / "moving", rebalance=True, emulate=True))
+    run = make_run(tmp_path / "moving", rebalance=True, emulate=True, plan=plan)
+    ranks = run_workers(run.world.size, work, run)
     assert read_rebalances(tmp_path / "moving")
     assert all(steps == list(range(STEPS)) for *_, steps in ranks)
     assert not (tmp_path / "moving/board.bin").exists()

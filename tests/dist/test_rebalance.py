@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 from test_engine_equality import BIAS, LENGTH, MIXED, STEPS, TRAIN, Case, arrays, batches, hosts, reference, starve
+from test_groups_equality import ALL
+from test_groups_equality import CASES as GROUPS
 from test_sharded_states import in_state, whole_weights
 from workers import run_workers
 
 from hetermoe_cli.model.training_state import training_tensors
 from hetermoe_cli.spec.layout import LayerPlacement
+from hetermoe_cli.spec.world import World
 
 SPREAD = [
     LayerPlacement(experts=[[0, 5], [1], [2], [3, 4]]),
@@ -38,45 +41,71 @@ CASES = {
 FIRST = next(iter(CASES))
 SHARED = (FIRST, "2+2, back again", "one host -> all replicated", "beside copies that stay")
 STATES = [*((name, "replicated") for name in CASES), *((name, "optimizer") for name in SHARED), (FIRST, "full")]
+GROUP_CASES = {
+    "three and two, both move": (
+        GROUPS["experts elsewhere in each group"],
+        [hosts([2, 1], [0, 5], [3, 4]), hosts([4, 0], [5, 1], replicated=(2, 3))],
+    ),
+    "copies come and go in one group": (
+        GROUPS["replicated in both groups"],
+        [hosts([5, 1], [3], replicated=(0, 2, 4)), hosts([0], [1, 2, 3], replicated=(4, 5))],
+    ),
+    "only one of unequal groups": (
+        GROUPS["four and one"],
+        [SPREAD, hosts(ALL)],
+    ),
+}
+GROUP_STATES = [(name, state) for name in GROUP_CASES for state in ("replicated", "optimizer", "full")]
 MOVED_AFTER = 1  # steps
 
 
-def work(rank: int, case: Case, placement: list[LayerPlacement] | None, dense_state: str):
+Placements = list[list[LayerPlacement]]  # of every copy of the model
+
+
+def in_other_places(world: World, placements: Placements) -> World:
+    copies = zip(world.replicas, placements, strict=True)
+    return World.side_by_side(
+        [(copy.layout.model_copy(update={"placement": placement}), copy.processes) for copy, placement in copies]
+    )
+
+
+def work(rank: int, case: Case, placements: Placements | None, dense_state: str):
     """Per step the loss and the states that this rank would save, or has a copy of; experts move after the first step."""
     from hetermoe_cli.runtime.mesh import join
     from hetermoe_cli.runtime.rebalance import move_experts
     from hetermoe_cli.runtime.trainer import Trainer
 
-    layout = in_state(case.layout, dense_state)
-    trainer = Trainer.build(case.model, layout, TRAIN, join(layout, "cpu"), sequence_length=LENGTH, precision="fp64")
+    world = in_state(case.layout, dense_state)
+    trainer = Trainer.build(case.model, world, case.train, join(world, "cpu"), sequence_length=LENGTH, precision="fp64")
     with whole_weights(trainer):
         starve(trainer.parts)
     result = []
     for step in range(STEPS):
         found = trainer.step(batches(), step)
-        if step + 1 == MOVED_AFTER and placement:
-            layout = trainer.layout.model_copy(update={"placement": placement})
-            before = {layer: parts.hosted.gate_up for layer, parts in enumerate(trainer.parts.experts)}
-            move_experts(trainer, case.model, layout, step + 1)
+        if step + 1 == MOVED_AFTER and placements:
+            copy, local = world.seat(rank)
+            before, placement = world.replicas[copy].layout.placement, placements[copy]
+            groups = {layer: parts.hosted.gate_up for layer, parts in enumerate(trainer.parts.experts)}
+            move_experts(trainer, case.model, in_other_places(world, placements), step + 1)
             for layer, parts in enumerate(trainer.parts.experts):
-                assert parts.hosted.ids == placement[layer].experts[rank]
-                same = case.placement[layer].experts[rank] == placement[layer].experts[rank]
-                assert (parts.hosted.gate_up is before[layer]) is same
+                assert parts.hosted.ids == placement[layer].experts[local]
+                same = before[layer].experts[local] == placement[layer].experts[local]
+                assert (parts.hosted.gate_up is groups[layer]) is same
             held = {id(master) for group in trainer.optimizer.param_groups for master in group["params"]}
             assert held == {id(p) for p in trainer.optimizer.state}
             pieces = trainer.optimizer.pieces
             shared = {id(piece.weight) for by_index in pieces.values() for piece in by_index.values()}
             assert held == shared | {id(p) for p in trainer.parts.parameters() if p not in pieces}
+            assert set(trainer.mesh.shared) == {m for m in trainer.world.communicators() if rank in m}
         saved = trainer.shards.tensors(trainer.optimizer) if trainer.shards else {}
         result.append((found.loss, arrays(training_tensors(trainer.parts, trainer.optimizer) | saved)))
     return result
 
 
-@pytest.mark.parametrize(("name", "dense_state"), STATES)
-def test_equals_the_reference_and_a_run_that_moves_nothing(name: str, dense_state: str) -> None:
-    case, placement = CASES[name]
+def compare(case: Case, placements: Placements, dense_state: str) -> None:
+    """With the single-device reference, and with a run that moves nothing."""
     expected = reference(case)
-    moved, still = (run_workers(len(case.sequences), work, case, goal, dense_state) for goal in (placement, None))
+    moved, still = (run_workers(len(case.sequences), work, case, goal, dense_state) for goal in (placements, None))
     for step, wanted in enumerate(expected):
         seen: dict[str, np.ndarray] = {}
         unmoved = {key: value for ranks in still for key, value in ranks[step][1].items()}
@@ -88,6 +117,19 @@ def test_equals_the_reference_and_a_run_that_moves_nothing(name: str, dense_stat
                     np.testing.assert_allclose(value, wanted.weights[key], rtol=0, atol=1e-9, err_msg=key)
             seen |= tensors
         assert seen.keys() == unmoved.keys()
+
+
+@pytest.mark.parametrize(("name", "dense_state"), STATES)
+def test_equals_the_reference_and_a_run_that_moves_nothing(name: str, dense_state: str) -> None:
+    case, placement = CASES[name]
+    compare(case, [placement], dense_state)
+
+
+@pytest.mark.parametrize(("name", "dense_state"), GROUP_STATES)
+def test_experts_of_several_groups_move_at_once(name: str, dense_state: str) -> None:
+    """Each group's own way: who sums an expert's gradients with whom changes, copies come and go."""
+    case, placements = GROUP_CASES[name]
+    compare(case, placements, dense_state)
 
 
 def there_and_back(rank: int, case: Case, dense_state: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], float]:
@@ -112,7 +154,7 @@ def there_and_back(rank: int, case: Case, dense_state: str) -> tuple[dict[str, n
     before = state()
     assert all(before[key].any() for key in before if key.endswith("gate_up@exp_avg_sq"))
     for placement in (SPREAD, MIXED):
-        move_experts(trainer, case.model, trainer.layout.model_copy(update={"placement": placement}), taken)
+        move_experts(trainer, case.model, in_other_places(trainer.world, [placement]), taken)
         assert {p.dtype for p in trainer.parts.parameters()} == {trainer.parts.dtype}
         alone = [p for p in trainer.parts.parameters() if p not in trainer.optimizer.pieces]
         assert len(trainer.parts.masters) == len(alone) * (precisions[rank] != "fp32")

@@ -2,7 +2,8 @@
 
 import pytest
 
-from builders import make_inputs, make_layout, make_model
+from builders import make_groups_plan, make_inputs, make_layout, make_model, make_plan
+from hetermoe_cli.cost.measured import MeasuredState
 from hetermoe_cli.planner.drift import Departure, Drift, find_drift
 from hetermoe_cli.spec.load import ExpertLoad
 from hetermoe_cli.spec.plan import Inputs
@@ -14,7 +15,9 @@ AS_PLANNED = [1.0, 1.0, 1.0]
 
 def drift(load: list[list[float]] | None, slowdown: list[float] = AS_PLANNED, inputs: Inputs = INPUTS) -> Drift:
     measured = ExpertLoad(layers=load) if load else None
-    return find_drift(inputs, LAYOUT, (inputs.expert_load, AS_PLANNED), (measured, slowdown))
+    plan = make_plan(inputs, LAYOUT)
+    states = MeasuredState(inputs.expert_load, AS_PLANNED), MeasuredState(measured, slowdown)
+    return find_drift(plan, plan.groups, *states)
 
 
 def test_a_balanced_load_and_profiled_speeds_are_no_drift() -> None:
@@ -50,6 +53,25 @@ def test_a_slow_device_is_named() -> None:
     found = drift(None, [1.0, 1.6, 1.0])
     assert [(d.rank, d.layer, d.factor) for d in found.departures] == [(1, None, 1.6)]
     assert "rank 1 (new) takes 1.60 times the seconds of its profile" in found.message()
+    assert found.measured_seconds > found.assumed_seconds
+
+
+def test_ranks_of_several_groups_are_named_with_theirs() -> None:
+    """Replicas of a group may differ in speed; rows are compared with what each group's own placement was to get."""
+    inputs = make_inputs((("new", 1),) * 5, model=make_model(layers=2, experts=4, top_k=1), global_batch_sequences=6)
+    pair, alone = make_layout((1, 0), (1, 3)), make_layout((1,), (4,))
+    plan = make_groups_plan(inputs, (pair, [[0, 1], [2, 4]]), (alone, [[3]]))
+    assumed, load = MeasuredState(None, [1.0] * 5), ExpertLoad(layers=[[2, 1, 1, 0]] * 2)
+    found = find_drift(plan, plan.groups, assumed, MeasuredState(load, [1, 1, 1, 1, 3]))
+    assert {(d.rank, d.group, d.layer): pytest.approx(d.factor) for d in found.departures} == {
+        (0, 0, 0): 2.0,
+        (2, 0, 0): 2.0,
+        (1, 0, 0): 2 / 3,
+        (4, 0, 0): 2 / 3,
+        (4, 0, None): 3.0,
+    }
+    assert "rank 4 (new, group 0) takes 3.00 times the seconds" in found.message()
+    assert found.assumed_seconds == pytest.approx(plan.predicted.iteration_seconds)
     assert found.measured_seconds > found.assumed_seconds
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from builders import make_layout
+from builders import make_groups_plan, make_layout
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.profiler.refit import KINDS
 from hetermoe_cli.report.calibration import Calibration, calibrate
@@ -23,6 +23,7 @@ RATIOS = {
     "old": dict(zip(KINDS, (2.0, 3.0, 0.9, 1.1, 1.0, 0.5), strict=True)),
 }
 TWO_NODES = (("new", 1), ("old", 1))
+APART = (("new", 1), ("new", 1), ("new", 1), ("old", 1), ("old", 1))
 PARTS = ("attention", "expert", "head")
 
 
@@ -55,6 +56,50 @@ def test_ratios_of_every_kind_are_recovered(tmp_path: Path, recompute: Any, repl
         assert row.spread < 1e-6
     assert found.iteration.after_seconds == pytest.approx(found.iteration.measured_seconds, rel=0.01)
     assert found.iteration.before_seconds != pytest.approx(found.iteration.measured_seconds, rel=0.05)
+
+
+def groups_plan(dense_state: Any = "replicated", nodes: Any = APART) -> Plan:
+    """Two copies of a pair with an expert host, on ranks of both types, and one device alone."""
+    schedule = {"micro_batches": 2, "dense_state": dense_state}
+    pair, alone = (
+        make_layout((2, 0), (1, 2), replicated=1, **schedule),
+        make_layout((1,), (4,), recompute="all", **schedule),
+    )
+    whole = measured_plan(make_layout((5, 0, 0, 0, 0), (4, 0, 0, 0, 0), micro_batches=2), nodes)
+    return make_groups_plan(whole.inputs, (pair, [[0, 3], [1, 4]]), (alone, [[2]]))
+
+
+def test_tasks_of_all_groups_count_with_their_own_layouts_and_loads(tmp_path: Path) -> None:
+    plan = groups_plan()
+    truth = scaled_inputs(plan.inputs, RATIOS)
+    found = calibrate(write_run(tmp_path, plan, truth))
+    kinds = {"old": ("expert forward", "expert backward", "optimizer"), "new": KINDS}
+    expected = {(device, kind): RATIOS[device][kind] for device in kinds for kind in kinds[device]}
+    assert ratios(found) == pytest.approx(expected, rel=0.01)
+    tasks = {(row.device, row.kind): row.tasks for row in found.rows}
+    steps, layers, micro_batches = found.steps, 2, 2
+    assert tasks["new", "head"] == 3 * steps * micro_batches
+    assert tasks["old", "expert forward"] == 2 * steps * layers * micro_batches
+    assert found.iteration.after_seconds == pytest.approx(found.iteration.measured_seconds, rel=0.01)
+    assert found.iteration.before_seconds != pytest.approx(found.iteration.measured_seconds, rel=0.05)
+
+
+def test_the_optimizer_is_fitted_where_groups_share_out_states(tmp_path: Path) -> None:
+    found = calibrate(write_run(tmp_path, groups_plan("optimizer")))
+    assert ratios(found)["new", "optimizer"] == pytest.approx(ratios(found)["new", "expert forward"], rel=0.01)
+
+
+def test_the_link_is_fitted_over_several_groups(tmp_path: Path) -> None:
+    """What they sum is one transfer of them all, from when the last of them came to it."""
+    before, really = 50.0, 2000.0
+    plan = wired(
+        groups_plan(nodes=(("new", 5),)), Link(bandwidth_gigabytes_per_second=1.0, latency_microseconds=before)
+    )
+    slow = Link(bandwidth_gigabytes_per_second=1.0, latency_microseconds=really)
+    found = calibrate(write_run(tmp_path, plan, plan.inputs.model_copy(update={"links": {"wire": slow}})))
+    assert found.link is not None
+    assert found.link.new.latency_microseconds == pytest.approx(really, rel=0.01)
+    assert found.iteration.after_seconds == pytest.approx(found.iteration.measured_seconds, rel=0.01)
 
 
 def test_the_first_traced_step_is_warm_up_unless_it_is_the_only_one(tmp_path: Path) -> None:

@@ -2,10 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.spec.load import ExpertLoad
 from hetermoe_cli.spec.plan import Inputs
+
+
+class MeasuredState(NamedTuple):
+    """What a run shows of its load (None: a balanced router) and of every rank's slowdown, its seconds over profiled
+    ones."""
+
+    load: ExpertLoad | None
+    slowdown: Sequence[float]
+
+    def of(self, ranks: Sequence[int]) -> "MeasuredState":
+        """That of some ranks alone."""
+        return MeasuredState(self.load, [self.slowdown[rank] for rank in ranks])
 
 
 class MeasuredCost(CostModel):

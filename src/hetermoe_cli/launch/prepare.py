@@ -57,7 +57,7 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
     plan = load(Plan, plan_path)
     plan.verify(str(plan_path))
     plan = started_plan(plan)
-    _check_groups(plan, plan_path, options)
+    _check_groups(plan, plan_path)
     check(plan.world, plan.inputs.train.precision)
     emulation = _emulation(plan, options.emulate) if options.emulate else None
     precision = options.emulate.precision if options.emulate else plan.inputs.train.precision
@@ -78,7 +78,7 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
         validate_every=options.validate_every,
         validation_batches=options.validation_batches,
         trace_steps=options.trace_steps,
-        drift_every=options.drift_every if plan.group_count == 1 else 0,
+        drift_every=options.drift_every,
         rebalance=options.rebalance,
         emulation=emulation,
     )
@@ -92,7 +92,7 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
     return run
 
 
-def _check_groups(plan: Plan, source: Path, options: TrainOptions) -> None:
+def _check_groups(plan: Plan, source: Path) -> None:
     if plan.group_count == 1:
         return
     states = {group.schedule.dense_state for group in plan.groups}
@@ -100,11 +100,6 @@ def _check_groups(plan: Plan, source: Path, options: TrainOptions) -> None:
         raise UserError(
             f"{source}: field groups: dense_state {', '.join(sorted(states))}: optimizer states are shared out over "
             "all groups or none: plan with one train.dense_state (not auto), or with --max-groups 1"
-        )
-    if options.rebalance:
-        raise UserError(
-            f"{source}: field groups: {plan.group_count} of them: --rebalance works on one group: leave it out, or "
-            "plan --max-groups 1"
         )
 
 

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from hetermoe_cli.cost.layout import LayoutCost
-from hetermoe_cli.cost.measured import MeasuredCost
-from hetermoe_cli.simulator import simulate
+from hetermoe_cli.cost.measured import MeasuredState
+from hetermoe_cli.planner.arrays import FloatArray
+from hetermoe_cli.planner.cluster.replayed import Replayed, replay_measured
 from hetermoe_cli.spec.base import NonNegativeInt, PositiveFloat, Spec
-from hetermoe_cli.spec.layout import Layout
-from hetermoe_cli.spec.load import ExpertLoad
-from hetermoe_cli.spec.plan import Inputs
+from hetermoe_cli.spec.plan import Group, Plan
 
 TOLERANCE = 1.25  # factors up to here, or down to its inverse, are no departure
 LEAST_FACTOR = 0.01  # reported: of a rank that gets no row any more, or is faster than its profile beyond belief
@@ -18,9 +17,11 @@ NAMED = 3  # ranks in a message
 
 
 class Departure(Spec):
-    """A rank's rows or seconds over those assumed. `layer`: where its rows depart most; null for its speed."""
+    """A rank's rows or seconds over those assumed. `layer`: where its rows depart most; null for its speed. `group`:
+    which of the plan's several groups it is in; null where there is one."""
 
     rank: NonNegativeInt
+    group: NonNegativeInt | None = None
     device: str
     factor: PositiveFloat
     layer: NonNegativeInt | None = None
@@ -58,46 +59,55 @@ class Drift(Spec):
 
 
 def _name(departure: Departure) -> str:
-    return f"rank {departure.rank} ({departure.device})"
+    group = "" if departure.group is None else f", group {departure.group}"
+    return f"rank {departure.rank} ({departure.device}{group})"
 
 
 def _more(departures: Sequence[Departure]) -> list[str]:
     return [f"and {len(departures) - NAMED} more"] if len(departures) > NAMED else []
 
 
-def find_drift(
-    inputs: Inputs,
-    layout: Layout,
-    assumed: tuple[ExpertLoad | None, Sequence[float]],
-    measured: tuple[ExpertLoad | None, Sequence[float]],
-) -> Drift:
-    """Compare (load, slowdown of every rank) as measured with what `layout` was solved for; None: a balanced router."""
-    before, after = (LayoutCost(MeasuredCost(inputs, *state), layout) for state in (assumed, measured))
-    names = [device.type for device in inputs.devices()]
-    found = [
-        Departure(rank=rank, device=names[rank], factor=factor, layer=layer)
-        for rank, (factor, layer) in enumerate(_load_factors(before, after))
-        if _off(factor) > TOLERANCE
-    ]
-    for rank, (old, new) in enumerate(zip(assumed[1], measured[1], strict=True)):
-        if _off(new / old) > TOLERANCE:
-            found.append(Departure(rank=rank, device=names[rank], factor=new / old))
+def find_drift(plan: Plan, groups: Sequence[Group], assumed: MeasuredState, measured: MeasuredState) -> Drift:
+    """Compare what was measured with what the placements of `groups`, those of `plan` with their experts where they
+    are, were solved for."""
+    before, after = (replay_measured(plan.inputs, groups, state) for state in (assumed, measured))
+    names = [device.type for device in plan.inputs.devices()]
+    group_of = {rank: number for number, group in enumerate(plan.groups) for ranks in group.replicas for rank in ranks}
+
+    def departure(rank: int, factor: float, layer: int | None = None) -> Departure:
+        group = group_of[rank] if plan.group_count > 1 else None
+        return Departure(rank=rank, group=group, device=names[rank], factor=factor, layer=layer)
+
+    old, new = _rows(before), _rows(after)
+    factors = {rank: _load_factor(old[rank], new[rank]) for rank in sorted(old)}
+    found = [departure(rank, *factor) for rank, factor in factors.items() if _off(factor[0]) > TOLERANCE]
+    for rank, (once, now) in enumerate(zip(assumed.slowdown, measured.slowdown, strict=True)):
+        if _off(now / once) > TOLERANCE:
+            found.append(departure(rank, now / once))
     return Drift(
         departures=sorted(found, key=lambda d: -_off(d.factor)),
-        assumed_seconds=simulate(before).seconds,
-        measured_seconds=simulate(after).seconds,
+        assumed_seconds=before.seconds,
+        measured_seconds=after.seconds,
     )
 
 
-def _load_factors(before: LayoutCost, after: LayoutCost) -> list[tuple[float, int]]:
-    """Per rank, by what factor its rows in a layer grew most, and in which; (1, 0) where no rows were assumed."""
-    layers, result = range(before.layout.layers), []
-    for rank in range(before.layout.world_size):
-        old, new = (np.array([sum(cost.expert_rows(rank, layer, 0)) for layer in layers]) for cost in (before, after))
-        ratios = np.divide(new, old, out=np.ones(len(old)), where=old > 0)
-        layer = int(ratios.argmax())
-        result.append((max(float(ratios[layer]), LEAST_FACTOR), layer))
+def _rows(replayed: Replayed) -> dict[int, FloatArray]:
+    """[layers] rows of a micro-batch that every rank computes."""
+    result: dict[int, FloatArray] = {}
+    for g in replayed.groups:
+        cost = LayoutCost(g.cost, g.group.layout)
+        layers = range(cost.layout.layers)
+        for local, ranks in enumerate(zip(*g.group.replicas, strict=True)):
+            rows = np.array([sum(cost.expert_rows(local, layer, 0)) for layer in layers])
+            result |= dict.fromkeys(ranks, rows)
     return result
+
+
+def _load_factor(old: FloatArray, new: FloatArray) -> tuple[float, int]:
+    """By what factor a rank's rows in a layer grew most, and in which; (1, 0) where none were assumed."""
+    ratios = np.divide(new, old, out=np.ones(len(old)), where=old > 0)
+    layer = int(ratios.argmax())
+    return max(float(ratios[layer]), LEAST_FACTOR), layer
 
 
 def _off(factor: float) -> float:

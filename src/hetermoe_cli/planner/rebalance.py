@@ -1,178 +1,125 @@
-"""Rebalancing: whether other places for named experts pay under a measured load, sequences and schedule kept.
+"""Rebalancing: whether other places for named experts pay under a measured load, sequences and schedules kept.
 
-Candidates: the experts placed by name for several aims (named.py), with equal ranks renumbered so that few experts
-move; then single moves, swaps and copies of the best so far. Each is judged by its replay over the steps that are left
-plus the time that moving takes, and must fit into memory.
+Experts move inside a group, each of which holds all of them. An iteration lasts as long as the slowest group's, so that
+groups are searched from the slowest on (group_moves.py), and only down to what those before still take; the rest stay
+as they are. What was found is replayed together, as moved experts can take longer to sum over groups.
 """
 
 import time
-from collections import Counter
-from collections.abc import Iterator
-from math import inf
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 
 from hetermoe_cli.cost.layout import LayoutCost
-from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.cost.measured import MeasuredState
 from hetermoe_cli.cost.moving import moves, moving_seconds
-from hetermoe_cli.planner.named import AIMS, Named
-from hetermoe_cli.planner.replay import busy_bound, overflow
-from hetermoe_cli.planner.single_moves import neighbours
-from hetermoe_cli.simulator import simulate
-from hetermoe_cli.spec.layout import LayerPlacement, Layout
+from hetermoe_cli.planner.cluster.replayed import Replayed, replay_measured, replay_moved
+from hetermoe_cli.planner.group_moves import Search, search
+from hetermoe_cli.planner.replay import overflow
+from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.plan import Group, Plan
 from hetermoe_cli.spec.rebalance import Decision
 
-SOLVE_SECONDS = 3.0
+SOLVE_SECONDS = 3.0  # of all groups
 LEAST_GAIN = 0.02  # of the iteration: less is within what a prediction is off
 NOT_FASTER = "no placement is predicted to be clearly faster"
 UNSTEADY = "the load is not steady: what would have been best some steps ago is no better now than what is there"
 
 
-class _Search:
-    """The layout whose steps and move are shortest together, of those that fit into memory."""
+@dataclass(frozen=True)
+class _Found:
+    """Every group's layout, null where none fits into memory, and its shortest iteration whatever moving takes."""
 
-    def __init__(self, cost: CostModel, current: Layout, remaining_steps: int) -> None:
-        self.cost, self.current, self.remaining = cost, current, remaining_steps
-        self._deadline = time.monotonic() + SOLVE_SECONDS
-        self.layout: Layout | None = None
-        self.seconds = self.total = self.fastest = inf
-        self.offer(current)
-
-    @property
-    def over(self) -> bool:
-        """Whether the time is up."""
-        return time.monotonic() > self._deadline
-
-    def offer(self, layout: Layout) -> bool:
-        """Keep `layout` if it is better."""
-        layout_cost = LayoutCost(self.cost, layout)
-        if overflow(layout_cost) or busy_bound(layout_cost) * self.remaining >= self.total:
-            return False
-        seconds = simulate(layout_cost).seconds
-        self.fastest = min(self.fastest, seconds)
-        total = seconds * self.remaining + moving_seconds(self.cost, self.current, layout)
-        if total >= self.total:
-            return False
-        self.layout, self.seconds, self.total = layout, seconds, total
-        return True
+    layouts: list[Layout | None]
+    fastest: float
 
 
-def decide(cost: CostModel, earlier: CostModel, current: Layout, planned: Layout, remaining_steps: int) -> Decision:
-    """Where experts should be for the `remaining_steps` under the load and speeds of `cost`.
+def decide(
+    plan: Plan, groups: Sequence[Group], now: MeasuredState, earlier: MeasuredState, remaining_steps: int
+) -> Decision:
+    """Where the experts of `groups`, those of `plan`, should be for the `remaining_steps` under the load of `now`.
 
-    `earlier`: of the steps before those. What would have been best then must be faster now, or else the load moves on
-    too fast for any placement. `planned`: the plan's layout, whose counts say what ranks have time for.
+    `earlier`: of the steps before those, at the same speeds. What would have been best then must be faster now, or else
+    the load moves on too fast for any placement.
     """
-    before = simulate(LayoutCost(cost, current)).seconds
-    search = _searched(cost, current, planned, remaining_steps)
-    found = search.layout
-    if found is None:
+    replayed = replay_measured(plan.inputs, groups, now)
+    before, current = replayed.seconds, [g.group.layout for g in replayed.groups]
+    found = _search(plan, replayed, remaining_steps)
+    layouts = [layout for layout in found.layouts if layout]
+    if len(layouts) < len(current):
         return _stay(before, "no placement fits into memory under this load")
-    if found.placement == current.placement:
-        if before - search.fastest < LEAST_GAIN * before:
+    if layouts == current:
+        gain = before - found.fastest
+        return _stay(before, NOT_FASTER if gain < LEAST_GAIN * before else _too_long(gain, remaining_steps))
+    after, pairs = replay_moved(plan.inputs, replayed, layouts), list(zip(replayed.groups, layouts, strict=True))
+    move_seconds = max(moving_seconds(g.cost, g.group.layout, to) for g, to in pairs)
+    if not any(_overflows(replayed)):
+        if (gain := before - after.seconds) < LEAST_GAIN * before:
             return _stay(before, NOT_FASTER)
-        gain = (before - search.fastest) * 1e3
-        return _stay(
-            before, f"moving takes longer than the {gain:.3g} ms an iteration that {remaining_steps} steps gain"
-        )
-    if overflow(LayoutCost(cost, current)) is None:
-        if before - search.seconds < LEAST_GAIN * before:
-            return _stay(before, NOT_FASTER)
-        then = _searched(earlier, current, planned, remaining_steps).layout or current
-        gain = before - simulate(LayoutCost(cost, then)).seconds
-        if gain < LEAST_GAIN * before:
+        if gain * remaining_steps <= move_seconds:  # another group is as slow as before
+            return _stay(before, _too_long(gain, remaining_steps))
+        then = _search(plan, replay_measured(plan.inputs, groups, earlier), remaining_steps).layouts
+        best = [layout or here for layout, here in zip(then, current, strict=True)]
+        if before - replay_moved(plan.inputs, replayed, best).seconds < LEAST_GAIN * before:
             return _stay(before, UNSTEADY)
+    travelling = [len(g.group.replicas) * len(move.targets) for g, to in pairs for move in moves(g.group.layout, to)]
     return Decision(
-        placement=found.placement,
+        groups=_merged(plan, after),
         before_seconds=before,
-        after_seconds=search.seconds,
-        move_seconds=moving_seconds(cost, current, found),
-        moved=sum(len(move.targets) for move in moves(current, found)),
+        after_seconds=after.seconds,
+        move_seconds=move_seconds,
+        moved=sum(travelling),
     )
-
-
-def _searched(cost: CostModel, current: Layout, planned: Layout, remaining_steps: int) -> _Search:
-    search = _Search(cost, current, remaining_steps)
-    for layout in _candidates(search, planned):
-        search.offer(layout)
-        if search.over:
-            break
-    return search
 
 
 def _stay(seconds: float, reason: str) -> Decision:
     return Decision(
-        placement=None, reason=reason, before_seconds=seconds, after_seconds=seconds, move_seconds=0.0, moved=0
+        groups=None, reason=reason, before_seconds=seconds, after_seconds=seconds, move_seconds=0.0, moved=0
     )
 
 
-def _candidates(search: _Search, planned: Layout) -> Iterator[Layout]:
-    """Layouts to offer; later ones start from the best so far."""
-    kinds = _kinds(search.cost, search.current)
-    aimed = [_named(search.cost, layout) for layout in _different(planned, search.current)]
-    for named in aimed:
-        for aim in AIMS:
-            if aim.mean and named.steady:  # no other aim
-                continue
-            if layout := named.place(aim):
-                yield renumbered(layout, search.current, kinds)
-                yield layout
-    while not search.over:
-        before = search.total
-        for layer in range(search.cost.model.layers):
-            base = search.layout or search.current
-            for placement in neighbours(aimed[0], base, layer):
-                yield _with_layer(base, layer, placement)
-                if search.layout is not base:  # the others start from where it was
-                    break
-        if search.total >= before:
-            return
+def _too_long(gain: float, remaining_steps: int) -> str:
+    return f"moving takes longer than the {gain * 1e3:.3g} ms an iteration that {remaining_steps} steps gain"
 
 
-def _named(cost: CostModel, layout: Layout) -> Named:
-    """Its ranks should have time for what they have in `layout` at their profiled speeds."""
-    named = Named(cost, layout)
-    named.target = Named(CostModel(cost.inputs), layout).target
-    return named
+def _search(plan: Plan, replayed: Replayed, remaining_steps: int) -> _Found:
+    """Groups from the slowest on; those that do not fit as they are come first."""
+    end, planned, full = time.monotonic() + SOLVE_SECONDS, _by_rank(plan), _overflows(replayed)
+    ready = [replayed.ready(number) for number in range(len(full))]
+    layouts: list[Layout | None] = [g.group.layout for g in replayed.groups]
+    order = sorted(range(len(full)), key=lambda number: (not full[number], -ready[number]))
+    floor = fastest = 0.0
+    for place, number in enumerate(order):
+        if ready[number] <= floor and not full[number]:
+            fastest = max(fastest, ready[number] + replayed.optimizer)
+            continue
+        now, group = time.monotonic(), replayed.groups[number].group
+        until = now + (end - now) / (len(order) - place)
+        optimizer = max((g.optimizer for other, g in enumerate(replayed.groups) if other != number), default=0.0)
+        cost_of = partial(replayed.with_placement, number)
+        found = Search(cost_of, group.layout, remaining_steps, until, (floor, optimizer))
+        search(found, planned[group.replicas[0][0]].layout)
+        layouts[number] = found.layout
+        floor, fastest = max(floor, found.ready), max(fastest, found.fastest)
+    return _Found(layouts, fastest)
 
 
-def _different(first: Layout, second: Layout) -> list[Layout]:
-    return [first] if first.placement == second.placement else [first, second]
+def _overflows(replayed: Replayed) -> list[bool]:
+    """Whether each group exceeds the memory of its devices."""
+    return [overflow(LayoutCost(g.cost, g.group.layout)) is not None for g in replayed.groups]
 
 
-def _with_layer(layout: Layout, layer: int, placement: LayerPlacement) -> Layout:
-    placements = list(layout.placement)
-    placements[layer] = placement
-    return layout.model_copy(update={"placement": placements})
+def _by_rank(plan: Plan) -> dict[int, Group]:
+    """The plan's group of every rank."""
+    return {rank: group for group in plan.groups for ranks in group.replicas for rank in ranks}
 
 
-def _kinds(cost: CostModel, layout: Layout) -> list[list[int]]:
-    """Ranks that can take each other's experts at equal compute: of one device type, with as many sequences."""
-    found: dict[object, list[int]] = {}
-    for rank, device in enumerate(cost.devices):
-        found.setdefault((device.type, layout.sequences_per_rank[rank]), []).append(rank)
-    return list(found.values())
-
-
-def renumbered(layout: Layout, current: Layout, kinds: list[list[int]]) -> Layout:
-    """`layout` with the bundles of equal ranks exchanged, layer by layer, so that many experts stay where they are.
-
-    Greedy: the bundle that has most in common with what a rank holds goes there first.
-    """
-    kind_of = {rank: index for index, ranks in enumerate(kinds) for rank in ranks}
-    placements = []
-    for old, new in zip(current.placement, layout.placement, strict=True):
-        host = {expert: rank for rank, experts in enumerate(old.experts) for expert in experts}
-        pairs = Counter(
-            (rank, host[expert]) for rank, held in enumerate(new.experts) for expert in held if expert in host
-        )
-        goal: dict[int, int] = {}
-        taken: set[int] = set()
-        for (rank, to), _ in sorted(pairs.items(), key=lambda item: (-item[1], item[0][0] != item[0][1], item[0])):
-            if rank not in goal and to not in taken and kind_of[rank] == kind_of[to]:
-                goal[rank] = to
-                taken.add(to)
-        for ranks in kinds:
-            free = [to for to in ranks if to not in taken]
-            goal |= zip((rank for rank in ranks if rank not in goal), free, strict=True)
-        experts = [new.experts[rank] for rank in sorted(goal, key=lambda rank: goal[rank])]
-        placements.append(LayerPlacement(experts=experts, replicated=new.replicated))
-    return layout.model_copy(update={"placement": placements})
+def _merged(plan: Plan, replayed: Replayed) -> list[Group]:
+    """Groups of the same copies in the same order; neighbours from one group of the plan are one where they agree."""
+    planned = _by_rank(plan)
+    copies = [(planned[ranks[0]], g.group, ranks) for g in replayed.groups for ranks in g.group.replicas]
+    return [
+        Group.of(placed[1].layout, [ranks for _, _, ranks in [placed, *rest]])
+        for _, (placed, *rest) in groupby(copies, key=lambda copy: (id(copy[0]), copy[1].placement))
+    ]

@@ -5,7 +5,8 @@ Compute tasks are compared with the cost model for the very rows that they had (
 Transfers. A span on a lane includes waiting for peers, so it says nothing by itself. What does is the simulator's own
 rule: from the moment that all senders were ready and all lanes free, to the moment that the last rank was done. That
 needs one clock, so links are fitted only where all ranks live in one node, and a transfer during which another one used
-the same ports counts for nothing (the cost model lets them take turns). The messages of a run are too alike to tell
+the same ports counts for nothing (the cost model lets them take turns). What several groups sum is one transfer of them
+all. The messages of a run are too alike to tell
 bandwidth from latency: the bandwidth stays, the latency moves by the median of measured - predicted seconds. Time that
 a lane waits for a core is part of it, as it is part of every iteration of such a run. Synchronisation is not fitted:
 all of its span but a little is waiting.
@@ -14,7 +15,7 @@ What a prediction by medians still misses is what makes tasks differ from their 
 other the slowest counts. The iteration before and after shows how much that is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -26,7 +27,6 @@ from hetermoe_cli.profiler.refit import KINDS, Fit, fit, point_sizes, refit
 from hetermoe_cli.report.link_fit import LinkFit, fit_link
 from hetermoe_cli.report.run_figures import REPLAYED_STEPS
 from hetermoe_cli.report.run_tasks import Place, RunTasks, Samples, read_run_tasks
-from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import LinkRecord
 from hetermoe_cli.spec.plan import Inputs
 from hetermoe_cli.spec.profile import KernelTable, Profile
@@ -85,7 +85,7 @@ def calibrate(folder: Path, *, allow_emulated: bool = False) -> Calibration:
             found[device, kind] = one
     if not found:
         raise UserError(f"{folder}: its traces hold no compute task of the plan: were they written by this run?")
-    link, words = fit_link(inputs, run.schedule, run.trace, run.costs(inputs))
+    link, words = fit_link(inputs, run.copies, run.costs(inputs))
     notes.append(words)
     profiles = _profiles(inputs, found, folder, run.trace.origin)
     notes += _kept(inputs, found) + _disturbed(found)
@@ -101,7 +101,7 @@ def calibrate(folder: Path, *, allow_emulated: bool = False) -> Calibration:
         str(folder),
         inputs,
         run.trace.origin,
-        len(run.loads),
+        len(run.steps),
         rows,
         link,
         _iteration(run, inputs, changed),
@@ -189,13 +189,8 @@ def _links(link: LinkFit | None, folder: Path, origin: str) -> dict[str, LinkRec
 
 def _iteration(run: RunTasks, before: Inputs, after: Inputs) -> Iteration:
     """Over the last steps, as in a run's own figures."""
-    steps = sorted(run.loads)[-REPLAYED_STEPS:]
+    steps = run.steps[-REPLAYED_STEPS:]
     seconds = run.trace.step_seconds()
     return Iteration(
-        median(seconds[step] for step in steps), *(_replayed(run, each, steps) for each in (before, after))
+        median(seconds[step] for step in steps), *(median(run.seconds(each, steps)) for each in (before, after))
     )
-
-
-def _replayed(run: RunTasks, inputs: Inputs, steps: Sequence[int]) -> float:
-    costs = run.costs(inputs)
-    return median(simulate(costs[step], run.schedule).seconds for step in steps)

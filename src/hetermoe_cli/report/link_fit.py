@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from hetermoe_cli.cost import LayoutCost
 from hetermoe_cli.profiler.refit import Sample
-from hetermoe_cli.schedule.schedule import Schedule
+from hetermoe_cli.report.run_tasks import CopyTasks
+from hetermoe_cli.schedule.action import Action, Kind
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.plan import Inputs
-from hetermoe_cli.trace import Span, Trace, display_name, lane_of
+from hetermoe_cli.trace import Span, display_name, lane_of
 
 _FEWEST_TRANSFERS = 8
 _SAME_TIME = 1e-9  # seconds; traces keep rounded ones
@@ -31,15 +32,15 @@ class LinkFit:
 
 
 def fit_link(
-    plan: Inputs, schedule: Schedule, trace: Trace, costs: Mapping[int, LayoutCost]
+    plan: Inputs, copies: Sequence[CopyTasks], costs: Sequence[Mapping[int, LayoutCost]]
 ) -> tuple[LinkFit | None, str]:
-    """The fit and a line about it; None, and why, where the traces cannot tell. `costs`: by step."""
+    """The fit and a line about it; None, and why, where the traces cannot tell. `costs`: of every copy, by step."""
     if len({device.node for device in plan.devices()}) > 1:
         return None, "links are kept: clocks of several nodes cannot be compared, so waiting cannot be told from moving"
     name = plan.cluster.nodes[0].interconnect
     if isinstance(name, Link):
         return None, "links are kept: the cluster file states this link in numbers, not by the name of a record"
-    samples = list(_transfers(schedule, trace, costs))
+    samples = list(_transfers(copies, costs))
     if len(samples) < _FEWEST_TRANSFERS:
         return None, f"links are kept: {len(samples)} transfers had their ports alone, {_FEWEST_TRANSFERS} are needed"
     old = plan.links[name]
@@ -62,31 +63,49 @@ def fit_link(
     )
 
 
+Port = tuple[int, int]  # copy of the model, port of its devices
+
+
 class _Window(NamedTuple):
     """A transfer of one step: from when it could start to its end; the ports it uses, and its predicted seconds."""
 
     start: float
     end: float
-    ports: tuple[int, ...]
+    ports: tuple[Port, ...]
     predicted: float
 
 
-def _transfers(schedule: Schedule, trace: Trace, costs: Mapping[int, LayoutCost]) -> Iterator[Sample]:
-    """Transfers that moved rows and had their ports for themselves."""
-    spans: dict[int, dict[tuple[str, int], Span]] = {step: {} for step in costs}
-    for span in trace.spans:
-        spans[span.step][span.name, span.rank] = span
-    for step, cost in costs.items():
-        windows = sorted(_windows(schedule, spans[step], cost))
+def _transfers(copies: Sequence[CopyTasks], costs: Sequence[Mapping[int, LayoutCost]]) -> Iterator[Sample]:
+    """Transfers that moved rows or gradients and had their ports for themselves."""
+    spans: list[dict[int, dict[tuple[str, int], Span]]] = [defaultdict(dict) for _ in copies]
+    for own, copy in zip(spans, copies, strict=True):
+        for span in copy.trace.spans:
+            own[span.step][span.name, span.rank] = span
+    for step in copies[0].loads:
+        found: dict[object, list[_Window]] = defaultdict(list)
+        for number, (copy, own, cost) in enumerate(zip(copies, spans, costs, strict=True)):
+            for action, window in _windows(number, copy, own[step], cost[step]):
+                together = action.kind is Kind.REDUCE and len(copies) > 1
+                found[action.layer if together else (number, action)].append(window)
+        windows = sorted(map(_together, found.values()))
         shared = _overlapping(windows)
         for index, window in enumerate(windows):
             if index not in shared:
                 yield Sample(0.0, window.predicted, window.end - window.start)
 
 
-def _windows(schedule: Schedule, spans: Mapping[tuple[str, int], Span], cost: LayoutCost) -> Iterator[_Window]:
-    """Transfers by the simulator's own rule: one starts when its senders are ready and its lanes are free."""
+def _together(windows: Sequence[_Window]) -> _Window:
+    """One transfer of several copies: it starts when all of them could."""
+    ports = tuple(port for window in windows for port in window.ports)
+    return _Window(max(w.start for w in windows), max(w.end for w in windows), ports, windows[0].predicted)
+
+
+def _windows(
+    number: int, copy: CopyTasks, spans: Mapping[tuple[str, int], Span], cost: LayoutCost
+) -> Iterator[tuple[Action, _Window]]:
+    """A copy's transfers by the simulator's own rule: one starts when its senders are ready and its lanes are free."""
     free: dict[tuple[str, int], float] = defaultdict(float)
+    schedule = copy.schedule
     for action in schedule.transfers:
         name, lane = display_name(action), lane_of(action)
         ranks = {*schedule.senders[action], *schedule.receivers[action]}
@@ -100,13 +119,13 @@ def _windows(schedule: Schedule, spans: Mapping[tuple[str, int], Span], cost: La
         free.update({(lane, rank): max(ends) for rank in ranks})
         seconds, ports = cost.transfer(action)
         if seconds:
-            yield _Window(start, max(ends), ports, seconds)
+            yield action, _Window(start, max(ends), tuple((number, port) for port in ports), seconds)
 
 
 def _overlapping(windows: Sequence[_Window]) -> set[int]:
     """Indices of windows, sorted by start, that overlap another one on a common port."""
     result: set[int] = set()
-    last: dict[int, tuple[float, int]] = {}  # by port: latest end so far, and whose it is
+    last: dict[Port, tuple[float, int]] = {}  # by port: latest end so far, and whose it is
     for index, window in enumerate(windows):
         for port in window.ports:
             end, other = last.get(port, (window.start, index))

@@ -1,6 +1,6 @@
 """Measured: the traces of a run, brought to the seconds of its plan."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,19 +29,9 @@ def read_measured(paths: Sequence[Path], plan: Plan, group: int = 0) -> Measured
     local ranks. UserError if there are none, if the run is of another plan, or if an emulated run's time scale is
     unknown.
     """
-    files = [file for path in paths for file in _files(path)]
-    trace = read_trace(files)
-    _check_ranks(trace, files[0], plan.world.size)
-    run = _run_of(files[0], plan)
+    trace, run, notes = read_spans(paths, plan)
     ranks = plan.groups[group].replicas[0]
-    trace = _renumbered(trace, {rank: number for number, rank in enumerate(ranks)})
-    copy, _ = plan.world.seat(ranks[0])
-    notes = []
-    if trace.origin == "emulated":
-        if not run:
-            raise UserError(f"{files[0]}: emulated, but no run.yaml tells its time scale: name the run folder")
-        trace = _scaled(trace, run.time_scale)
-        notes.append(f"emulated seconds are divided by the run's time scale, {run.time_scale:.4g}")
+    trace, (copy, _) = of_ranks(trace, ranks), plan.world.seat(ranks[0])
     load, assumed = None, plan.inputs.expert_load
     if run and (run.router == "learned" or assumed):
         load = _recorded(run, trace, copy)
@@ -54,8 +44,23 @@ def read_measured(paths: Sequence[Path], plan: Plan, group: int = 0) -> Measured
     return Measured(trace, notes, load)
 
 
-def _renumbered(trace: Trace, place: Mapping[int, int]) -> Trace:
-    """Only the spans of some ranks, under other numbers."""
+def read_spans(paths: Sequence[Path], plan: Plan) -> tuple[Trace, "RunSpec | None", list[str]]:
+    """As `read_measured`: the trace of all ranks, its run where there is a run.yaml, what to know of its seconds."""
+    files = [file for path in paths for file in _files(path)]
+    trace = read_trace(files)
+    _check_ranks(trace, files[0], plan.world.size)
+    run = _run_of(files[0], plan)
+    if trace.origin != "emulated":
+        return trace, run, []
+    if not run:
+        raise UserError(f"{files[0]}: emulated, but no run.yaml tells its time scale: name the run folder")
+    note = f"emulated seconds are divided by the run's time scale, {run.time_scale:.4g}"
+    return _scaled(trace, run.time_scale), run, [note]
+
+
+def of_ranks(trace: Trace, ranks: Sequence[int]) -> Trace:
+    """Only the spans of these ranks, numbered by their places among them."""
+    place = {rank: number for number, rank in enumerate(ranks)}
     spans = [span._replace(rank=place[span.rank]) for span in trace.spans if span.rank in place]
     return Trace(trace.origin, spans, trace.starts)
 
@@ -93,7 +98,7 @@ def _run_of(file: Path, plan: Plan) -> "RunSpec | None":
     if not path.is_file():
         return None
     run = load(RunSpec, path)
-    if run.rebalanced and run.layout != plan.layout:
+    if run.groups != run.plan.groups:
         raise UserError(f"{path}: field rebalanced: its experts had moved when it was traced: no plan has that layout")
     if (run.plan.inputs_sha256, run.plan.groups) != (plan.inputs_sha256, plan.groups):
         raise UserError(f"{path}: field plan: another plan than the one given: name the plan that was trained")

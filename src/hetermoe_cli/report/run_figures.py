@@ -3,21 +3,17 @@
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.cost.layout import RecordedLoad
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.runtime.recorder import METRICS, STATUS, load_path, read_metrics, read_rebalances
-from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.files import load, read_text
 from hetermoe_cli.spec.rebalance import Rebalance
 from hetermoe_cli.spec.run import RunSpec
@@ -91,25 +87,12 @@ def recorded_load(run: RunSpec, step: int, copy: int = 0) -> RecordedLoad | None
 def replayed_seconds(run: RunSpec, steps: list[int]) -> float | None:
     """Median over steps, with experts where they are in the last, of the simulated iteration with the rows recorded in
     each; nominal seconds."""
-    costs = list(_costs(_in_the_end(run)))
-    found = []
+    replayed, found = replay_groups(run.plan.inputs, _in_the_end(run).groups), []
     for step in steps:
-        loads = [recorded_load(run, step, copy) for copy in range(len(costs))]
+        loads = [recorded_load(run, step, copy) for copy in range(len(replayed.copies))]
         if all(loads):
-            pairs = zip(costs, loads, strict=True)
-            found.append(max(simulate(cost(load)).seconds for cost, load in pairs))  # the slowest copy
+            found.append(replayed.seconds_under(loads))
     return median(found) if found else None
-
-
-def _costs(run: RunSpec) -> Iterator[Callable[[RecordedLoad | None], LayoutCost]]:
-    """Of every copy of the model, its costs under a load."""
-    if run.plan.group_count == 1:
-        yield partial(LayoutCost, CostModel(run.plan.inputs), run.layout)
-        return
-    replayed = replay_groups(run.plan.inputs, run.plan.groups)
-    for number, group in enumerate(run.plan.groups):
-        for _ in group.replicas:
-            yield partial(replayed.cost_of, number)
 
 
 def timed_steps(run: RunSpec, metrics: list[dict[str, Any]], warm_up: int = WARM_UP_STEPS) -> list[dict[str, Any]]:

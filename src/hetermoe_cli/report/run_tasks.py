@@ -7,22 +7,23 @@ task holds a second forward: the task's own forward is taken off both sides.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from hetermoe_cli.cost import CostModel, LayoutCost, balanced_load
-from hetermoe_cli.cost.layout import RecordedLoad
+from hetermoe_cli.cost import LayoutCost, balanced_load
+from hetermoe_cli.cost.layout import Load, RecordedLoad
 from hetermoe_cli.errors import UserError
+from hetermoe_cli.planner.cluster.replayed import Replayed, replay_groups
 from hetermoe_cli.profiler.refit import KINDS, Sample
-from hetermoe_cli.report.measured import read_measured
+from hetermoe_cli.report.measured import of_ranks, read_spans
 from hetermoe_cli.report.run_figures import read_run, recorded_load
 from hetermoe_cli.report.tasks import category
 from hetermoe_cli.schedule.action import Action, Kind, Pass
-from hetermoe_cli.schedule.lower import training_schedule
+from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.schedule.schedule import Schedule, inputs
-from hetermoe_cli.spec.layout import ScheduleChoice
+from hetermoe_cli.spec.layout import Layout, ScheduleChoice
 from hetermoe_cli.spec.plan import Inputs
 from hetermoe_cli.spec.run import RunSpec
 from hetermoe_cli.trace import Trace, display_name
@@ -32,41 +33,18 @@ Samples = dict[Place, list[Sample]]
 
 
 @dataclass
-class RunTasks:
-    """A run, its trace after warm-up, and the load of every step in it (None: balanced)."""
+class CopyTasks:
+    """One copy of the model in a run: its trace on its local ranks, and its load in every step (None: balanced)."""
 
-    spec: RunSpec
+    layout: Layout
+    schedule: Schedule
     trace: Trace
     loads: dict[int, RecordedLoad | None]
-    schedule: Schedule
-
-    def costs(self, plan: Inputs) -> dict[int, LayoutCost]:
-        """The cost of every step, by its load."""
-        cost, layout = CostModel(plan), self.spec.layout
-        return {
-            step: LayoutCost(cost, layout, load or balanced_load(cost, layout)) for step, load in self.loads.items()
-        }
-
-    def samples(self, plan: Inputs) -> Samples:
-        """Every compute task that was traced, against its cost by `plan`."""
-        result: Samples = defaultdict(list)
-        for step, cost in self.costs(plan).items():
-            for rank, order in enumerate(self.schedule.compute):
-                device = cost.cost.of(rank).type
-                for action in order:
-                    kind = category(display_name(action))
-                    parts = _parts(action, cost.layout.schedule)
-                    if kind in KINDS and all((step, rank, part) in self._seconds for part in parts):
-                        predicted = _without(cost.seconds(rank, part) for part in parts)
-                        measured = _without(self._seconds[step, rank, part] for part in parts)
-                        result[device, kind].append(Sample(_size(cost, rank, action), predicted, measured))
-        return result
 
     @cached_property
-    def _seconds(self) -> dict[tuple[int, int, Action], float]:
+    def seconds(self) -> dict[tuple[int, int, Action], float]:
         """Seconds by step, rank and compute task, from ready to done."""
         spans = {(span.step, span.rank, span.name): span for span in self.trace.spans}
-        layers = self.spec.layout.layers
         result: dict[tuple[int, int, Action], float] = {}
         for step in self.loads:
             for rank, order in enumerate(self.schedule.compute):
@@ -74,11 +52,70 @@ class RunTasks:
                 for action in order:
                     span = spans.get((step, rank, display_name(action)))
                     if span:
-                        sources = [spans.get((step, rank, display_name(source))) for source in inputs(action, layers)]
+                        needed = inputs(action, self.layout.layers)
+                        sources = [spans.get((step, rank, display_name(source))) for source in needed]
                         ready = max([before or 0.0, *(source.end for source in sources if source)])
                         start = span.start if before is None else min(ready, span.start)
                         result[step, rank, action] = span.end - start
                     before = span.end if span else None
+        return result
+
+    def samples(self, costs: Mapping[int, LayoutCost]) -> Iterator[tuple[Place, Sample]]:
+        """Every compute task that was traced, against its cost, given by step."""
+        for step, cost in costs.items():
+            for rank, order in enumerate(self.schedule.compute):
+                device = cost.cost.of(rank).type
+                for action in order:
+                    kind = category(display_name(action))
+                    parts = _parts(action, self.layout.schedule)
+                    known = all((step, rank, part) in self.seconds for part in parts)
+                    if kind in KINDS and known:
+                        predicted = _without(cost.seconds(rank, part) for part in parts)
+                        measured = _without(self.seconds[step, rank, part] for part in parts)
+                        yield (device, kind), Sample(_size(cost, rank, action), predicted, measured)
+
+
+@dataclass
+class RunTasks:
+    """A run, its trace after warm-up, and the copies of the model in it."""
+
+    spec: RunSpec
+    trace: Trace
+    copies: list[CopyTasks]
+
+    @property
+    def steps(self) -> list[int]:
+        """Those traced."""
+        return sorted(self.copies[0].loads)
+
+    def costs(self, plan: Inputs) -> list[dict[int, LayoutCost]]:
+        """Of every copy among the others, but without its waiting for them, the cost of every step, by its load."""
+        replayed = replay_groups(plan, self.spec.groups)
+        loads = [self._loads(replayed, step) for step in self.steps]
+        return [
+            {
+                step: replayed.cost_of(number, load[copy], waits=False)
+                for step, load in zip(self.steps, loads, strict=True)
+            }
+            for copy, number in enumerate(replayed.copies)
+        ]
+
+    def seconds(self, plan: Inputs, steps: Sequence[int]) -> list[float]:
+        """The iteration of each step, simulated with its loads."""
+        replayed = replay_groups(plan, self.spec.groups)
+        return [replayed.seconds_under(self._loads(replayed, step)) for step in steps]
+
+    def _loads(self, replayed: Replayed, step: int) -> list[Load]:
+        """Of every copy."""
+        pairs = zip(replayed.copies, self.copies, strict=True)
+        return [copy.loads[step] or balanced_load(replayed.groups[number].cost, copy.layout) for number, copy in pairs]
+
+    def samples(self, plan: Inputs) -> Samples:
+        """Every compute task that was traced, against its cost by `plan`."""
+        result: Samples = defaultdict(list)
+        for copy, costs in zip(self.copies, self.costs(plan), strict=True):
+            for place, sample in copy.samples(costs):
+                result[place].append(sample)
         return result
 
 
@@ -86,15 +123,14 @@ def read_run_tasks(folder: Path, *, allow_emulated: bool = False) -> tuple[RunTa
     """Read a run folder and what to know of it, in words; UserError if it is not complete, or emulated."""
     spec = read_run(folder).model_copy(update={"folder": str(folder)})
     spec.plan.verify(str(folder / "run.yaml"))
-    spec.plan.check_one_group(str(folder / "run.yaml"))
     if spec.emulation and not allow_emulated:
         raise UserError(
             f"{folder}: an emulated run: its tasks last as long as its profiles say, so there is nothing to learn: "
             "calibrate from a run on the devices themselves (--allow-emulated only checks that nothing moves)"
         )
-    measured = read_measured([folder], spec.plan)
-    trace, notes = measured.trace, [note for note in measured.notes if "time scale" in note]
-    missing = set(range(spec.plan.layout.world_size)) - {span.rank for span in trace.spans}
+    trace, _, notes = read_spans([folder], spec.plan)
+    world = spec.world
+    missing = set(range(world.size)) - {span.rank for span in trace.spans}
     if missing:
         raise UserError(f"{folder}: field traces: nothing of rank {min(missing)}: calibrate from a complete run folder")
     steps = sorted(trace.step_seconds())
@@ -102,13 +138,21 @@ def read_run_tasks(folder: Path, *, allow_emulated: bool = False) -> tuple[RunTa
         steps = steps[1:]
     else:
         notes.append("a single step was traced: its warm-up is part of the figures (train with more --trace-steps)")
-    loads = {step: _load(spec, step) for step in steps}
-    kept = Trace(trace.origin, [span for span in trace.spans if span.step in loads])
-    return RunTasks(spec, kept, loads, training_schedule(spec.layout)), notes
+    kept = Trace(trace.origin, [span for span in trace.spans if span.step in steps])
+    copies = [
+        CopyTasks(
+            replica.layout,
+            schedule,
+            of_ranks(kept, replica.processes),
+            {step: _load(spec, step, copy) for step in steps},
+        )
+        for copy, (replica, schedule) in enumerate(zip(world.replicas, training_schedules(world), strict=True))
+    ]
+    return RunTasks(spec, kept, copies), notes
 
 
-def _load(spec: RunSpec, step: int) -> RecordedLoad | None:
-    load = recorded_load(spec, step)
+def _load(spec: RunSpec, step: int, copy: int) -> RecordedLoad | None:
+    load = recorded_load(spec, step, copy)
     if load is None and spec.router == "learned":
         raise UserError(
             f"{spec.folder}: loads/rank*.npy are missing, so the rows that its learned router sent are unknown: "

@@ -2,7 +2,6 @@
 
 import time
 
-from hetermoe_cli.cost.measured import MeasuredCost
 from hetermoe_cli.planner.rebalance import UNSTEADY, decide
 from hetermoe_cli.runtime.calls import check, check_agreement, digest
 from hetermoe_cli.runtime.drift import DriftMonitor, Measured
@@ -10,15 +9,15 @@ from hetermoe_cli.runtime.emulator import EmulatedClock
 from hetermoe_cli.runtime.rebalance import move_experts, share_change
 from hetermoe_cli.runtime.recorder import Recorder
 from hetermoe_cli.runtime.trainer import StepResult, Trainer
-from hetermoe_cli.schedule.lower import training_schedule
+from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.spec.base import sha256
+from hetermoe_cli.spec.plan import world_of
 from hetermoe_cli.spec.rebalance import Decision, Rebalance
 from hetermoe_cli.spec.run import RunSpec
-from hetermoe_cli.spec.world import World
 
 
 class Balancer:
-    """Compares every `run.drift_every` steps. Rank 0 decides, all ranks move."""
+    """Compares every `run.drift_every` steps. Process 0 decides for all groups, all ranks move."""
 
     def __init__(self, run: RunSpec, trainer: Trainer, recorder: Recorder) -> None:
         self.run, self._trainer, self._recorder = run, trainer, recorder
@@ -48,43 +47,42 @@ class Balancer:
         )
 
     def _decide(self, measured: Measured, done: int) -> Rebalance | None:
-        run, planned = self.run, self.run.plan.layout
-        now, then = (
-            MeasuredCost(run.plan.inputs, load, measured.slowdown) for load in (measured.load, measured.earlier)
-        )
-        decision = decide(now, then, run.layout, planned, run.steps - done)
+        run = self.run
+        decision = decide(run.plan, run.groups, measured.now, measured.earlier, run.steps - done)
         self._undecided = decision.reason == UNSTEADY
         self._record(done, decision)
-        if decision.placement is None:
+        if decision.groups is None:
             return None
-        layout = run.layout.model_copy(update={"placement": decision.placement})
-        check(World.of(layout), run.precision)
+        check(world_of(decision.groups), run.precision)
+        assert measured.now.load is not None
         return Rebalance(
             step=done,
-            placement=decision.placement,
+            groups=decision.groups,
             moved=decision.moved,
-            expert_load=measured.load,
-            slowdown=measured.slowdown,
+            expert_load=measured.now.load,
+            slowdown=list(measured.now.slowdown),
             iteration_seconds=decision.after_seconds,
-            plan_layout_sha256=sha256(planned),
+            plan_groups_sha256=sha256(*run.plan.groups),
         )
 
     def _record(self, done: int, decision: Decision) -> None:
         scale = self.run.time_scale * 1e3
         before, after = decision.before_seconds * scale, decision.after_seconds * scale
         message = f"experts stay: {decision.reason}"
-        if decision.placement is not None:
+        if decision.groups is not None:
             message = f"rebalanced: {decision.moved} experts move, iteration predicted {before:.0f} -> {after:.0f} ms"
         self._recorder.event(
-            "rebalance", done - 1, message=message, **decision.model_dump(exclude={"placement", "reason"})
+            "rebalance", done - 1, message=message, **decision.model_dump(exclude={"groups", "reason"})
         )
 
     def _move(self, change: Rebalance, began: float) -> None:
         trainer, run = self._trainer, self.run.model_copy(update={"rebalanced": change})
-        check_agreement(trainer.mesh.agree(digest([training_schedule(run.layout)], run.layout, run.precision)))
-        move_experts(trainer, run.model, run.layout, trainer.loss_scale.taken(change.step))
+        world, schedules = run.world, training_schedules(run.world)
+        check_agreement(trainer.mesh.agree(digest(schedules, world, run.precision)))
+        move_experts(trainer, run.model, world, trainer.loss_scale.taken(change.step))
         if isinstance(trainer.clock, EmulatedClock):
-            trainer.clock = EmulatedClock(run, training_schedule(run.layout), trainer.mesh.rank, trainer.clock)
+            process = trainer.mesh.process
+            trainer.clock = EmulatedClock(run, schedules[world.seat(process)[0]], process, trainer.clock)
         self.run = run
         self._monitor.follow(run)
         self._recorder.rebalanced(change, time.monotonic() - began)

@@ -1,15 +1,20 @@
 """DriftMonitor: what a run measures of its expert load and its devices' speeds, compared now and then with what its
-placement was solved for."""
+placements were solved for.
+
+The load is that of the whole batch: sequences go to groups at random, so that all of them have the same load to expect,
+and a group's own rows would only tell it less surely.
+"""
 
 from collections import deque
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost import LayoutCost
+from hetermoe_cli.cost.measured import MeasuredState
+from hetermoe_cli.planner.cluster.replayed import group_cost
 from hetermoe_cli.planner.drift import LEAST_FACTOR, Drift, find_drift
 from hetermoe_cli.runtime.clock import Timing
 from hetermoe_cli.runtime.mesh import Mesh
@@ -23,16 +28,15 @@ TIMED_STEPS = 5  # the last ones, whose tasks are set against their profiled sec
 
 
 class Measured(NamedTuple):
-    """A comparison: the load of the last steps, from step `first` on, and of those before; slowdown of every rank.
+    """A comparison: the state of the last steps, from step `first` on, and of those before.
 
     `news`: whether the drift is worth telling.
     """
 
     drift: Drift
     news: bool
-    load: ExpertLoad
-    earlier: ExpertLoad
-    slowdown: list[float]
+    now: MeasuredState
+    earlier: MeasuredState
     first: int
 
 
@@ -53,13 +57,14 @@ class DriftMonitor:
         self.follow(run)
 
     def follow(self, run: RunSpec) -> None:
-        """Compare with what the placement of `run` was solved for from now on; what was measured so far is dropped."""
+        """Compare with what the placements of `run` were solved for from now on; what was measured so far is
+        dropped."""
         self._run, self._told = run, None
         change = run.rebalanced
-        self.assumed: tuple[ExpertLoad | None, Sequence[float]] = (
-            (change.expert_load, change.slowdown)
+        self.assumed = (
+            MeasuredState(change.expert_load, change.slowdown)
             if change
-            else (run.plan.inputs.expert_load, [1.0] * self._mesh.world_size)
+            else MeasuredState(run.plan.inputs.expert_load, [1.0] * self._mesh.world_size)
         )
         self._restart()
 
@@ -75,13 +80,13 @@ class DriftMonitor:
             self._timings.append(trainer.clock.timings)
 
     def compare(self) -> Measured | None:
-        """Collective: what rank 0 finds; None on the others."""
+        """Collective: what process 0 finds; None on the others."""
         slowdown = torch.zeros(self._mesh.world_size, dtype=torch.float64, device=self._mesh.wire)
-        slowdown[self._mesh.rank] = self._slowdown()
+        slowdown[self._mesh.process] = self._slowdown()
         self._mesh.all_reduce(slowdown)
         rows, half = np.array(self._rows), len(self._rows) // 2
         self._restart()
-        if self._mesh.rank:
+        if self._mesh.process:
             return None
         load, earlier = (
             self._load(rows[half:], self._last),
@@ -89,12 +94,18 @@ class DriftMonitor:
         )
         factors = [max(round(factor, 2), LEAST_FACTOR) for factor in slowdown.tolist()]
         run = self._run
-        drift = find_drift(run.plan.inputs, run.layout, self.assumed, (load, factors))
+        drift = find_drift(run.plan, run.groups, self.assumed, MeasuredState(load, factors))
         news = drift.is_news_after(self._told)
         self._told = drift if news else self._told
         if not any(departure.layer is None for departure in drift.departures):
-            factors = list(self.assumed[1])
-        return Measured(drift, news, load, earlier, factors, self._last + 1 - len(rows) + half)
+            factors = list(self.assumed.slowdown)
+        return Measured(
+            drift,
+            news,
+            MeasuredState(load, factors),
+            MeasuredState(earlier, factors),
+            self._last + 1 - len(rows) + half,
+        )
 
     @staticmethod
     def _load(rows: NDArray[np.float64], last: int) -> ExpertLoad:
@@ -103,10 +114,11 @@ class DriftMonitor:
 
     def _slowdown(self) -> float:
         """This rank's compute seconds over the profiled ones for the rows that it really had; as assumed if unknown."""
-        rank = self._mesh.rank
+        assumed, rank = self.assumed.slowdown[self._mesh.process], self._mesh.rank
         if not self._timings:
-            return self.assumed[1][rank]
-        cost = LayoutCost(CostModel(self._run.plan.inputs), self._run.layout)
+            return assumed
+        group = next(g for g in self._run.groups if any(self._mesh.process in ranks for ranks in g.replicas))
+        cost = LayoutCost(group_cost(self._run.plan.inputs, group), group.layout)
         measured = profiled = 0.0
         for timing in (timing for step in self._timings for timing in step):
             measured += timing.seconds
@@ -114,4 +126,4 @@ class DriftMonitor:
                 profiled += cost.expert_seconds(rank, timing.action, [float(count) for count in timing.rows])
             else:
                 profiled += cost.seconds(rank, timing.action)
-        return measured / profiled if profiled else self.assumed[1][rank]
+        return measured / profiled if profiled else assumed

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost import LayoutCost
 from hetermoe_cli.cost.layout import Load
 from hetermoe_cli.cost.ports import Matrix
 from hetermoe_cli.planner.cluster.replayed import replay_groups
@@ -156,10 +156,8 @@ class EmulatedClock(Clock):
 
 def _costs(run: RunSpec, copy: int) -> Callable[[Load | None], LayoutCost]:
     """Costs of one copy of the model under a load, without its waiting for others."""
-    if run.plan.group_count == 1:
-        return partial(LayoutCost, CostModel(run.plan.inputs), run.layout)
-    numbers = [number for number, group in enumerate(run.plan.groups) for _ in group.replicas]
-    return partial(replay_groups(run.plan.inputs, run.plan.groups).cost_of, numbers[copy], waits=False)
+    replayed = replay_groups(run.plan.inputs, run.groups)
+    return partial(replayed.cost_of, replayed.copies[copy], waits=False)
 
 
 def _posted(world: World) -> list[Action | int]:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -62,9 +62,9 @@ class Mesh:
     `to_experts`, `from_experts`: the ranks of this copy of the model, one a direction, so that the two never wait for
     each other. `attending`: those of all copies that attend, None where this one does not; `gathering`: those of this
     copy, where it shards all of the dense part. `shared`: by the processes that hold some parameters
-    (World.communicators), where there are several and this is one of them. `wire`: where
-    messages lie, the device with NCCL, the host with gloo. `ordered`: whether this rank's lanes call in one static
-    order over all of them, as NCCL demands.
+    (World.communicators), where there are several and this is one of them; `regroup` changes it where experts move.
+    `wire`: where messages lie, the device with NCCL, the host with gloo. `ordered`: whether this rank's lanes call in
+    one static order over all of them, as NCCL demands.
     """
 
     rank: int
@@ -76,7 +76,7 @@ class Mesh:
     wire: torch.device = CPU
     ordered: bool = False
     process: int = 0
-    shared: Mapping[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
+    shared: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
     gathering: dist.ProcessGroup | None = None
 
     def on_wire(self, tensor: Tensor) -> Tensor:
@@ -170,7 +170,22 @@ def _groups(
     in one order."""
     number, _ = world.seat(process)
     lanes = [[dist.new_group(list(replica.processes)) for _ in range(2)] for replica in world.replicas][number]
-    shared = {members: dist.new_group(list(members)) for members in world.communicators()}
+    shared = _communicators(world.communicators(), process)
     for lane in lanes:  # NCCL wants all ranks in a group's first call, and a first transfer may leave some out
         dist.all_reduce(torch.zeros(1, device=wire), group=lane)
-    return lanes, {members: group for members, group in shared.items() if process in members}
+    return lanes, shared
+
+
+def _communicators(members: Iterable[tuple[int, ...]], process: int) -> dict[tuple[int, ...], dist.ProcessGroup]:
+    """Of these groups the ones that this process is in. All processes make all of them, in one order."""
+    made = {ranks: dist.new_group(list(ranks)) for ranks in members}
+    return {ranks: group for ranks, group in made.items() if process in ranks}
+
+
+def regroup(mesh: Mesh, before: World, after: World) -> None:
+    """Collective, between two steps: groups of holders for `after` instead of `before`; those in both stay."""
+    old, new = before.communicators(), after.communicators()
+    with peer_errors():
+        mesh.shared.update(_communicators([ranks for ranks in new if ranks not in old], mesh.process))
+        for ranks in [ranks for ranks in mesh.shared if ranks not in new]:
+            dist.destroy_process_group(mesh.shared.pop(ranks))

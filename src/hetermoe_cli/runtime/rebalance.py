@@ -1,7 +1,8 @@
 """Move experts between ranks between two steps: weights, masters and both moments, rank to rank, and run on.
 
-Layer by layer, so that a rank holds at most one layer's experts twice. Messages have exact sizes and are posted in one
-order on all ranks: by layer, expert, tensor and target. A group of experts that stays as it is is not touched.
+Experts move inside a copy of the model, as every one has them all; all copies do so at once. Layer by layer, so that a
+rank holds at most one layer's experts twice. Messages have exact sizes and are posted in one order on all ranks: by
+layer, expert, tensor and target. A group of experts that stays as it is is not touched.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from hetermoe_cli.model.moe import ExpertGroup
 from hetermoe_cli.model.optimizer import AdamW
 from hetermoe_cli.model.training_state import fresh_state, state_slices
 from hetermoe_cli.runtime.engine import Engine
-from hetermoe_cli.runtime.mesh import Mesh, peer_errors
+from hetermoe_cli.runtime.mesh import Mesh, peer_errors, regroup
 from hetermoe_cli.runtime.parts import Parts
 from hetermoe_cli.runtime.stage import ExpertParts
 from hetermoe_cli.runtime.trainer import Trainer
@@ -29,8 +30,8 @@ Slices = dict[int, list[Tensor]]  # expert -> its masters and moments, in a fixe
 
 
 def share_change(mesh: Mesh, change: Rebalance | None) -> Rebalance | None:
-    """Collective: what rank 0 says, as JSON."""
-    text = change.model_dump_json().encode() if change and not mesh.rank else b""
+    """Collective: what process 0 says, as JSON."""
+    text = change.model_dump_json().encode() if change and not mesh.process else b""
     size = torch.tensor([len(text)], dtype=torch.int64, device=mesh.wire)
     with peer_errors():
         dist.broadcast(size, 0)
@@ -41,23 +42,32 @@ def share_change(mesh: Mesh, change: Rebalance | None) -> Rebalance | None:
     return Rebalance.model_validate_json(bytes(body.tolist()))
 
 
-def move_experts(trainer: Trainer, model: ModelConfig, layout: Layout, steps_taken: int) -> None:
-    """Collective: bring the experts to where `layout` has them and let `trainer` run it.
+def move_experts(trainer: Trainer, model: ModelConfig, world: Layout | World, steps_taken: int) -> None:
+    """Collective: bring the experts of every copy of the model to where `world` has them and let `trainer` run it.
 
-    `layout` differs from the trainer's in its placement only; `steps_taken`: optimizer steps so far.
+    `world` differs from the trainer's in its placements only; `steps_taken`: optimizer steps so far.
     """
-    before = trainer.layout
+    world, before = World.of(world), trainer.layout
+    layout = world.replica_of(trainer.mesh.process).layout
     trainer.release_gradients()
     travelling = {layer: list(group) for layer, group in groupby(moves(before, layout), key=lambda move: move.layer)}
     for layer, (old, new) in enumerate(zip(before.placement, layout.placement, strict=True)):
+        shared = _shared_places(trainer.world, layer) != _shared_places(world, layer)
+        shards = trainer.shards if shared else None
+        if shards:
+            shards.join(layer, trainer.optimizer, steps_taken)
         if old != new:
-            shards = trainer.shards if old.replicated != new.replicated else None  # others are not shared out
-            if shards:
-                shards.join(layer, trainer.optimizer, steps_taken)
             _move_layer(trainer, model, layer, new, travelling.get(layer, []), steps_taken)
-            if shards:
-                shards.cut(layer, World.of(layout), trainer.optimizer, steps_taken)
-    trainer.lay_out(World.of(layout), Engine(layout, trainer.mesh, trainer.parts, model.hidden_size))
+        if shards:
+            shards.cut(layer, world, trainer.optimizer, steps_taken)
+    regroup(trainer.mesh, trainer.world, world)
+    trainer.lay_out(world, Engine(layout, trainer.mesh, trainer.parts, model.hidden_size))
+
+
+def _shared_places(world: World, layer: int) -> list[object]:
+    """Of a layer, where experts are that several processes may hold: the replicated ones, with several copies all."""
+    placements = [copy.layout.placement[layer] for copy in world.replicas]
+    return [*placements] if len(placements) > 1 else [placements[0].replicated]
 
 
 def _move_layer(
@@ -138,11 +148,11 @@ def _operations(
         for target in move.targets:
             if mesh.rank == move.source:
                 for tensor in here[move.expert]:
-                    yield dist.P2POp(dist.isend, mesh.on_wire(tensor), target, mesh.to_experts)
+                    yield dist.P2POp(dist.isend, mesh.on_wire(tensor), group=mesh.to_experts, group_peer=target)
             elif mesh.rank == target:
                 for place in there[move.expert]:
                     message = place
                     if mesh.wire.type != place.device.type:
                         message = torch.empty_like(place, device=mesh.wire)
                         landed.append((message, place))
-                    yield dist.P2POp(dist.irecv, message, move.source, mesh.to_experts)
+                    yield dist.P2POp(dist.irecv, message, group=mesh.to_experts, group_peer=move.source)

@@ -97,14 +97,14 @@ def check_resumable(run: RunSpec) -> int:
 
 
 def resumed_placement(run: RunSpec) -> Rebalance | None:
-    """Where the checkpoint run.resume_from had moved experts to, if that was under this plan's layout."""
+    """Where the checkpoint run.resume_from had moved experts to, if that was under this plan's groups."""
     assert run.resume_from is not None
     folder = Path(run.resume_from)
     stored = read_manifest(folder).extra.get("rebalanced")
-    if not stored or run.plan.group_count > 1:
+    if not stored or "groups" not in stored:  # made before several groups could move theirs
         return None
     change = parse(Rebalance, stored, f"{folder / MANIFEST}: extra.rebalanced")
-    return change if change.is_of(run.plan.layout) else None
+    return change if change.is_of(run.plan.groups) else None
 
 
 def resume_note(run: RunSpec) -> str | None:

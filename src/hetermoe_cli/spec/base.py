@@ -33,7 +33,8 @@ class ExtendedSpec(Spec):
         return {name: value for name, value in data.items() if name not in defaults or value != defaults[name]}
 
 
-def sha256(spec: Spec) -> str:
-    """Hash of a spec's canonical JSON, hex."""
-    text = json.dumps(spec.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+def sha256(*specs: Spec) -> str:
+    """Hash of the canonical JSON of a spec, or of several in their order, hex."""
+    data = [spec.model_dump(mode="json") for spec in specs]
+    text = json.dumps(data if len(data) > 1 else data[0], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,5 +1,6 @@
 """Plan: layouts of groups of ranks, the inputs they were made from, and the reasons for them."""
 
+from collections.abc import Sequence
 from datetime import date
 from typing import Any, Literal
 
@@ -58,6 +59,11 @@ class Group(Spec):
     def sequences(self) -> int:
         """Sequences of an iteration that one replica takes."""
         return sum(self.sequences_per_rank) * self.schedule.micro_batches
+
+
+def world_of(groups: Sequence[Group]) -> World:
+    """All copies of the model, on processes of the same numbers as ranks: no device may be left out."""
+    return World.side_by_side([(group.layout, ranks) for group in groups for ranks in group.replicas])
 
 
 class Memory(Spec):
@@ -261,8 +267,8 @@ class Plan(Spec):
 
     @property
     def world(self) -> World:
-        """All copies of the model, on processes of the same numbers as ranks: no device may be left out."""
-        return World.side_by_side([(group.layout, ranks) for group in self.groups for ranks in group.replicas])
+        """All copies of the model (world_of)."""
+        return world_of(self.groups)
 
     @property
     def layout(self) -> Layout:

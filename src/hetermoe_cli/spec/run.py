@@ -5,9 +5,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from hetermoe_cli.spec.base import NonNegativeInt, PositiveFloat, PositiveInt, Spec
-from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.model import ModelConfig
-from hetermoe_cli.spec.plan import Plan
+from hetermoe_cli.spec.plan import Group, Plan, world_of
 from hetermoe_cli.spec.profile import Precision
 from hetermoe_cli.spec.rebalance import Rebalance
 from hetermoe_cli.spec.world import World
@@ -70,8 +69,8 @@ class RunSpec(Spec):
             raise ValueError(f"emulation.executed.{problem}")
         if len(self.plan.used_ranks) < self.plan.inputs.cluster.world_size:
             raise ValueError("plan.groups: a worker is started for every device, so none may be left out")
-        if self.plan.group_count > 1 and (self.rebalance or self.rebalanced):
-            raise ValueError("plan.groups: experts cannot move where there are several")
+        if self.rebalanced and not self.rebalanced.is_of(self.plan.groups):
+            raise ValueError("rebalanced: its experts moved from their places in another plan")
         return self
 
     @property
@@ -80,15 +79,14 @@ class RunSpec(Spec):
         return self.emulation.executed if self.emulation else self.plan.inputs.model
 
     @property
-    def world(self) -> World:
+    def groups(self) -> list[Group]:
         """The plan's groups with the experts where they are now."""
-        return World.of(self.layout) if self.rebalanced else self.plan.world
+        return self.rebalanced.groups if self.rebalanced else self.plan.groups
 
     @property
-    def layout(self) -> Layout:
-        """The layout of a plan with one group, with the experts where they are now."""
-        layout = self.plan.layout
-        return self.rebalanced.apply(layout) if self.rebalanced else layout
+    def world(self) -> World:
+        """All copies of the model, with the experts where they are now."""
+        return world_of(self.groups)
 
     @property
     def predicted_seconds(self) -> float:

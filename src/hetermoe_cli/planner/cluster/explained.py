@@ -43,7 +43,7 @@ def _nic_names(group: ReplayedGroup) -> dict[str, str]:
 
 
 def _tight(group: ReplayedGroup) -> list[TightMemory]:
-    found = tight_memory(GroupCost(group.cost, group.group, sharers=group.sharers))
+    found = tight_memory(GroupCost(group.cost, group.group.layout, sharers=group.sharers))
     return [
         memory.model_copy(update={"ranks": sorted(ranks[r] for ranks in group.group.replicas for r in memory.ranks)})
         for memory in found

@@ -8,8 +8,10 @@ it is last everywhere, and an iteration ends no sooner than it.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 
 from hetermoe_cli.cost.layout import LayoutCost, Load
+from hetermoe_cli.cost.measured import MeasuredCost, MeasuredState
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.ports import TransferCost
 from hetermoe_cli.cost.sharers import Sharers
@@ -18,6 +20,7 @@ from hetermoe_cli.planner.cluster.synchronise import Copy, after_backward_second
 from hetermoe_cli.schedule.action import Kind
 from hetermoe_cli.schedule.zebra import OPTIMIZER
 from hetermoe_cli.simulator import SimulatedTrace, simulate
+from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import Group, Inputs, Memory
 
 
@@ -28,13 +31,13 @@ class GroupCost(LayoutCost):
     def __init__(
         self,
         cost: CostModel,
-        group: Group,
+        layout: Layout,
         reduces: Sequence[TransferCost] = (),
         synchronise: float = 0.0,
         load: Load | None = None,
         sharers: Sharers | None = None,
     ) -> None:
-        super().__init__(cost, group.layout, load)
+        super().__init__(cost, layout, load)
         self.sharers = sharers
         self.copies = 2 if reduces else 1
         self._over_groups, self._synchronise = reduces, synchronise
@@ -92,15 +95,41 @@ class Replayed:
     @property
     def seconds(self) -> float:
         """The iteration: the slowest group's compute, what synchronising adds, the slowest optimizer step."""
-        return self.reduced + self.after + max(g.optimizer for g in self.groups)
+        return self.reduced + self.after + self.optimizer
+
+    @property
+    def copies(self) -> list[int]:
+        """The number of the group of every copy of the model."""
+        return [number for number, g in enumerate(self.groups) for _ in g.group.replicas]
 
     def cost_of(self, number: int, load: Load | None = None, *, waits: bool = True) -> LayoutCost:
         """Costs of a layout among the others; if it `waits`, its S lasts until the last of them has its gradients."""
         g = self.groups[number]
-        if not g.reduces:
-            return LayoutCost(g.cost, g.group.layout, load)
         wait = self.reduced - g.reduced if waits else 0.0
-        return GroupCost(g.cost, g.group, g.reduces, wait + self.after, load, g.sharers)
+        return self._among(g, g.group.layout, wait, load)
+
+    def with_placement(self, number: int, layout: Layout) -> LayoutCost:
+        """Costs of a group, without its waiting, with experts in other places; sums over groups take as long as now."""
+        return self._among(self.groups[number], layout)
+
+    def _among(self, g: "ReplayedGroup", layout: Layout, wait: float = 0.0, load: Load | None = None) -> LayoutCost:
+        if not g.reduces:
+            return LayoutCost(g.cost, layout, load)
+        return GroupCost(g.cost, layout, g.reduces, wait + self.after, load, g.sharers)
+
+    @property
+    def optimizer(self) -> float:
+        """The slowest optimizer step."""
+        return max(g.optimizer for g in self.groups)
+
+    def ready(self, number: int, load: Load | None = None) -> float:
+        """When a group could step if no other were slower, under a load."""
+        return simulate(self.cost_of(number, load, waits=False)).seconds - self.groups[number].optimizer
+
+    def seconds_under(self, loads: Sequence[Load | None]) -> float:
+        """The iteration with a load for every copy."""
+        ready = [self.ready(number, load) for number, load in zip(self.copies, loads, strict=True)]
+        return max(ready) + self.optimizer
 
     def busy_share(self, world_size: int) -> list[float]:
         """Share of the iteration in which each rank of the cluster computes; 0 in no group."""
@@ -138,7 +167,7 @@ def joined(done: list[ReplayedGroup], whole: CostModel) -> Replayed:
     for g in done:
         ports = reduce_ports(whole, copies, Copy(g.group.layout, g.group.replicas[0], g.cost))
         reduces = [TransferCost(*each) for each in zip(seconds, ports, strict=True)]
-        layout_cost = GroupCost(g.cost, g.group, reduces, sharers=sharers)
+        layout_cost = GroupCost(g.cost, g.group.layout, reduces, sharers=sharers)
         optimizer, memory = _steps(layout_cost)
         reduced = simulate(layout_cost).seconds - optimizer
         groups.append(replace(g, reduces=reduces, reduced=reduced, optimizer=optimizer, memory=memory, sharers=sharers))
@@ -150,10 +179,30 @@ def group_cost(inputs: Inputs, group: Group) -> CostModel:
     return CostModel(group_inputs(inputs, group.replicas[0], group.sequences))
 
 
-def replay_group(inputs: Inputs, group: Group) -> ReplayedGroup:
-    """Replay one layout on its first replica."""
-    cost = group_cost(inputs, group)
-    layout_cost = GroupCost(cost, group)
+def replay_measured(inputs: Inputs, groups: Sequence[Group], state: MeasuredState) -> Replayed:
+    """Replay groups under what a run has measured. Replicas whose devices differ in speed count as groups of their own,
+    in the same order."""
+    done = []
+    for group in groups:
+        for _, replicas in groupby(group.replicas, key=lambda ranks: state.of(ranks).slowdown):
+            part = Group.of(group.layout, list(replicas))
+            ranks = part.replicas[0]
+            cost = MeasuredCost(group_inputs(inputs, ranks, group.sequences), *state.of(ranks))
+            done.append(replay_group(inputs, part, cost))
+    return joined(done, CostModel(inputs))
+
+
+def replay_moved(inputs: Inputs, replayed: Replayed, layouts: Sequence[Layout]) -> Replayed:
+    """The same groups at the same costs, each with a layout that differs in where its experts are."""
+    pairs = zip(replayed.groups, layouts, strict=True)
+    done = [replay_group(inputs, Group.of(layout, g.group.replicas), g.cost) for g, layout in pairs]
+    return joined(done, CostModel(inputs))
+
+
+def replay_group(inputs: Inputs, group: Group, cost: CostModel | None = None) -> ReplayedGroup:
+    """Replay one layout on its first replica, at costs of these devices (group_cost)."""
+    cost = cost or group_cost(inputs, group)
+    layout_cost = GroupCost(cost, group.layout)
     trace = simulate(layout_cost)
     optimizer, memory = _steps(layout_cost)
     return ReplayedGroup(group, cost, trace, trace.seconds - optimizer, optimizer, memory)
