@@ -43,9 +43,7 @@ def test_layouts_fit_and_replay_no_slower_than_evaluated(
         assert overflow(LayoutCost(group_cost(inputs, group), group.layout)) is None
         replayed, cost = replay_group(inputs, group), group_cost(inputs, group)
         slack = 1e-9 if inputs.model.layers <= FULL else 0.05  # rows of long models are timed apart
-        gathers = cost.sharding_seconds(
-            group.schedule, group.layout.attending
-        )  # part of what synchronising is expected
+        gathers = cost.sharding_seconds(group.schedule, group.layout.attending)  # expected of synchronising
         assert replayed.computed <= found.compute * (1 + slack) + gathers
         assert replayed.optimizer <= found.optimizer * (1 + 1e-9)
         checked += 1
