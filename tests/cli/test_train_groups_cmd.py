@@ -42,23 +42,6 @@ def cpu_inputs() -> Inputs:
     return inputs.model_copy(update={"train": train_spec})
 
 
-def sharing_inputs() -> Inputs:
-    """The same, where attention takes nearly all the time, so that two groups of two that attend are best."""
-    inputs = cpu_inputs()
-    link = Link(bandwidth_gigabytes_per_second=1e-3, latency_microseconds=5e4)
-    nodes = [node.model_copy(update={"interconnect": link, "nics": 4}) for node in inputs.cluster.nodes]
-    profile = make_profile(
-        "cpu", model=MODEL, precision="fp32", source="measured", sequence_lengths=(32,), attention_seconds=1.0,
-        expert_seconds=1e-4,
-    )  # fmt: skip
-    changes = {
-        "cluster": inputs.cluster.model_copy(update={"nodes": nodes}),
-        "profiles": {"cpu": profile},
-        "train": inputs.train.model_copy(update={"dense_state": "full"}),
-    }
-    return inputs.model_copy(update=changes)
-
-
 def groups_plan(*groups: tuple[Layout, Sequence[list[int]]]) -> Plan:
     """A plan of these groups on the four CPUs."""
     return make_groups_plan(cpu_inputs(), *groups)
@@ -73,18 +56,25 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in events(folder, "step")]
 
 
-@pytest.mark.parametrize(("most", "full"), [(4, False), (2, True)], ids=["replicated", "full"])
-def test_several_groups_are_planned_trained_and_told_of(
-    hetermoe: Hetermoe, text: Path, tmp_path: Path, most: int, full: bool
-) -> None:
-    inputs, plan_file, folder = sharing_inputs() if full else cpu_inputs(), tmp_path / "plan.yaml", tmp_path / "run"
+def planned(hetermoe: Hetermoe, folder: Path) -> Plan:
+    """What `plan` says of the four CPUs."""
+    inputs = cpu_inputs()
     for name in ("model", "cluster", "train"):
-        dump(getattr(inputs, name), tmp_path / f"{name}.yaml")
-    dump(inputs.profiles["cpu"], tmp_path / "profiles/cpu.yaml")
-    words = [word for name in ("model", "cluster", "train") for word in (f"--{name}", tmp_path / f"{name}.yaml")]
-    words += ["--profiles", tmp_path / "profiles", "--output", plan_file, "--time-limit", 2, "--max-groups", most]
+        dump(getattr(inputs, name), folder / f"{name}.yaml")
+    dump(inputs.profiles["cpu"], folder / "profiles/cpu.yaml")
+    words = [word for name in ("model", "cluster", "train") for word in (f"--{name}", folder / f"{name}.yaml")]
+    words += ["--profiles", folder / "profiles", "--output", folder / "plan.yaml", "--time-limit", 2, "--max-groups", 4]
     assert hetermoe("plan", *words).code == 0
-    plan = load(Plan, plan_file)
+    return load(Plan, folder / "plan.yaml")
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["planned", "full"])
+def test_several_groups_are_trained_and_told_of(hetermoe: Hetermoe, text: Path, tmp_path: Path, full: bool) -> None:
+    """Those of a plan, and two that shard all of their dense part."""
+    plan_file, folder = tmp_path / "plan.yaml", tmp_path / "run"
+    if full:
+        dump(groups_plan((SHARED, [[0, 1], [2, 3]])), plan_file)
+    plan = load(Plan, plan_file) if full else planned(hetermoe, tmp_path)
     assert plan.group_count > 1
     assert plan.groups[0].layout.gathers == full
 
@@ -139,7 +129,7 @@ def test_a_checkpoint_of_several_groups_goes_on_in_one_and_back(text: Path, tmp_
     for name in ("groups", "shared"):
         again = resumed(tmp_path / f"{name}.yaml", tmp_path / name, tmp_path / f"{name}-again", text)
         assert again == found[name][3:]  # to the bit
-    circle = ("groups", "one", "shared", "optimizer", "shared", "twice", "groups")
+    circle = ("groups", "one", "shared", "optimizer", "groups")
     for one, other in pairwise(circle):
         moved = resumed(tmp_path / f"{other}.yaml", tmp_path / one, tmp_path / f"{one}-{other}", text)
         assert moved == pytest.approx(found["one"][3:], rel=1e-5)

@@ -48,7 +48,8 @@ def _sum_seconds(whole: CostModel, copies: Sequence[Copy], layer: int, size: flo
             for copy, placement in placements
             for rank, experts in zip(copy.ranks, placement.experts, strict=True)
         }
-    return whole.network.all_reduce_seconds(attending, size) + expert_seconds(whole, hosted, len(copies))
+    ring = whole.network.all_reduce_seconds(attending, size) if size else 0.0  # no message, no latency
+    return ring + expert_seconds(whole, hosted, len(copies))
 
 
 def reduce_ports(whole: CostModel, copies: Sequence[Copy], copy: Copy) -> list[tuple[int, ...]]:
