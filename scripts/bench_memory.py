@@ -32,7 +32,10 @@ from hetermoe_cli.spec.train import TrainSpec
 FOLDER = ROOT / "runs" / "bench-memory"
 LEAST_BYTES, MOST_ERROR = 500e6, 0.10
 STEPS = 3
-COMPACT = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}  # fixed, glibc does not raise it with use
+COMPACT = {  # a resident size that is what is alive
+    "MALLOC_MMAP_THRESHOLD_": str(128 * 1024),  # fixed, glibc does not raise it with use
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0",  # huge pages round tensors up
+}
 
 
 @dataclass(frozen=True)
