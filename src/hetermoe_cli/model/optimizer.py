@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hetermoe_cli.spec.train import TrainSpec
 
 _FUSED_DEVICES = {"cpu", "cuda"}
-_CHUNK_ELEMENTS = 2**24  # fp32 gradients that live at once: 64 MiB, or one parameter's if that is more
+_CHUNK_ELEMENTS = 2**20  # fp32 gradients that live at once: 4 MiB, or one parameter's if that is more
 
 
 def learning_rate(train: TrainSpec, step: int) -> float:
