@@ -215,7 +215,7 @@ def test_bench_compares_groups_with_one(hetermoe: Hetermoe, text: Path, tmp_path
 def test_groups_are_emulated(text: Path, tmp_path: Path, pair: Layout) -> None:
     """Also where one shards all of its dense part and the other keeps it."""
     dump(groups_plan((ALONE, [[0]]), (pair, [[1, 3]])), tmp_path / "plan.yaml")
-    options = ("--emulate", "--executed-sequence-length", 16, "--steps", 3, "--router", "balanced", "--json")
+    options = ("--emulate", "--executed-sequence-length", 16, "--steps", 2, "--router", "balanced", "--json")
     done = train(tmp_path / "plan.yaml", "--run-folder", tmp_path / "run", "--data", text, *options)
     summary = json.loads(done.stdout)
     assert summary["emulated"]

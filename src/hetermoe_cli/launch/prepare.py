@@ -21,6 +21,7 @@ from hetermoe_cli.spec.run import Emulation, RunSpec
 SHORTEST_EMULATED_SECONDS = 0.013  # of common tasks: four processes share few cores, and what overruns adds up
 LEAST_EMULATED_SECONDS = 0.004  # of rare ones: below about 2 ms real work overruns its target
 SHORT_SHARE = 0.04  # of a rank's compute that rare short tasks may take
+SHORTEST_EMULATED_STEP = 1.5  # of a rank's compute in the mean: norm, figures and optimizer overrun by 10 ms together
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,8 @@ def automatic_time_scale(plan: Plan) -> float:
     """Seconds of an emulated run per nominal second, such that real work ends before its targets.
 
     SHORTEST_EMULATED_SECONDS for all attention and expert tasks but the shortest ones, which together take at most
-    SHORT_SHARE of any rank's; those get LEAST_EMULATED_SECONDS.
+    SHORT_SHARE of any rank's; those get LEAST_EMULATED_SECONDS. And SHORTEST_EMULATED_STEP for all of a rank's, else
+    what a step does besides, which nothing stretches, would be too large a share.
     """
     return max(_group_time_scale(plan.inputs, group) for group in plan.groups)
 
@@ -177,10 +179,12 @@ def _group_time_scale(inputs: Inputs, group: Group) -> float:
 
     model, layout, scale = group_cost(inputs, group), group.layout, 0.0
     cost = LayoutCost(model, layout, balanced_load(model, layout))  # an expert may be assumed to get no row
+    everything = 0.0
     for rank, order in enumerate(training_schedule(layout).compute):
         tasks = sorted(cost.seconds(rank, a) for a in order if a.kind in (Kind.ATTENTION, Kind.EXPERT))
         sums = itertools.accumulate(tasks)
+        everything += sum(tasks)
         common = next((task for task, taken in zip(tasks, sums, strict=True) if taken > SHORT_SHARE * sum(tasks)), None)
         if common is not None:
             scale = max(scale, SHORTEST_EMULATED_SECONDS / common, LEAST_EMULATED_SECONDS / tasks[0])
-    return scale
+    return max(scale, SHORTEST_EMULATED_STEP * layout.world_size / everything)

@@ -1,0 +1,25 @@
+"""How far an emulated run is stretched."""
+
+import pytest
+
+from builders import make_inputs, make_layout, make_plan
+from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.launch.prepare import SHORTEST_EMULATED_SECONDS, SHORTEST_EMULATED_STEP, automatic_time_scale
+from hetermoe_cli.schedule.action import Kind
+from hetermoe_cli.schedule.lower import training_schedule
+
+
+@pytest.mark.parametrize("micro_batches", [1, 64])
+def test_tasks_and_steps_last_long_enough(micro_batches: int) -> None:
+    """A step of few tasks is stretched further than these ask for: its norm and optimizer take real time too."""
+    inputs = make_inputs([("new", 1), ("old", 1)], global_batch_sequences=2 * micro_batches)
+    layout = make_layout((2, 0), (1, 3), micro_batches=micro_batches)
+    scale, cost = automatic_time_scale(make_plan(inputs, layout)), LayoutCost(CostModel(inputs), layout)
+    tasks = [
+        [scale * cost.seconds(rank, action) for action in order if action.kind in (Kind.ATTENTION, Kind.EXPERT)]
+        for rank, order in enumerate(training_schedule(layout).compute)
+    ]
+    step = sum(map(sum, tasks)) / layout.world_size
+    assert step >= SHORTEST_EMULATED_STEP * (1 - 1e-9)
+    assert (step == pytest.approx(SHORTEST_EMULATED_STEP)) == (micro_batches == 1)
+    assert max(max(own) for own in tasks) >= SHORTEST_EMULATED_SECONDS
