@@ -10,7 +10,7 @@ from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.planner.bounds import Bounder
 from hetermoe_cli.planner.candidates import _slots
 from hetermoe_cli.planner.deal import number
-from hetermoe_cli.planner.master import Rows, mixture
+from hetermoe_cli.planner.master import Of, Rows, mixture
 from hetermoe_cli.planner.patterns import Patterns, caps_within
 from hetermoe_cli.planner.prepared import Prepared
 from hetermoe_cli.planner.sides import Side
@@ -72,8 +72,8 @@ def _check_chains(
         model.after_backward_seconds(layout_cost.layout.schedule, layout_cost.layout.attending, count)
         for count in (0, int(copies.sum()))
     )
-    assert sums[rows.kinds == 1].max() <= (step + some - none) * (1 + 1e-9)
-    assert sums[rows.kinds == 0].max() + layout_cost.synchronise_seconds + step <= replay * (1 + 1e-9)
+    assert sums[rows.kinds == Of.STEP].max() <= (step + some - none) * (1 + 1e-9)
+    assert rows.makespan(sums) + layout_cost.synchronise_seconds + step <= replay * (1 + 1e-9)
 
 
 def _check_mixture(

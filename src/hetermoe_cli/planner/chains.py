@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,9 +29,11 @@ from hetermoe_cli.planner.mixed import (
     either_turn,
     forward_either,
     forward_switch,
+    forward_switch_end,
     switch_turn,
 )
 from hetermoe_cli.planner.patterns import Patterns
+from hetermoe_cli.planner.reduced import Reduced
 from hetermoe_cli.planner.sides import Side
 
 Part = Callable[[], FloatArray]
@@ -42,7 +45,7 @@ class Row:
 
     Without the all-reduce and the optimizer step. Parts are computed when they are asked for. `begins`, `ends`: the
     class whose own stream the chain starts or ends on; None: it starts with the first dispatch, which all attending
-    classes must have made ready, and ends with some class's last attention.
+    classes must have made ready, and ends with some class's last attention. `last_only`: it holds in the last window.
     """
 
     name: str
@@ -51,31 +54,49 @@ class Row:
     constant: float
     begins: int | None = None
     ends: int | None = None
+    last_only: bool = False
 
-    def repeated(self, windows: int, apart: float) -> "Row":
-        """The same chain through `windows` windows; what ends one may start the next up to `apart` seconds earlier."""
+    def repeated(self, windows: int) -> "Row":
+        """The same chain through `windows` windows."""
 
         def times(part: Part) -> Part:
             return lambda: windows * part()
 
-        constant = windows * self.constant - (0.0 if self.begins is not None else (windows - 1) * apart)
-        return replace(self, every=tuple(map(times, self.every)), last=tuple(map(times, self.last)), constant=constant)
+        every, last = tuple(map(times, self.every)), tuple(map(times, self.last))
+        return replace(self, every=every, last=last, constant=windows * self.constant)
 
 
 SHARES = (0.0, 0.5, 1.0)  # premiums to try, from one extreme to the other
 
 
-def rows_of(forward: Side, backward: Side, mixed: bool) -> list[Row]:
-    """Chains through all windows, one after another: on an attending class windows never overlap.
+class Chains(NamedTuple):
+    """Chains through all windows, through one of the windows before the last one, and through the last one.
 
-    With several attending classes, only chains that end on the class that the next one starts with, or wait for all.
+    The iteration is bounded by one of all windows, and by one of each of the others together.
+    """
+
+    whole: list[Row]
+    earlier: list[Row]
+    last: list[Row]
+
+
+def chains_of(forward: Side, backward: Side, mixed: bool) -> Chains:
+    """Windows follow one another: on an attending class they never overlap.
+
+    With several attending classes, a chain must begin on the class that the one before ends with, or wait for all; what
+    ends one window may then start the next up to the difference of their attention earlier.
     """
     rows, windows = _window_rows(forward, backward, mixed), forward.windows
     if windows == 1:
-        return rows
+        return Chains(rows, [], [])
+    whole: list[Row] = []
     if sum(c.attends for c in forward.patterns.rates.classes) > 1:
-        rows = [row for row in rows if row.begins is None or row.begins == row.ends]
-    return [row.repeated(windows, forward.slowest - forward.fastest) for row in rows]
+        own = [row for row in rows if row.begins is not None and row.begins == row.ends]
+        whole = [row.repeated(windows) for row in own if not row.last_only]
+        rows = [row for row in rows if row.begins is None]
+    apart = forward.slowest - forward.fastest
+    before = [replace(row, constant=row.constant - apart * (row.begins is None)) for row in rows if not row.last_only]
+    return Chains(whole, before, rows)
 
 
 def _window_rows(forward: Side, backward: Side, mixed: bool) -> list[Row]:
@@ -114,8 +135,8 @@ def _forward_mixed(forward: Side, backward: Side, head: dict[int, float]) -> Ite
     for c, e, share in product(head, _experts(forward.patterns), SHARES):
         premium = float(forward.attention[c, 0]) * (1 + share * (n - 2))
         switch = partial(forward_switch, forward, c, e, premium)
-        until = min(n * head[c], premium + head[c])
-        yield from _begin(c, _meet(backward, True, switch, switch, forward.least_dense, {c: until}))
+        end = partial(forward_switch_end, forward, c, e, premium, head[c])
+        yield from _begin(c, _meet(backward, True, switch, end, forward.least_dense, {c: 0.0}))
 
 
 def _begin(c: int, rows: Iterator[Row]) -> Iterator[Row]:
@@ -161,6 +182,8 @@ def _meet(
     yield Row("early", (ahead, early), (ahead_end, early, meeting), start + least + dense)
     turning = (ahead_end, partial(side.turn, classes))
     yield Row("first", (ahead, first), turning, start + least + rest + side.n * dense)
+    if side.patterns.rates.ring:
+        yield from _reduced(Reduced(side), mixed, ahead, ahead_end, start + least, classes)
     for premium in (share * rest for share in SHARES if mixed):
         either = (ahead, partial(backward_either, side, premium))
         turn = (ahead_end, partial(either_turn, side, classes, premium), staying)
@@ -171,6 +194,16 @@ def _meet(
         yield Row(f"stream {c}", (ahead, stream), (ahead_end, stream), start + until + own, ends=c)
         if mixed:
             yield from _switches(side, c, ahead, ahead_end, start + until + dense)
+
+
+def _reduced(
+    reduced: Reduced, mixed: bool, ahead: Part, ahead_end: Part, start: float, classes: tuple[int, ...]
+) -> Iterator[Row]:
+    """Through the all-reduces, with several premiums if `mixed`."""
+    for premium in reduced.premiums if mixed else reduced.premiums[::3]:
+        every = (ahead, partial(reduced.every, premium))
+        turn = (ahead_end, partial(reduced.turn, classes, premium))
+        yield Row("reduced", every, turn, start + reduced.end, last_only=True)
 
 
 def _switches(side: Side, c: int, ahead: Part, ahead_end: Part, start: float) -> Iterator[Row]:

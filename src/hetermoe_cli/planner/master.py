@@ -5,13 +5,14 @@ Any multipliers of the rows prove a bound, so that a run may stop as soon as the
 """
 
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hetermoe_cli.planner.arrays import FloatArray, IntArray, largest, total
-from hetermoe_cli.planner.chains import Row, rows_of
+from hetermoe_cli.planner.chains import Row, chains_of
 from hetermoe_cli.planner.patterns import Limits, Patterns, all_patterns, caps_within
 from hetermoe_cli.planner.rates import Rates
 from hetermoe_cli.planner.sides import Side
@@ -52,25 +53,50 @@ def mixture(rates: Rates, horizon: float, *, mixed: bool = False) -> Mixture | N
     return better if better.bound > found.bound else found
 
 
+class Of(IntEnum):
+    """What a row bounds: the makespan without layer 0's all-reduce and what follows, one of the windows before the
+    last, the last window, the optimizer step; or that a class's memory is no more than there is."""
+
+    WHOLE = 0
+    EARLIER = 1
+    LAST = 2
+    STEP = 3
+    MEMORY = 4
+
+
 class Rows:
     """All rows of some patterns: chains and all-reduces, then optimizer steps and memory of every class.
 
-    A row says: variable >= constant + sum over layers; the variable is the makespan without layer 0's all-reduce and
-    what follows, the optimizer step, or nothing.
+    A row says: what it is of >= constant + sum over layers.
     """
 
     def __init__(self, forward: Side, backward: Side, mixed: bool) -> None:
         self.sides, self.mixed, self.patterns = (forward, backward), mixed, forward.patterns
         self.rates = self.patterns.rates
-        chains = [*rows_of(*self.sides, mixed), self._reduces()]
-        classes = range(len(self.rates.classes))
-        self.rows = [*chains, *map(self._step, classes), *map(self._memory, classes)]
-        self.kinds = np.repeat([0, 1, 2], [len(chains), len(classes), len(classes)])
+        self.windows = forward.windows
+        chains, classes = chains_of(*self.sides, mixed), range(len(self.rates.classes))
+        kinds = {
+            Of.WHOLE: [*chains.whole, self._reduces()],
+            Of.EARLIER: chains.earlier,
+            Of.LAST: chains.last,
+            Of.STEP: [*map(self._step, classes)],
+            Of.MEMORY: [*map(self._memory, classes)],
+        }
+        self.rows = [row for rows in kinds.values() for row in rows]
+        self.kinds = np.repeat(list(kinds), [len(rows) for rows in kinds.values()])
         self.constants = np.array([row.constant for row in self.rows])
 
     def of(self, patterns: Patterns) -> "Rows":
         """The same rows of other patterns."""
         return Rows(Side(patterns, 0), Side(patterns, 1), self.mixed)
+
+    def makespan(self, sums: FloatArray) -> FloatArray:
+        """Of the rows' sums over all layers, [rows, ...]: the makespan, the optimizer step not included."""
+        whole: FloatArray = sums[self.kinds == Of.WHOLE].max(0)
+        if self.windows == 1:
+            return whole
+        earlier, last = (sums[self.kinds == kind].max(0) for kind in (Of.EARLIER, Of.LAST))
+        return largest([whole, (self.windows - 1) * earlier + last])
 
     @property
     def busiest(self) -> FloatArray:
@@ -205,10 +231,20 @@ def uniform(rates: Rates, horizon: float, count: int) -> IntArray:
     rows = Rows(Side(patterns, 0), Side(patterns, 1), mixed=False)
     every, last = rows.values
     value = (rates.layers - 1) * every + last + rows.constants[:, None]
-    times = value[rows.kinds == 0].max(0) + value[rows.kinds == 1].max(0)
-    times[(value[rows.kinds == 2] > 0).any(0)] = np.inf
+    times = rows.makespan(value) + value[rows.kinds == Of.STEP].max(0)
+    times[(value[rows.kinds == Of.MEMORY] > 0).any(0)] = np.inf
     tables = np.vstack([patterns.totals, patterns.replicated]).T
     return tables[_smallest(times, count)]
+
+
+def _normalise(duals: FloatArray, rows: NDArray[np.bool_], to: float) -> float:
+    """Let the duals of some rows add up `to` this, in place; the factor (1 if there were none)."""
+    total = float(duals[rows].sum())
+    if total > 0:
+        duals[rows] *= to / total
+        return to / total
+    duals[rows] = to / max(1, int(rows.sum()))
+    return 1.0
 
 
 class _Restricted:
@@ -229,10 +265,16 @@ class _Restricted:
             self.highs.addRow(float(constant), infinity, 0, nothing, np.array([]))
         for layers in (rows.rates.layers - 1, 1):
             self.highs.addRow(float(layers), float(layers), 0, nothing, np.array([]))
-        # makespan, optimizer step, and memory in excess, at a price, so that the first few patterns need not fit
-        for kind, price in ((0, 1.0), (1, 1.0), (2, 100 * horizon)):
-            index = np.flatnonzero(rows.kinds == kind).astype(np.int32)
-            self.highs.addCol(price, 0.0, infinity, len(index), index, np.ones(len(index)))
+        self.highs.addRow(0.0, infinity, 0, nothing, np.array([]))
+        # memory in excess has a price, so that the first few patterns need not fit
+        prices = {Of.WHOLE: 1.0, Of.EARLIER: 0.0, Of.LAST: 0.0, Of.STEP: 1.0, Of.MEMORY: 100 * horizon}
+        through = {Of.WHOLE: 1.0, Of.EARLIER: 1.0 - rows.windows, Of.LAST: -1.0}  # the makespan is at least all windows'
+        for kind, price in prices.items():
+            index = np.flatnonzero(rows.kinds == kind)
+            values = np.append(np.ones(len(index)), through.get(kind, 0.0))
+            index = np.append(index, len(rows.rows) + 2).astype(np.int32)
+            self.highs.addCol(price, 0.0, infinity, len(index), index, values)
+        self.fixed = len(prices)
 
     def add(self, patterns: IntArray) -> None:
         """Allow more patterns, in the last layer and in the others."""
@@ -253,15 +295,17 @@ class _Restricted:
         """Value without what follows compute, and row weights that prove a bound."""
         self.highs.run()
         duals = np.maximum(np.array(self.highs.getSolution().row_dual)[: len(self.rows.rows)], 0.0)
-        for kind in (0, 1):
-            rows = self.rows.kinds == kind
-            total = duals[rows].sum()
-            duals[rows] = duals[rows] / total if total > 0 else 1 / rows.sum()
+        kinds = self.rows.kinds
+        _normalise(duals, kinds == Of.STEP, 1.0)
+        if self.rows.windows > 1:
+            _normalise(duals, kinds == Of.EARLIER, (self.rows.windows - 1) * float(duals[kinds == Of.LAST].sum()))
+        whole, earlier = (kinds == Of.WHOLE) | (kinds == Of.LAST), kinds == Of.EARLIER
+        duals[earlier] *= _normalise(duals, whole, 1.0)
         return float(self.highs.getInfo().objective_function_value), duals
 
     def mixture(self) -> tuple[IntArray, FloatArray]:
         """Patterns in use, and for how many layers."""
-        values = np.array(self.highs.getSolution().col_value)[3:]
+        values = np.array(self.highs.getSolution().col_value)[self.fixed :]
         total: dict[int, float] = {}
         for pattern, value in zip(self.order.tolist(), values, strict=True):
             if value > 1e-6:

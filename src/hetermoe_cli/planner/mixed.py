@@ -44,6 +44,17 @@ def forward_switch(side: Side, a: int, e: int, premium: float) -> FloatArray:
     return -largest([-on_a, -on_e])
 
 
+def forward_switch_end(side: Side, a: int, e: int, premium: float, head: float) -> FloatArray:
+    """The last layer's part of `forward_switch`, to the end of a's heads: all of them after the first combine, or one
+    after the last."""
+    own, other, one = side.n * side.mean[a], side.mean[e], float(side.attention[a, 0])
+    heads = side.n * head
+    through = largest([other + heads, side.n * other + head]) + side.d
+    on_a = largest([side.n * one + own + heads, choose(side.patterns.hosts[e], one + side.d + through, 0.0)])
+    on_e = largest([choose(side.patterns.hosts[e], through, 0.0), one + own + heads]) + premium
+    return -largest([-on_a, -on_e])
+
+
 def backward_switch(side: Side, a: int, e: int, premium: float) -> FloatArray:
     """The same from the first attention of a, or from the last expert task of e, of the layer after."""
     own, other, one = side.n * side.mean[a], side.n * side.mean[e], float(side.attention[a, 0])
