@@ -9,11 +9,13 @@ from instances import random_choice, random_counts, random_inputs
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.planner.bounds import Bounder
 from hetermoe_cli.planner.candidates import _slots
+from hetermoe_cli.planner.chains import canonical
 from hetermoe_cli.planner.deal import number
-from hetermoe_cli.planner.master import Of, Rows, mixture
+from hetermoe_cli.planner.master import mixture
 from hetermoe_cli.planner.patterns import Patterns, caps_within
 from hetermoe_cli.planner.prepared import Prepared
-from hetermoe_cli.planner.sides import Side
+from hetermoe_cli.planner.rows import Of, Rows
+
 from hetermoe_cli.planner.space import kinds
 from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.simulator import simulate
@@ -61,7 +63,8 @@ def _check_chains(
     """Every row's sum over the layers is at most the replay."""
     caps, _ = caps_within(ready.rates, replay)
     patterns = Patterns(ready.rates, totals, copies, tuple(caps))
-    rows = Rows(Side(patterns, 0), Side(patterns, 1), mixed=True)
+    rows = Rows(patterns)
+    rows.extend(canonical(rows.layers))
     every, last = rows.values
     sums = every[:, :-1].sum(1) + last[:, -1] + rows.constants
     model = layout_cost.cost
@@ -72,7 +75,7 @@ def _check_chains(
         model.after_backward_seconds(layout_cost.layout.schedule, layout_cost.layout.attending, count)
         for count in (0, int(copies.sum()))
     )
-    assert sums[rows.kinds == Of.STEP].max() <= (step + some - none) * (1 + 1e-9)
+    assert sums[rows.index(Of.STEP)].max() <= (step + some - none) * (1 + 1e-9)
     assert rows.makespan(sums) + layout_cost.synchronise_seconds + step <= replay * (1 + 1e-9)
 
 

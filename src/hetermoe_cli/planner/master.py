@@ -5,22 +5,24 @@ Any multipliers of the rows prove a bound, so that a run may stop as soon as the
 """
 
 from dataclasses import dataclass, replace
-from enum import IntEnum
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hetermoe_cli.planner.arrays import FloatArray, IntArray, largest, total
-from hetermoe_cli.planner.chains import Row, chains_of
+from hetermoe_cli.planner.arrays import FloatArray, IntArray
+from hetermoe_cli.planner.chains import canonical
 from hetermoe_cli.planner.patterns import Limits, Patterns, all_patterns, caps_within
+from hetermoe_cli.planner.potentials import better_chains
 from hetermoe_cli.planner.rates import Rates
-from hetermoe_cli.planner.sides import Side
+from hetermoe_cli.planner.restricted import Restricted
+from hetermoe_cli.planner.rows import Of, Rows
 
 ROUNDS = 80
 PRECISION = 5e-4
 FIRST_COLUMNS = 40
 NEW_COLUMNS = 6
+CHAIN_ROUNDS = 12  # of new chains
+CHAIN_GAIN = 5e-4  # of the bound: what new chains must add to go on
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Mixture:
 def mixture(rates: Rates, horizon: float, *, mixed: bool = False) -> Mixture | None:
     """Bound on every placement of the choice that is faster than `horizon`; None where it has too many patterns.
 
-    The bound is infinite where no placement can be that fast. `mixed` takes longer and bounds a little better.
+    The bound is infinite where no placement can be that fast. `mixed` takes longer and bounds better: by chains that
+    change from event to event.
     """
     caps, copies = caps_within(rates, horizon)
     patterns = all_patterns(rates, caps, copies)
@@ -45,135 +48,51 @@ def mixture(rates: Rates, horizon: float, *, mixed: bool = False) -> Mixture | N
     if not len(patterns.replicated):
         nothing = np.zeros((0, len(caps) + 1), dtype=np.int64)
         return Mixture(np.inf, nothing, np.zeros(0), Limits.of(rates, horizon))
-    sides = Side(patterns, 0), Side(patterns, 1)
-    found = _run(Rows(*sides, mixed=False), horizon)
-    if found.bound >= horizon or not mixed or rates.choice.schedule.window == 1:
-        return found
-    better = _run(Rows(*sides, mixed=True), horizon)
-    return better if better.bound > found.bound else found
+    return _Run(rates, horizon, patterns).found(mixed)
 
 
-class Of(IntEnum):
-    """What a row bounds: the makespan without layer 0's all-reduce and what follows, one of the windows before the
-    last, the last window, the optimizer step; or that a class's memory is no more than there is."""
+class _Run:
+    """Adds patterns that promise most until the bound is within PRECISION of the mixture, or above the horizon; then
+    chains that are longer for the mixture."""
 
-    WHOLE = 0
-    EARLIER = 1
-    LAST = 2
-    STEP = 3
-    MEMORY = 4
+    def __init__(self, rates: Rates, horizon: float, patterns: Patterns) -> None:
+        self.rates, self.horizon = rates, horizon
+        self.rows = Rows(patterns)
+        self.rows.extend(canonical(self.rows.layers))
+        self.master = Restricted(self.rows, horizon)
+        self.best = _Proof(self.rows, np.zeros(len(self.rows.rows)), -np.inf, 0.0, 0.0)
+        self.master.add(_first(self.rows))
 
+    def found(self, mixed: bool) -> Mixture:
+        """The bound, and what is left of the patterns."""
+        self._columns()
+        for _ in range(CHAIN_ROUNDS if mixed else 0):
+            before = self.best.bound
+            chains = better_chains(self.master.part, *self.master.mixture_weights()) if before < self.horizon else []
+            if not chains:
+                break
+            self.rows.extend(chains)
+            self.master.extend(chains)
+            self._columns()
+            if self.best.bound < before * (1 + CHAIN_GAIN):
+                break
+        chosen, used = self.master.mixture()
+        patterns, limits = self.rows.patterns, self.best.limits(self.horizon)
+        tables = np.vstack([patterns.totals, patterns.replicated]).T
+        bound = self.best.bound if limits else np.inf
+        return Mixture(bound, tables[chosen], used, limits or Limits.of(self.rates, self.horizon))
 
-class Rows:
-    """All rows of some patterns: chains and all-reduces, then optimizer steps and memory of every class.
-
-    A row says: what it is of >= constant + sum over layers.
-    """
-
-    def __init__(self, forward: Side, backward: Side, mixed: bool) -> None:
-        self.sides, self.mixed, self.patterns = (forward, backward), mixed, forward.patterns
-        self.rates = self.patterns.rates
-        self.windows = forward.windows
-        chains, classes = chains_of(*self.sides, mixed), range(len(self.rates.classes))
-        kinds = {
-            Of.WHOLE: [*chains.whole, self._reduces()],
-            Of.EARLIER: chains.earlier,
-            Of.LAST: chains.last,
-            Of.STEP: [*map(self._step, classes)],
-            Of.MEMORY: [*map(self._memory, classes)],
-        }
-        self.rows = [row for rows in kinds.values() for row in rows]
-        self.kinds = np.repeat(list(kinds), [len(rows) for rows in kinds.values()])
-        self.constants = np.array([row.constant for row in self.rows])
-
-    def of(self, patterns: Patterns) -> "Rows":
-        """The same rows of other patterns."""
-        return Rows(Side(patterns, 0), Side(patterns, 1), self.mixed)
-
-    def makespan(self, sums: FloatArray) -> FloatArray:
-        """Of the rows' sums over all layers, [rows, ...]: the makespan, the optimizer step not included."""
-        whole: FloatArray = sums[self.kinds == Of.WHOLE].max(0)
-        if self.windows == 1:
-            return whole
-        earlier, last = (sums[self.kinds == kind].max(0) for kind in (Of.EARLIER, Of.LAST))
-        return largest([whole, (self.windows - 1) * earlier + last])
-
-    @property
-    def busiest(self) -> FloatArray:
-        """[patterns] compute of the class that has most in a layer."""
-        return largest([*(self.sides[0].stream + self.sides[1].stream)])
-
-    def _reduces(self) -> Row:
-        """All-reduces one after another, from the last head on."""
-        schedule, rates = self.rates.choice.schedule, self.rates
-        reduces, each = rates.reduces, rates.reduces[-2][1]
-        start = 0.0
-        for r, c in zip(rates.of, rates.classes, strict=True):
-            if c.attends:
-                both = schedule.micro_batches * r.attending(rates.layers)
-                start = max(start, both - schedule.window * (rates.layers * r.attention[1] + r.dense[1]))
-
-        def copies() -> FloatArray:
-            return np.asarray(each * self.patterns.replicated, dtype=np.float64)
-
-        return Row("reduce", (copies,), (copies,), start + sum(base for base, _ in reduces[1:]))
-
-    def _step(self, c: int) -> Row:
-        r = self.rates.of[c]
-
-        def held() -> FloatArray:
-            p = self.patterns
-            result: FloatArray = r.optimizer_per_expert * p.mean[c] + r.optimizer_per_copy * p.replicated
-            return result
-
-        return Row("step", (held,), (held,), r.optimizer_base)
-
-    def _memory(self, c: int) -> Row:
-        r, attends = self.rates.of[c], self.rates.classes[c].attends
-
-        def used() -> FloatArray:
-            p = self.patterns
-            each = r.memory_per_hosted + r.memory_per_share / self.rates.layers
-            copies = p.replicated * (attends * r.memory_per_replicated)
-            result: FloatArray = (p.mean[c] * each + copies) / r.memory_limit
-            return result
-
-        return Row("memory", (used,), (used,), r.memory_base / r.memory_limit - 1)
-
-    def weigh(self, weights: FloatArray, *, last: bool) -> FloatArray:
-        """[patterns] weighted sum of the rows."""
-        result = np.zeros(len(self.patterns.replicated))
-        for row, weight in zip(self.rows, weights, strict=True):
-            if weight > 0:
-                for part in row.last if last else row.every:
-                    result = result + weight * part()
-        return result
-
-    @cached_property
-    def values(self) -> tuple[FloatArray, FloatArray]:
-        """[rows, patterns] of any layer, and of the last."""
-        every = [total(part() for part in row.every) for row in self.rows]
-        return np.array(every), np.array([total(part() for part in row.last) for row in self.rows])
-
-
-def _run(rows: Rows, horizon: float) -> Mixture:
-    """Add the patterns that promise most until the bound is within PRECISION of the mixture, or above horizon."""
-    layers, base = rows.rates.layers, rows.rates.after_compute
-    master, best = _Restricted(rows, horizon), _Proof(rows, np.zeros(len(rows.rows)), -np.inf, 0.0, 0.0)
-    master.add(_first(rows))
-    for _ in range(ROUNDS):
-        value, weights = master.solve()
-        every, last = rows.weigh(weights, last=False), rows.weigh(weights, last=True)
-        proven = float((layers - 1) * every.min() + last.min() + weights @ rows.constants + base)
-        if proven > best.bound:
-            best = _Proof(rows, weights, proven, float(every.min()), float(last.min()))
-        if proven >= horizon or value + base - best.bound <= PRECISION * value:
-            break
-        master.add(np.union1d(_smallest(every, NEW_COLUMNS), _smallest(last, NEW_COLUMNS)))
-    chosen, used = master.mixture()
-    tables = np.vstack([rows.patterns.totals, rows.patterns.replicated]).T
-    limits = best.limits(horizon)
-    return Mixture(best.bound if limits else np.inf, tables[chosen], used, limits or Limits.of(rows.rates, horizon))
+    def _columns(self) -> None:
+        layers, base = self.rates.layers, self.rates.after_compute
+        for _ in range(ROUNDS):
+            value, weights = self.master.solve()
+            every, last = self.rows.weigh(weights, last=False), self.rows.weigh(weights, last=True)
+            proven = float((layers - 1) * every.min() + last.min() + weights @ self.rows.constants + base)
+            if proven > self.best.bound:
+                self.best = _Proof(self.rows, weights, proven, float(every.min()), float(last.min()))
+            if proven >= self.horizon or value + base - self.best.bound <= PRECISION * value:
+                break
+            self.master.add(np.union1d(_smallest(every, NEW_COLUMNS), _smallest(last, NEW_COLUMNS)))
 
 
 @dataclass(frozen=True)
@@ -228,86 +147,11 @@ def uniform(rates: Rates, horizon: float, count: int) -> IntArray:
     patterns = all_patterns(rates, caps, copies, even=True)
     if patterns is None or not len(patterns.replicated):
         return np.zeros((0, len(caps) + 1), dtype=np.int64)
-    rows = Rows(Side(patterns, 0), Side(patterns, 1), mixed=False)
+    rows = Rows(patterns)
+    rows.extend(canonical(rows.layers))
     every, last = rows.values
     value = (rates.layers - 1) * every + last + rows.constants[:, None]
-    times = rows.makespan(value) + value[rows.kinds == Of.STEP].max(0)
-    times[(value[rows.kinds == Of.MEMORY] > 0).any(0)] = np.inf
+    times = rows.makespan(value) + value[rows.index(Of.STEP)].max(0)
+    times[(value[rows.index(Of.MEMORY)] > 0).any(0)] = np.inf
     tables = np.vstack([patterns.totals, patterns.replicated]).T
     return tables[_smallest(times, count)]
-
-
-def _normalise(duals: FloatArray, rows: NDArray[np.bool_], to: float) -> float:
-    """Let the duals of some rows add up `to` this, in place; the factor (1 if there were none)."""
-    total = float(duals[rows].sum())
-    if total > 0:
-        duals[rows] *= to / total
-        return to / total
-    duals[rows] = to / max(1, int(rows.sum()))
-    return 1.0
-
-
-class _Restricted:
-    """The LP over the patterns added so far, in HiGHS, which goes on from its last basis."""
-
-    def __init__(self, rows: Rows, horizon: float) -> None:
-        import highspy
-
-        from hetermoe_cli.planner.solver import THREADS, silent_stdout
-
-        self.rows, self.columns = rows, np.zeros(0, dtype=np.int64)
-        with silent_stdout():
-            self.highs = highspy.Highs()  # type: ignore[no-untyped-call]
-        self.highs.setOptionValue("output_flag", False)
-        self.highs.setOptionValue("threads", THREADS)  # one pool per process, of one size
-        nothing, infinity = np.array([], dtype=np.int32), highspy.kHighsInf
-        for constant in rows.constants:
-            self.highs.addRow(float(constant), infinity, 0, nothing, np.array([]))
-        for layers in (rows.rates.layers - 1, 1):
-            self.highs.addRow(float(layers), float(layers), 0, nothing, np.array([]))
-        self.highs.addRow(0.0, infinity, 0, nothing, np.array([]))
-        # memory in excess has a price, so that the first few patterns need not fit
-        prices = {Of.WHOLE: 1.0, Of.EARLIER: 0.0, Of.LAST: 0.0, Of.STEP: 1.0, Of.MEMORY: 100 * horizon}
-        through = {Of.WHOLE: 1.0, Of.EARLIER: 1.0 - rows.windows, Of.LAST: -1.0}  # the makespan is at least all windows'
-        for kind, price in prices.items():
-            index = np.flatnonzero(rows.kinds == kind)
-            values = np.append(np.ones(len(index)), through.get(kind, 0.0))
-            index = np.append(index, len(rows.rows) + 2).astype(np.int32)
-            self.highs.addCol(price, 0.0, infinity, len(index), index, values)
-        self.fixed = len(prices)
-
-    def add(self, patterns: IntArray) -> None:
-        """Allow more patterns, in the last layer and in the others."""
-        new = np.setdiff1d(patterns, self.columns)
-        if not len(new):
-            return
-        part = self.rows.of(self.rows.patterns.subset(new))
-        count = len(part.rows)
-        for last, values in enumerate(part.values):
-            index = np.append(np.arange(count), count + 1 - last if last == 0 else count + 1).astype(np.int32)
-            index[-1] = count + last
-            for column in values.T:
-                self.highs.addCol(0.0, 0.0, 1e30, count + 1, index, np.append(-column, 1.0))
-        self.columns = np.concatenate([self.columns, new])
-        self.order = np.concatenate([getattr(self, "order", np.zeros(0, dtype=np.int64)), new, new])
-
-    def solve(self) -> tuple[float, FloatArray]:
-        """Value without what follows compute, and row weights that prove a bound."""
-        self.highs.run()
-        duals = np.maximum(np.array(self.highs.getSolution().row_dual)[: len(self.rows.rows)], 0.0)
-        kinds = self.rows.kinds
-        _normalise(duals, kinds == Of.STEP, 1.0)
-        if self.rows.windows > 1:
-            _normalise(duals, kinds == Of.EARLIER, (self.rows.windows - 1) * float(duals[kinds == Of.LAST].sum()))
-        whole, earlier = (kinds == Of.WHOLE) | (kinds == Of.LAST), kinds == Of.EARLIER
-        duals[earlier] *= _normalise(duals, whole, 1.0)
-        return float(self.highs.getInfo().objective_function_value), duals
-
-    def mixture(self) -> tuple[IntArray, FloatArray]:
-        """Patterns in use, and for how many layers."""
-        values = np.array(self.highs.getSolution().col_value)[self.fixed :]
-        total: dict[int, float] = {}
-        for pattern, value in zip(self.order.tolist(), values, strict=True):
-            if value > 1e-6:
-                total[pattern] = total.get(pattern, 0.0) + float(value)
-        return np.array(list(total), dtype=np.int64), np.array(list(total.values()))
