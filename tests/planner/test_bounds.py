@@ -15,7 +15,6 @@ from hetermoe_cli.planner.master import mixture
 from hetermoe_cli.planner.patterns import Patterns, caps_within
 from hetermoe_cli.planner.prepared import Prepared
 from hetermoe_cli.planner.rows import Of, Rows
-
 from hetermoe_cli.planner.space import kinds
 from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.simulator import simulate

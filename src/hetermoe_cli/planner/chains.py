@@ -17,19 +17,9 @@ from typing import Literal
 import numpy as np
 
 from hetermoe_cli.planner.arrays import FloatArray, choose, largest
-from hetermoe_cli.planner.borders import (
-    CREDIT,
-    EARLY,
-    FIRST,
-    LAST,
-    PORT,
-    REDUCED,
-    STREAM,
-    Times,
-    backward_times,
-    forward_times,
-    least_reduce,
-)
+from hetermoe_cli.planner.borders import CREDIT, EARLY, FIRST, HELD, LAST, PORT, REDUCED, SAME, STREAM, Times
+from hetermoe_cli.planner.borders_backward import backward_times, least_reduce
+from hetermoe_cli.planner.borders_forward import forward_times
 from hetermoe_cli.planner.sides import Side
 
 Potentials = tuple[tuple[int, float], ...]  # of the events that a chain may stand at
@@ -88,8 +78,8 @@ class Layers:
         side = self.forward
         streams = [STREAM + c for c in (*side.hosting, *([family.c] if family.own else side.attending))]
         if part == "forward":
-            return [FIRST, LAST, PORT, *streams]
-        ends = [LAST, PORT] if family.own else [FIRST, LAST, PORT, EARLY]
+            return [FIRST, *SAME, *streams]
+        ends = [*SAME] if family.own else [FIRST, *SAME, EARLY]
         reduced = [REDUCED, CREDIT] if part == "last" and side.patterns.rates.ring else []
         return [*ends, *reduced, *streams]
 
@@ -101,19 +91,20 @@ class Layers:
         events = {FIRST: dense, LAST: all_but_one, PORT: min(all_but_one, side.slowest + dense)}
         starts = {int(event): seconds - apart for event, seconds in events.items()}
         starts |= {STREAM + e: -apart for e in side.hosting}
-        own = {STREAM + c: (side.n if pure else 1) * float(side.dense[c, 0]) for c in side.attending}
+        times = side.n if pure and side.patterns.rates.layers > 1 else 1
+        own = {STREAM + c: times * float(side.dense[c, 0]) for c in side.attending}
         if family.own:
             return {STREAM + family.c: own[STREAM + family.c]}
         return starts | (own if family.own is None else {})
 
-    def ends(self, family: Family, pure: bool) -> dict[int, float]:
+    def ends(self, family: Family) -> dict[int, float]:
         """What is left of a window after each event below layer 0."""
         side, dense = self.backward, self.backward.least_dense
-        own = {STREAM + c: (side.n if pure else 1) * float(side.dense[c, 0]) for c in side.attending}
+        own = {STREAM + c: float(side.dense[c, 0]) for c in side.attending}
         last = side.slowest + dense
         if family.own:
             last = float(side.attention[family.c, 0] + side.dense[family.c, 0])
-        ends = {LAST: last, PORT: last, EARLY: dense, FIRST: (side.n - 1) * side.fastest + side.n * dense}
+        ends = {LAST: last, PORT: last, HELD: last, EARLY: dense, FIRST: (side.n - 1) * side.fastest + side.n * dense}
         ends |= {REDUCED: 0.0, CREDIT: 0.0}
         return {int(event): seconds for event, seconds in ends.items()} | {STREAM + e: last for e in side.hosting} | own
 
@@ -122,7 +113,7 @@ class Layers:
         n = self.n if family.heads == "all" else 1
         head = self.head[family.c]
         after = {int(FIRST): n * head, STREAM + family.c: n * head}
-        return after | ({int(LAST): head, int(PORT): head} if family.heads == "all" else {})
+        return after | ({int(LAST): head} if family.heads == "all" else {})
 
     def after_heads(self, family: Family) -> dict[int, float]:
         """From the family's head to each event above the last layer."""
@@ -149,7 +140,7 @@ class Chain:
         if self.part == "forward":
             starts = layers.starts(self.family, self.pure)
             return max(starts.get(event, -inf) - worth for event, worth in self.potentials)
-        ends = layers.ends(self.family, self.pure)
+        ends = layers.ends(self.family)
         return min(ends[event] + worth for event, worth in self.potentials)
 
     def every(self, layers: Layers) -> FloatArray:

@@ -80,14 +80,27 @@ class Patterns:
         That is where a device hosts behind a NIC that an attending device sends through, others attend in another
         node, and others host in another node. Claimed only where each node has one NIC.
         """
-        devices = self.rates.cost.devices
         result = np.zeros(len(self.replicated), dtype=bool)
-        if len({(device.node, device.nic) for device in devices}) > len({device.node for device in devices}):
-            return result
-        for c in range(len(self.sizes)):
-            if self._meets(c):
-                result |= self.hosts[c] & self._elsewhere(c)
+        for c in self._meeting:
+            result |= self.hosts[c] & self._elsewhere(c)
         return result
+
+    @cached_property
+    def held(self) -> BoolArray:
+        """[patterns] whether the layer's first message is sure to share a link with the last ones of a layer before
+        that is `contended`: some host is in another node than those hosts."""
+        result = np.full(len(self.replicated), bool(self._meeting))
+        for c in self._meeting:
+            result &= self._elsewhere(c)
+        return result & self.hosts.any(0)
+
+    @cached_property
+    def _meeting(self) -> list[int]:
+        """Classes in whose nodes others attend, while some attend elsewhere; none where a node has several NICs."""
+        devices = self.rates.cost.devices
+        if len({(device.node, device.nic) for device in devices}) > len({device.node for device in devices}):
+            return []
+        return [c for c in range(len(self.sizes)) if self._meets(c)]
 
     def _meets(self, c: int) -> bool:
         """Whether attending devices share the nodes of class c, and others attend in other nodes."""

@@ -77,7 +77,7 @@ class _Problem:
             self.edge = np.array([starts.get(event, -inf) for event in self.events])
             self.heads = np.array([to_heads(self.layers, self.family, event) for event in self.events])
         else:
-            ends = self.layers.ends(self.family, False)
+            ends = self.layers.ends(self.family)
             self.edge = np.array([ends[event] for event in self.events])
             self.heads = np.array([np.max(from_heads(self.layers, empty, event), axis=0) for event in self.events])
         self.reach = float(np.abs(self.ways[np.isfinite(self.ways)]).max(initial=0.0))
@@ -98,7 +98,8 @@ class _Problem:
         draw, shape = np.random.default_rng(0), (DRAWN, len(self.events))
         worth = draw.uniform(-self.reach, self.reach, shape) * draw.random((DRAWN, 1)) ** 2
         drawn: FloatArray = np.where(draw.random(shape) < draw.random((DRAWN, 1)), self.most, worth)
-        return drawn[(drawn < self.most).any(1)]
+        usable: FloatArray = drawn[(drawn < self.most).any(1)]
+        return usable
 
     def _improved(self, worth: FloatArray) -> FloatArray:
         length = self.length(worth)
@@ -123,7 +124,7 @@ class _Problem:
     def lengths(self, worth: FloatArray) -> FloatArray:
         """[starts] seconds of the chains with potentials [starts, events]."""
         onward = (self.ways[None] - worth[:, None, :, None]).max(2)
-        every = (onward + worth[:, :, None]).min(1)
+        every = np.maximum((onward + worth[:, :, None]).min(1), -1e9 * self.most)
         if self.part == "forward":
             last, edge = (self.heads[None] + worth[:, :, None]).min(1), (self.edge - worth).max(1)
         else:
