@@ -34,7 +34,7 @@ def improve(rates: Rates, graph: TaskGraph, start: IntArray, known: float) -> Co
 def _climb(rates: Rates, graph: TaskGraph, moves: IntArray, table: IntArray, time: float) -> tuple[float, IntArray]:
     """Take the best move until none helps."""
     for _ in range(ROUNDS):
-        trials = np.concatenate([table + moves, _swaps(table)])
+        trials = np.concatenate([table + moves, _swaps(table), _repeats(table)])
         trials = trials[(trials >= 0).all((1, 2))]
         if not len(trials):
             break
@@ -54,6 +54,18 @@ def _swaps(table: IntArray) -> IntArray:
             swapped = table.copy()
             swapped[[first, second]] = table[[second, first]]
             result.append(swapped)
+    return np.array(result, dtype=np.int64).reshape(-1, *table.shape)
+
+
+def _repeats(table: IntArray) -> IntArray:
+    """One layer with the pattern of another."""
+    patterns = np.unique(table, axis=0)
+    result = []
+    for layer, pattern in product(range(len(table)), patterns):
+        if (table[layer] != pattern).any():
+            changed = table.copy()
+            changed[layer] = pattern
+            result.append(changed)
     return np.array(result, dtype=np.int64).reshape(-1, *table.shape)
 
 
@@ -90,7 +102,7 @@ def starts(rates: Rates, mixture: Mixture | None, horizon: float) -> IntArray:
     shares = [_balanced(rates, allowed) for allowed in _allowed(rates)]
     tables = [spread for share in shares for spread in _rounded(rates, share)]
     if mixture is not None and len(mixture.tables):
-        tables.append(_spread(rates, mixture))
+        tables += _ordered(rates, _spread(rates, mixture))
     tables += [np.repeat(pattern[None], rates.layers, axis=0) for pattern in uniform(rates, horizon, UNIFORM)]
     return np.unique(np.array(tables), axis=0)
 
@@ -105,6 +117,13 @@ def _spread(rates: Rates, mixture: Mixture) -> IntArray:
         given[lagging] += 1
         rows.append(mixture.tables[lagging])
     return np.array(rows)
+
+
+def _ordered(rates: Rates, table: IntArray) -> list[IntArray]:
+    """The same patterns in turn, and by what attending classes host, in both orders: changing costs time."""
+    attending = [c.attends for c in rates.classes]
+    order = np.argsort(table[:, :-1][:, attending].sum(1), kind="stable")
+    return [table, table[order], table[order[::-1]]]
 
 
 def _allowed(rates: Rates) -> list[list[bool]]:

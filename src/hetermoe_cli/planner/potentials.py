@@ -18,6 +18,7 @@ FAMILIES = 3  # that are improved at once
 DRAWN = 3000  # potentials drawn at random, of random events, as every start may end in a local optimum
 STARTS = 6  # the longest of these are improved
 ITERATIONS = 8
+FLOOR = 1e9
 GAIN = 2e-4  # of the part's length: what a new chain must add
 
 
@@ -124,11 +125,12 @@ class _Problem:
     def lengths(self, worth: FloatArray) -> FloatArray:
         """[starts] seconds of the chains with potentials [starts, events]."""
         onward = (self.ways[None] - worth[:, None, :, None]).max(2)
-        every = np.maximum((onward + worth[:, :, None]).min(1), -1e9 * self.most)
+        every = (onward + worth[:, :, None]).min(1)
         if self.part == "forward":
             last, edge = (self.heads[None] + worth[:, :, None]).min(1), (self.edge - worth).max(1)
         else:
             last, edge = (self.heads[None] - worth[:, :, None]).max(1), (self.edge + worth).min(1)
+        every, last = (np.maximum(part, -FLOOR * self.most) for part in (every, last))  # no infinity times zero layers
         result: FloatArray = every @ self.every + last @ self.last + edge
         return result
 

@@ -193,6 +193,8 @@ class Search:
         ready = Prepared.of(self.cost, candidate.choice, stage.per_device)
         if stage.mode == "patterns":
             self._bound(candidate, ready, mixed=True)
+            if candidate.bound < self.target:
+                self._place(candidate, ready)  # its mixture is another one
             return True
         if stage.mode == "largest" and ready.single:
             return True  # as the mean
