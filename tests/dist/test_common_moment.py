@@ -10,7 +10,8 @@ from hetermoe_cli.spec.layout import Layout
 
 def work(rank: int, layout: Layout) -> tuple[float, float, float]:
     """Before, the common moment, after: seconds on the monotonic clock."""
-    from hetermoe_cli.runtime.mesh import common_moment, join
+    from hetermoe_cli.runtime.mesh import join
+    from hetermoe_cli.runtime.moment import common_moment
 
     mesh = join(layout, "cpu")
     time.sleep(0.05 * rank)

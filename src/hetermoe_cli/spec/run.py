@@ -89,6 +89,11 @@ class RunSpec(Spec):
         return world_of(self.groups)
 
     @property
+    def nodes(self) -> list[list[int]]:
+        """The ranks of every node that workers start on; an emulated run has one."""
+        return [list(range(self.world.size))] if self.emulation else self.plan.inputs.nodes
+
+    @property
     def predicted_seconds(self) -> float:
         """Of an iteration, as predicted for where the experts are now."""
         found = self.rebalanced or self.plan.predicted
