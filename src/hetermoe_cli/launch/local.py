@@ -72,7 +72,7 @@ def run_workers(run: RunSpec, meeting: "Meeting") -> None:
     """Run this node's workers to the end; run.yaml is written.
 
     UserError with the code of the worker that failed first (bad input, or WORKER_DIED with the tail of its log), or
-    INTERRUPTED after Ctrl-C; node 0 tells whether the state was saved. PeerFailure if they ended because of another node.
+    INTERRUPTED after Ctrl-C; node 0 tells whether the state was saved. PeerFailure if another node was the reason.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
 
