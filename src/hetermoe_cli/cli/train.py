@@ -105,6 +105,7 @@ def _train(plan: "Plan", source: Path, options: "TrainOptions", place_options: "
     if nodes > 1:
         doing = "listens" if place.node == 0 else "looks for node 0"
         typer.echo(f"{name}: {doing} at {place.host}:{place.port}", err=True)
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its store warns where hosts have no names
 
     from hetermoe_cli.launch.agreement import agreed_run
     from hetermoe_cli.launch.local import run_workers

@@ -26,7 +26,7 @@ def agreed_run(meeting: Meeting, prepare: Callable[[], RunSpec]) -> RunSpec:
     meeting.gather("checked")
     place = meeting.place
     written = write_run(run, uuid.uuid4().hex if place.nodes > 1 else "") if place.node == 0 else None
-    digest = meeting.gather("run", _digest(written) if written else "")[0]
+    digest = meeting.gather("run", _digest(written) if written else "-")
     if not written:
         run = _same(run, Path(run.folder) / RUN_FILE, digest, place.node)
     meeting.gather("agreed")

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.launch.place import Place
 
 GONE = "its launcher or its machine is gone"
 
@@ -43,19 +42,15 @@ def explains(ends: Mapping[int, End]) -> bool:
     return any(end.failed and not end.follows for end in ends.values())
 
 
-def reported(place: Place, ends: Mapping[int, End]) -> End:
-    """What a launcher reports, given the ends that it has heard of, its own with them: its own failure, else the first
-    one that followed no other. Of a run that did not fail node 0 knows whether it finished, and where it was saved."""
-    own = ends[place.node]
-    if own.failed and not own.follows:
-        return own
-    failed = {node: end for node, end in ends.items() if end.failed and not end.follows}
-    if failed:
-        first = min(failed)
-        return End(failed[first].code, f"node {first}: {failed[first].line}")
-    missing = [node for node in range(place.nodes) if node not in ends]
-    if own.failed and missing:
-        return End(ExitCode.WORKER_DIED, f"node {missing[0]}: {GONE} ({own.line})")
-    if own.failed or place.node == 0:
-        return own
-    return ends.get(0) or End(ExitCode.WORKER_DIED, f"node 0: {GONE}")
+def verdict(nodes: int, ends: Mapping[int, End]) -> End:
+    """What all nodes report that have no failure of their own, given the ends that node 0 knows, its own with them:
+    the first failure that followed no other, else a node that is gone. Of a run that did not fail node 0 knows whether
+    it finished, and where it was saved."""
+    failed = sorted((end.follows, node) for node, end in ends.items() if end.failed)
+    if not failed:
+        return ends[0]
+    follows, first = failed[0]
+    missing = [node for node in range(nodes) if node not in ends]
+    if follows and missing:
+        return End(ExitCode.WORKER_DIED, f"node {missing[0]}: {GONE}")
+    return End(ends[first].code, ends[first].line if follows else f"node {first}: {ends[first].line}")

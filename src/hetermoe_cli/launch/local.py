@@ -16,7 +16,7 @@ from hetermoe_cli.launch.interfaces import socket_environment
 from hetermoe_cli.launch.place import Place
 from hetermoe_cli.runtime.recorder import STATUS
 from hetermoe_cli.spec.files import dump
-from hetermoe_cli.spec.run import RunSpec
+from hetermoe_cli.spec.run import LAUNCHER, RunSpec
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -79,7 +79,7 @@ def run_workers(run: RunSpec, meeting: "Meeting") -> None:
     folder, place = Path(run.folder), meeting.place
     logs = folder / "logs" if place.nodes == 1 else folder / "logs" / f"node{place.node}"
     agent, interrupted, failures = _agent(run, meeting, logs), False, {}
-    os.environ |= environment(run) | socket_environment(place)
+    os.environ |= environment(run) | socket_environment(place) | {LAUNCHER: str(os.getpid())}
     try:
         failures = agent.run().failures
     except SignalException:
@@ -87,7 +87,7 @@ def run_workers(run: RunSpec, meeting: "Meeting") -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN if interrupted else signal.default_int_handler)  # no longer the agent's
     if failures:
         error, tail = failure(logs, failures)
-        if place.nodes == 1 or not isinstance(error, PeerFailure):
+        if tail and (place.nodes == 1 or not isinstance(error, PeerFailure)):
             print("\n".join(tail), file=sys.stderr)
         raise error
     if place.node == 0:

@@ -32,7 +32,7 @@ from hetermoe_cli.runtime.saving import restore, save, take_weights
 from hetermoe_cli.runtime.trainer import StepResult, Trainer
 from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.spec.files import load
-from hetermoe_cli.spec.run import RunSpec
+from hetermoe_cli.spec.run import LAUNCHER, RunSpec
 from hetermoe_cli.trace import Trace
 
 WARM_UP_STEPS = 2  # not traced
@@ -62,8 +62,8 @@ def _leave(message: str, code: int) -> None:
 
 
 def _follow_parent() -> None:
-    """End when the launcher is gone, however it ended."""
-    parent = os.getppid()
+    """End when the launcher is gone, however it ended, and be it before this process had looked for it."""
+    parent = int(os.environ.get(LAUNCHER, os.getppid()))
 
     def watch() -> None:
         while os.getppid() == parent:

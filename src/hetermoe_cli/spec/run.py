@@ -11,6 +11,8 @@ from hetermoe_cli.spec.profile import Precision
 from hetermoe_cli.spec.rebalance import Rebalance
 from hetermoe_cli.spec.world import World
 
+LAUNCHER = "HETERMOE_LAUNCHER"  # variable: the process id of the launcher, without which workers end
+
 
 class Emulation(Spec):
     """The plan's model is nominal: costs are read for it. `executed` is what really runs, stretched to those costs.
