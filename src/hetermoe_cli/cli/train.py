@@ -3,6 +3,7 @@
 import os
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -87,9 +88,8 @@ def train(
     )
     found, place = load_plan(plan), PlaceOptions(node_rank, master_addr, master_port)
     if dry_run:
-        several = len(found.inputs.nodes) > 1
-        run = prepare(found, plan, options, node_rank if several else 0)
-        print_dry_run(what_runs(run, sys.argv[1:], place), json_output)
+        here = 0 if len(found.inputs.nodes) == 1 else None  # it may be none of several
+        print_dry_run(what_runs(prepare(found, plan, options, here), sys.argv[1:], place), json_output)
         return
     _train(found, plan, options, place, json_output)
 
@@ -102,6 +102,8 @@ def _train(plan: "Plan", source: Path, options: "TrainOptions", place_options: "
     nodes = 1 if options.emulate else len(plan.inputs.nodes)
     place = find_place(nodes, place_options, os.environ, sys.argv[1:])
     name = f"hetermoe: node {place.node} of {place.nodes}"
+    check = partial(prepare, plan, source, options, place.node)
+    alone = check() if nodes == 1 else None  # before torch is loaded
     if nodes > 1:
         doing = "listens" if place.node == 0 else "looks for node 0"
         typer.echo(f"{name}: {doing} at {place.host}:{place.port}", err=True)
@@ -114,7 +116,7 @@ def _train(plan: "Plan", source: Path, options: "TrainOptions", place_options: "
     from hetermoe_cli.report.run_summary import print_summary
 
     with Meeting(place) as meeting:
-        run = agreed_run(meeting, lambda: prepare(plan, source, options, place.node))
+        run = agreed_run(meeting, lambda: alone or check())
         if run.resume_from and place.node == 0:
             from hetermoe_cli.runtime.saving import resume_note
 

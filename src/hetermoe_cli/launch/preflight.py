@@ -27,6 +27,16 @@ def check_one_node(plan: Plan, what: str) -> None:
         )
 
 
+def check_measured(plan: Plan) -> None:
+    """UserError if a profile was not measured."""
+    for device in plan.inputs.devices():
+        if plan.inputs.profiles[device.type].source == "modelled":
+            raise UserError(
+                f"profile {device.type}: modelled, not measured on this machine: run `hetermoe profile` here and plan "
+                "again, or pass --emulate"
+            )
+
+
 def check_devices(plan: Plan, node: int = 0) -> None:
     """UserError if this machine does not have the device of every rank of `node`, as its profile was measured."""
     devices = plan.inputs.devices()
@@ -35,11 +45,6 @@ def check_devices(plan: Plan, node: int = 0) -> None:
 
 
 def _check_device(profile: Profile, index: int) -> None:
-    if profile.source == "modelled":
-        raise UserError(
-            f"profile {profile.device}: modelled, not measured on this machine: run `hetermoe profile` here and plan "
-            "again, or pass --emulate"
-        )
     found = _product(profile.accelerator, index)
     if profile.facts.product is not None and found != profile.facts.product:
         raise UserError(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.launch.preflight import check_devices, check_nodes
+from hetermoe_cli.launch.preflight import check_devices, check_measured, check_nodes
 from hetermoe_cli.launch.started import started_plan
 from hetermoe_cli.model.data import VOCAB_SIZE, Batches, Corpus, load_corpus
 from hetermoe_cli.planner.cluster.replayed import group_cost
@@ -71,6 +71,7 @@ def prepare(plan: Plan, source: Path, options: TrainOptions, node: int | None = 
     emulation = _emulation(plan, options.emulate) if options.emulate else None
     precision = options.emulate.precision if options.emulate else plan.inputs.train.precision
     if not emulation:
+        check_measured(plan)
         check_nodes(plan)
         if node is not None:
             check_devices(plan, node)

@@ -114,13 +114,12 @@ class ClusterSpec(Spec):
     @property
     def node_names(self) -> list[str]:
         """Of every node: its `machine`, or its node group, numbered where that has several."""
-        return list(
-            dict.fromkeys(
-                group.machine or (group.name if group.count == 1 else f"{group.name}.{number}")
-                for group in self.nodes
-                for number in range(group.count)
-            )
-        )
+        names = {}
+        for group in self.nodes:
+            for number in range(group.count):
+                name = group.name if group.count == 1 else f"{group.name}.{number}"
+                names[group.machine, "" if group.machine else name] = group.machine or name
+        return list(names.values())
 
     @property
     def group_of_rank(self) -> list[int]:
