@@ -1,9 +1,9 @@
 """Products of an expert's rows in few sizes, for oneDNN.
 
-In bf16 and fp16 on a CPU oneDNN compiles a kernel for every shape that it meets, which takes as long as 2 to 40
-products of 50 to 300 rows and keeps 0.2 to 0.4 MB. A learned router brings new numbers of rows in every step. Here a
+In bf16 and fp16 on a CPU oneDNN compiles a kernel for every shape that it meets, which takes as long as 4 to 40
+products of 50 to 300 rows and keeps 0.7 to 1.5 MB. A learned router brings new numbers of rows in every step. Here a
 product gets as many rows as the next size of a coarse ladder has. What is added costs little: tiles have 16 or 32 rows
-anyway, and odd depths are slow (a gradient of 100 rows takes 1.6 times as long as one of 96).
+anyway, and odd depths are slow (a weight's gradient from 100 rows takes 1.6 times as long as one from 96).
 """
 
 from functools import cache
