@@ -108,7 +108,7 @@ class Rows:
         def used() -> FloatArray:
             p = self.patterns
             each = r.memory_per_hosted + r.memory_per_share / self.rates.layers
-            copies = p.replicated * (attends * r.memory_per_replicated)
+            copies = p.replicated * (attends * (r.memory_per_replicated + r.memory_per_copy / self.rates.layers))
             result: FloatArray = (p.mean[c] * each + copies) / r.memory_limit
             return result
 
