@@ -65,6 +65,7 @@ def make_profile(
     precision: Precision = "fp16",
     memory_bytes: int = 10**10,
     source: Literal["measured", "modelled"] = "modelled",
+    accelerator: Literal["cpu", "cuda"] = "cpu",
 ) -> Profile:
     """Forward seconds per sequence (attention; a dense layer, if the model has any), per row (expert) and per token
     (head); backward is twice as long.
@@ -94,7 +95,7 @@ def make_profile(
     )
     return Profile(
         device=device,
-        accelerator="cpu",
+        accelerator=accelerator,
         source=source,
         date=DAY,
         facts=DeviceFacts(),

@@ -1,5 +1,7 @@
 """cost/layout.py and cost/model.py: seconds, traffic and memory of a layout, computed by hand."""
 
+from typing import Literal
+
 import numpy as np
 import pytest
 
@@ -172,11 +174,21 @@ def test_parameters_add_up_to_the_model() -> None:
     assert sum(cost.parameters(rank) for rank in range(3)) == model.parameters
 
 
-def saving(saved_bytes: int = 1000, head_saved_bytes: int = 1000, precision: Precision = "fp16") -> Inputs:
+def saving(
+    saved_bytes: int = 1000,
+    head_saved_bytes: int = 1000,
+    precision: Precision = "fp16",
+    accelerator: Literal["cpu", "cuda"] = "cuda",
+) -> Inputs:
     """Inputs whose kernels save so many bytes a token or row."""
     profiles = {
         name: make_profile(
-            name, saved_bytes=saved_bytes, head_saved_bytes=head_saved_bytes, precision=precision, memory_bytes=10**10
+            name,
+            saved_bytes=saved_bytes,
+            head_saved_bytes=head_saved_bytes,
+            precision=precision,
+            memory_bytes=10**10,
+            accelerator=accelerator,
         )
         for name in ("new", "old")
     }
@@ -225,6 +237,25 @@ def test_gradients_of_wide_weights_need_no_room_but_for_what_is_new() -> None:
     memory = LayoutCost(CostModel(inputs), make_layout()).memory(1)
     new = int(2 * 2 * kept + ROWS * 1000 + 4 * 5 / 3 * 4 * model.expert_parameters - kept)
     assert memory.activations_bytes == new
+
+
+@pytest.mark.parametrize(("precision", "width"), [("fp32", 4), ("fp16", 2)])
+def test_a_cpu_holds_gradients_of_a_layer_once(precision: Precision, width: int) -> None:
+    """Narrow ones in fp32, and of one expert's gate_up as it is computed and widened; of every row 3 F more."""
+    inputs = saving(precision=precision, accelerator="cpu")
+    model, kept, narrow = inputs.model, 4 * ROWS * 1000, width < 4
+    memory = LayoutCost(CostModel(inputs), make_layout()).memory(1)
+    gradients = narrow * (4 * 4 + 2 / 3 * (2 + 4)) * model.expert_parameters
+    assert memory.activations_bytes == int(2 * 2 * kept + 4 * ROWS * 3 * model.ffn_size * width + gradients)
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+def test_copies_are_at_work_beside_the_hosted_experts(accelerator: Literal["cpu", "cuda"]) -> None:
+    cost = CostModel(saving(precision="bf16", accelerator=accelerator))
+    one, two = (LayoutCost(cost, make_layout((1, 0), (1, 3 - n), replicated=n)).memory(0) for n in (1, 2))
+    size, kept = cost.model.expert_parameters, ROWS * 1000
+    working = 4 * size + (ROWS * 3 * cost.model.ffn_size * 2 if accelerator == "cpu" else (2 + 8 / 3) * size - kept)
+    assert two.activations_bytes - one.activations_bytes == pytest.approx(2 * 2 * kept + working, abs=1)
 
 
 def test_sequential_keeps_one_micro_batch() -> None:

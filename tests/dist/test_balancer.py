@@ -96,7 +96,8 @@ def work(rank: int, run: RunSpec) -> tuple[list[float], dict[str, np.ndarray], l
     """Losses, the state at the end, the experts hosted then, and the spans' steps."""
     from hetermoe_cli.runtime.balancer import Balancer
     from hetermoe_cli.runtime.emulator import EmulatedClock
-    from hetermoe_cli.runtime.mesh import common_moment, join
+    from hetermoe_cli.runtime.mesh import join
+    from hetermoe_cli.runtime.moment import common_moment
     from hetermoe_cli.runtime.recorder import Recorder
     from hetermoe_cli.runtime.trainer import Trainer
     from hetermoe_cli.schedule.lower import training_schedules

@@ -51,7 +51,8 @@ def make_run(
 
 def work(rank: int, run: RunSpec) -> tuple[list[Span], list[np.ndarray], int]:
     from hetermoe_cli.runtime.emulator import EmulatedClock
-    from hetermoe_cli.runtime.mesh import common_moment, join
+    from hetermoe_cli.runtime.mesh import join
+    from hetermoe_cli.runtime.moment import common_moment
     from hetermoe_cli.runtime.trainer import Trainer
     from hetermoe_cli.schedule.lower import training_schedules
 

@@ -27,6 +27,22 @@ def work(rank: int) -> str:
     return "went on alone"
 
 
+def orphan(rank: int) -> None:
+    from hetermoe_cli.runtime import worker
+    from hetermoe_cli.spec.run import LAUNCHER
+
+    os.environ[LAUNCHER] = "1"  # init: this process' parent is another, as if the launcher had died
+    worker._follow_parent()
+    time.sleep(30)
+
+
+def test_a_worker_whose_launcher_is_gone_ends() -> None:
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match="rank 0: the process died"):
+        run_workers(1, orphan, timeout=30)
+    assert time.monotonic() - began < 25
+
+
 def survivor(rank: int) -> None:
     raise RuntimeError(work(rank))
 

@@ -1,10 +1,10 @@
-"""Which machines a plan may run on: one node, whose CPU and GPUs a cluster names apart."""
+"""Which machines a plan may run on."""
 
 import pytest
 
 from builders import make_inputs, make_layout, make_plan, make_profile
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.launch.preflight import check_devices
+from hetermoe_cli.launch.preflight import check_devices, check_nodes, check_one_node
 from hetermoe_cli.spec.plan import Inputs, Plan
 
 
@@ -29,13 +29,31 @@ def test_cards_and_cores_are_counted_apart() -> None:
     assert [inputs.device_index(rank) for rank in range(4)] == [0, 1, 0, 1]
 
 
-def test_a_card_and_a_core_of_one_machine_may_train_together() -> None:
-    check_devices(plan_of(mixed(("card", 1), ("core", 1))))
+def test_a_node_is_checked_for_its_own_devices_only() -> None:
+    inputs = mixed(("core", 1), ("card", 1))
+    card = inputs.profiles["card"]
+    other = card.model_copy(update={"facts": card.facts.model_copy(update={"product": "Abacus 3000"})})
+    plan = plan_of(inputs.model_copy(update={"profiles": inputs.profiles | {"card": other}}))
+    check_devices(plan, 0)
+    with pytest.raises(UserError, match="measured on 'Abacus 3000', this machine's device 0 is"):
+        check_devices(plan, 1)
 
 
-def test_two_nodes_of_one_kind_are_two_machines() -> None:
-    with pytest.raises(UserError, match="field nodes: 2 nodes; workers start on one machine only"):
-        check_devices(plan_of(mixed(("core", 1), ("core", 1))))
+def test_what_runs_on_one_machine_says_so() -> None:
+    check_one_node(plan_of(mixed(("core", 2))), "bench")
+    with pytest.raises(UserError, match="field nodes: 2 nodes; bench starts workers on one machine only"):
+        check_one_node(plan_of(mixed(("core", 1), ("core", 1))), "bench")
+
+
+def test_nodes_whose_ranks_are_scattered_are_refused() -> None:
+    inputs = mixed(("core", 1), ("card", 1), ("core", 1))
+    check_nodes(plan_of(inputs))
+    nodes = [n.model_copy(update={"machine": "box" if n.device == "core" else None}) for n in inputs.cluster.nodes]
+    apart = inputs.model_copy(update={"cluster": inputs.cluster.model_copy(update={"nodes": nodes})})
+    assert apart.nodes == [[0, 2], [1]]
+    assert apart.cluster.node_names == ["box", "node1"]
+    with pytest.raises(UserError, match="field nodes: node groups of machine box have others between them"):
+        check_nodes(plan_of(apart))
 
 
 def test_two_types_of_one_machine_may_train_together() -> None:
@@ -46,12 +64,3 @@ def test_two_types_of_one_machine_may_train_together() -> None:
     inputs = inputs.model_copy(update={"cluster": cluster, "profiles": {"core": core, "card": card}})
     assert [inputs.device_index(rank) for rank in range(3)] == [0, 1, 2]
     check_devices(plan_of(inputs))
-
-
-def test_another_product_is_refused() -> None:
-    inputs = mixed(("card", 1), ("core", 1))
-    core = inputs.profiles["core"]
-    other = core.model_copy(update={"facts": core.facts.model_copy(update={"product": "Abacus 3000"})})
-    inputs = inputs.model_copy(update={"profiles": inputs.profiles | {"core": other}})
-    with pytest.raises(UserError, match="measured on 'Abacus 3000', this machine's device 0 is"):
-        check_devices(plan_of(inputs))

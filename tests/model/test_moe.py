@@ -45,7 +45,7 @@ def alone(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_added_where_they_accumulate(dtype: torch.dtype, grouped: bool) -> None:
-    """In place in the weight's precision; in bf16 autograd adds them up in fp32."""
+    """In place, in the weight's precision or, for bf16, in fp32."""
     group, counts = make(3, dtype), [4, 0, 7]
     once = run(group, counts, grouped)[2:]
     rows, gradient = torch.randn(2, sum(counts), WIDTH, generator=torch.Generator().manual_seed(7)).to(dtype)

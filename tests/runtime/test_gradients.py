@@ -5,9 +5,11 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from builders import make_layout
 from hetermoe_cli.model.optimizer import AdamW
+from hetermoe_cli.runtime import gradients as module
 from hetermoe_cli.runtime.gradients import Gradients, clip_factor
 from hetermoe_cli.runtime.mesh import Mesh
 from hetermoe_cli.runtime.trainer import last_of_runs
@@ -40,6 +42,26 @@ def test_small_contributions_of_many_micro_batches_are_not_lost(dtype: torch.dty
         assert p.grad is None
         assert gradients._places[p].dtype == dtype
         assert gradients._places[p].tolist() == [2.0] * 3
+
+
+def test_gradients_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is left out, and no wide copy of a whole one is made: torch makes one of what a sum has of it."""
+    monkeypatch.setattr(module, "_FOLDED", 4)
+    shared = nn.Parameter(torch.zeros(3, 5, dtype=torch.bfloat16))
+    gradients = Gradients([[shared]], [], MESH, torch.bfloat16)
+    shared.grad = torch.arange(15, dtype=torch.float32).view(3, 5)
+    sums = []
+
+    class Sums(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ == "add_":
+                sums.append(args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    with Sums():
+        gradients.fold([shared])
+    assert gradients._places[shared].tolist() == torch.arange(15).view(3, 5).tolist()
+    assert sums == [4, 4, 4, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

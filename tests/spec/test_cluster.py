@@ -78,6 +78,7 @@ def test_groups_on_one_machine_are_one_node_with_nics_of_their_own() -> None:
     expanded = devices(spec, {"ethernet": SLOW})
     assert [d.node for d in expanded] == [0, 0, 1, 2, 0, 0]
     assert [d.nic for d in expanded] == [0, 0, 1, 2, 3, 3]
+    assert spec.node_names == ["box", "b.0", "b.1"]
 
 
 def test_a_machine_is_one_node() -> None:

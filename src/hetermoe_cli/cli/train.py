@@ -1,7 +1,11 @@
-"""`hetermoe train`: run a plan with torch.distributed workers on this machine."""
+"""`hetermoe train`: run a plan with torch.distributed workers on this machine, or this node's part of a larger run."""
 
+import os
+import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +22,11 @@ from hetermoe_cli.cli.run_options import (
     TimeScale,
     TraceSteps,
 )
+
+if TYPE_CHECKING:
+    from hetermoe_cli.launch.place import PlaceOptions
+    from hetermoe_cli.launch.prepare import TrainOptions
+    from hetermoe_cli.spec.plan import Plan
 
 
 def train(
@@ -40,6 +49,15 @@ def train(
     drift_every: Annotated[
         int, typer.Option(min=0, help="Steps between comparisons of load and speeds with the plan's; 0: never.")
     ] = 20,
+    node_rank: Annotated[
+        int | None, typer.Option(min=0, help="Of a plan for several nodes: which one this is; default: Slurm's.")
+    ] = None,
+    master_addr: Annotated[
+        str | None, typer.Option(help="Address of node 0; default: MASTER_ADDR, or Slurm's first host.")
+    ] = None,
+    master_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of node 0; default: MASTER_PORT, or 29500.")
+    ] = None,
     emulate: Emulate = False,
     executed: Executed = None,
     executed_sequence_length: ExecutedLength = 64,
@@ -49,8 +67,9 @@ def train(
     json_output: Json = False,
 ) -> None:
     """Train with the plan's layout: text in, metrics.jsonl, traces and checkpoints out."""
-    from hetermoe_cli.launch.prepare import TrainOptions, prepare
-    from hetermoe_cli.report.run_summary import print_dry_run, print_summary, what_runs
+    from hetermoe_cli.launch.place import PlaceOptions
+    from hetermoe_cli.launch.prepare import TrainOptions, load_plan, prepare
+    from hetermoe_cli.report.run_summary import print_dry_run, what_runs
 
     options = TrainOptions(
         folder=run_folder or Path("runs") / plan.stem,
@@ -67,19 +86,45 @@ def train(
         rebalance=rebalance,
         emulate=run_options.emulation(emulate, executed, executed_sequence_length, executed_precision, time_scale),
     )
-    run = prepare(plan, options)
+    found, place = load_plan(plan), PlaceOptions(node_rank, master_addr, master_port)
     if dry_run:
-        print_dry_run(what_runs(run), json_output)
+        here = 0 if len(found.inputs.nodes) == 1 else None  # it may be none of several
+        print_dry_run(what_runs(prepare(found, plan, options, here), sys.argv[1:], place), json_output)
         return
+    _train(found, plan, options, place, json_output)
 
-    from hetermoe_cli.launch.local import launch
+
+def _train(plan: "Plan", source: Path, options: "TrainOptions", place_options: "PlaceOptions", as_json: bool) -> None:
+    """This node's part of the run; node 0 shows the progress and the summary."""
+    from hetermoe_cli.launch.place import find_place
+    from hetermoe_cli.launch.prepare import prepare
+
+    nodes = 1 if options.emulate else len(plan.inputs.nodes)
+    place = find_place(nodes, place_options, os.environ, sys.argv[1:])
+    name = f"hetermoe: node {place.node} of {place.nodes}"
+    check = partial(prepare, plan, source, options, place.node)
+    alone = check() if nodes == 1 else None  # before torch is loaded
+    if nodes > 1:
+        doing = "listens" if place.node == 0 else "looks for node 0"
+        typer.echo(f"{name}: {doing} at {place.host}:{place.port}", err=True)
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its store warns where hosts have no names
+
+    from hetermoe_cli.launch.agreement import agreed_run
+    from hetermoe_cli.launch.local import run_workers
+    from hetermoe_cli.launch.meeting import Meeting
     from hetermoe_cli.launch.progress import Follower
+    from hetermoe_cli.report.run_summary import print_summary
 
-    if run.resume_from:
-        from hetermoe_cli.runtime.saving import resume_note
+    with Meeting(place) as meeting:
+        run = agreed_run(meeting, lambda: alone or check())
+        if run.resume_from and place.node == 0:
+            from hetermoe_cli.runtime.saving import resume_note
 
-        if note := resume_note(run):
-            typer.echo(f"hetermoe: note: {note}", err=True)
-    with Follower(run):
-        launch(run)
-    print_summary(Path(run.folder), json_output)
+            if note := resume_note(run):
+                typer.echo(f"hetermoe: note: {note}", err=True)
+        with Follower(run) if place.node == 0 else nullcontext():
+            run_workers(run, meeting)
+    if place.node == 0:
+        print_summary(Path(run.folder), as_json)
+    else:
+        typer.echo(f"{name}: done; node 0 shows the summary", err=True)

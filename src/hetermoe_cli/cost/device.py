@@ -29,6 +29,7 @@ class DeviceCost:
     optimizer_seconds_per_parameter: float
     memory_bytes: int
     framework_bytes: int
+    on_cpu: bool = False
 
 
 @dataclass(frozen=True)

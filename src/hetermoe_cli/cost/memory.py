@@ -125,16 +125,32 @@ class MemoryModel:
         return max(head, stage)
 
     def expert_transient_bytes(self, device: DeviceCost, rows: float, recompute: bool) -> float:
-        """Working set of one expert of a layer's backward, beside what is kept: what is saved when it runs again, or
-        after that is used up its gradient, which autograd stacks with those of the other experts of the layer: two
-        thirds of it (gate_up) exist twice for a moment. fp32 gradients as in `transient_bytes`.
+        """Working set of one expert of a layer's backward, beside what is kept, for its `rows`; all that a rank holds
+        of the layer are at work together. fp32 gradients as in `transient_bytes`.
 
-        Not in it: what the task of a single expert computes and drops, about as much as it saves.
+        On a CPU: what is saved when it runs again, the activation, and the gradients of gate and up.
+        Else what is saved when it runs again, or after that is used up its gradient, which autograd stacks with those
+        of the other experts of the layer: two thirds of it (gate_up) exist twice for a moment.
         """
         saved, size, narrow = device.expert(rows).saved_bytes, self.model.expert_parameters, self._narrow(device)
+        kept, wide = self.expert_activation_bytes(device, rows, recompute), narrow * _WIDE_BYTES * size
+        if device.on_cpu:
+            return wide + max(saved, kept) - kept + rows * self.activation_row_bytes(device)
         stacked = self._element_bytes(device) * (1 if narrow else 5 / 3) + narrow * 2 / 3 * _WIDE_BYTES
-        kept = self.expert_activation_bytes(device, rows, recompute)
-        return narrow * _WIDE_BYTES * size + max(saved, kept, stacked * size) - kept
+        return wide + max(saved, kept, stacked * size) - kept
+
+    def activation_row_bytes(self, device: DeviceCost) -> float:
+        """Of a row at work in an expert's backward, on a CPU; elsewhere in `expert_task_bytes`."""
+        return float(device.on_cpu * 3 * self.model.ffn_size * self._element_bytes(device))
+
+    def expert_task_bytes(self, device: DeviceCost, rows: float) -> float:
+        """What a rank that holds experts needs once, however many. On a CPU a narrow gradient of gate_up and its fp32
+        copy, which are added to the layer's (`Groups.to_weight`); else what the task of a single expert on `rows`
+        computes and drops, about as much as it saves."""
+        if not device.on_cpu:
+            return device.expert(rows).saved_bytes
+        both = self._element_bytes(device) + _WIDE_BYTES
+        return self._narrow(device) * 2 / 3 * both * self.model.expert_parameters
 
     def _element_bytes(self, device: DeviceCost) -> int:
         return BYTES_PER_ELEMENT[self.train.precision_of(device.type)]
@@ -177,16 +193,20 @@ class MemoryModel:
         if rows:
             each = [*rows.hosted, *rows.replicated]
             kept = sum(self.expert_activation_bytes(device, count, again) for count in each)
-            largest, share = max((device.expert(count).saved_bytes for count in each), default=0.0), rows.largest_share
+            largest = max((self.expert_task_bytes(device, count) for count in each), default=0.0)
+            share = rows.largest_share
+            busiest = share * self.model.experts * expected / max([1, *hosted])
         else:
             kept = sum(hosted) * self.expert_activation_bytes(device, expected, again)
             kept += sum(replicated) * self.expert_activation_bytes(device, own, again)  # no rows where none attends
-            largest = device.expert(expected).saved_bytes * bool(held)
-            share = max(hosted, default=0) / self.model.experts
+            largest = self.expert_task_bytes(device, expected) * bool(held)
+            share, busiest = max(hosted, default=0) / self.model.experts, expected
         if sequences:
             kept += self.attention_kept_bytes(device, sequences, schedule.recompute_attention)
         peak = self.transient_bytes(device, sequences, schedule.recompute_attention) + largest
-        peak += max(hosted, default=0) * self.expert_transient_bytes(device, expected, again)
+        peak += max(hosted, default=0) * self.expert_transient_bytes(device, busiest, again)
+        if sequences:  # as if the layer with most copies were the one that hosts most: linear in both
+            peak += max(replicated, default=0) * self.expert_transient_bytes(device, own, again)
         return Memory(
             weights_bytes=int(weights),
             gradients_bytes=int(gradients),

@@ -48,6 +48,7 @@ class CostModel(MemoryModel):
             optimizer_seconds_per_parameter=table.optimizer_seconds_per_parameter,
             memory_bytes=profile.memory_bytes,
             framework_bytes=profile.framework_bytes,
+            on_cpu=profile.accelerator == "cpu",
         )
 
     @property

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.launch.prepare import TrainOptions, prepare
+from hetermoe_cli.launch.preflight import check_one_node
+from hetermoe_cli.launch.prepare import TrainOptions, load_plan, prepare
 from hetermoe_cli.runtime.recorder import CHECKPOINTS
 from hetermoe_cli.spec.run import RunSpec
 
@@ -34,12 +35,19 @@ def contenders(plans: Sequence[Path], options: TrainOptions) -> list[Contender]:
         raise UserError(f"{folder}: holds something already: name another --output")
     names = _names(plans)
     found = [
-        Contender(name, plan, prepare(plan, replace(options, folder=folder / name)))
+        Contender(name, plan, _prepare(plan, replace(options, folder=folder / name)))
         for name, plan in zip(names, plans, strict=True)
     ]
     for other in found[1:]:
         _check_comparable(found[0], other)
     return found
+
+
+def _prepare(path: Path, options: TrainOptions) -> RunSpec:
+    plan = load_plan(path)
+    if not options.emulate:
+        check_one_node(plan, "bench")
+    return prepare(plan, path, options)
 
 
 def _names(plans: Sequence[Path]) -> list[str]:

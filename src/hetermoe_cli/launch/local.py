@@ -1,22 +1,32 @@
-"""Start the workers of a run on this machine through torch's elastic launcher, and tell how they ended."""
+"""Start the workers of a run on this machine through torch's elastic agent, and tell how they ended."""
 
+import contextlib
 import json
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.runtime.recorder import CHECKPOINTS, STATUS
+from hetermoe_cli.launch.ends import PeerFailure
+from hetermoe_cli.launch.failures import failure, interrupted_early, unsaved
+from hetermoe_cli.launch.interfaces import socket_environment
+from hetermoe_cli.launch.place import Place
+from hetermoe_cli.runtime.recorder import STATUS
 from hetermoe_cli.spec.files import dump
-from hetermoe_cli.spec.run import RunSpec
+from hetermoe_cli.spec.run import LAUNCHER, RunSpec
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    from hetermoe_cli.launch.meeting import Meeting
 
 WORKER = "hetermoe_cli.runtime.worker"
 RUN_FILE = "run.yaml"
 _SHUTDOWN_SECONDS = 600  # after Ctrl-C: the step in progress, and the checkpoint
-_LOG_TAIL_LINES = 15
+_EXIT_BARRIER_SECONDS = 0.1  # of torch's agents; the launchers wait for each other themselves
 # glibc gives memory at the top of its heap back and takes it again page by page: as experts' rows change from step to
 # step, that took up to 15 % of a worker's time. Blocks below 1 GiB stay with the process, in huge pages if the system
 # gives them (3 % of a step, 10 to 30 % of what only reads and writes). Who sets these keeps theirs.
@@ -33,105 +43,105 @@ def command(run: RunSpec) -> list[str]:
 
 
 def environment(run: RunSpec) -> dict[str, str]:
-    """Variables that the workers get beside the launcher's own (RANK, WORLD_SIZE, MASTER_ADDR, ...)."""
+    """Variables that the workers get beside the launcher's own (RANK, WORLD_SIZE, MASTER_ADDR, ...) and those of
+    launch.interfaces."""
     kept = {name: os.environ.get(name, value) for name, value in MEMORY.items()}
-    return kept | {
-        "OMP_NUM_THREADS": str(run.threads_per_rank),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_SECONDS),
-    }
+    return kept | {"OMP_NUM_THREADS": str(run.threads_per_rank)}
 
 
-def launch(run: RunSpec) -> dict[str, Any]:
-    """Run all workers to the end; the run's status.
+def write_run(run: RunSpec, start: str = "") -> Path:
+    """Write run.yaml into the run's folder, which it makes; `start`: a word in it that no other start has."""
+    path = Path(run.folder) / RUN_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name(STATUS).unlink(missing_ok=True)
+    header = "Written by `hetermoe train`; workers read this file and nothing else."
+    dump(run, path, f"{header}\nStart {start}" if start else header)
+    return path
+
+
+def launch(run: RunSpec) -> None:
+    """Write run.yaml and run all workers on this machine to the end; errors are those of `run_workers`."""
+    from hetermoe_cli.launch.meeting import Meeting
+
+    with Meeting(Place()) as meeting:
+        write_run(run)
+        run_workers(run, meeting)
+
+
+def run_workers(run: RunSpec, meeting: "Meeting") -> None:
+    """Run this node's workers to the end; run.yaml is written.
 
     UserError with the code of the worker that failed first (bad input, or WORKER_DIED with the tail of its log), or
-    INTERRUPTED after Ctrl-C, told whether the state was saved.
+    INTERRUPTED after Ctrl-C; node 0 tells whether the state was saved. PeerFailure if another node was the reason.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.elastic.multiprocessing import SignalException
 
-    from hetermoe_cli.launch import rendezvous
+    folder, place = Path(run.folder), meeting.place
+    logs = folder / "logs" if place.nodes == 1 else folder / "logs" / f"node{place.node}"
+    agent, interrupted, failures = _agent(run, meeting, logs), False, {}
+    os.environ |= environment(run) | socket_environment(place) | {LAUNCHER: str(os.getpid())}
+    try:
+        failures = agent.run().failures
+    except SignalException:
+        interrupted = True
+    signal.signal(signal.SIGINT, signal.SIG_IGN if interrupted else signal.default_int_handler)  # no longer the agent's
+    if failures:
+        error, tail = failure(logs, failures)
+        if tail and (place.nodes == 1 or not isinstance(error, PeerFailure)):
+            print("\n".join(tail), file=sys.stderr)
+        raise error
+    if place.node == 0:
+        _check_status(folder, logs)
+    elif interrupted:
+        raise unsaved(logs) or UserError("interrupted", ExitCode.INTERRUPTED)
 
-    folder = Path(run.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / STATUS).unlink(missing_ok=True)
-    dump(run, folder / RUN_FILE, "Written by `hetermoe train`; workers read this file and nothing else.")
-    os.environ |= environment(run)
+
+def _agent(run: RunSpec, meeting: "Meeting", logs: Path) -> "LocalElasticAgent":
+    """Of this node's workers; they are killed at once when another node has ended, which they may not notice."""
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+
+    from hetermoe_cli.launch.rendezvous import StaticRendezvous
+
+    def watch() -> None:
+        try:
+            meeting.watch()
+        except UserError:
+            for worker in agent.get_worker_group().workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker.id, signal.SIGKILL)
+            raise
+
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):  # its warnings repeat what is said here
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    rendezvous.register()
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=run.world.size,
-        run_id="run",
-        rdzv_backend=rendezvous.BACKEND,
-        rdzv_endpoint="127.0.0.1",
-        max_restarts=0,
-        local_addr="127.0.0.1",
-        logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs"), redirects=Std.ALL),
-    )
     python, *arguments = command(run)
-    try:
-        elastic_launch(config, python)(*arguments)
-    except SignalException:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ChildFailedError as error:
-        raise _failure(folder, error.failures) from error
-    return _status(folder)
+    spec = WorkerSpec(
+        role="worker",
+        local_world_size=len(run.nodes[meeting.place.node]),
+        rdzv_handler=StaticRendezvous(meeting.place, meeting.store, watch),
+        entrypoint=python,
+        args=tuple(arguments),
+        max_restarts=0,
+    )
+    agent = LocalElasticAgent(
+        spec,
+        DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
+        exit_barrier_timeout=_EXIT_BARRIER_SECONDS,
+        shutdown_timeout=_SHUTDOWN_SECONDS,
+    )
+    return agent
 
 
-def _status(folder: Path) -> dict[str, Any]:
+def _check_status(folder: Path, logs: Path) -> None:
+    """UserError (INTERRUPTED) unless the run has finished."""
     path = folder / STATUS
     if not path.exists():
-        raise _unsaved(folder)
-    status: dict[str, Any] = json.loads(path.read_text())
+        raise unsaved(logs) or interrupted_early(folder)
+    status = json.loads(path.read_text())
     if status["state"] == "interrupted":
         raise UserError(
             f"interrupted: saved at step {status['saved_step']}, go on with --resume --run-folder {folder}",
             ExitCode.INTERRUPTED,
         )
-    return status
-
-
-def _unsaved(folder: Path) -> UserError:
-    """An interrupted run without a last word: the save failed, or there was nothing to save yet."""
-    from hetermoe_cli.model.checkpoint import find_latest
-
-    for log in _logs(folder):
-        for line in _errors(log):
-            if not line.startswith(("lost a peer", "the launcher is gone")):
-                return UserError(f"interrupted, and not saved: {line}")
-    latest = find_latest(folder / CHECKPOINTS)
-    found = f"the newest checkpoint is {latest.name}" if latest else "before anything was saved"
-    return UserError(f"interrupted: {found}; logs in {folder / 'logs'}", ExitCode.INTERRUPTED)
-
-
-def _failure(folder: Path, failures: dict[int, Any]) -> UserError:
-    """The worker that failed first, with the tail of its log."""
-    followers = (ExitCode.WORKER_DIED, -signal.SIGTERM)  # lost a peer, or were ended by the launcher
-    told = (ExitCode.BAD_INPUT, ExitCode.DOES_NOT_FIT)
-    first = min(failures.values(), key=lambda f: (f.exitcode in followers, f.exitcode not in told, f.local_rank))
-    log = next(iter(_logs(folder, str(first.local_rank))), None)
-    if first.exitcode in told and log and (errors := _errors(log)):
-        return UserError(errors[-1], ExitCode(first.exitcode))
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log else []
-    print("\n".join(lines[-_LOG_TAIL_LINES:]), file=sys.stderr)
-    how = f"signal {signal.Signals(-first.exitcode).name}" if first.exitcode < 0 else f"exit code {first.exitcode}"
-    last = lines[-1] if lines else "its log is empty"
-    return UserError(f"worker of rank {first.local_rank} died ({how}): {last}; log: {log}", ExitCode.WORKER_DIED)
-
-
-def _logs(folder: Path, rank: str = "*") -> list[Path]:
-    """Error logs of the newest start, by rank."""
-    starts = sorted((folder / "logs").glob("*/"), key=lambda path: path.stat().st_mtime)
-    return sorted(starts[-1].glob(f"attempt_0/{rank}/stderr.log")) if starts else []
-
-
-def _errors(log: Path) -> list[str]:
-    prefix = "hetermoe: error: "
-    lines = log.read_text(errors="replace").splitlines()
-    return [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]

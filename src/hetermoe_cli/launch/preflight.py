@@ -7,29 +7,44 @@ from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.spec.profile import Profile
 
 
-def check_devices(plan: Plan) -> None:
-    """UserError if this machine does not have the device of every rank, as its profile was measured.
-
-    A machine's CPU and its GPUs may be two nodes of a cluster.
-    """
-    devices, kinds = plan.inputs.devices(), plan.inputs.accelerators()
-    for kind in sorted(set(kinds)):
-        nodes = {device.node for device, found in zip(devices, kinds, strict=True) if found == kind}
-        if len(nodes) > 1:
+def check_nodes(plan: Plan) -> None:
+    """UserError if the ranks of a node are not numbered in one go, as torch's launcher numbers them."""
+    for node, ranks in enumerate(plan.inputs.nodes):
+        if ranks != list(range(ranks[0], ranks[-1] + 1)):
+            cluster = plan.inputs.cluster
             raise UserError(
-                f"cluster {plan.inputs.cluster.name}: field nodes: {len(nodes)} nodes; workers start on one "
-                "machine only: plan for one node, give the node groups one `machine`, or pass --emulate"
+                f"cluster {cluster.name}: field nodes: node groups of machine {cluster.node_names[node]} have others "
+                "between them: write them one after the other and plan again"
             )
-    for device in devices:
-        _check_device(plan.inputs.profiles[device.type], plan.inputs.device_index(device.rank))
+
+
+def check_one_node(plan: Plan, what: str) -> None:
+    """UserError if `what` cannot run the plan because it has several nodes."""
+    if len(plan.inputs.nodes) > 1:
+        raise UserError(
+            f"cluster {plan.inputs.cluster.name}: field nodes: {len(plan.inputs.nodes)} nodes; {what} starts workers "
+            "on one machine only: plan for one node, give the node groups one `machine`, or pass --emulate"
+        )
+
+
+def check_measured(plan: Plan) -> None:
+    """UserError if a profile was not measured."""
+    for device in plan.inputs.devices():
+        if plan.inputs.profiles[device.type].source == "modelled":
+            raise UserError(
+                f"profile {device.type}: modelled, not measured on this machine: run `hetermoe profile` here and plan "
+                "again, or pass --emulate"
+            )
+
+
+def check_devices(plan: Plan, node: int = 0) -> None:
+    """UserError if this machine does not have the device of every rank of `node`, as its profile was measured."""
+    devices = plan.inputs.devices()
+    for rank in plan.inputs.nodes[node]:
+        _check_device(plan.inputs.profiles[devices[rank].type], plan.inputs.device_index(rank))
 
 
 def _check_device(profile: Profile, index: int) -> None:
-    if profile.source == "modelled":
-        raise UserError(
-            f"profile {profile.device}: modelled, not measured on this machine: run `hetermoe profile` here and plan "
-            "again, or pass --emulate"
-        )
     found = _product(profile.accelerator, index)
     if profile.facts.product is not None and found != profile.facts.product:
         raise UserError(

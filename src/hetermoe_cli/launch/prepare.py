@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.launch.preflight import check_devices
+from hetermoe_cli.launch.preflight import check_devices, check_measured, check_nodes
 from hetermoe_cli.launch.started import started_plan
 from hetermoe_cli.model.data import VOCAB_SIZE, Batches, Corpus, load_corpus
 from hetermoe_cli.planner.cluster.replayed import group_cost
@@ -53,17 +53,28 @@ class TrainOptions:
     emulate: EmulateOptions | None = None
 
 
-def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
-    """Check everything that can be checked without workers; UserError names the first problem. Writes nothing."""
-    plan = load(Plan, plan_path)
-    plan.verify(str(plan_path))
-    plan = started_plan(plan)
-    _check_groups(plan, plan_path)
+def load_plan(path: Path) -> Plan:
+    """The plan in a file, on the devices that it uses; UserError if it is not as it was written."""
+    plan = load(Plan, path)
+    plan.verify(str(path))
+    return started_plan(plan)
+
+
+def prepare(plan: Plan, source: Path, options: TrainOptions, node: int | None = 0) -> RunSpec:
+    """Check everything that can be checked without workers; UserError names the first problem. Writes nothing.
+
+    `plan`: of `load_plan(source)`. `node`: which one this machine is; None: none of them, so that its devices do not
+    matter. Only node 0 reads through the checkpoint of a resumed run.
+    """
+    _check_groups(plan, source)
     check(plan.world, plan.inputs.train.precision)
     emulation = _emulation(plan, options.emulate) if options.emulate else None
     precision = options.emulate.precision if options.emulate else plan.inputs.train.precision
     if not emulation:
-        check_devices(plan)
+        check_measured(plan)
+        check_nodes(plan)
+        if node is not None:
+            check_devices(plan, node)
     corpus = load_corpus(options.sources or None, separator=plan.inputs.train.document_separator)
     run = RunSpec(
         plan=plan,
@@ -86,7 +97,7 @@ def prepare(plan_path: Path, options: TrainOptions) -> RunSpec:
     _check_text(run, corpus)
     if options.weights:
         _check_weights(run, options.weights)
-    if run.resume_from:
+    if run.resume_from and not node:
         from hetermoe_cli.runtime.saving import check_resumable, resumed_placement  # loads torch
 
         run = run.model_copy(update={"start_step": check_resumable(run), "rebalanced": resumed_placement(run)})

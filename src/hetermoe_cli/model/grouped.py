@@ -2,17 +2,19 @@
 
 It keeps the rows and the first product only; the activation is computed again in backward, which reads gate and up
 anyway. Gradients of weights are added in the product itself where they accumulate ("gradient accumulation fusion",
-Megatron-LM): none is written, read and added apart.
+Megatron-LM): none is written, read and added apart. Where they accumulate in fp32 and rows are narrower, a CPU adds
+them expert by expert, so that no layer's exist twice.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hetermoe_cli.model import swiglu
+from hetermoe_cli.model import row_blocks, swiglu
 
 _ALIGNMENT_BYTES = 16  # of every row, for torch's grouped_mm
 _CUDA_MAJORS = (9, 10)  # compute capabilities with a grouped kernel; it takes bf16 only
@@ -38,10 +40,12 @@ def run_experts(
     """rows [M, H], the first counts[0] for the first expert and so on, through gate_up [E, 2 F, H] and down [E, H, F]
     -> [M, H]; `grouped`: in one call each where the rows allow it, else in a loop.
 
-    Backward adds to the `grad` of weights that have one of the rows' precision; others get theirs from autograd.
+    Backward adds to the `grad` of weights that have one of the rows' precision, or, on a CPU, are to have a wider one
+    (`grad_dtype`); others get theirs from autograd.
     """
-    ends = _group_ends(counts, rows.device) if grouped else None
-    return _Experts.apply(rows, gate_up, down, Groups(counts, ends))  # type: ignore[no-any-return, no-untyped-call]
+    in_blocks = row_blocks.are_compiled(rows) and any(row_blocks.rounded(count) != count for count in counts if count)
+    ends = _group_ends(counts, rows.device) if grouped and not in_blocks else None
+    return _Experts.apply(rows, gate_up, down, Groups(counts, ends, in_blocks))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _group_ends(counts: Sequence[int], device: torch.device) -> Tensor:
@@ -51,16 +55,23 @@ def _group_ends(counts: Sequence[int], device: torch.device) -> Tensor:
 
 
 class Groups:
-    """Rows of each expert, on the host, and where they end for grouped products."""
+    """Rows of each expert, on the host, and where they end for grouped products. `in_blocks`: whether products are to
+    have few sizes."""
 
-    def __init__(self, counts: Sequence[int], ends: Tensor | None) -> None:
-        self._counts, self._ends = list(counts), ends
+    def __init__(self, counts: Sequence[int], ends: Tensor | None, in_blocks: bool = False) -> None:
+        self._counts, self._ends, self._in_blocks = list(counts), ends, in_blocks
 
     def times(self, rows: Tensor, matrices: Tensor) -> Tensor:
         """rows [M, I] times each expert's own part of matrices [E, I, O] -> [M, O]."""
         if self._ends is not None:
             return functional.grouped_mm(rows, matrices, offs=self._ends)
         result = rows.new_empty(len(rows), matrices.shape[2])
+        if self._in_blocks:
+            starts = accumulate(self._counts, initial=0)
+            for matrix, start, count in zip(matrices, starts, self._counts, strict=False):
+                if count:
+                    row_blocks.times(rows, start, count, matrix, result)
+            return result
         for expert, part, out in self._each(rows, result):
             torch.mm(part, matrices[expert], out=out)
         return result
@@ -68,18 +79,21 @@ class Groups:
     def to_weight(self, weight: Tensor, gradient: Tensor, rows: Tensor) -> Tensor | None:
         """The gradient of weight [E, O, I] from that of rows' products [M, O] and rows [M, I]; None if it was added to
         `weight.grad`."""
-        accumulated = weight.grad
-        if accumulated is None or accumulated.dtype != rows.dtype:
+        accumulated = _place(weight, rows)
+        if accumulated is None:
             return self._new_gradient(weight, gradient, rows)
-        for expert, given, part in self._each(gradient, rows):
-            accumulated[expert].addmm_(given.T, part)
+        for expert, given, part in self._each_padded(gradient, rows):
+            if accumulated.dtype == rows.dtype:
+                accumulated[expert].addmm_(given.T, part)
+            else:
+                accumulated[expert].add_(torch.mm(given.T, part))
         return None
 
     def _new_gradient(self, weight: Tensor, gradient: Tensor, rows: Tensor) -> Tensor:
         if self._ends is not None:
             return functional.grouped_mm(gradient.T, rows, offs=self._ends)
         result = torch.zeros_like(weight)
-        for expert, given, part in self._each(gradient, rows):
+        for expert, given, part in self._each_padded(gradient, rows):
             torch.mm(given.T, part, out=result[expert])
         return result
 
@@ -87,6 +101,24 @@ class Groups:
         """Experts that have rows, with their part of both."""
         parts = zip(torch.split(first, self._counts), torch.split(second, self._counts), strict=True)
         return ((expert, one, other) for expert, (one, other) in enumerate(parts) if len(one))
+
+    def _each_padded(self, first: Tensor, second: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The same for sums over rows, to which zeros add nothing."""
+        parts = self._each(first, second)
+        if not self._in_blocks:
+            return parts
+        return ((expert, row_blocks.padded(one), row_blocks.padded(other)) for expert, one, other in parts)
+
+
+def _place(weight: Tensor, rows: Tensor) -> Tensor | None:
+    """Where the gradient of `weight` is added to by hand; None where autograd is to do it."""
+    wide = weight.grad_dtype not in (None, rows.dtype)
+    if wide and rows.is_cuda:
+        return None
+    if wide and weight.grad is None:
+        weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
+    accumulated = weight.grad
+    return accumulated if accumulated is not None and (wide or accumulated.dtype == rows.dtype) else None
 
 
 class _Experts(torch.autograd.Function):
@@ -101,7 +133,8 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         rows, joined, gate_up, down = ctx.saved_tensors
         groups, gradient = ctx.groups, gradients[0].contiguous()  # grouped_mm refuses expanded ones, as that of a sum
-        to_joined, activated = swiglu.backward(joined, groups.times(gradient, down))
+        activated, to_joined = groups.times(gradient, down), torch.empty_like(joined)
+        swiglu.backward(joined, activated, to_joined, activated)  # from its gradient to the activation
         to_down = groups.to_weight(down, gradient, activated)
         del activated
         return groups.times(to_joined, gate_up), groups.to_weight(gate_up, to_joined, rows), to_down, None

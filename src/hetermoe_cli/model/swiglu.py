@@ -27,7 +27,10 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (joined,) = ctx.saved_tensors
-        return backward(joined.flatten(0, -2), gradients[0].flatten(0, -2))[0].view_as(joined)
+        rows, given = joined.flatten(0, -2), gradients[0].flatten(0, -2)
+        to_joined = torch.empty_like(rows)
+        backward(rows, given, to_joined, torch.empty_like(given))
+        return to_joined.view_as(joined)
 
 
 def activated(joined: Tensor) -> Tensor:
@@ -39,16 +42,15 @@ def activated(joined: Tensor) -> Tensor:
     return result
 
 
-def backward(joined: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of joined [T, 2 F] from that of the result [T, F], and the result again."""
-    to_joined, result = torch.empty_like(joined), torch.empty_like(gradient)
+def backward(joined: Tensor, gradient: Tensor, to_joined: Tensor, result: Tensor) -> None:
+    """From joined [T, 2 F] and the gradient of the result [T, F]: that of joined into `to_joined`, the result again
+    into `result`, which may be `gradient` itself."""
     for part, given, found, out in _blocks(joined, gradient, to_joined, result):
         (gate, up), (to_gate, to_up) = part.chunk(2, dim=-1), found.chunk(2, dim=-1)
         silu = functional.silu(gate)
-        torch.mul(silu, up, out=out)
         torch.mul(given, silu, out=to_up)
         torch.ops.aten.silu_backward.grad_input(given * up, gate, grad_input=to_gate)
-    return to_joined, result
+        torch.mul(silu, up, out=out)  # last: it may take the place of `given`
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

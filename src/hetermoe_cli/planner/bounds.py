@@ -149,7 +149,7 @@ class _Terms:
             "step_copy": r.optimizer_per_copy,
             "room": r.memory_limit - r.memory_base - r.memory_if_any,
             "room_each": r.memory_per_hosted + r.memory_per_share / b.layers,
-            "room_copy": r.memory_per_replicated,
+            "room_copy": r.memory_per_replicated + r.memory_per_copy / b.layers,
         }
 
     def _alone(self, device: Device) -> bool:

@@ -47,6 +47,7 @@ def fits(rates: Rates, counts: Counts) -> NDArray[np.bool_]:
         copies = replicated if c.attends else 0 * replicated
         used = r.memory_base + hosted * r.memory_per_hosted + copies * r.memory_per_replicated
         used = used + (hosted + copies > 0) * r.memory_if_any
+        used = used + (counts.replicated.max(-1) if c.attends else 0) * r.memory_per_copy
         result &= used + counts.hosted[..., index].max(-1) * r.memory_per_share <= r.memory_limit
     return result
 

@@ -95,8 +95,10 @@ def memory(model: Model) -> None:
     """
     rates, add = model.rates, model.problem.add_variable
     copies = pulp.lpSum(model.replicated)
-    any_copy = add("any_replicated", 0, 1, pulp.LpInteger)
+    any_copy, most_copies = add("any_replicated", 0, 1, pulp.LpInteger), add("most_replicated", 0, rates.experts)
     model.problem += copies <= rates.layers * rates.experts * any_copy, "any_replicated"
+    for layer in model.layers:
+        model.problem += most_copies >= model.replicated[layer], f"most_replicated_{layer}"
     for c, device_class in model.classes:
         r, mean = rates.of[c], model.mode == "mean" and device_class.count > 1
         most, holds = add(f"most_{c}", 0, rates.experts), add(f"holds_{c}", 0, 1, pulp.LpInteger)
@@ -110,6 +112,7 @@ def memory(model: Model) -> None:
         if device_class.attends:
             model.problem += holds >= any_copy, f"holds_copy_{c}"
             limit = limit - copies * (r.memory_per_replicated / r.memory_limit)
+            limit = limit - most_copies * (r.memory_per_copy / r.memory_limit)
         working = holds * (r.memory_if_any / r.memory_limit)
         if mean:
             together = pulp.lpSum(model.mean(layer, c) for layer in model.layers)

@@ -118,15 +118,17 @@ class Named:
     def hot_bytes(self) -> FloatArray:
         """[ranks] bytes that a rank's buffers and working set grow by where it gets the hottest expert of all."""
         total = self.layout.sequences_per_micro_batch
-        rows = np.array([self.cost.expert_rows(total, layer, range(self.experts)) for layer in range(self.layers)])
-        hottest, share = float(rows.max()), float((rows.max(axis=1) / rows.sum(axis=1)).max())
+        each = np.array([self.cost.expert_rows(total, layer, range(self.experts)) for layer in range(self.layers)])
+        hottest, share = float(each.max()), float((each.max(axis=1) / each.sum(axis=1)).max())
         result = np.zeros(self.world)
         for rank, sequences in enumerate(self.layout.sequences_per_rank):
             held = self._probe.assumed_rows(rank)
             most = max([*held.hosted, *held.replicated], default=0.0)
-            saved = self.cost.of(rank).expert
-            result[rank] = saved(hottest).saved_bytes - saved(most).saved_bytes
+            device, task = self.cost.of(rank), self.cost.expert_task_bytes
+            result[rank] = task(device, hottest) - task(device, most)
             more, window = max(0.0, share - held.largest_share), self.layout.schedule.window
+            rows = more * self.experts * self.cost.rows_per_expert(total)
+            result[rank] += rows * self.cost.activation_row_bytes(device)
             result[rank] += self.cost.buffer_bytes(total, sequences, more, window)
             result[rank] -= self.cost.buffer_bytes(total, sequences, 0.0, window)
         return result

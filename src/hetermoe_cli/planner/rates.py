@@ -30,8 +30,9 @@ class ClassRates:
     memory_base: float  # everything that does not depend on the placement
     memory_per_hosted: float
     memory_per_replicated: float
-    memory_if_any: float  # the working set of one expert task, where any expert is held
+    memory_if_any: float  # what one expert at a time needs, where any is held
     memory_per_share: float  # receive buffers and working set, per expert of the layer with most hosted ones
+    memory_per_copy: float  # working set, per expert of the layer with most replicated ones
     memory_limit: float
 
     def stage(self, layer: int, way: int) -> float:
@@ -126,8 +127,9 @@ def device_rates(
         + device.framework_bytes,
         memory_per_hosted=state + alive * cost.expert_activation_bytes(device, rows, experts_again),
         memory_per_replicated=copied + alive * cost.expert_activation_bytes(device, own, experts_again),
-        memory_if_any=device.expert(rows).saved_bytes,
+        memory_if_any=cost.expert_task_bytes(device, rows),
         memory_per_share=per_share + cost.expert_transient_bytes(device, rows, experts_again),
+        memory_per_copy=cost.expert_transient_bytes(device, own, experts_again) if sequences else 0.0,
         memory_limit=device.memory_bytes * cost.train.memory_headroom,
     )
 

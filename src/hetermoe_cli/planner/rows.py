@@ -133,6 +133,6 @@ class Rows:
     def _memory(self, c: int) -> Row:
         r, attends, p = self.rates.of[c], self.rates.classes[c].attends, self.patterns
         each = r.memory_per_hosted + r.memory_per_share / self.rates.layers
-        copies = p.replicated * (attends * r.memory_per_replicated)
+        copies = p.replicated * (attends * (r.memory_per_replicated + r.memory_per_copy / self.rates.layers))
         used = np.asarray((p.mean[c] * each + copies) / r.memory_limit, dtype=np.float64)
         return Row(Of.MEMORY, r.memory_base / r.memory_limit - 1, used, used)

@@ -1,6 +1,7 @@
 """What `hetermoe train` prints: the dry run, and the summary at the end."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +9,40 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from hetermoe_cli.launch.place import Place, PlaceOptions, command_of_node
 from hetermoe_cli.report.run_figures import RunFigures, figures
 from hetermoe_cli.report.run_memory import memory_table, run_memory
 from hetermoe_cli.spec.run import RunSpec
 
 
-def what_runs(run: RunSpec) -> dict[str, Any]:
-    """Exactly what would run: the workers' command and environment, then run.yaml."""
+def what_runs(run: RunSpec, arguments: Sequence[str] = (), options: PlaceOptions | None = None) -> dict[str, Any]:
+    """Exactly what would run: of a run on several nodes the commands of all; the workers' command and environment;
+    run.yaml. `arguments`: those of this command."""
+    from hetermoe_cli.launch.interfaces import socket_environment
     from hetermoe_cli.launch.local import command, environment
 
+    several = len(run.nodes) > 1
     return {
         "workers": run.world.size,
+        **({"nodes": _nodes(run, arguments, options or PlaceOptions())} if several else {}),
         "command": command(run),
-        "environment": environment(run),
+        "environment": environment(run) | ({} if several else socket_environment(Place())),
         "run": run.model_dump(mode="json"),
     }
+
+
+def _nodes(run: RunSpec, arguments: Sequence[str], options: PlaceOptions) -> list[dict[str, Any]]:
+    names, devices = run.plan.inputs.cluster.node_names, run.plan.inputs.devices()
+    host = options.master_addr or "HOST"
+    return [
+        {
+            "name": names[node],
+            "ranks": ranks,
+            "devices": [devices[rank].type for rank in ranks],
+            "command": command_of_node(arguments, node, host, options.master_port),
+        }
+        for node, ranks in enumerate(run.nodes)
+    ]
 
 
 def print_dry_run(what: dict[str, Any], as_json: bool) -> None:

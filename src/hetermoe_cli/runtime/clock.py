@@ -36,7 +36,8 @@ class Clock:
         self._recording = False
 
     def set_zero(self, zero: float) -> None:
-        """When the run started, seconds on the monotonic clock: one moment for all ranks, as their traces are one."""
+        """When the run started, seconds on the machine's monotonic clock: one moment for all ranks, as their traces are
+        one."""
         self._zero = zero
 
     def go_on(self, earlier: "Clock") -> None:

@@ -13,6 +13,7 @@ from hetermoe_cli.runtime.parts import Holding
 from hetermoe_cli.schedule.action import Action
 
 _ROW = 4096  # elements
+_FOLDED = 2**17  # elements at once: torch widens the narrow ones for a sum with wide ones, half a mebibyte each time
 
 
 class Gradients:
@@ -84,7 +85,9 @@ class Gradients:
         for parameter in parameters:
             place = self._places.get(parameter)
             if place is not None and parameter.grad is not None and parameter.grad.dtype != place.dtype:
-                place.add_(parameter.grad)
+                flat = place.view(-1), parameter.grad.flatten()
+                for part, given in zip(*(torch.split(one, _FOLDED) for one in flat), strict=True):
+                    part.add_(given)
                 parameter.grad = None
 
     def segment(self, layer: int) -> Tensor:

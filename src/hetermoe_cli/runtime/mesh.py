@@ -1,7 +1,6 @@
 """Mesh: this rank's place, its device, the process groups it talks through, and where messages lie."""
 
 import os
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,17 +41,6 @@ def barrier() -> None:
     """Wait for all ranks; PeerLost if one is gone."""
     with peer_errors():
         dist.barrier()
-
-
-def common_moment(wire: torch.device) -> float:
-    """When the last rank came here, seconds on the monotonic clock, which ranks of one machine share; equal for all.
-
-    `wire`: where messages lie. PeerLost if a rank is gone.
-    """
-    now = torch.tensor([time.monotonic()], dtype=torch.float64, device=wire)
-    with peer_errors():
-        dist.all_reduce(now, op=dist.ReduceOp.MAX)
-    return float(now)
 
 
 @dataclass(frozen=True)

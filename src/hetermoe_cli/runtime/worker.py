@@ -24,14 +24,15 @@ from hetermoe_cli.runtime.balancer import Balancer
 from hetermoe_cli.runtime.calls import check_agreement, digest
 from hetermoe_cli.runtime.emulator import EmulatedClock
 from hetermoe_cli.runtime.memory import MemoryMeter
-from hetermoe_cli.runtime.mesh import Mesh, PeerLost, common_moment, join, peer_errors
+from hetermoe_cli.runtime.mesh import Mesh, PeerLost, join, peer_errors
+from hetermoe_cli.runtime.moment import common_moment
 from hetermoe_cli.runtime.parts import DTYPES
 from hetermoe_cli.runtime.recorder import Recorder
 from hetermoe_cli.runtime.saving import restore, save, take_weights
 from hetermoe_cli.runtime.trainer import StepResult, Trainer
 from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.spec.files import load
-from hetermoe_cli.spec.run import RunSpec
+from hetermoe_cli.spec.run import LAUNCHER, RunSpec
 from hetermoe_cli.trace import Trace
 
 WARM_UP_STEPS = 2  # not traced
@@ -61,8 +62,8 @@ def _leave(message: str, code: int) -> None:
 
 
 def _follow_parent() -> None:
-    """End when the launcher is gone, however it ended."""
-    parent = os.getppid()
+    """End when the launcher is gone, however it ended, and be it before this process had looked for it."""
+    parent = int(os.environ.get(LAUNCHER, os.getppid()))
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -100,7 +101,7 @@ def train(run: RunSpec) -> None:
         copy, _ = world.seat(mesh.process)
         trainer.clock = EmulatedClock(run, training_schedules(world)[copy], mesh.process)
     _handle_signals(trainer)
-    trainer.clock.set_zero(common_moment(mesh.wire))
+    trainer.clock.set_zero(common_moment(mesh.wire, run.nodes))
     _loop(run, trainer, recorder, batches, meter)
     recorder.memory(meter.values())
     dist.destroy_process_group()

@@ -112,6 +112,16 @@ class ClusterSpec(Spec):
         return {link for node in self.nodes for link in (node.network, node.interconnect) if isinstance(link, str)}
 
     @property
+    def node_names(self) -> list[str]:
+        """Of every node: its `machine`, or its node group, numbered where that has several."""
+        names = {}
+        for group in self.nodes:
+            for number in range(group.count):
+                name = group.name if group.count == 1 else f"{group.name}.{number}"
+                names[group.machine, "" if group.machine else name] = group.machine or name
+        return list(names.values())
+
+    @property
     def group_of_rank(self) -> list[int]:
         """Which of `nodes` each rank belongs to."""
         return [index for index, node in enumerate(self.nodes) for _ in range(node.count * node.devices)]

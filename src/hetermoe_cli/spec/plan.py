@@ -177,6 +177,14 @@ class Inputs(Spec):
         """One Device per rank."""
         return devices(self.cluster, self.links)
 
+    @property
+    def nodes(self) -> list[list[int]]:
+        """The ranks of every node, both in the order of the cluster file."""
+        found: dict[int, list[int]] = {}
+        for device in self.devices():
+            found.setdefault(device.node, []).append(device.rank)
+        return [found[node] for node in sorted(found)]
+
     def accelerators(self) -> list[str]:
         """cpu or cuda, for every rank."""
         return [self.profiles[device.type].accelerator for device in self.devices()]

@@ -11,6 +11,8 @@ from hetermoe_cli.spec.profile import Precision
 from hetermoe_cli.spec.rebalance import Rebalance
 from hetermoe_cli.spec.world import World
 
+LAUNCHER = "HETERMOE_LAUNCHER"  # variable: the process id of the launcher, without which workers end
+
 
 class Emulation(Spec):
     """The plan's model is nominal: costs are read for it. `executed` is what really runs, stretched to those costs.
@@ -87,6 +89,11 @@ class RunSpec(Spec):
     def world(self) -> World:
         """All copies of the model, with the experts where they are now."""
         return world_of(self.groups)
+
+    @property
+    def nodes(self) -> list[list[int]]:
+        """The ranks of every node that workers start on; an emulated run has one."""
+        return [list(range(self.world.size))] if self.emulation else self.plan.inputs.nodes
 
     @property
     def predicted_seconds(self) -> float:

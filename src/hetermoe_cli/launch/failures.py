@@ -1,0 +1,63 @@
+"""What the logs of workers say about how a run ended."""
+
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hetermoe_cli.errors import ExitCode, UserError
+from hetermoe_cli.launch.ends import PeerFailure
+from hetermoe_cli.runtime.recorder import CHECKPOINTS
+
+_LOG_TAIL_LINES = 15
+_PREFIX = "hetermoe: error: "
+_FOLLOWING = (ExitCode.WORKER_DIED, -signal.SIGTERM)  # lost a peer, or were ended by the launcher
+_TOLD = (ExitCode.BAD_INPUT, ExitCode.DOES_NOT_FIT)  # in one line
+
+
+def failure(logs: Path, failures: Mapping[int, Any]) -> tuple[UserError, list[str]]:
+    """The worker that failed first, and the tail of its log, if that says more. `logs`: those of this node's workers.
+
+    PeerFailure if all that failed here only lost a peer. `failures`: torch's, by rank.
+    """
+    rank, first = min(
+        failures.items(), key=lambda item: (item[1].exitcode in _FOLLOWING, item[1].exitcode not in _TOLD, item[0])
+    )
+    log = next(iter(_newest(logs, str(first.local_rank))), None)
+    if first.exitcode in _TOLD and log and (errors := _errors(log)):
+        return UserError(errors[-1], ExitCode(first.exitcode)), []
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log else []
+    how = f"signal {signal.Signals(-first.exitcode).name}" if first.exitcode < 0 else f"exit code {first.exitcode}"
+    last = lines[-1] if lines else "its log is empty"
+    kind = PeerFailure if first.exitcode in _FOLLOWING else UserError
+    error = kind(f"worker of rank {rank} died ({how}): {last}; log: {log}", ExitCode.WORKER_DIED)
+    return error, lines[-_LOG_TAIL_LINES:]
+
+
+def unsaved(logs: Path) -> UserError | None:
+    """The reason, where a worker of this node could not save an interrupted run."""
+    for log in _newest(logs):
+        for line in _errors(log):
+            if not line.startswith(("lost a peer", "the launcher is gone")):
+                return UserError(f"interrupted, and not saved: {line}")
+    return None
+
+
+def interrupted_early(folder: Path) -> UserError:
+    """Of an interrupted run without a last word: there was nothing to save yet."""
+    from hetermoe_cli.model.checkpoint import find_latest
+
+    latest = find_latest(folder / CHECKPOINTS)
+    found = f"the newest checkpoint is {latest.name}" if latest else "before anything was saved"
+    return UserError(f"interrupted: {found}; logs in {folder / 'logs'}", ExitCode.INTERRUPTED)
+
+
+def _newest(logs: Path, rank: str = "*") -> list[Path]:
+    """Error logs of the newest start, by rank on this node."""
+    starts = sorted(logs.glob("*/"), key=lambda path: path.stat().st_mtime)
+    return sorted(starts[-1].glob(f"attempt_0/{rank}/stderr.log")) if starts else []
+
+
+def _errors(log: Path) -> list[str]:
+    lines = log.read_text(errors="replace").splitlines()
+    return [line.removeprefix(_PREFIX) for line in lines if line.startswith(_PREFIX)]

@@ -1,0 +1,187 @@
+"""Meeting: what the launchers of a run, one a node, tell each other through node 0's store."""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from types import TracebackType
+
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from hetermoe_cli.errors import ExitCode, UserError
+from hetermoe_cli.launch.ends import GONE, End, PeerFailure, end_of, explains, verdict
+from hetermoe_cli.launch.place import Place
+from hetermoe_cli.launch.rendezvous import open_store
+
+_POLL_SECONDS = 0.1
+_WATCH_SECONDS = 0.5
+_PATIENCE_SECONDS = 600.0  # for others to be started and to have checked everything
+_BEAT_SECONDS = 1.0
+_SILENCE_SECONDS = 30.0  # without a beat: that launcher is gone, so workers here are ended
+_SHORT_SILENCE_SECONDS = 6.0  # the same where there is only an end to wait for
+_FAILURE_SECONDS = 5.0  # for workers here to leave by themselves once those of another node have failed
+_END_SECONDS = 20.0  # the same once they have come to a good end: the last files are still written
+_VERDICT_SECONDS = 60.0
+_HEARD_SECONDS = 10.0
+_LATE_SECONDS = 5.0  # for nodes that have not come yet, to hear of a failure
+
+
+class Meeting:
+    """Context manager: the launchers of all nodes, from before their checks to their last word.
+
+    However the block ends, the others are told, and node 0 gives the verdict; what is raised may be another node's
+    error. Calls of all nodes go to one store, so each asks for few keys.
+    """
+
+    def __init__(self, place: Place) -> None:
+        """Opens the store: node 0 listens, another node waits for it. UserError if it cannot."""
+        self.place = place
+        self.store: TCPStore = open_store(place)
+        self._keys = PrefixStore("launchers", self.store)
+        self._heard_of: dict[int, tuple[bytes, float]] = {}  # a node's last beat, and when it was first seen
+        self._first_end: float | None = None
+        self._next_watch = 0.0
+        self._over = threading.Event()
+        self._beats = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> "Meeting":
+        if self.place.nodes > 1:
+            with self._node_0():
+                if self._keys.add(self._own("came"), 1) > 1:
+                    raise UserError(f"node {self.place.node} has been started twice: give every node its --node-rank")
+            self._beats.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        own = end_of(error)
+        final = self._conclude(own) if self.place.nodes > 1 else own
+        self._over.set()
+        if final != own and final.code != ExitCode.DONE:
+            raise UserError(final.line, ExitCode(final.code)) from error
+        return final.code == ExitCode.DONE  # also where the run was at its end when this node was interrupted
+
+    def gather(self, key: str, value: str = "-") -> str:
+        """Node 0's `value`, once all have come here; PeerFailure if a node has ended, UserError if one is late."""
+        with self._node_0():
+            self._keys.set(self._own(key), value)
+            names, deadline = self._of_all(key), time.monotonic() + _PATIENCE_SECONDS
+            while not self._keys.check(names):
+                if (ended := self._ended()) is not None:
+                    raise ended[1]
+                self._refuse_silent()
+                if time.monotonic() > deadline:
+                    late = [str(node) for node, name in enumerate(names) if not self._keys.check([name])]
+                    raise UserError(
+                        f"no word from node {', '.join(late)} in {_PATIENCE_SECONDS:.0f} s: run the same command there"
+                    )
+                time.sleep(_POLL_SECONDS)
+            return str(self._keys.get(names[0]).decode())
+
+    def watch(self) -> None:
+        """While workers run: PeerFailure if they have to be ended, as another node has ended or is gone."""
+        now = time.monotonic()
+        if self.place.nodes == 1 or now < self._next_watch:
+            return
+        self._next_watch = now + _WATCH_SECONDS
+        with self._node_0():
+            if (ended := self._ended()) is not None:
+                failed, error = ended
+                self._first_end = self._first_end or now
+                if now - self._first_end > (_FAILURE_SECONDS if failed else _END_SECONDS):
+                    raise error
+            self._refuse_silent()
+
+    def _refuse_silent(self) -> None:
+        """Node 0 looks after all; its own end the others see by the store."""
+        if self.place.node == 0 and (silent := self._silent(_SILENCE_SECONDS)):
+            raise PeerFailure(f"node {silent[0]}: {GONE}", ExitCode.WORKER_DIED)
+
+    def _ended(self) -> tuple[bool, PeerFailure] | None:
+        """Whether a node that has ended has failed, and what that means for this one; None if all go on."""
+        key = next((key for key in ("failed", "done") if self._keys.check([key])), None)
+        if key is None:
+            return None
+        node, end = json.loads(self._keys.get(key).decode())
+        line = end["line"] or "it has ended"
+        return key == "failed", PeerFailure(f"node {node}: {line}", ExitCode(end["code"] or ExitCode.WORKER_DIED))
+
+    def _conclude(self, own: End) -> End:
+        """Tell the others; what this node reports: a failure of its own, else the verdict."""
+        mine, found = own.failed and not own.follows, End(ExitCode.WORKER_DIED, f"node 0: {GONE}")
+        with contextlib.suppress(PeerFailure), self._node_0():
+            told = json.dumps([self.place.node, asdict(own)])
+            self._keys.set(self._own("end"), told)
+            self._keys.set("failed" if own.failed else "done", told)
+            if self.place.node == 0:
+                found = verdict(self.place.nodes, self._all_ends(own))
+                self._keys.set("verdict", json.dumps(asdict(found)))
+                self._see_off(_LATE_SECONDS if own.failed else 0)
+            elif not mine:
+                deadline = time.monotonic() + _VERDICT_SECONDS
+                while not self._keys.check(["verdict"]) and time.monotonic() < deadline:
+                    time.sleep(_POLL_SECONDS)
+                if self._keys.check(["verdict"]):
+                    found = End(**json.loads(self._keys.get("verdict").decode()))
+            self._keys.set(self._own("heard"), "-")
+        return own if mine else found
+
+    def _all_ends(self, own: End) -> dict[int, End]:
+        """Node 0's own end and those of the others that came and are not gone, or fewer if one explains a failure."""
+        ends, deadline = {0: own}, time.monotonic() + (2 * _FAILURE_SECONDS if own.failed else _END_SECONDS)
+        while True:
+            came = self._came()
+            for node in came:
+                if node not in ends and self._keys.check([f"end/{node}"]):
+                    ends[node] = End(**json.loads(self._keys.get(f"end/{node}").decode())[1])
+            there = set(came) - set(ends) - set(self._silent(_SHORT_SILENCE_SECONDS))
+            if explains(ends) or not there or time.monotonic() > deadline:
+                return ends
+            time.sleep(_POLL_SECONDS)
+
+    def _see_off(self, late_seconds: float) -> None:
+        """Node 0, and with it the store, stays until the others have heard; for those not yet come `late_seconds`."""
+        began = time.monotonic()
+        while (waited := time.monotonic() - began) < _HEARD_SECONDS:
+            came, silent = self._came(), self._silent(_SHORT_SILENCE_SECONDS)
+            here = [node for node in came if node not in silent and not self._keys.check([f"heard/{node}"])]
+            if not here and (len(came) == self.place.nodes - 1 or waited >= late_seconds):
+                return
+            time.sleep(_POLL_SECONDS)
+
+    def _came(self) -> list[int]:
+        """The other nodes that have been started."""
+        return [node for node in range(1, self.place.nodes) if self._keys.check([f"came/{node}"])]
+
+    def _silent(self, seconds: float) -> list[int]:
+        """Other nodes that came and have not beaten for so long, as far as this one, node 0, has looked."""
+        now, silent = time.monotonic(), []
+        came = self._came()
+        beats = self._keys.multi_get([f"came/{node}" for node in came]) if came else []
+        for node, beat in zip(came, beats, strict=True):
+            last, since = self._heard_of.get(node, (b"", now))
+            self._heard_of[node] = (beat, since if beat == last else now)
+            if now - self._heard_of[node][1] > seconds:
+                silent.append(node)
+        return silent
+
+    def _beat(self) -> None:
+        """A beat counts a node's `came` up."""
+        with contextlib.suppress(PeerFailure), self._node_0():
+            while not self._over.wait(_BEAT_SECONDS):
+                self._keys.add(self._own("came"), 1)
+
+    def _own(self, key: str) -> str:
+        return f"{key}/{self.place.node}"
+
+    def _of_all(self, key: str) -> list[str]:
+        return [f"{key}/{node}" for node in range(self.place.nodes)]
+
+    @contextlib.contextmanager
+    def _node_0(self) -> Iterator[None]:
+        """Around calls of the store: their failure means that node 0's launcher is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise PeerFailure(f"node 0: {GONE}", ExitCode.WORKER_DIED) from error

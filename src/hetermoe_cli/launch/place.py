@@ -1,0 +1,100 @@
+"""Place: which node of a plan this launcher starts, and where node 0 is found."""
+
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hetermoe_cli.errors import ExitCode, UserError
+
+DEFAULT_PORT = 29500  # torchrun's
+LOOPBACK = "127.0.0.1"
+_OPTIONS = {"--node-rank": 1, "--master-addr": 1, "--master-port": 1, "--dry-run": 0, "--json": 0}  # with their values
+_SCONTROL_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class Place:
+    """Node `node` of `nodes`. Node 0 listens at `host`:`port` (0: any free port, where there is no other node)."""
+
+    node: int = 0
+    nodes: int = 1
+    host: str = LOOPBACK
+    port: int = 0
+
+
+@dataclass(frozen=True)
+class PlaceOptions:
+    """Options of the command, named as torchrun's. None: from the environment."""
+
+    node_rank: int | None = None
+    master_addr: str | None = None
+    master_port: int | None = None
+
+
+def find_place(nodes: int, options: PlaceOptions, environment: Mapping[str, str], arguments: Sequence[str]) -> Place:
+    """Options first, then MASTER_ADDR and MASTER_PORT, then what Slurm says.
+
+    UserError (usage) names what is missing, and what to run; `arguments`: those of this command.
+    """
+    node, source = _node(options, environment)
+    if node is not None and not 0 <= node < nodes and (nodes > 1 or options.node_rank is not None):
+        numbers = "one node, 0" if nodes == 1 else f"{nodes} nodes, 0 to {nodes - 1}"
+        raise UserError(f"{source} is {node}: the plan has {numbers}: start it there only", ExitCode.USAGE)
+    if nodes == 1:
+        return Place()
+    host = options.master_addr or environment.get("MASTER_ADDR") or _first_slurm_host(environment)
+    if node is None or host is None:
+        run = command_of_node(arguments, "K", host or "HOST", options.master_port)
+        raise UserError(
+            f"the plan has {nodes} nodes: run on each of them, K being its number from 0 and HOST the address of node "
+            f"0: {run} (--dry-run lists the nodes; --emulate takes this machine only)",
+            ExitCode.USAGE,
+        )
+    return Place(node, nodes, host, options.master_port or _port(environment))
+
+
+def command_of_node(arguments: Sequence[str], node: int | str, host: str, port: int | None) -> str:
+    """The shell command that starts `node`: this one's `arguments`, with these options instead of its own."""
+    kept: list[str] = []
+    skipped = 0
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if skipped:
+            skipped -= 1
+        elif name in _OPTIONS:
+            skipped = 0 if equals else _OPTIONS[name]
+        else:
+            kept.append(argument)
+    place = ["--node-rank", str(node), "--master-addr", host, *(["--master-port", str(port)] if port else [])]
+    return shlex.join(["hetermoe", *kept, *place])
+
+
+def _node(options: PlaceOptions, environment: Mapping[str, str]) -> tuple[int | None, str]:
+    """The node's number, and what says so. Slurm counts nodes as their list has them, whose first one is node 0."""
+    if options.node_rank is not None:
+        return options.node_rank, "--node-rank"
+    for name in ("SLURM_NODEID", "SLURM_PROCID"):
+        if environment.get(name, "").isdigit():
+            return int(environment[name]), name
+    return None, ""
+
+
+def _port(environment: Mapping[str, str]) -> int:
+    text = environment.get("MASTER_PORT", str(DEFAULT_PORT))
+    if not text.isdigit() or not 0 < int(text) < 65536:
+        raise UserError(f"MASTER_PORT is {text!r}: set a port from 1 to 65535, or pass --master-port", ExitCode.USAGE)
+    return int(text)
+
+
+def _first_slurm_host(environment: Mapping[str, str]) -> str | None:
+    """The host of node 0, as Slurm's own tool reads the list; None without Slurm."""
+    hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    if not hosts:
+        return None
+    command = ["scontrol", "show", "hostnames", hosts]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=_SCONTROL_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(shown.stdout.split()), None)

@@ -1,0 +1,133 @@
+"""`hetermoe train` of one plan on several nodes: a launcher each, as if on machines of their own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from workers import run_workers
+
+from builders import make_inputs, make_layout, make_model, make_plan, make_profile
+from hetermoe_cli.spec.files import dump, load
+from hetermoe_cli.spec.plan import Plan
+from hetermoe_cli.spec.run import RunSpec
+from train_command import HETERMOE, events, train
+
+MODEL = make_model(layers=2, experts=4, hidden_size=16, ffn_size=24, head_size=4)
+ENDLESS = ("--steps", 1000000, "--drift-every", 0)
+
+
+def uneven_plan() -> Plan:
+    """Two CPUs on one node and one on another."""
+    profile = make_profile("cpu", model=MODEL, precision="fp32", source="measured", sequence_lengths=(32,))
+    inputs = make_inputs(
+        (("cpu", 2), ("cpu", 1)), model=MODEL, profiles={"cpu": profile}, sequence_length=32,
+        global_batch_sequences=4, precision="fp32",
+    )  # fmt: skip
+    train_spec = inputs.train.model_copy(update={"steps": 6, "warmup_steps": 2, "learning_rate": 3e-3})
+    layout = make_layout((1, 1, 0), (1, 1, 1), replicated=1, micro_batches=2)
+    return make_plan(inputs.model_copy(update={"train": train_spec}), layout)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text("".join(f"line {n}: {'abc' * (n % 7)} quick brown fox\n" for n in range(3000)))
+    return tmp_path / "text.txt"
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path) -> Path:
+    dump(uneven_plan(), tmp_path / "plan.yaml")
+    return tmp_path / "plan.yaml"
+
+
+def start(plan: Path, folder: Path, text: Path, *options: object) -> list[subprocess.Popen[str]]:
+    """The launchers of both nodes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    where = ("--master-addr", "127.0.0.1", "--master-port", port)
+    command = [*HETERMOE, "train", plan, "--run-folder", folder, "--data", text, *where, *options]
+    return [
+        subprocess.Popen(
+            [*map(str, command), "--node-rank", str(node)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for node in (1, 0)
+    ][::-1]
+
+
+def ends(launchers: list[subprocess.Popen[str]], seconds: float = 120) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and last line of stderr of every launcher."""
+    found = []
+    for launcher in launchers:
+        out, errors = launcher.communicate(timeout=seconds)
+        assert "Traceback" not in errors
+        found.append((launcher.returncode, out, errors.strip().splitlines()[-1]))
+    return found
+
+
+def worker(folder: Path, rank: int) -> int:
+    """The process of a rank, once the run has made a step."""
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or not events(folder, "step"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    found = subprocess.run(["pgrep", "-f", str(folder / "run.yaml")], capture_output=True, text=True).stdout.split()
+    variables = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in found}
+    return next(int(pid) for pid, values in variables.items() if b"RANK=%d" % rank in values)
+
+
+def work(rank: int, run: RunSpec) -> None:
+    """What a worker does, without a launcher."""
+    from hetermoe_cli.runtime import worker
+
+    worker.train(run)
+
+
+def test_two_nodes_train_as_one(plan_file: Path, text: Path, tmp_path: Path) -> None:
+    (code, out, _), (other_code, other_out, last) = ends(start(plan_file, tmp_path / "two", text, "--json"))
+    assert (code, other_code, other_out) == (0, 0, "")
+    assert json.loads(out)["steps"] == 6
+    assert last == "hetermoe: node 1 of 2: done; node 0 shows the summary"
+    run = load(RunSpec, tmp_path / "two/run.yaml")
+    run_workers(3, work, run.model_copy(update={"folder": str(tmp_path / "one")}))
+    losses = [[line["loss"] for line in events(tmp_path / name, "step")] for name in ("two", "one")]
+    assert losses[0] == losses[1]
+    logs = sorted(path.parts[-5] for path in (tmp_path / "two/logs").glob("*/*/attempt_0/*/stderr.log"))
+    assert logs == ["node0", "node0", "node1"]
+
+
+def test_a_worker_that_dies_ends_all_nodes_with_its_error(plan_file: Path, text: Path, tmp_path: Path) -> None:
+    launchers = start(plan_file, tmp_path / "run", text, *ENDLESS)
+    os.kill(worker(tmp_path / "run", 2), signal.SIGKILL)
+    (code, _, last), (other_code, _, other_last) = ends(launchers, 20)
+    assert (code, other_code) == (6, 6)
+    assert "error: worker of rank 2 died (signal SIGKILL)" in other_last
+    assert "error: node 1: worker of rank 2 died (signal SIGKILL)" in last
+    assert not (tmp_path / "run/status.json").exists()
+
+
+def test_an_interrupt_on_one_node_stops_and_saves_on_all(plan_file: Path, text: Path, tmp_path: Path) -> None:
+    launchers = start(plan_file, tmp_path / "run", text, *ENDLESS)
+    worker(tmp_path / "run", 2)
+    launchers[1].send_signal(signal.SIGINT)
+    results = ends(launchers, 60)
+    saved = events(tmp_path / "run", "step")[-1]["step"] + 1
+    line = f"hetermoe: error: interrupted: saved at step {saved}, go on with --resume --run-folder {tmp_path / 'run'}"
+    assert results == [(130, "", line)] * 2
+
+
+def test_what_runs_on_every_node(plan_file: Path, text: Path, tmp_path: Path) -> None:
+    options = (plan_file, "--data", text, "--run-folder", tmp_path / "run")
+    shown = json.loads(train(*options, "--dry-run", "--json", "--master-addr", "host").stdout)
+    assert [node["ranks"] for node in shown["nodes"]] == [[0, 1], [2]]
+    assert shown["nodes"][1]["command"].endswith("--node-rank 1 --master-addr host")
+    missing = train(*options, code=2).stderr
+    assert "the plan has 2 nodes: run on each of them" in missing
+    assert missing.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,40 @@
+"""All nodes run what node 0 wrote, or none does."""
+
+from pathlib import Path
+
+import pytest
+from test_meeting import meet
+
+from builders import make_plan
+from hetermoe_cli.launch import agreement
+from hetermoe_cli.launch.agreement import agreed_run
+from hetermoe_cli.spec.run import RunSpec
+
+
+def a_run(folder: Path, **changes: object) -> RunSpec:
+    return RunSpec(plan=make_plan(), folder=str(folder), corpus_sha256="0", precision="fp32", steps=3).model_copy(
+        update=changes
+    )
+
+
+def test_all_nodes_read_the_run_that_node_0_wrote(tmp_path: Path) -> None:
+    results = meet(
+        lambda found: agreed_run(found, lambda: a_run(tmp_path, start_step=2)),
+        lambda found: agreed_run(found, lambda: a_run(tmp_path)),
+    )
+    assert results == [a_run(tmp_path, start_step=2)] * 2
+
+
+def test_folders_that_are_not_shared_and_other_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "_SHARED_SECONDS", 0.5)
+    results = meet(
+        lambda found: agreed_run(found, lambda: a_run(tmp_path / "a")),
+        lambda found: agreed_run(found, lambda: a_run(tmp_path / "b")),
+    )
+    assert results[0] == (3, f"node 1: {tmp_path}/b/run.yaml: node 1 does not see what node 0 wrote: put --run-folder "
+                             "on a file system that all nodes share, under one path")  # fmt: skip
+    results = meet(
+        lambda found: agreed_run(found, lambda: a_run(tmp_path / "a")),
+        lambda found: agreed_run(found, lambda: a_run(tmp_path / "a", steps=4)),
+    )
+    assert "field steps: node 1 was started with another one than node 0" in str(results[1])

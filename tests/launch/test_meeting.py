@@ -1,0 +1,98 @@
+"""Launchers of two nodes that meet: what one of them meets with, the other reports."""
+
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from hetermoe_cli.errors import ExitCode, UserError
+from hetermoe_cli.launch import meeting
+from hetermoe_cli.launch.ends import GONE, PeerFailure
+from hetermoe_cli.launch.meeting import Meeting
+from hetermoe_cli.launch.place import Place
+
+Part = Callable[[Meeting], object]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def meet(*parts: Part) -> list[object]:
+    """Every node's part in a launcher of its own: what it returns, or the error that it reports."""
+    port = free_port()
+
+    def launcher(node: int) -> object:
+        try:
+            with Meeting(Place(node, len(parts), "127.0.0.1", port)) as found:
+                found.gather("here")  # a node that is still to come would wait for one that has ended
+                return parts[node](found)
+        except UserError as error:
+            return error.code, str(error)
+        return "ended with node 0"
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return list(pool.map(launcher, range(len(parts))))
+
+
+def refuse(code: ExitCode = ExitCode.BAD_INPUT, kind: type[UserError] = UserError) -> Part:
+    def part(found: Meeting) -> None:
+        raise kind("no such text", code)
+
+    return part
+
+
+def watch(found: Meeting) -> None:
+    while True:
+        found.watch()
+
+
+def test_nodes_gather_and_have_node_0s_word() -> None:
+    assert meet(*[lambda found: found.gather("word", f"of {found.place.node}")] * 3) == ["of 0"] * 3
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_check_that_fails_ends_all(failing: int) -> None:
+    parts: list[Part] = [lambda found: found.gather("checked")] * 3
+    parts[failing] = refuse()
+    results = meet(*parts)
+    assert results.pop(failing) == (ExitCode.BAD_INPUT, "no such text")
+    assert results == [(ExitCode.BAD_INPUT, f"node {failing}: no such text")] * 2
+
+
+def test_workers_are_ended_when_those_of_another_node_have_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "_FAILURE_SECONDS", 0.5)
+    results = meet(watch, refuse(ExitCode.WORKER_DIED), refuse(ExitCode.WORKER_DIED, PeerFailure))
+    assert results == [(6, "node 1: no such text"), (6, "no such text"), (6, "node 1: no such text")]
+
+
+def test_of_an_interrupt_node_0_tells_where_it_was_saved() -> None:
+    results = meet(refuse(ExitCode.INTERRUPTED), lambda found: "workers ended well", refuse(ExitCode.INTERRUPTED))
+    assert results == [(130, "no such text")] * 3
+    assert meet(lambda found: "finished", refuse(ExitCode.INTERRUPTED)) == ["finished", "ended with node 0"]
+
+
+def test_a_node_that_falls_silent_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_SILENCE_SECONDS", "_SHORT_SILENCE_SECONDS"):
+        monkeypatch.setattr(meeting, name, 0.5)
+    monkeypatch.setattr(Meeting, "_beat", lambda self: None)
+
+    def part(found: Meeting) -> None:
+        found.gather("checked")
+        if found.place.node == 0:
+            watch(found)
+
+    monkeypatch.setattr(meeting, "_VERDICT_SECONDS", 0.0)  # node 1 leaves at once
+    assert meet(part, part)[0] == (6, f"node 1: {GONE}")
+
+
+def test_a_node_number_is_given_once() -> None:
+    def again(found: Meeting) -> None:
+        expected = "node 0 cannot listen at .* another --master-port" if found.place.node == 0 else "started twice"
+        with pytest.raises(UserError, match=expected):
+            Meeting(found.place).__enter__()
+
+    assert meet(again, again) == [None, None]
