@@ -36,7 +36,8 @@ from hetermoe_cli.spec.layout import Layout
 SEEDS = 6  # choices in which devices of a kind are alike, placed first
 MISSES = 12
 NEAR = 1.04  # times the best: what another order may still make the best
-SHARES = 8  # of the time for the proof: what the first MILP of a choice gets
+SHARES = 8  # of the time for the proof: what the first MILP of a choice gets at least
+PRESSING = 0.01  # below the best by more than this, a choice's bound makes a gap worth closing
 
 
 class Stage(NamedTuple):
@@ -172,10 +173,11 @@ class Search:
         """Stages of every choice, always of the one with the lowest bound, as that is what the plan's gap is.
 
         A MILP that does not end in its share of the time starts anew with twice as much when its choice's turn comes
-        again: most choices are soon ruled out, and one that is not must not use up the time of the others. The last one
-        gets all that is left.
+        again: most choices are soon ruled out, and one that is not must not use up the time of the others. The fewer
+        matter, the longer the first share; the last one gets all that is left.
         """
-        number, first = count(), self.left / SHARES
+        pressing = sum(known(c) < (1 - PRESSING) * self.seconds for c in self.open)
+        number, first = count(), self.left / min(SHARES, 1 + max(1, pressing))
         queue = [(known(c), next(number), c, stages, first) for c in self.open]
         heapify(queue)
         while queue and queue[0][0] < self.target and self.left > 0:
