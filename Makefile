@@ -8,7 +8,8 @@ demo: $(VENV)/installed
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --ignore tests/dist
+	$(BIN)/python -m pytest tests/dist
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check
