@@ -11,6 +11,7 @@ import numpy as np
 
 from hetermoe_cli.planner.arrays import FloatArray
 from hetermoe_cli.planner.chains import Chain, Family, Layers, Part, from_heads, to_heads
+from hetermoe_cli.planner.policy import PotentialsLP
 from hetermoe_cli.planner.rows import Of, Rows
 from hetermoe_cli.planner.sides import Side
 
@@ -36,7 +37,7 @@ def better_chains(rows: Rows, every: FloatArray, last: FloatArray) -> list[Chain
             index = sorted(rows.index(Of.CHAIN, family, part), key=lambda row: -lengths[row])
             if not index:
                 continue
-            problem = _Problem(layers, family, part, *weights)
+            problem = Stretch(layers, family, part, *weights)
             better, length = problem.best(rows.chains[index[0] - rows.fixed])
             if length > float(lengths[index[0]]) + GAIN * float(lengths.max()):
                 found.append(better)
@@ -54,8 +55,12 @@ def _longest_families(rows: Rows, lengths: FloatArray) -> list[Family]:
 
 
 @dataclass
-class _Problem:
-    """One family's part, for a mixture of patterns."""
+class Stretch:
+    """One family's part, for a mixture of patterns (layers of each, the last one apart).
+
+    `ways` [events, events, patterns]: from border to border; `edge` [events]: what lies before the events above layer 0,
+    or after those below it; `heads` [events, patterns]: from an event to the heads, or from there.
+    """
 
     layers: Layers
     family: Family
@@ -105,7 +110,7 @@ class _Problem:
     def _improved(self, worth: FloatArray) -> FloatArray:
         length = self.length(worth)
         for _ in range(ITERATIONS):
-            new = self._solve(worth)
+            new = PotentialsLP(self, worth).solve()
             if new is None or (grown := self.length(new)) <= length * (1 + 1e-6):
                 break
             worth, length = new, grown
@@ -133,57 +138,3 @@ class _Problem:
         every, last = (np.maximum(part, -FLOOR * self.most) for part in (every, last))  # no infinity times zero layers
         result: FloatArray = every @ self.every + last @ self.last + edge
         return result
-
-    def _solve(self, worth: FloatArray) -> FloatArray | None:
-        """The best potentials while every event's way onward is the longest for `worth`; None if there are none."""
-        import highspy
-
-        from hetermoe_cli.planner.solver import THREADS, silent_stdout
-
-        count, patterns = len(self.events), len(self.every)
-        costs = np.zeros(count)
-        if self.part == "forward":
-            costs[int((self.edge - worth).argmax())] -= 1.0
-        else:
-            onward = (self.heads - worth[:, None]).argmax(0)
-            np.subtract.at(costs, onward, self.last)
-        with silent_stdout():
-            highs = highspy.Highs()  # type: ignore[no-untyped-call]
-        highs.setOptionValue("output_flag", False)
-        highs.setOptionValue("threads", THREADS)
-        infinity, nothing = highspy.kHighsInf, np.array([], dtype=np.int32)
-        for cost in costs.tolist():
-            highs.addCol(-cost, -self.most, self.most, 0, nothing, np.array([]))
-        prices = [*self.every.tolist(), *(self.last.tolist() if self.part == "forward" else [1.0])]
-        for price in prices:
-            highs.addCol(-price, -infinity, infinity, 0, nothing, np.array([]))
-        best = (self.ways - worth[None, :, None]).argmax(1)  # [events, patterns]
-        for p in range(patterns):
-            if self.every[p] == 0:
-                highs.changeColBounds(count + p, 0.0, 0.0)
-                continue
-            for s in range(count):
-                t = int(best[s, p])
-                way = float(self.ways[s, t, p])
-                if way == -inf:
-                    continue  # as good as left out: its potential is the largest
-                entries = {count + p: 1.0}
-                if s != t:
-                    entries |= {s: -1.0, t: 1.0}
-                _upper(highs, way, entries)
-        for s in range(count):
-            if self.part != "forward":
-                _upper(highs, float(self.edge[s]), {count + patterns: 1.0, s: -1.0})
-                continue
-            for p in range(patterns):
-                if np.isfinite(self.heads[s, p]):
-                    _upper(highs, float(self.heads[s, p]), {count + patterns + p: 1.0, s: -1.0})
-        highs.run()
-        if highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
-            return None
-        return np.array(highs.getSolution().col_value)[:count]
-
-
-def _upper(highs: object, most: float, entries: dict[int, float]) -> None:
-    index, values = np.array(list(entries), dtype=np.int32), np.array(list(entries.values()))
-    highs.addRow(-1e30, most, len(index), index, values)  # type: ignore[attr-defined]
