@@ -58,7 +58,7 @@ def _longest_families(rows: Rows, lengths: FloatArray) -> list[Family]:
 class Stretch:
     """One family's part, for a mixture of patterns (layers of each, the last one apart).
 
-    `ways` [events, events, patterns]: from border to border; `edge` [events]: what lies before the events above layer 0,
+    `ways` [events, events, patterns]: from border to border; `edge` [events]: what lies before events above layer 0,
     or after those below it; `heads` [events, patterns]: from an event to the heads, or from there.
     """
 
