@@ -8,8 +8,8 @@ demo: $(VENV)/installed
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest --numprocesses 2 --ignore tests/dist
-	$(BIN)/python -m pytest tests/dist
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/planner
+	$(BIN)/python -m pytest --ignore tests/planner
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check
