@@ -116,6 +116,13 @@ def test_varying_counts_meet_few_shapes(dtype: torch.dtype) -> None:
     assert 1 < len(seen.shapes) <= 6 * len({rounded(count) for count in range(1, 200)})
 
 
+def test_a_hook_gets_the_gradient_of_a_narrow_weight() -> None:
+    gate_up, down = weights(torch.bfloat16)
+    plain = step([gate_up, down], [5, 2, 9])[3]
+    down.register_hook(lambda gradient: 2 * gradient)
+    torch.testing.assert_close(step([gate_up, down], [5, 2, 9])[3], 2 * plain)
+
+
 @pytest.mark.parametrize("dtype", NARROW)
 def test_no_layers_gradients_exist_twice(dtype: torch.dtype) -> None:
     """Beside the fp32 ones, made once, those of a single expert at a time."""

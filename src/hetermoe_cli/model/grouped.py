@@ -111,9 +111,10 @@ class Groups:
 
 
 def _place(weight: Tensor, rows: Tensor) -> Tensor | None:
-    """Where the gradient of `weight` is added to by hand; None where autograd is to do it."""
+    """Where the gradient of `weight` is added to by hand; None where autograd is to do it, as a hook waits for a narrow
+    one."""
     wide = weight.grad_dtype not in (None, rows.dtype)
-    if wide and rows.is_cuda:
+    if wide and (rows.is_cuda or weight._backward_hooks):
         return None
     if wide and weight.grad is None:
         weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
