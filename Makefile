@@ -8,8 +8,8 @@ demo: $(VENV)/installed
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/planner
-	$(BIN)/python -m pytest --ignore tests/planner
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --ignore tests/dist --ignore tests/cli/test_train_cmd.py
+	$(BIN)/python -m pytest tests/dist tests/cli/test_train_cmd.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check

@@ -23,9 +23,9 @@ from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
 
 
-def prepared(*, bandwidth: float, layers: int = 6, window: int = 0) -> Prepared:
+def prepared(*, bandwidth: float, layers: int = 6, experts: int = 4, window: int = 0) -> Prepared:
     """Two attending devices and two hosts, a node each; links of `bandwidth` GB/s."""
-    model = make_model(layers=layers, experts=4)
+    model = make_model(layers=layers, experts=experts)
     rest: dict[str, Any] = {"model": model, "head_seconds": 1e-4, "optimizer_seconds_per_parameter": 1e-12}
     profiles = {
         "new": make_profile("new", attention_seconds=0.02, expert_seconds=1e-4, **rest),
@@ -113,8 +113,8 @@ def test_better_chains_are_longer_and_stay_below_the_replay(seed: int) -> None:
 
 
 def test_better_chains_raise_the_bound_of_a_mixture() -> None:
-    ready = prepared(bandwidth=0.0003, layers=6, window=2)
-    horizon = replay(ready, (2, 2, 0))
+    ready = prepared(bandwidth=0.0003, experts=8, window=2)
+    horizon = replay(ready, (4, 4, 0))
     plain, mixed = mixture(ready.rates, horizon), mixture(ready.rates, horizon, mixed=True)
     assert plain is not None
     assert mixed is not None

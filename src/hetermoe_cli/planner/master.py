@@ -22,6 +22,7 @@ PRECISION = 5e-4
 FIRST_COLUMNS = 40
 NEW_COLUMNS = 6
 CHAIN_ROUNDS = 12  # of new chains
+FEW = 250  # patterns times layers: where a MILP takes less time than a search for better chains
 CHAIN_GAIN = 5e-4  # of the bound: what new chains must add to go on
 
 
@@ -66,7 +67,8 @@ class _Run:
     def found(self, mixed: bool) -> Mixture:
         """The bound, and what is left of the patterns."""
         self._columns()
-        for _ in range(CHAIN_ROUNDS if mixed else 0):
+        many = len(self.rows.patterns.replicated) * self.rates.layers > FEW
+        for _ in range(CHAIN_ROUNDS if mixed and many else 0):
             before = self.best.bound
             chains = better_chains(self.master.part, *self.master.mixture_weights()) if before < self.horizon else []
             if not chains:
