@@ -64,21 +64,19 @@ def bound(ready: Prepared, pattern: tuple[int, int, int], without: set[int], lay
     return float(rows.makespan(sums) + sums[rows.index(Of.STEP)].max() + ready.rates.after_compute)
 
 
-def test_chains_know_that_all_reduces_hold_up_rows() -> None:
-    ready = prepared(bandwidth=0.001)
-    pattern = (0, 2, 2)
-    seconds, plain = replay(ready, pattern), bound(ready, pattern, {REDUCED, CREDIT})
-    better = bound(ready, pattern, set())
+@pytest.mark.parametrize(
+    ("bandwidth", "pattern", "events"),
+    [
+        pytest.param(0.001, (0, 2, 2), {REDUCED, CREDIT}, id="all-reduces"),
+        pytest.param(0.0003, (2, 2, 0), {PORT, HELD}, id="answers, where attending devices host"),
+    ],
+)
+def test_chains_know_what_holds_up_rows(bandwidth: float, pattern: tuple[int, int, int], events: set[int]) -> None:
+    ready = prepared(bandwidth=bandwidth)
+    plain, better = bound(ready, pattern, events), bound(ready, pattern, set())
+    seconds = replay(ready, pattern)
     assert plain < better <= seconds * (1 + 1e-9)
     assert better > 0.9 * seconds
-
-
-def test_chains_know_that_answers_hold_up_messages_where_attending_devices_host() -> None:
-    ready = prepared(bandwidth=0.0003)
-    pattern = (2, 2, 0)
-    seconds, plain = replay(ready, pattern), bound(ready, pattern, {PORT, HELD})
-    better = bound(ready, pattern, set())
-    assert plain < better <= seconds * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("seed", range(30))
