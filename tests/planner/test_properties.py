@@ -74,7 +74,7 @@ instances = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(instances)
 def test_never_worse_than_a_rival_and_never_below_its_bound(instance: dict[str, float]) -> None:
     plan = make_plan(build(**instance), OPTIONS)  # type: ignore[arg-type]
@@ -87,7 +87,7 @@ def test_never_worse_than_a_rival_and_never_below_its_bound(instance: dict[str, 
     assert seconds == pytest.approx(simulate(LayoutCost(CostModel(plan.inputs), plan.layout)).seconds)
 
 
-@settings(max_examples=12)
+@settings(max_examples=10)
 @given(instances, st.integers(1, 8))
 def test_memory_is_never_exceeded(instance: dict[str, float], megabytes: int) -> None:
     inputs = build(**instance, memory=megabytes * 10**6)  # type: ignore[arg-type]
@@ -127,7 +127,7 @@ def test_one_more_device_is_never_slower(instance: dict[str, float], more: str) 
     assert grown.predicted.iteration_seconds <= plan.predicted.iteration_seconds * allowed
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(instances, st.sampled_from(["zebra", "windowed", "sequential"]), st.booleans(), st.booleans())
 def test_replay_is_never_above_the_milp_and_equal_where_classes_are_even(
     instance: dict[str, float], name: str, old_attends: bool, per_device: bool

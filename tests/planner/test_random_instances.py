@@ -51,7 +51,7 @@ def brute_force(inputs: Inputs) -> float:
     return best
 
 
-@pytest.mark.parametrize("seed", range(32))
+@pytest.mark.parametrize("seed", range(20))
 def test_equals_brute_force_on_random_instances(seed: int) -> None:
     rng = random.Random(seed)
     devices, layers = rng.choice([(2, 2), (2, 1), (3, 1), (3, 1)])
