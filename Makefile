@@ -1,8 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# needs a launcher that gets its turn within half a second
-ALONE := tests/cli/test_train_cmd.py::test_dead_worker_ends_the_run_with_its_error
+# timed, or in need of a turn within half a second
+ALONE := tests/dist/test_balancer.py tests/dist/test_common_moment.py tests/dist/test_emulation.py \
+	tests/dist/test_peer_loss.py tests/dist/test_train_nodes.py \
+	tests/cli/test_train_cmd.py::test_dead_worker_ends_the_run_with_its_error
 
 .PHONY: demo test lint bench clean
 
@@ -10,8 +12,8 @@ demo: $(VENV)/installed
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --ignore tests/dist --deselect $(ALONE)
-	$(BIN)/python -m pytest tests/dist $(ALONE)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(addprefix --deselect ,$(ALONE))
+	$(BIN)/python -m pytest $(ALONE)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check
