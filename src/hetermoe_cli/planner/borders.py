@@ -63,16 +63,12 @@ class Layer:
             if before == later:
                 self.add(earlier, after, way + apart)
 
-    def replicated(self, before: int, after: int, way: FloatArray | float) -> None:
-        """Where all of the layer is replicated."""
-        known = self.times.get((before, after), self.none)
-        self.times[before, after] = choose(self.side.any, known, way + 0.0 * self.side.d)
-
     def finish(self, replicated: Times) -> Times:
-        """Other ways than these do not exist in a replicated layer."""
-        for pair in {*self.times, *replicated}:
-            self.replicated(*pair, replicated.get(pair, self.none))
-        return self.times
+        """The ways, in a replicated layer those of `replicated` and no others."""
+        return {
+            pair: choose(self.side.any, self.times.get(pair, self.none), replicated.get(pair, self.none))
+            for pair in {*self.times, *replicated}
+        }
 
 
 def alias(side: Side, times: Times) -> Times:

@@ -84,7 +84,7 @@ class Layers:
         return [*ends, *reduced, *streams]
 
     def starts(self, family: Family, pure: bool) -> dict[int, float]:
-        """Events before layer 0, seconds after the window's start. `pure`: a chain that stays on one class's stream."""
+        """Events before layer 0, seconds after the window's start. `pure`: a chain that stays at one event."""
         side, dense = self.forward, self.forward.least_dense
         all_but_one = (side.n - 1) * side.fastest + side.n * dense
         apart = 0.0 if family.own is None else side.slowest - side.fastest
@@ -132,7 +132,7 @@ class Chain:
 
     @property
     def pure(self) -> bool:
-        """Whether it stays on one stream."""
+        """Whether it stays at one event."""
         return len(self.potentials) == 1
 
     def constant(self, layers: Layers) -> float:

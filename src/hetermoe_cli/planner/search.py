@@ -3,8 +3,8 @@
 1. Closed-form bounds of every choice (bounds.py); those that cannot beat the best layout so far are dropped.
 2. A bound from patterns (master.py), for the choice with the lowest bound at a time.
 3. A heuristic placement, where that bound is still the lowest.
-4. A bound from mixed patterns, then MILPs: with classes' means (a bound), then as it stands; devices of a class alike.
-   Choices take turns, the one with the lowest bound first, in shares of the time that double.
+4. A bound from better chains and a placement from its mixture, then MILPs: with classes' means (a bound), then as it
+   stands; devices of a class alike. Choices take turns, the one with the lowest bound first, in shares of the time that double.
 5. MILPs over all placements, by classes and with one class per device, in turns as well.
 Layouts near the best are also replayed in the other orders of experts and transfers, which the bounds leave out.
 Each MILP may only find what beats the best layout so far by the solver's tolerance.
@@ -41,7 +41,7 @@ PRESSING = 0.01  # below the best by more than this, a choice's bound makes a ga
 
 
 class Stage(NamedTuple):
-    """A tighter bound on a choice: from mixed patterns, or from a MILP over its placements."""
+    """A tighter bound on a choice: from patterns with better chains, or from a MILP over its placements."""
 
     mode: ilp.Mode | Literal["patterns"]
     alike: bool = False
