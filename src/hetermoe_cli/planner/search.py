@@ -4,7 +4,8 @@
 2. A bound from patterns (master.py), for the choice with the lowest bound at a time.
 3. A heuristic placement, where that bound is still the lowest.
 4. A bound from better chains and a placement from its mixture, then MILPs: with classes' means (a bound), then as it
-   stands; devices of a class alike. Choices take turns, the one with the lowest bound first, in shares of the time that double.
+   stands; devices of a class alike. Choices take turns, the one with the lowest bound first, in shares of the time
+   that double.
 5. MILPs over all placements, by classes and with one class per device, in turns as well.
 Layouts near the best are also replayed in the other orders of experts and transfers, which the bounds leave out.
 Each MILP may only find what beats the best layout so far by the solver's tolerance.
