@@ -1,6 +1,8 @@
 """Launchers of two nodes that meet: what one of them meets with, the other reports."""
 
 import socket
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -52,6 +54,24 @@ def watch(found: Meeting) -> None:
 
 def test_nodes_gather_and_have_node_0s_word() -> None:
     assert meet(*[lambda found: found.gather("word", f"of {found.place.node}")] * 3) == ["of 0"] * 3
+
+
+def test_who_ends_while_another_looks_round_has_still_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Node 1 looks for an end from before node 0 has come until node 0 is at its end."""
+    gather, ended, looking = Meeting.gather, Meeting._ended, threading.Event()
+
+    def slow_ended(self: Meeting) -> object:
+        looking.set()
+        while self.place.node == 1 and not self._keys.check(["done"]):
+            time.sleep(0.01)
+        return ended(self)
+
+    def late_gather(self: Meeting, key: str) -> str:
+        return gather(self, key) if self.place.node == 1 or looking.wait(60) else "never looked"
+
+    monkeypatch.setattr(Meeting, "_ended", slow_ended)
+    monkeypatch.setattr(Meeting, "gather", late_gather)
+    assert meet(lambda found: "finished", lambda found: "came") == ["finished", "came"]
 
 
 @pytest.mark.parametrize("failing", [0, 1])

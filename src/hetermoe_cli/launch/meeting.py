@@ -67,8 +67,11 @@ class Meeting:
         with self._node_0():
             self._keys.set(self._own(key), value)
             names, deadline = self._of_all(key), time.monotonic() + _PATIENCE_SECONDS
-            while not self._keys.check(names):
-                if (ended := self._ended()) is not None:
+            while True:
+                ended = self._ended()  # looked up first: who ends between two looks may have passed here by the second
+                if self._keys.check(names):
+                    return str(self._keys.get(names[0]).decode())
+                if ended is not None:
                     raise ended[1]
                 self._refuse_silent()
                 if time.monotonic() > deadline:
@@ -77,7 +80,6 @@ class Meeting:
                         f"no word from node {', '.join(late)} in {_PATIENCE_SECONDS:.0f} s: run the same command there"
                     )
                 time.sleep(_POLL_SECONDS)
-            return str(self._keys.get(names[0]).decode())
 
     def watch(self) -> None:
         """While workers run: PeerFailure if they have to be ended, as another node has ended or is gone."""
