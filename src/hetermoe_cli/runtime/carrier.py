@@ -4,7 +4,7 @@ Whatever needs numbers on the host waits for them here, never in the compute thr
 with NCCL they stay on the device, with gloo they pass through the host.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -17,7 +17,7 @@ from hetermoe_cli.runtime.calls import has_counts
 from hetermoe_cli.runtime.clock import Clock
 from hetermoe_cli.runtime.collectives import Collectives
 from hetermoe_cli.runtime.dispatcher import Arrivals, LayerMap, Routing
-from hetermoe_cli.runtime.lanes import Handoff, Parcel, exchange
+from hetermoe_cli.runtime.lanes import Handoff, Moves, Parcel, Works, post
 from hetermoe_cli.runtime.mesh import Mesh
 from hetermoe_cli.schedule.action import Action
 from hetermoe_cli.schedule.schedule import Schedule
@@ -96,9 +96,9 @@ class Carrier:
         """Seconds that threads of this rank waited for the device to tell numbers of rows; none on the CPU."""
         return sum(self._waits.values())
 
-    # Called by the lanes.
+    # Called by the lanes, or, up to the first `yield`, by the compute thread.
 
-    def carry(self, action: Action, rows: Tensor | None, parcel: Parcel | None) -> Handoff:
+    def carry(self, action: Action, rows: Tensor | None, parcel: Parcel | None) -> Moves:
         """Move one transfer: send `rows` as `parcel` says, receive what comes; or do a collective with them."""
         began = self._clock.mark()
         if action.is_collective:
@@ -106,8 +106,9 @@ class Carrier:
             return self._carried(action, self._collectives.carry(action, rows), began)
         mesh = self._mesh
         group = mesh.to_experts if action.towards_experts else mesh.from_experts
+        works: Works = []
         if has_counts(action):
-            self._exchange_counts(action, (action.layer, action.micro_batch))
+            works = yield from self._exchange_counts(action, (action.layer, action.micro_batch))
         sends: dict[int, Tensor] = {}
         if rows is not None and parcel is not None:
             sizes = parcel.sizes
@@ -118,7 +119,7 @@ class Carrier:
             sizes = self.incoming(action)
             buffer = self._buffer(sum(sizes))
             receives = self._others(buffer, sizes)
-        exchange(group, sends, receives)
+        yield works + post(group, sends, receives)
         return self._carried(action, upload(buffer, mesh.device), began)
 
     def _buffer(self, rows: int) -> Tensor:
@@ -136,8 +137,8 @@ class Carrier:
         self._clock.transferred(action, handoff)
         return handoff
 
-    def _exchange_counts(self, action: Action, place: Place) -> None:
-        """Hosts learn how many rows come from whom: the only unknown sizes of an iteration.
+    def _exchange_counts(self, action: Action, place: Place) -> Generator[Works, None, Works]:
+        """Hosts learn how many rows come from whom: the only unknown sizes of an iteration. What is still on its way.
 
         With NCCL the counts go out before this rank's host knows them.
         """
@@ -151,7 +152,10 @@ class Carrier:
             receives = {
                 peer: torch.empty(experts, dtype=torch.int64, device=mesh.wire) for peer in senders if peer != mesh.rank
             }
-        exchange(mesh.to_experts, sends, receives)
+        works = post(mesh.to_experts, sends, receives)
+        if mesh.rank in receivers:
+            yield works
+            works = []
         if mesh.rank in senders:
             self._note(place, routing)
         if mesh.rank in receivers:
@@ -161,6 +165,7 @@ class Carrier:
             if mesh.rank in senders:
                 table[mesh.rank] = routing.counts[mesh.rank]
             self._arrivals[place] = self._maps[action.layer].arrivals(table, mesh.device)
+        return works
 
     def _note(self, place: Place, routing: Routing) -> None:
         """Keep what this rank routed, and how long a thread waited to know."""

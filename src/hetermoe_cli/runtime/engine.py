@@ -1,6 +1,7 @@
 """The zebra engine: one kind of worker that runs its part of a Schedule on real tensors and messages."""
 
 from collections.abc import Callable, Iterable
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,7 @@ class Engine:
         """Run all compute actions of this rank but S and O, and `after` each; `loss_scale` multiplies the summed loss
         in backward."""
         self._batch, self._loss_scale, self._clock, self._collectives = batch, loss_scale, clock, collectives
+        self._next: Action | None = None
         self._carrier = Carrier(self.layout, self.mesh, self._maps, self._empty, schedule, clock, collectives)
         self._attention: dict[Place, AttentionStage] = {}
         self._documents: dict[int, Documents | None] = {}
@@ -78,7 +80,7 @@ class Engine:
         try:
             with torch.set_grad_enabled(training):
                 self._give(following.pop(None, []))
-                for action in order:
+                for action, self._next in zip_longest(order, order[1:]):
                     if (action.kind, action.direction) in self._handlers:
                         self._take(inputs(action, layers))  # its weights
                         self._handlers[action.kind, action.direction](action)
@@ -232,7 +234,11 @@ class Engine:
         if layer_map.attends and layer_map.slots(self.mesh.rank):
             self._kept[action] = rows, parcel
         self._clock.sent(action)
-        self._lanes.put(action, rows.to(self.parts.exchange), parcel)
+        self._lanes.put(action, rows.to(self.parts.exchange), parcel, self._idle())
+
+    def _idle(self) -> bool:
+        """Whether this thread would have to wait for its next task's inputs."""
+        return self._next is not None and not all(map(self._lanes.here, inputs(self._next, self.layout.layers)))
 
     def _receive(self, action: Action) -> tuple[Tensor, Any]:
         """Rows of `action` by source rank, this rank's own among them, and when they arrived.

@@ -8,7 +8,7 @@ call, in the schedule's order. On CUDA each lane has a stream of its own; events
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -66,28 +66,43 @@ class Outgoing:
     parcel: Parcel | None
 
 
-Carry = Callable[[Action, Tensor | None, Parcel | None], Handoff]
-Job = tuple[Action, "Future[Outgoing] | None", "Future[Handoff]"]
+Works = list[dist.Work]
+Moves = Generator[Works, None, Handoff]  # yields what has been posted and must be done before it can go on
+Carry = Callable[[Action, Tensor | None, Parcel | None], Moves]
+
+
+@dataclass
+class Begun:
+    """A transfer that the compute thread has begun."""
+
+    moves: Moves
+    works: Works
+
+
+Job = tuple[Action, "Future[Outgoing | Begun] | None", "Future[Handoff]"]
 
 
 class Lanes:
     """Runs one schedule's transfers in the background; the compute thread puts what it sends and gets what came.
 
-    A message is dropped as soon as it is sent or taken: memory holds those in flight, not those of the iteration.
+    A message is dropped as soon as it is sent or taken: memory holds those in flight, not those of the iteration. On a
+    CPU a compute thread that would wait next posts itself what an idle lane waits for: waking that takes longer.
     """
 
     def __init__(self, mesh: Mesh) -> None:
         self._pool = ThreadPoolExecutor(LANES, thread_name_prefix="lane")
         self._streams = [_stream(mesh.device) for _ in range(LANES)]
-        self._rank, self._ordered = mesh.rank, mesh.ordered
+        self._rank, self._ordered, self._posts = mesh.rank, mesh.ordered, mesh.device.type == "cpu"
         self._turns: Turns | None = None
-        self._outbox: dict[Action, Future[Outgoing]] = {}
+        self._outbox: dict[Action, Future[Outgoing | Begun]] = {}
         self._inbox: dict[Action, Future[Handoff]] = {}
+        self._awaited: set[Action] = set()  # what lanes came to before it was put
         self._running: list[Future[None]] = []
 
     def start(self, schedule: Schedule, carry: Carry) -> None:
         """Begin a pass. `carry` moves one transfer: (action, rows to send or None, their sizes) -> what came."""
         mine = schedule.transfers_of(self._rank)
+        self._carry, self._awaited = carry, set()
         self._outbox = {action: Future() for action in mine if self._rank in schedule.senders[action]}
         self._inbox = {action: Future() for action in mine if self._rank in schedule.receivers[action]}
         self._turns = Turns(mine) if self._ordered else None
@@ -95,12 +110,29 @@ class Lanes:
         for lane, stream in enumerate(self._streams, 1):
             actions = [action for action in mine if action.lane == lane]
             jobs = deque((a, self._outbox.get(a), self._inbox.get(a, Future())) for a in actions)
-            self._running.append(self._pool.submit(self._work, jobs, stream, carry))
+            self._running.append(self._pool.submit(self._work, jobs, stream))
 
-    def put(self, action: Action, rows: Tensor, parcel: Parcel | None) -> None:
-        """Send rows when the lane gets to `action`; nothing happens if this rank sends nothing in it."""
-        if action in self._outbox:
-            self._outbox.pop(action).set_result(Outgoing(Handoff.of(rows), parcel))
+    def put(self, action: Action, rows: Tensor, parcel: Parcel | None, idle: bool = False) -> None:
+        """Send rows when the lane gets to `action`; nothing happens if this rank sends nothing in it.
+
+        `idle`: this thread has nothing else to do.
+        """
+        if action not in self._outbox:
+            return
+        outgoing = self._outbox.pop(action)
+        if idle and self._posts and action in self._awaited:
+            try:
+                moves = self._carry(action, rows, parcel)
+                outgoing.set_result(Begun(moves, next(moves)))
+            except BaseException as error:
+                outgoing.set_exception(error)
+                raise
+        else:
+            outgoing.set_result(Outgoing(Handoff.of(rows), parcel))
+
+    def here(self, action: Action) -> bool:
+        """Whether nobody would have to wait for what `action` brings to this rank."""
+        return action not in self._inbox or self._inbox[action].done()
 
     def get(self, action: Action) -> Handoff | None:
         """Wait for what `action` brings to this rank; None if this rank receives nothing in it."""
@@ -119,23 +151,44 @@ class Lanes:
         if self._turns:
             self._turns.abort()
 
-    def _work(self, jobs: "deque[Job]", stream: "torch.cuda.Stream | None", carry: Carry) -> None:
+    def _work(self, jobs: "deque[Job]", stream: "torch.cuda.Stream | None") -> None:
         context: Any = torch.cuda.stream(stream) if stream is not None else nullcontext()
         with context:
             while jobs:
                 action, outgoing, incoming = jobs.popleft()
                 try:
-                    out = outgoing.result() if outgoing else None
-                    rows, parcel = (out.handoff.take(), out.parcel) if out else (None, None)
+                    self._awaited.add(action)
+                    begun = self._begin(action, outgoing.result() if outgoing else None)
                     with self._turns.turn(action) if self._turns else nullcontext():
-                        incoming.set_result(carry(action, rows, parcel))
+                        incoming.set_result(_end(begun))
                 except BaseException as error:
                     if self._turns:
                         self._turns.abort()
                     for future in (incoming, *(job[2] for job in jobs)):  # nobody else sets this lane's futures
                         future.set_exception(error)
                     raise
-                del outgoing, incoming, out, rows, parcel
+                del outgoing, incoming, begun
+
+    def _begin(self, action: Action, out: Outgoing | Begun | None) -> Begun:
+        """A transfer whose rows, if it has any, are there."""
+        if isinstance(out, Begun):
+            return out
+        rows, parcel = (out.handoff.take(), out.parcel) if out else (None, None)
+        return Begun(self._carry(action, rows, parcel), [])
+
+
+def _end(begun: Begun) -> Handoff:
+    """Wait for what a transfer has posted until it has all that it brings."""
+    moves, works = begun.moves, begun.works
+    try:
+        while True:
+            with peer_errors():
+                for work in works:
+                    work.wait()
+            works = next(moves)
+    except StopIteration as done:
+        handoff: Handoff = done.value
+        return handoff
 
 
 class Turns:
@@ -169,8 +222,8 @@ def _stream(device: torch.device) -> "torch.cuda.Stream | None":
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
-def exchange(group: dist.ProcessGroup, sends: dict[int, Tensor], receives: dict[int, Tensor]) -> None:
-    """Move one batch of messages by the ranks of `group` and wait; empty ones are skipped, as the other side does."""
+def post(group: dist.ProcessGroup, sends: dict[int, Tensor], receives: dict[int, Tensor]) -> Works:
+    """Post one batch of messages by the ranks of `group`; empty ones are skipped, as the other side does."""
     operations = [
         dist.P2POp(dist.isend, tensor, group=group, group_peer=peer)
         for peer, tensor in sorted(sends.items())
@@ -181,7 +234,5 @@ def exchange(group: dist.ProcessGroup, sends: dict[int, Tensor], receives: dict[
         for peer, tensor in sorted(receives.items())
         if tensor.numel()
     ]
-    if operations:
-        with peer_errors():
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
+    with peer_errors():
+        return dist.batch_isend_irecv(operations) if operations else []

@@ -22,6 +22,7 @@ from hetermoe_cli.model.data import Batches, load_corpus
 from hetermoe_cli.model.warm_up import warm_up
 from hetermoe_cli.runtime.balancer import Balancer
 from hetermoe_cli.runtime.calls import check_agreement, digest
+from hetermoe_cli.runtime.cores import bind
 from hetermoe_cli.runtime.emulator import EmulatedClock
 from hetermoe_cli.runtime.memory import MemoryMeter
 from hetermoe_cli.runtime.mesh import Mesh, PeerLost, join, peer_errors
@@ -111,6 +112,8 @@ def _join(run: RunSpec) -> Mesh:
     """On the device that the plan gives this rank: NCCL where all are CUDA, gloo through the hosts where some are."""
     kinds = ["cpu"] if run.emulation else run.plan.inputs.accelerators()
     rank = min(int(os.environ.get("RANK", "0")), len(kinds) - 1)  # join refuses a rank too many
+    if "cuda" not in kinds:
+        bind(run.threads_per_rank)  # before there are threads that wait for messages
     device = f"cuda:{run.plan.inputs.device_index(rank)}" if kinds[rank] == "cuda" else "cpu"
     return join(run.world, device, "gloo" if "cpu" in kinds else "nccl")
 
