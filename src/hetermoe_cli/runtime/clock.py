@@ -31,7 +31,7 @@ class Clock:
         self.starts: dict[int, float] = {}
         self.timings: list[Timing] = []
         self._zero = time.monotonic()
-        self._pending: list[Span] = []
+        self._pending: list[tuple[Action, Mark, Mark]] = []  # lanes append to it as well
         self._step = 0
         self._recording = False
 
@@ -51,9 +51,12 @@ class Clock:
 
     def end_step(self, start: float) -> None:
         """Close an iteration; `start`: when its first rank began, seconds since the run's start."""
-        origin = self._zero + start
-        self.spans += [span._replace(start=span.start - origin, end=span.end - origin) for span in self._pending]
-        if self._pending:
+        origin, tasks = self._zero + start, self._moments()
+        self.spans += [
+            Span(self.rank, lane_of(action), display_name(action), began - origin, ended - origin, self._step)
+            for action, began, ended in tasks
+        ]
+        if tasks:
             self.starts[self._step] = start
         self._pending = []
 
@@ -93,8 +96,10 @@ class Clock:
         self._span(action, began, self.mark())
 
     def _span(self, action: Action, start: Mark, end: Mark) -> None:
-        self._record(action, start, end)
-
-    def _record(self, action: Action, start: float, end: float) -> None:
+        """Keep a task of this step: others wait for what it has computed, so nothing else is done with it yet."""
         if self._recording:
-            self._pending.append(Span(self.rank, lane_of(action), display_name(action), start, end, self._step))
+            self._pending.append((action, start, end))
+
+    def _moments(self) -> list[tuple[Action, float, float]]:
+        """This step's tasks with their starts and ends in seconds on the monotonic clock."""
+        return self._pending

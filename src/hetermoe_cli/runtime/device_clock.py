@@ -1,7 +1,6 @@
 """DeviceClock: when tasks ran on a CUDA device. Kernels run long after the host launched them, so events tell."""
 
 import time
-from typing import Any
 
 import torch
 
@@ -20,7 +19,6 @@ class DeviceClock(Clock):
     def __init__(self, rank: int, device: torch.device) -> None:
         super().__init__(rank)
         self._device = device
-        self._events: list[tuple[Action, Any, Any]] = []  # lanes append to it as well
 
     def mark(self) -> Mark:
         """An event on the current stream; None where nothing is recorded."""
@@ -30,19 +28,17 @@ class DeviceClock(Clock):
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def _span(self, action: Action, start: Mark, end: Mark) -> None:
-        if start is not None and end is not None:
-            self._events.append((action, start, end))
-
-    def end_step(self, start: float) -> None:
-        if self._events:
-            last = self.mark()
-            torch.cuda.synchronize(self._device)
-            now = time.monotonic()
-            for action, began, ended in self._events:
-                self._record(action, *(now - event.elapsed_time(last) / 1000 for event in (began, ended)))
-            self._events = []
-        super().end_step(start)
+    def _moments(self) -> list[tuple[Action, float, float]]:
+        if not self._pending:
+            return []
+        last = self.mark()
+        torch.cuda.synchronize(self._device)
+        now = time.monotonic()
+        found = []
+        for action, began, ended in self._pending:
+            start, end = (now - event.elapsed_time(last) / 1000 for event in (began, ended))
+            found.append((action, start, end))
+        return found
 
 
 def make_clock(mesh: Mesh) -> Clock:

@@ -105,7 +105,7 @@ class EmulatedClock(Clock):
             self.overrun_seconds += late
             target += late
         self._now = target
-        self._record(action, start, target)
+        self._span(action, start, target)
 
     def counted(self, layer: int, micro_batch: int, routing: Routing) -> None:
         self._board.post_counts(self._step, layer, micro_batch, routing.by_expert)
@@ -117,7 +117,7 @@ class EmulatedClock(Clock):
     def transferred(self, action: Action, handoff: Handoff) -> None:
         handoff.end = self._end(action)
         handoff.start = handoff.end - self._cost.transfer(action).seconds * self._time_scale
-        self._record(action, handoff.start, handoff.end)
+        self._span(action, handoff.start, handoff.end)
         if action.kind is Kind.REDUCE:
             self._reduced = handoff.end
 

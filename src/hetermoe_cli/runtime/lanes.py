@@ -112,15 +112,17 @@ class Lanes:
             jobs = deque((a, self._outbox.get(a), self._inbox.get(a, Future())) for a in actions)
             self._running.append(self._pool.submit(self._work, jobs, stream))
 
-    def put(self, action: Action, rows: Tensor, parcel: Parcel | None, idle: bool = False) -> None:
+    def put(
+        self, action: Action, rows: Tensor, parcel: Parcel | None, idle: Callable[[], bool] = lambda: False
+    ) -> None:
         """Send rows when the lane gets to `action`; nothing happens if this rank sends nothing in it.
 
-        `idle`: this thread has nothing else to do.
+        `idle`: whether this thread has nothing else to do.
         """
         if action not in self._outbox:
             return
         outgoing = self._outbox.pop(action)
-        if idle and self._posts and action in self._awaited:
+        if self._posts and action in self._awaited and idle():
             try:
                 moves = self._carry(action, rows, parcel)
                 outgoing.set_result(Begun(moves, next(moves)))
