@@ -45,11 +45,13 @@ _SETTINGS: dict[str, list[dict[str, Any]]] = {
     "deepspeed": [{"zero": 0}, {"zero": 1}, {"zero": 2}],
     "hugging_face": [{"experts": "eager", "bucket_mb": 25}, {"experts": "grouped_mm", "bucket_mb": 25}],
 }
-# each also as the engine's workers are started, which keep freed memory
-VARIANTS = {
-    name: [one | {"keeps_freed": keeps} for one in settings for keeps in (False, True)]
-    for name, settings in _SETTINGS.items()
-}
+# each also as the engine's workers are started: they keep freed memory, and each has a core of its own
+_STARTS = [
+    {"keeps_freed": False, "bound": False},
+    {"keeps_freed": True, "bound": False},
+    {"keeps_freed": True, "bound": True},
+]
+VARIANTS = {name: [one | start for one in settings for start in _STARTS] for name, settings in _SETTINGS.items()}
 
 
 def planned(folder: Path) -> Path:

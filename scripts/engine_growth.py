@@ -108,7 +108,6 @@ def draw(found: dict[str, list[dict[str, float]]], curves: dict[str, Fit], path:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "engine"})
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, len(found), figsize=(16, 3.6), layout="constrained")
@@ -125,7 +124,8 @@ def draw(found: dict[str, list[dict[str, float]]], curves: dict[str, Fit], path:
     panels[0].set_ylabel("ms an iteration")
     panels[0].legend()
     figure.suptitle(_caption(), fontsize="medium")
-    figure.savefig(path, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "engine"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def _caption() -> str:

@@ -147,7 +147,6 @@ def draw(found: dict[str, list[dict[str, float]]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "planner"})
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, len(found), figsize=(14, 3.2), sharey=True, layout="constrained")
@@ -164,7 +163,8 @@ def draw(found: dict[str, list[dict[str, float]]], path: Path) -> None:
     panels[0].legend()
     others = ", ".join(f"{value} {name.replace('_', '-')}" for name, value in BASE.items())
     figure.suptitle(f"One group of Qwen3-235B's shape; where not varied: {others}")
-    figure.savefig(path, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "planner"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def measure() -> tuple[list[bars.Bar], dict[str, Any]]:

@@ -9,6 +9,7 @@ from hetermoe_cli.schedule.action import Action
 from hetermoe_cli.trace import Span, display_name, lane_of
 
 Mark = Any  # a moment: seconds on the monotonic clock, or what a subclass' `mark` returns
+Moments = list[tuple[Action, float, float]]  # tasks with their start and end in seconds on the monotonic clock
 
 
 class Timing(NamedTuple):
@@ -27,11 +28,11 @@ class Clock:
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.spans: list[Span] = []
         self.starts: dict[int, float] = {}
         self.timings: list[Timing] = []
         self._zero = time.monotonic()
         self._pending: list[tuple[Action, Mark, Mark]] = []  # lanes append to it as well
+        self._kept: list[tuple[int, float, Moments]] = []  # of steps, with when they began
         self._step = 0
         self._recording = False
 
@@ -42,7 +43,7 @@ class Clock:
 
     def go_on(self, earlier: "Clock") -> None:
         """Take over the zero and the spans of a clock that stops here, between two steps."""
-        self._zero, self.spans, self.starts = earlier._zero, earlier.spans, earlier.starts
+        self._zero, self._kept, self.starts = earlier._zero, earlier._kept, earlier.starts
 
     def begin_step(self, step: int, record: bool) -> float:
         """Start an iteration, whose spans are kept if `record`; seconds since the run's start."""
@@ -51,14 +52,19 @@ class Clock:
 
     def end_step(self, start: float) -> None:
         """Close an iteration; `start`: when its first rank began, seconds since the run's start."""
-        origin, tasks = self._zero + start, self._moments()
-        self.spans += [
-            Span(self.rank, lane_of(action), display_name(action), began - origin, ended - origin, self._step)
-            for action, began, ended in tasks
-        ]
-        if tasks:
+        if moments := self._moments():
+            self._kept.append((self._step, self._zero + start, moments))
             self.starts[self._step] = start
         self._pending = []
+
+    @property
+    def spans(self) -> list[Span]:
+        """Of all steps that were recorded."""
+        return [
+            Span(self.rank, lane_of(action), display_name(action), began - origin, ended - origin, step)
+            for step, origin, moments in self._kept
+            for action, began, ended in moments
+        ]
 
     def step_start(self) -> float:
         """When this rank's iteration starts."""
@@ -100,6 +106,6 @@ class Clock:
         if self._recording:
             self._pending.append((action, start, end))
 
-    def _moments(self) -> list[tuple[Action, float, float]]:
-        """This step's tasks with their starts and ends in seconds on the monotonic clock."""
+    def _moments(self) -> Moments:
+        """This step's tasks."""
         return self._pending

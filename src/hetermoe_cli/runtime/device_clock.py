@@ -4,9 +4,8 @@ import time
 
 import torch
 
-from hetermoe_cli.runtime.clock import Clock, Mark
+from hetermoe_cli.runtime.clock import Clock, Mark, Moments
 from hetermoe_cli.runtime.mesh import Mesh
-from hetermoe_cli.schedule.action import Action
 
 
 class DeviceClock(Clock):
@@ -28,13 +27,13 @@ class DeviceClock(Clock):
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def _moments(self) -> list[tuple[Action, float, float]]:
+    def _moments(self) -> Moments:
         if not self._pending:
             return []
         last = self.mark()
         torch.cuda.synchronize(self._device)
         now = time.monotonic()
-        found = []
+        found: Moments = []
         for action, began, ended in self._pending:
             start, end = (now - event.elapsed_time(last) / 1000 for event in (began, ended))
             found.append((action, start, end))

@@ -92,7 +92,8 @@ class Lanes:
     def __init__(self, mesh: Mesh) -> None:
         self._pool = ThreadPoolExecutor(LANES, thread_name_prefix="lane")
         self._streams = [_stream(mesh.device) for _ in range(LANES)]
-        self._rank, self._ordered, self._posts = mesh.rank, mesh.ordered, mesh.device.type == "cpu"
+        self._rank, self._ordered = mesh.rank, mesh.ordered
+        self._posts = mesh.device.type == "cpu" and not mesh.ordered  # the compute thread would wait for its turn
         self._turns: Turns | None = None
         self._outbox: dict[Action, Future[Outgoing | Begun]] = {}
         self._inbox: dict[Action, Future[Handoff]] = {}
