@@ -1,4 +1,4 @@
-"""Carrier: moves one transfer in a lane's thread: counts ahead, rows in exact sizes, or a collective.
+"""Carrier: moves one transfer for a lane: counts ahead, rows in exact sizes, or a collective.
 
 Whatever needs numbers on the host waits for them here, never in the compute thread. Messages lie on the mesh's wire:
 with NCCL they stay on the device, with gloo they pass through the host.
