@@ -13,6 +13,7 @@ from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.named import AIMS, Aim, Named
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
+from hetermoe_cli.planner.replay import replay_seconds, typical
 from hetermoe_cli.planner.single_moves import neighbours
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.simulator import simulate
@@ -112,6 +113,38 @@ def two_hosts(load: list[float], *, olds: int = 2) -> tuple[Inputs, Layout]:
     inputs = make_inputs([("new", 1)] + [("old", 1)] * olds, model=model)
     layout = make_layout([1] + [0] * olds, [0] + [2] * olds, layers=1)
     return with_load(inputs, [load]), layout
+
+
+def moving(share: int) -> ExpertLoad:
+    """Two experts, even in the mean, of which one gets `share` of ten rows in one step and the other in the next."""
+    return ExpertLoad(layers=[[5, 5]], samples=[[[share, 10 - share]], [[10 - share, share]]])
+
+
+@pytest.mark.parametrize("share", [5, 9])
+def test_seconds_are_the_mean_over_samples_and_what_moves_is_replicated(share: int) -> None:
+    inputs = make_inputs([("new", 2)], model=make_model(layers=1, experts=2, top_k=1))
+    inputs = inputs.model_copy(update={"expert_load": moving(share)})
+    plan, cost = make_plan(inputs, OPTIONS), CostModel(inputs)
+    seconds = [simulate(LayoutCost(step, plan.layout)).seconds for step in cost.steps]
+    assert plan.predicted.iteration_seconds == pytest.approx(np.mean(seconds), rel=1e-9)
+    assert len(cost.steps) == 2
+    assert [len(placement.replicated) for placement in plan.placement] == [0 if share == 5 else 2]
+    ep = plan.baselines["ep"].iteration_seconds
+    assert ep is not None
+    if share == 5:
+        assert ep == pytest.approx(plan.predicted.iteration_seconds)
+    else:  # one of its two ranks has nine of ten rows
+        assert ep > 1.2 * plan.predicted.iteration_seconds
+
+
+def test_a_typical_step_is_the_one_closest_to_the_mean() -> None:
+    inputs = make_inputs([("new", 2)], model=make_model(layers=1, experts=2, top_k=1))
+    shares = [[[5.0, 5]], [[8.0, 2]], [[9.0, 1]]]
+    cost = CostModel(inputs.model_copy(update={"expert_load": ExpertLoad(layers=[[7, 3]], samples=shares)}))
+    layout = LayoutCost(cost, make_layout([1, 1], [1, 1], layers=1, micro_batches=1))
+    seconds = [simulate(LayoutCost(step, layout.layout)).seconds for step in cost.steps]
+    assert replay_seconds(layout) == pytest.approx(np.mean(seconds))
+    assert simulate(typical(layout)).seconds == seconds[1]
 
 
 def test_named_experts_balance_load() -> None:

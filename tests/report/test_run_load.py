@@ -7,7 +7,7 @@ import pytest
 
 from builders import make_layout
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.report.run_load import read_load
+from hetermoe_cli.report.run_load import SAMPLES, read_load
 from hetermoe_cli.runtime.recorder import load_path
 from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.load import ExpertLoad
@@ -25,6 +25,16 @@ def test_all_ranks_steps_and_micro_batches_count(folder: Path) -> None:
     found = read_load(folder)
     assert np.array(found.layers) == pytest.approx(sum(c.sum(axis=(0, 2)) for c in counts))
     assert found.source == f"{folder}: rows of {len(counts[0])} steps"
+
+
+def test_samples_are_single_steps_from_all_over_the_run(folder: Path) -> None:
+    few = sum(np.load(load_path(folder, rank)).sum(axis=2) for rank in (0, 1))
+    assert np.array(read_load(folder).samples) == pytest.approx(few)
+    for rank in (0, 1):
+        steps = np.arange(1, 4 * SAMPLES + 1, dtype=np.int32)
+        np.save(load_path(folder, rank), np.broadcast_to(steps[:, None, None, None], (len(steps), 2, 2, 4)))
+    found = np.array(read_load(folder).samples)[:, 0, 0] / 4  # two ranks and two micro-batches
+    assert found.tolist() == [4 * part + 3 for part in range(SAMPLES)]
 
 
 def test_steps_that_were_not_run_do_not_count(folder: Path) -> None:

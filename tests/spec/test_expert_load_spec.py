@@ -24,6 +24,9 @@ def test_counts_and_shares_mean_the_same() -> None:
         ("layers: [[1, 2], [0, 0]]", "layers.1: no expert gets a row"),
         ("layers: [[1, -2]]", "layers.0.1: Input should be greater than or equal to 0"),
         ("layers: [[1, .inf]]", "layers.0.1"),
+        ("layers: [[1, 2]]\nsamples: [[[1, 2], [2, 1]]]", "samples.0: 2 layers, layers has 1"),
+        ("layers: [[1, 2]]\nsamples: [[[1, 2]], [[1, 2, 3]]]", "samples.1.0: 3 experts, layers.0 has 2"),
+        ("layers: [[1, 2]]\nsamples: [[[0, 0]]]", "samples.0.0: no expert gets a row"),
         ("layers: []", "layers: List should have at least 1 item"),
         ("layers: [[1, 2]]\ncolour: red", "field colour: unknown field"),
         ("kind: plan\nlayers: [[1, 2]]", "field kind"),
@@ -49,6 +52,17 @@ def test_only_loads_of_the_model() -> None:
         UserError, match=r"file: field layers.1.2: 60% of the layer's rows, but with top-2 .* at most 50%"
     ):
         ExpertLoad(layers=[[1, 1, 1, 1], [1, 2, 6, 1]]).check(model, "file")
+    even = [[1.0, 1, 1, 1]] * 2
+    with pytest.raises(UserError, match=r"file: field samples.1.0.3: 70% of the layer's rows"):
+        ExpertLoad(layers=even, samples=[even, [[1, 1, 1, 7], [1, 1, 1, 1]]]).check(model, "file")
+
+
+def test_steps_are_the_samples_or_the_load_itself() -> None:
+    alone = ExpertLoad(layers=[[3, 1]])
+    assert alone.steps == [alone]
+    sampled = ExpertLoad(source="here", layers=[[3, 1]], samples=[[[2, 0]], [[1, 1]]])
+    assert [step.layers for step in sampled.steps] == sampled.samples
+    assert {step.source for step in sampled.steps} == {"here"}
 
 
 def test_a_plan_hashes_its_load_and_checks_its_shape(tmp_path: Path) -> None:

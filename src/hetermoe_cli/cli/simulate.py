@@ -41,6 +41,7 @@ def simulate(
 
     from hetermoe_cli.cost import CostModel, LayoutCost
     from hetermoe_cli.launch.started import started_plan
+    from hetermoe_cli.planner.replay import typical
     from hetermoe_cli.report.comparison import compare
     from hetermoe_cli.report.groups import group_plan, is_whole, replay_plan
     from hetermoe_cli.report.iteration import summarise
@@ -61,7 +62,8 @@ def simulate(
     run = read_measured(measured, started_plan(whole), group or 0) if measured else None
     rows = run.load if run else None
     if group is None:
-        cost = LayoutCost(CostModel(spec.inputs), spec.layout, rows)
+        model = CostModel(spec.inputs)
+        cost = LayoutCost(model, spec.layout, rows) if rows else typical(LayoutCost(model, spec.layout))
     else:
         cost = replay_plan(whole).cost_of(group, rows)
     order = training_schedule(spec.layout, cost.copies)
@@ -80,7 +82,7 @@ def simulate(
     elif schedule:
         print(order, end="")
     else:
-        _print_tables(spec, iteration, comparison, run)
+        _print_tables(spec, iteration, comparison, run, _notes(spec, run, one_step=group is None))
 
 
 def _simulate_groups(plan: "Plan", trace: Path | None, json_output: bool) -> None:
@@ -106,7 +108,7 @@ def _simulate_groups(plan: "Plan", trace: Path | None, json_output: bool) -> Non
         print(json.dumps({"iteration_seconds": replayed.seconds, "groups": found}, indent=2))
         return
     for spec, iteration in zip(plans, iterations, strict=True):
-        _print_tables(spec, iteration, None, None)
+        _print_tables(spec, iteration, None, None, [])
 
 
 def _check_suffix(path: Path | None, option: str) -> None:
@@ -135,6 +137,20 @@ def _headline(plan: "Plan") -> str:
     return f"{inputs.model.name} on {inputs.cluster.name}, {schedule}"
 
 
+def _notes(plan: "Plan", run: "Measured | None", *, one_step: bool) -> list[str]:
+    from hetermoe_cli.report.tasks import in_words
+
+    if run:
+        return run.notes
+    load = plan.inputs.expert_load
+    if not load or not load.samples:
+        return []
+    if not one_step:
+        return ["replayed under the mean of the expert load's samples"]
+    mean = in_words(plan.predicted.iteration_seconds)
+    return [f"of the {len(load.samples)} samples of the expert load it is the one closest to their mean, {mean}"]
+
+
 def _print_json(
     iteration: "Iteration", comparison: "Comparison | None", run: "Measured | None", schedule: str | None
 ) -> None:
@@ -150,7 +166,7 @@ def _print_json(
 
 
 def _print_tables(
-    plan: "Plan", iteration: "Iteration", comparison: "Comparison | None", run: "Measured | None"
+    plan: "Plan", iteration: "Iteration", comparison: "Comparison | None", run: "Measured | None", notes: list[str]
 ) -> None:
     from hetermoe_cli.report import comparison as comparison_report
     from hetermoe_cli.report import iteration as iteration_report
@@ -160,5 +176,5 @@ def _print_tables(
     output.print(iteration_report.render(iteration, _headline(plan)))
     if comparison and run:
         output.print(comparison_report.render(comparison))
-        for note in run.notes:
-            output.print(f"note: {note}")
+    for note in notes:
+        output.print(f"note: {note}")

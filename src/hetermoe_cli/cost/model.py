@@ -73,6 +73,14 @@ class CostModel(MemoryModel):
             return self
         return CostModel(self.inputs.model_copy(update={"expert_load": None}))
 
+    @cached_property
+    def steps(self) -> list["CostModel"]:
+        """The same under the load of every sample of the expert load; itself where there are none."""
+        load = self.inputs.expert_load
+        if load is None or not load.samples:
+            return [self]
+        return [CostModel(self.inputs.model_copy(update={"expert_load": step})) for step in load.steps]
+
     def expert_rows(self, sequences: float, layer: int, experts: Sequence[int]) -> list[float]:
         """Rows that each of `experts` gets from `sequences` sequences under the inputs' expert load."""
         if self.shares is None:

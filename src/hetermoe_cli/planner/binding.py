@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.planner.critical_path import critical_path, shares
-from hetermoe_cli.planner.replay import Overflow, busy_bound, overflow, usages
+from hetermoe_cli.planner.replay import Overflow, busy_bound, over_steps, overflow, replay_seconds, typical, usages
 from hetermoe_cli.planner.runner_up import RunnerUp, best_of_families, family
 from hetermoe_cli.planner.space import schedules
-from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.explanation import Explanation, LostLayout, TightMemory
 
 TIGHT = 0.95  # of the usable bytes
@@ -26,9 +25,14 @@ class Alternatives:
 
 
 def binding(cost: LayoutCost) -> Explanation:
-    """The resources along the critical path of the layout's replay, and the memory that is nearly full."""
-    path = shares(cost, critical_path(cost))
+    """The resources along the critical path of a typical step's replay, and the memory that is nearly full."""
+    path = _path(cost)
     return Explanation(critical_path=path, binding=next(iter(path)), tight_memory=tight_memory(cost))
+
+
+def _path(cost: LayoutCost) -> dict[str, float]:
+    step = typical(cost)
+    return shares(step, critical_path(step))
 
 
 def with_runner_ups(
@@ -53,8 +57,8 @@ def alternatives(cost: LayoutCost, seconds: float, time_limit: float) -> Alterna
             break
         lacks = overflow(other)
         if lacks is None:
-            result.fitting.append(RunnerUp.of(cost.cost, other.layout, simulate(other).seconds))
-        elif busy_bound(other) < fastest and (replayed := simulate(other).seconds) < fastest:
+            result.fitting.append(RunnerUp.of(cost.cost, other.layout, replay_seconds(other)))
+        elif over_steps(other, busy_bound) < fastest and (replayed := replay_seconds(other)) < fastest:
             result.excluded, result.lacks = RunnerUp.of(cost.cost, other.layout, replayed), lacks
             fastest = replayed
     return result
@@ -90,8 +94,7 @@ def _excluded(found: Alternatives, seconds: float) -> str:
 
 def _lost(cost: LayoutCost, winner: Explanation, seconds: float, other: RunnerUp) -> LostLayout:
     layout_cost = LayoutCost(cost.cost, other.layout)
-    steps = critical_path(layout_cost)
-    taken, path = steps[-1].end, shares(layout_cost, steps)
+    taken, path = replay_seconds(layout_cost), _path(layout_cost)
     slower = max(0.0, taken / seconds - 1)
     return LostLayout(
         family=other.family,

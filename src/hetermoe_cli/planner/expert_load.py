@@ -1,13 +1,15 @@
 """Planning under an expert load: the layouts found for a balanced router, their experts placed by name.
 
 1. Every layout (the search's and the rivals') is replayed under the load with its experts placed by number.
-2. named.py places its experts by name, for several aims; the best is replayed with the layers assigned exactly.
+2. named.py places its experts by name, for several aims and numbers of copies; the best is replayed with the layers
+   assigned exactly.
 3. Moves, swaps and copies of single experts, and other orders of the micro-batches, each judged by its replay.
+Where the load has samples a replay's seconds are their mean: a copied expert takes no part in how far they differ.
 No step can make the layout slower than the best of 1. There is no bound but that of perfectly divisible work.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -17,12 +19,11 @@ from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.named import AIMS, Aim, Named
-from hetermoe_cli.planner.replay import Overflow, busy_bound, overflow
+from hetermoe_cli.planner.replay import Overflow, busy_bound, over_steps, overflow, replay_seconds
 from hetermoe_cli.planner.search import Found
 from hetermoe_cli.planner.single_moves import neighbours
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.planner.space import schedules
-from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import LoadReport
 
@@ -56,7 +57,10 @@ class Best:
         if lacks is not None:
             self.lacks = lacks if self.lacks is None else min(self.lacks, lacks, key=lambda o: o.ratio)
             return False
-        if busy_bound(layout_cost) >= self.seconds or (seconds := simulate(layout_cost).seconds) >= self.seconds:
+        if over_steps(layout_cost, busy_bound) >= self.seconds:
+            return False
+        seconds = replay_seconds(layout_cost)
+        if seconds >= self.seconds:
             return False
         self.layout, self.seconds = layout, seconds
         return True
@@ -110,7 +114,7 @@ def place_by_name(best: Best, layouts: Sequence[Layout], solver: str) -> None:
     for layout in layouts:
         best.offer(layout)
     load = best.cost.inputs.expert_load
-    uneven = load is not None and max(load.imbalance) > EVEN
+    uneven = load is not None and max(max(step.imbalance) for step in (load, *load.steps)) > EVEN
     source = _aimed(best, layouts) if uneven else None
     if best.layout is None:
         raise UserError(
@@ -133,6 +137,7 @@ def _aimed(best: Best, layouts: Sequence[Layout]) -> tuple[Named, Aim] | None:
     source = None
     for layout in layouts:
         source = _try_aims(best, layout) or source
+    source = _try_copies(best) or source
     while source and best.layout is not None and best.left > 0:
         if (better := _try_aims(best, best.layout)) is None:
             break
@@ -149,6 +154,27 @@ def _try_aims(best: Best, layout: Layout) -> tuple[Named, Aim] | None:
         if (best.left > 0 or best.layout is None) and _offer_aim(best, named, aim):
             source = named, aim
     return source
+
+
+def _try_copies(best: Best) -> tuple[Named, Aim] | None:
+    """The best layout with more and more of its hottest experts replicated; what it is of then, if that helps."""
+    if best.layout is None:
+        return None
+    source, named = None, Named(best.cost, best.layout)
+    for extra in _extras(best.layout.experts):
+        aim = Aim(extra=extra)
+        if best.left > 0 and _offer_aim(best, named, aim):
+            source = named, aim
+    return source
+
+
+def _extras(experts: int) -> Iterator[int]:
+    """1, 2, 3, 4, 6, 9, ... and all."""
+    extra = 1
+    while extra < experts:
+        yield extra
+        extra += max(1, extra // 2)
+    yield experts
 
 
 def _offer_aim(best: Best, named: Named, aim: Aim, exact: SolverOptions | None = None) -> bool:

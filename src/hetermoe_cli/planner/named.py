@@ -23,12 +23,14 @@ class Aim:
     """What a layer's ranks should have time for: what they have in the given layout's layer, or its mean over layers.
 
     `carried`: what a rank did too much in earlier layers it does less in later ones. `more_copies`: try to replicate
-    more experts than the layout does. `same_counts`: as many experts a rank as the layout has.
+    more experts than the layout does. `extra`: replicate so many more at least. `same_counts`: as many experts a rank
+    as the layout has.
     """
 
     mean: bool = False
     carried: bool = False
     more_copies: bool = False
+    extra: int = 0
     same_counts: bool = False
 
 
@@ -194,7 +196,7 @@ class Named:
         More copies are tried as long as that helps.
         """
         given = self.layout.placement[layer]
-        fewest, last = len(given.replicated), np.inf
+        fewest, last = min(len(given.replicated) + aim.extra, self.experts), np.inf
         most = np.array([len(e) if aim.same_counts else self.experts for e in given.experts])
         # an upper estimate: layers above the first reduce their copies' gradients during backward
         none, one = (self.cost.synchronise_seconds(self.layout.schedule, self.layout.attending, n) for n in (0, 1))

@@ -4,7 +4,7 @@ from itertools import product
 from typing import get_args
 
 from hetermoe_cli.cost.layout import LayoutCost
-from hetermoe_cli.simulator import simulate
+from hetermoe_cli.planner.replay import replay_seconds
 from hetermoe_cli.spec.layout import ExpertOrder, Layout, TransferOrder
 
 
@@ -22,7 +22,7 @@ def other_orders(cost: LayoutCost) -> list[tuple[Layout, float]]:
         schedule = own.model_copy(update={"experts": experts, "transfers": transfers})
         if schedule != own and (own.window > 2 or transfers == own.transfers):
             other = layout.model_copy(update={"schedule": schedule})
-            result.append((other, simulate(LayoutCost(cost.cost, other)).seconds))
+            result.append((other, replay_seconds(LayoutCost(cost.cost, other))))
     return result
 
 

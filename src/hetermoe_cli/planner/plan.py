@@ -17,6 +17,7 @@ from hetermoe_cli.planner.cluster.objective import Wanted, economy
 from hetermoe_cli.planner.cluster.plan_groups import plan_groups, wants_groups
 from hetermoe_cli.planner.expert_load import load_notes, under_load
 from hetermoe_cli.planner.explain import does_not_fit, notes
+from hetermoe_cli.planner.replay import replay_seconds, typical
 from hetermoe_cli.planner.runner_up import RunnerUp
 from hetermoe_cli.planner.search import Found, search
 from hetermoe_cli.planner.solver import SolverOptions, check_available
@@ -79,7 +80,7 @@ def _plan_one_group(cost: CostModel, options: PlanOptions, progress: Callable[[s
     if layout is None:
         raise _no_layout(cost, rivals, options, found)
     layout_cost = LayoutCost(cost, layout)
-    trace = simulate(layout_cost)
+    trace, seconds = simulate(typical(layout_cost)), replay_seconds(layout_cost)
     world = layout.world_size
     tokens = inputs.train.global_batch_sequences * inputs.train.sequence_length
     embedded = embed(inputs)
@@ -88,19 +89,19 @@ def _plan_one_group(cost: CostModel, options: PlanOptions, progress: Callable[[s
         assignment=options.assignment,
         groups=[Group.of(layout, [list(range(world))])],
         predicted=Prediction(
-            iteration_seconds=trace.seconds,
-            tokens_per_second=tokens / trace.seconds,
-            busy_share_per_rank=trace.busy_share(world),
+            iteration_seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            busy_share_per_rank=[share * trace.seconds / seconds for share in trace.busy_share(world)],
         ),
         bound=Bound(
             iteration_seconds=found.bound,
             work_iteration_seconds=work,
             exact_over=found.exact_over,
         ),
-        gap=max(0.0, 1 - found.bound / trace.seconds),
+        gap=max(0.0, 1 - found.bound / seconds),
         memory=[layout_cost.memory(rank) for rank in range(world)],
         baselines={name: rival.baseline() for name, rival in rivals.items()},
-        economy=economy(cost, range(world), trace.seconds, options.max_micro_batches),
+        economy=economy(cost, range(world), seconds, options.max_micro_batches),
         solver=SolverReport(
             name=options.solver.name,
             status=found.status,
@@ -109,8 +110,8 @@ def _plan_one_group(cost: CostModel, options: PlanOptions, progress: Callable[[s
             solved=found.solved,
         ),
         load=load,
-        explanation=_explanation(layout_cost, trace.seconds, rivals, found, options),
-        notes=notes(cost, layout, rivals, trace.seconds, found.exact_over) + (load_notes(load) if load else []),
+        explanation=_explanation(layout_cost, seconds, rivals, found, options),
+        notes=notes(cost, layout, rivals, seconds, found.exact_over) + (load_notes(load) if load else []),
         inputs=embedded,
         inputs_sha256=embedded.hashes(),
     )

@@ -1,11 +1,13 @@
-"""Replay: the simulator's time of a layout, and whether every rank's memory holds it."""
+"""Replay: the simulator's time of a layout, mean over the load's samples, and whether every rank's memory holds it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from statistics import fmean
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.planner.rates import device_rates
 from hetermoe_cli.schedule.action import Action, Kind, Pass
+from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.plan import Memory
 
 
@@ -40,6 +42,28 @@ class Overflow:
 def size_text(size: float) -> str:
     """Bytes in words."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def over_steps(cost: LayoutCost, seconds: Callable[[LayoutCost], float]) -> float:
+    """Mean of `seconds` of the layout under every sample of the expert load; under the load where it has none."""
+    steps = cost.cost.steps
+    if len(steps) == 1:
+        return seconds(cost)
+    return fmean(seconds(LayoutCost(step, cost.layout)) for step in steps)
+
+
+def replay_seconds(cost: LayoutCost) -> float:
+    """Simulated seconds of an iteration, over_steps."""
+    return over_steps(cost, lambda step: simulate(step).seconds)
+
+
+def typical(cost: LayoutCost) -> LayoutCost:
+    """The layout under the sample of the expert load whose replay is closest to the mean; as it is without samples."""
+    steps = [LayoutCost(step, cost.layout) for step in cost.cost.steps]
+    if len(steps) == 1:
+        return cost
+    seconds = [simulate(step).seconds for step in steps]
+    return min(zip(steps, seconds, strict=True), key=lambda pair: abs(pair[1] - fmean(seconds)))[0]
 
 
 def usages(cost: LayoutCost) -> Iterator[Overflow]:

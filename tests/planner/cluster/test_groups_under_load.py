@@ -33,3 +33,14 @@ def test_groups_place_experts_by_name(seed: int) -> None:
     assert found.bound.iteration_seconds <= seconds * (1 + 1e-9)
     for memory in found.memory:
         assert memory.total_bytes <= memory.capacity_bytes * inputs.train.memory_headroom
+
+
+def test_seconds_are_the_mean_over_samples() -> None:
+    model = make_model(layers=2, experts=6, top_k=1)
+    inputs = make_inputs([("new", 2), ("old", 2)], model=model, global_batch_sequences=4)
+    samples = np.random.default_rng(0).integers(1, 100, (3, 2, 6))
+    load = ExpertLoad(layers=samples.sum(axis=0).tolist(), samples=samples.tolist())
+    found = plan(inputs.model_copy(update={"expert_load": load}))
+    seconds = [replay_groups(step.inputs, found.groups, step).seconds for step in CostModel(found.inputs).steps]
+    assert len(set(seconds)) > 1
+    assert found.predicted.iteration_seconds == pytest.approx(np.mean(seconds))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from math import inf
 from typing import Literal, get_args
@@ -10,8 +11,7 @@ from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.baselines.parts import parted_seconds
 from hetermoe_cli.planner.orders import other_orders
-from hetermoe_cli.planner.replay import Overflow, busy_bound, overflow
-from hetermoe_cli.simulator import simulate
+from hetermoe_cli.planner.replay import Overflow, busy_bound, over_steps, overflow, replay_seconds
 from hetermoe_cli.spec.layout import Layout, ScheduleChoice
 from hetermoe_cli.spec.plan import Baseline
 from hetermoe_cli.spec.train import DenseState, Recompute
@@ -88,7 +88,7 @@ def best(
     for ladder in ladders:
         found, missing = _first_fitting(cost, list(ladder))
         if found:
-            fitting.append((busy_bound(found, exposed=not parts) / size(found.layout), found))
+            fitting.append((over_steps(found, partial(busy_bound, exposed=not parts)) / size(found.layout), found))
         elif worst is None or (missing and missing.ratio < worst.ratio):
             worst = missing
     winner, seconds, ratio = None, inf, inf
@@ -103,8 +103,8 @@ def best(
 def _times(cost: LayoutCost, parts: bool) -> list[tuple[Layout, float]]:
     """Every order of a layout with its seconds."""
     if parts:
-        return [(cost.layout, parted_seconds(cost))]
-    return [(cost.layout, simulate(cost).seconds), *other_orders(cost)]
+        return [(cost.layout, over_steps(cost, parted_seconds))]
+    return [(cost.layout, replay_seconds(cost)), *other_orders(cost)]
 
 
 def _first_fitting(cost: CostModel, ladder: Sequence[Layout]) -> tuple[LayoutCost | None, Overflow | None]:

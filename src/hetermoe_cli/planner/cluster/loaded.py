@@ -1,6 +1,8 @@
 """Groups under an expert load: those found for a balanced router, each with its experts placed by name."""
 
 import time
+from collections.abc import Sequence
+from statistics import fmean
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
@@ -25,9 +27,13 @@ def groups_under_load(cost: CostModel, found: FoundGroups, options: SolverOption
         assert best.layout is not None
         groups.append(Group.of(best.layout, group.replicas))
         fits = fits and overflow(LayoutCost(own, group.layout)) is None
-    replayed = replay_groups(cost.inputs, groups, cost)
-    numbered = replay_groups(cost.inputs, found.groups, cost) if fits else None
-    report = load_report(cost, found.replayed.seconds, numbered.seconds if numbered else None)
-    if numbered and numbered.seconds < replayed.seconds:  # moved experts can take longer to synchronise
-        groups, replayed = found.groups, numbered
-    return FoundGroups(groups, replayed, found.compositions, found.evaluated), report
+    numbered = mean_seconds(cost, found.groups) if fits else None
+    report = load_report(cost, found.replayed.seconds, numbered)
+    if numbered and numbered < mean_seconds(cost, groups):  # moved experts can take longer to synchronise
+        groups = found.groups
+    return FoundGroups(groups, replay_groups(cost.inputs, groups, cost), found.compositions, found.evaluated), report
+
+
+def mean_seconds(cost: CostModel, groups: Sequence[Group]) -> float:
+    """Of an iteration, over the samples of the expert load."""
+    return fmean(replay_groups(step.inputs, groups, step).seconds for step in cost.steps)

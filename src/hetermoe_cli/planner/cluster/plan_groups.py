@@ -10,7 +10,7 @@ from hetermoe_cli.planner.cluster.bound import groups_bound
 from hetermoe_cli.planner.cluster.even_groups import EvenGroups, even_groups
 from hetermoe_cli.planner.cluster.explained import binding_of_groups
 from hetermoe_cli.planner.cluster.groups import FoundGroups, find_groups
-from hetermoe_cli.planner.cluster.loaded import groups_under_load
+from hetermoe_cli.planner.cluster.loaded import groups_under_load, mean_seconds
 from hetermoe_cli.planner.cluster.objective import HOUR, Wanted, economy, least_dollars
 from hetermoe_cli.planner.cluster.refine import refined
 from hetermoe_cli.planner.expert_load import load_notes
@@ -54,7 +54,7 @@ def plan_groups(
         found, load = groups_under_load(cost, found, solver)
     train, world = cost.train, len(cost.devices)
     replayed = found.replayed
-    seconds = replayed.seconds
+    seconds = mean_seconds(cost, found.groups) if load else replayed.seconds
     used = sorted(rank for group in found.groups for ranks in group.replicas for rank in ranks)
     paid = economy(cost, used, seconds, limit)
     bound = _bound(cost, limit, wanted, paid)
@@ -67,7 +67,7 @@ def plan_groups(
         predicted=Prediction(
             iteration_seconds=seconds,
             tokens_per_second=train.global_batch_sequences * train.sequence_length / seconds,
-            busy_share_per_rank=replayed.busy_share(world),
+            busy_share_per_rank=[share * replayed.seconds / seconds for share in replayed.busy_share(world)],
         ),
         bound=bound,
         gap=max(0.0, 1 - bound.iteration_seconds / seconds),
