@@ -9,7 +9,8 @@ from workers import run_workers
 
 
 def work(rank: int) -> str:
-    from hetermoe_cli.runtime.mesh import PeerLost, join
+    from hetermoe_cli.runtime.mesh import join
+    from hetermoe_cli.runtime.peers import PeerLost
     from hetermoe_cli.runtime.trainer import Trainer
 
     case = CASES["2+1"]

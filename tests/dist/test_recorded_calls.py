@@ -40,7 +40,7 @@ def work(rank: int, case: Case, layout: Layout | World, ordered: bool) -> tuple[
     from hetermoe_cli.runtime.mesh import join
     from hetermoe_cli.runtime.trainer import Trainer
 
-    mesh, world = replace(join(layout, "cpu"), ordered=ordered), World.of(layout)
+    mesh, world = replace(join(layout, "cpu", shares=False), ordered=ordered), World.of(layout)
     lanes = [lane_name(world, world.seat(rank)[0], lane) for lane in (1, 2)]
     names = {id(mesh.to_experts): lanes[0], id(mesh.from_experts): lanes[1], id(None): COMMUNICATORS[0]}
     names |= {id(group): share_name(world, holders) for holders, group in mesh.shared.items()}

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from hetermoe_cli.runtime.mesh import PeerLost, barrier, peer_errors
+from hetermoe_cli.runtime.peers import PeerLost, barrier, peer_errors
 from hetermoe_cli.spec.world import World
 
 _POLL_SECONDS = 0.0002

@@ -4,7 +4,7 @@ Whatever needs numbers on the host waits for them here, never in the compute thr
 with NCCL they stay on the device, with gloo they pass through the host.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -17,7 +17,7 @@ from hetermoe_cli.runtime.calls import has_counts
 from hetermoe_cli.runtime.clock import Clock
 from hetermoe_cli.runtime.collectives import Collectives
 from hetermoe_cli.runtime.dispatcher import Arrivals, LayerMap, Routing
-from hetermoe_cli.runtime.lanes import Handoff, Moves, Parcel, Works, post
+from hetermoe_cli.runtime.lanes import Handoff, Parcel, exchange
 from hetermoe_cli.runtime.mesh import Mesh
 from hetermoe_cli.schedule.action import Action
 from hetermoe_cli.schedule.schedule import Schedule
@@ -29,7 +29,8 @@ Place = tuple[int, int]  # (layer, micro-batch)
 class Carrier:
     """The sizes of one pass, and the transfers that need them.
 
-    `counts` [layers, micro-batches, experts]: rows that this rank routed.
+    `empty` [0, H] is like the messages: their width and precision. `counts` [layers, micro-batches, experts]: rows that
+    this rank routed.
     """
 
     def __init__(
@@ -42,9 +43,8 @@ class Carrier:
         clock: Clock,
         collectives: Collectives,
     ) -> None:
-        """`empty` [0, H] is like the messages: their width and precision."""
         self._collectives = collectives
-        self._mesh, self._maps, self._empty, self._schedule, self._clock = mesh, maps, empty, schedule, clock
+        self._mesh, self._maps, self.empty, self._schedule, self._clock = mesh, maps, empty, schedule, clock
         places = [(layer, j) for layer in range(layout.layers) for j in range(layout.micro_batches)]
         self._routed: dict[Place, Future[Routing]] = {place: Future() for place in places}
         self._arrivals: dict[Place, Arrivals] = {}
@@ -85,6 +85,20 @@ class Carrier:
         place = action.layer, action.micro_batch
         return self._arrivals[place].sizes if action.towards_experts else self.routing(place).sizes
 
+    def departing(self, action: Action) -> list[list[int]]:
+        """What goes ahead of a dispatch: [target][local expert there] rows."""
+        place = action.layer, action.micro_batch
+        routing = self.routing(place)
+        self._note(place, routing)
+        return routing.counts
+
+    def came(self, action: Action, table: dict[int, list[int]]) -> None:
+        """Plan for rows of a dispatch: `table[source]`, of other ranks, has how many come for each expert here."""
+        place = action.layer, action.micro_batch
+        if self._mesh.rank in self._schedule.senders[action]:
+            table[self._mesh.rank] = self.routing(place).counts[self._mesh.rank]
+        self._arrivals[place] = self._maps[action.layer].arrivals(table, self._mesh.device)
+
     def abort(self, error: BaseException) -> None:
         """Wake who waits for the gate."""
         for future in self._routed.values():
@@ -96,9 +110,9 @@ class Carrier:
         """Seconds that threads of this rank waited for the device to tell numbers of rows; none on the CPU."""
         return sum(self._waits.values())
 
-    # Called by the lanes, or, up to the first `yield`, by the compute thread.
+    # Called by the lanes.
 
-    def carry(self, action: Action, rows: Tensor | None, parcel: Parcel | None) -> Moves:
+    def carry(self, action: Action, rows: Tensor | None, parcel: Parcel | None) -> Handoff:
         """Move one transfer: send `rows` as `parcel` says, receive what comes; or do a collective with them."""
         began = self._clock.mark()
         if action.is_collective:
@@ -106,9 +120,8 @@ class Carrier:
             return self._carried(action, self._collectives.carry(action, rows), began)
         mesh = self._mesh
         group = mesh.to_experts if action.towards_experts else mesh.from_experts
-        works: Works = []
         if has_counts(action):
-            works = yield from self._exchange_counts(action, (action.layer, action.micro_batch))
+            self._exchange_counts(action, (action.layer, action.micro_batch))
         sends: dict[int, Tensor] = {}
         if rows is not None and parcel is not None:
             sizes = parcel.sizes
@@ -119,11 +132,11 @@ class Carrier:
             sizes = self.incoming(action)
             buffer = self._buffer(sum(sizes))
             receives = self._others(buffer, sizes)
-        yield works + post(group, sends, receives)
+        exchange(group, sends, receives)()
         return self._carried(action, upload(buffer, mesh.device), began)
 
     def _buffer(self, rows: int) -> Tensor:
-        wire, empty = self._mesh.wire, self._empty
+        wire, empty = self._mesh.wire, self.empty
         pinned = wire.type != self._mesh.device.type
         return torch.empty((rows, empty.shape[1]), dtype=empty.dtype, device=wire, pin_memory=pinned)
 
@@ -137,8 +150,8 @@ class Carrier:
         self._clock.transferred(action, handoff)
         return handoff
 
-    def _exchange_counts(self, action: Action, place: Place) -> Generator[Works, None, Works]:
-        """Hosts learn how many rows come from whom: the only unknown sizes of an iteration. What is still on its way.
+    def _exchange_counts(self, action: Action, place: Place) -> None:
+        """Hosts learn how many rows come from whom: the only unknown sizes of an iteration.
 
         With NCCL the counts go out before this rank's host knows them.
         """
@@ -152,20 +165,14 @@ class Carrier:
             receives = {
                 peer: torch.empty(experts, dtype=torch.int64, device=mesh.wire) for peer in senders if peer != mesh.rank
             }
-        works = post(mesh.to_experts, sends, receives)
-        if mesh.rank in receivers:
-            yield works
-            works = []
+        exchange(mesh.to_experts, sends, receives)()
         if mesh.rank in senders:
             self._note(place, routing)
         if mesh.rank in receivers:
             fetched = {peer: Fetched(counts) for peer, counts in receives.items()}
             table = {peer: counts.wait().tolist() for peer, counts in fetched.items()}
             self._waits |= {(place, peer): counts.waited for peer, counts in fetched.items()}
-            if mesh.rank in senders:
-                table[mesh.rank] = routing.counts[mesh.rank]
-            self._arrivals[place] = self._maps[action.layer].arrivals(table, mesh.device)
-        return works
+            self.came(action, table)
 
     def _note(self, place: Place, routing: Routing) -> None:
         """Keep what this rank routed, and how long a thread waited to know."""

@@ -23,8 +23,11 @@ class Timing(NamedTuple):
 class Clock:
     """Real time: spans are what the machine took. Times are seconds on the machine's monotonic clock.
 
-    `timings`: the compute tasks of the last step.
+    `timings`: the compute tasks of the last step. `waits`: whether `transferred` may wait for other ranks, which the
+    compute thread must not.
     """
+
+    waits = False
 
     def __init__(self, rank: int) -> None:
         self.rank = rank

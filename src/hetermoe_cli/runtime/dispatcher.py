@@ -124,13 +124,13 @@ class Routing:
         rows = used_here(self._rows) if device.type == self._rows.device.type else self._fetched.wait()
         return rows[self._map.bounds[target] : self._map.bounds[target + 1]]
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """rows [T, H] -> [T * k, H] in sending order."""
-        return rows.index_select(0, self.order // self.top_k)
+    def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """rows [T, H] -> [T * k, H] in sending order, in `out` if that is given."""
+        return torch.index_select(rows, 0, self.order // self.top_k, out=out)
 
-    def gather_choices(self, outputs: Tensor) -> Tensor:
-        """outputs [T, k, H] -> [T * k, H] in sending order."""
-        return outputs.flatten(0, 1).index_select(0, self.order)
+    def gather_choices(self, outputs: Tensor, out: Tensor | None = None) -> Tensor:
+        """outputs [T, k, H] -> [T * k, H] in sending order, in `out` if that is given."""
+        return torch.index_select(outputs.flatten(0, 1), 0, self.order, out=out)
 
     def to_tokens(self, sent: Tensor) -> Tensor:
         """[M, H] in sending order -> [T, k, H], zeros where dropped."""
@@ -179,9 +179,11 @@ class Arrivals:
         """[M, H] by source -> by expert; the same tensor if that is one order."""
         return rows if self.grouping is None else rows.index_select(0, self.grouping)
 
-    def ungroup(self, rows: Tensor) -> Tensor:
-        """[M, H] by expert -> by source; the same tensor if that is one order."""
-        return rows if self.grouping is None else rows.index_select(0, inverse(self.grouping))
+    def ungroup(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """[M, H] by expert -> by source, in `out` if that is given; else the same tensor if that is one order."""
+        if self.grouping is None:
+            return rows if out is None else out.copy_(rows)
+        return torch.index_select(rows, 0, inverse(self.grouping), out=out)
 
 
 def inverse(order: Tensor) -> Tensor:

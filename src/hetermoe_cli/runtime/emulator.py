@@ -36,6 +36,8 @@ class EmulatedClock(Clock):
     `stretched_seconds` sums the targets' durations.
     """
 
+    waits = True
+
     def __init__(self, run: RunSpec, schedule: Schedule, rank: int, earlier: "EmulatedClock | None" = None) -> None:
         """Collective: all ranks open the board together. `schedule`: that of this group, of which `rank`, the process,
         is a member. `earlier`: a clock of this run that stops here."""

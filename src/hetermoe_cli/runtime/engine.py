@@ -1,7 +1,6 @@
 """The zebra engine: one kind of worker that runs its part of a Schedule on real tensors and messages."""
 
 from collections.abc import Callable, Iterable
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from hetermoe_cli.runtime.calls import has_counts
 from hetermoe_cli.runtime.carrier import Carrier, Place
 from hetermoe_cli.runtime.clock import Clock
 from hetermoe_cli.runtime.collectives import Collectives
+from hetermoe_cli.runtime.direct import DirectLane
 from hetermoe_cli.runtime.dispatcher import LayerMap
 from hetermoe_cli.runtime.lanes import Lanes, Parcel
 from hetermoe_cli.runtime.mesh import Mesh
@@ -63,7 +63,6 @@ class Engine:
         """Run all compute actions of this rank but S and O, and `after` each; `loss_scale` multiplies the summed loss
         in backward."""
         self._batch, self._loss_scale, self._clock, self._collectives = batch, loss_scale, clock, collectives
-        self._next: Action | None = None
         self._carrier = Carrier(self.layout, self.mesh, self._maps, self._empty, schedule, clock, collectives)
         self._attention: dict[Place, AttentionStage] = {}
         self._documents: dict[int, Documents | None] = {}
@@ -76,11 +75,11 @@ class Engine:
         training = any(action.direction is Pass.BACKWARD for action in order)
         following = self._following(schedule)
         dropped = releases(schedule, order, layers) if self.layout.gathers else {}
-        self._lanes.start(schedule, self._carrier.carry)
+        self._lanes.start(schedule, self._carrier.carry, self._direct(schedule, clock))
         try:
             with torch.set_grad_enabled(training):
                 self._give(following.pop(None, []))
-                for action, self._next in zip_longest(order, order[1:]):
+                for action in order:
                     if (action.kind, action.direction) in self._handlers:
                         self._take(inputs(action, layers))  # its weights
                         self._handlers[action.kind, action.direction](action)
@@ -145,12 +144,13 @@ class Engine:
         if routed.losses is not None:
             self.router_losses += routed.losses.detach()
         routing = self._maps[layer].route(routed.experts)
-        rows = routing.gather(stage.take_rows())
+        sending = Action(Kind.DISPATCH, Pass.FORWARD, layer, j)
+        rows = routing.gather(stage.take_rows(), self._room(sending, len(routing.order)))
         self._attention[place] = stage
         self._carrier.routed(place, routing)
         self._clock.counted(layer, j, routing)
         self._clock.compute(action, self._began, arrived)
-        self._send(Action(Kind.DISPATCH, Pass.FORWARD, layer, j), rows, routing)
+        self._send(sending, rows, routing)
 
     def _expert_forward(self, action: Action) -> None:
         layer, j = place = action.layer, action.micro_batch
@@ -159,11 +159,12 @@ class Engine:
         parts = self.parts.experts_of(layer)
         recompute = self.layout.schedule.recompute_experts
         stage = ExpertStage.forward(parts, arrivals.group(rows), arrivals.counts, recompute)
-        outputs = arrivals.ungroup(stage.take_outputs())
+        sending = Action(Kind.COMBINE, Pass.FORWARD, layer, j)
+        outputs = arrivals.ungroup(stage.take_outputs(), self._room(sending, sum(arrivals.counts)))
         if torch.is_grad_enabled():
             self._experts[place] = stage
         self._clock.compute(action, self._began, arrived, arrivals.counts)
-        self._send(Action(Kind.COMBINE, Pass.FORWARD, layer, j), outputs, arrivals)
+        self._send(sending, outputs, arrivals)
 
     def _head(self, action: Action) -> None:
         last, j = self.layout.layers - 1, action.micro_batch
@@ -177,17 +178,20 @@ class Engine:
         (loss * self._loss_scale).backward()  # type: ignore[no-untyped-call]
         self._heads[j] = border
         routing = self._carrier.routing((last, j))
-        rows = routing.gather_choices(border.take_output_gradient())
+        sending = Action(Kind.COMBINE, Pass.BACKWARD, last, j)
+        rows = routing.gather_choices(border.take_output_gradient(), self._room(sending, len(routing.order)))
         self._clock.compute(action, self._began, arrived)
-        self._send(Action(Kind.COMBINE, Pass.BACKWARD, last, j), rows, routing)
+        self._send(sending, rows, routing)
 
     def _expert_backward(self, action: Action) -> None:
         layer, j = place = action.layer, action.micro_batch
         gradient, arrived = self._receive(Action(Kind.COMBINE, Pass.BACKWARD, layer, j))
         arrivals = self._carrier.arrivals(place)
-        rows = arrivals.ungroup(self._experts.pop(place).backward(arrivals.group(gradient)))
+        sending = Action(Kind.DISPATCH, Pass.BACKWARD, layer, j)
+        rows = self._experts.pop(place).backward(arrivals.group(gradient))
+        rows = arrivals.ungroup(rows, self._room(sending, sum(arrivals.counts)))
         self._clock.compute(action, self._began, arrived, arrivals.counts)
-        self._send(Action(Kind.DISPATCH, Pass.BACKWARD, layer, j), rows, arrivals)
+        self._send(sending, rows, arrivals)
 
     def _attention_backward(self, action: Action) -> None:
         layer, j = place = action.layer, action.micro_batch
@@ -206,9 +210,10 @@ class Engine:
             self._clock.compute(action, self._began, arrived)
             return
         before = self._carrier.routing((layer - 1, j))
-        gradients = before.gather_choices(outputs)
+        sending = Action(Kind.COMBINE, Pass.BACKWARD, layer - 1, j)
+        gradients = before.gather_choices(outputs, self._room(sending, len(before.order)))
         self._clock.compute(action, self._began, arrived)
-        self._send(Action(Kind.COMBINE, Pass.BACKWARD, layer - 1, j), gradients, before)
+        self._send(sending, gradients, before)
 
     # Rows in and out.
 
@@ -234,11 +239,19 @@ class Engine:
         if layer_map.attends and layer_map.slots(self.mesh.rank):
             self._kept[action] = rows, parcel
         self._clock.sent(action)
-        self._lanes.put(action, _in(self.parts.exchange, rows), parcel, self._idle)
+        self._lanes.put(action, _in(self.parts.exchange, rows), parcel)
 
-    def _idle(self) -> bool:
-        """Whether this thread would have to wait for its next task's inputs."""
-        return self._next is not None and not all(map(self._lanes.here, inputs(self._next, self.layout.layers)))
+    def _direct(self, schedule: Schedule, clock: Clock) -> dict[int, DirectLane]:
+        """Lanes 1 and 2, where the ranks of this copy share memory."""
+        mail = self.mesh.mail if not (self.mesh.ordered or clock.waits) else ()
+        return {
+            lane: DirectLane(self.mesh.rank, one, schedule, lane, self._carrier, clock)
+            for lane, one in enumerate(mail, 1)
+        }
+
+    def _room(self, action: Action, rows: int) -> Tensor | None:
+        """[rows, H] to write in what `action` will send, where that saves a copy."""
+        return self._lanes.room(action, rows, self._empty) if self.parts.exchange == self.parts.dtype else None
 
     def _receive(self, action: Action) -> tuple[Tensor, Any]:
         """Rows of `action` by source rank, this rank's own among them, and when they arrived.
@@ -253,9 +266,9 @@ class Engine:
             if has_counts(action):
                 self._carrier.stays((action.layer, action.micro_batch))
             return self._own(*kept), 0.0
-        rows = handoff.take()
+        handoff.wait()
         self._began = self._clock.mark()
-        rows = _in(self.parts.dtype, rows)
+        rows = _in(self.parts.dtype, handoff.whole())
         if kept is not None and len(own := self._own(*kept)):
             start = sum(self._carrier.incoming(action)[: self.mesh.rank])
             rows[start : start + len(own)] = own

@@ -8,7 +8,7 @@ call, in the schedule's order. On CUDA each lane has a stream of its own; events
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hetermoe_cli.model.copies import used_here
-from hetermoe_cli.runtime.mesh import Mesh, peer_errors
+from hetermoe_cli.runtime.mesh import Mesh
+from hetermoe_cli.runtime.peers import peer_errors
 from hetermoe_cli.schedule.action import Action
 from hetermoe_cli.schedule.schedule import Schedule
 
@@ -43,11 +44,19 @@ class Handoff:
         """Hand over rows produced on the current stream."""
         return cls(rows, torch.cuda.current_stream(rows.device).record_event() if rows.is_cuda else None)
 
-    def take(self) -> Tensor:
-        """Use the rows on the current stream."""
+    def wait(self) -> None:
+        """Let the current stream wait for the rows."""
         if self.ready is not None:
             torch.cuda.current_stream(self.rows.device).wait_event(self.ready)
+
+    def whole(self) -> Tensor:
+        """The rows, once they are there."""
         return used_here(self.rows)
+
+    def take(self) -> Tensor:
+        """Use the rows on the current stream."""
+        self.wait()
+        return self.whole()
 
 
 class Parcel(Protocol):
@@ -66,44 +75,43 @@ class Outgoing:
     parcel: Parcel | None
 
 
-Works = list[dist.Work]
-Moves = Generator[Works, None, Handoff]  # yields what has been posted and must be done before it can go on
-Carry = Callable[[Action, Tensor | None, Parcel | None], Moves]
+Carry = Callable[[Action, Tensor | None, Parcel | None], Handoff]
+Job = tuple[Action, "Future[Outgoing] | None", "Future[Handoff]"]
 
 
-@dataclass
-class Begun:
-    """A transfer that the compute thread has begun."""
+class Lane(Protocol):
+    """Transfers of one kind that need no thread."""
 
-    moves: Moves
-    works: Works
+    def room(self, action: Action, rows: int, like: Tensor) -> Tensor | None:
+        """Where to write what will be sent, if that saves a copy."""
 
+    def put(self, action: Action, rows: Tensor, parcel: Parcel | None) -> None:
+        """Send rows."""
 
-Job = tuple[Action, "Future[Outgoing | Begun] | None", "Future[Handoff]"]
+    def get(self, action: Action) -> Handoff | None:
+        """Wait for what came."""
 
 
 class Lanes:
     """Runs one schedule's transfers in the background; the compute thread puts what it sends and gets what came.
 
-    A message is dropped as soon as it is sent or taken: memory holds those in flight, not those of the iteration. On a
-    CPU a compute thread that would wait next posts itself what an idle lane waits for: waking that takes longer.
+    A message is dropped as soon as it is sent or taken: memory holds those in flight, not those of the iteration.
     """
 
     def __init__(self, mesh: Mesh) -> None:
         self._pool = ThreadPoolExecutor(LANES, thread_name_prefix="lane")
         self._streams = [_stream(mesh.device) for _ in range(LANES)]
         self._rank, self._ordered = mesh.rank, mesh.ordered
-        self._posts = mesh.device.type == "cpu" and not mesh.ordered  # the compute thread would wait for its turn
         self._turns: Turns | None = None
-        self._outbox: dict[Action, Future[Outgoing | Begun]] = {}
+        self._outbox: dict[Action, Future[Outgoing]] = {}
         self._inbox: dict[Action, Future[Handoff]] = {}
-        self._awaited: set[Action] = set()  # what lanes came to before it was put
         self._running: list[Future[None]] = []
 
-    def start(self, schedule: Schedule, carry: Carry) -> None:
-        """Begin a pass. `carry` moves one transfer: (action, rows to send or None, their sizes) -> what came."""
-        mine = schedule.transfers_of(self._rank)
-        self._carry, self._awaited = carry, set()
+    def start(self, schedule: Schedule, carry: Carry, direct: Mapping[int, Lane]) -> None:
+        """Begin a pass. `carry` moves one transfer: (action, rows to send or None, their sizes) -> what came; `direct`:
+        those of these lanes are moved by them."""
+        self._direct = direct
+        mine = [action for action in schedule.transfers_of(self._rank) if action.lane not in direct]
         self._outbox = {action: Future() for action in mine if self._rank in schedule.senders[action]}
         self._inbox = {action: Future() for action in mine if self._rank in schedule.receivers[action]}
         self._turns = Turns(mine) if self._ordered else None
@@ -111,34 +119,24 @@ class Lanes:
         for lane, stream in enumerate(self._streams, 1):
             actions = [action for action in mine if action.lane == lane]
             jobs = deque((a, self._outbox.get(a), self._inbox.get(a, Future())) for a in actions)
-            self._running.append(self._pool.submit(self._work, jobs, stream))
+            if jobs:
+                self._running.append(self._pool.submit(self._work, jobs, stream, carry))
 
-    def put(
-        self, action: Action, rows: Tensor, parcel: Parcel | None, idle: Callable[[], bool] = lambda: False
-    ) -> None:
-        """Send rows when the lane gets to `action`; nothing happens if this rank sends nothing in it.
+    def room(self, action: Action, rows: int, like: Tensor) -> Tensor | None:
+        """[rows, H] like `like` to write in what `action` will send, where that saves a copy."""
+        return self._direct[action.lane].room(action, rows, like) if action.lane in self._direct else None
 
-        `idle`: whether this thread has nothing else to do.
-        """
-        if action not in self._outbox:
-            return
-        outgoing = self._outbox.pop(action)
-        if self._posts and action in self._awaited and idle():
-            try:
-                moves = self._carry(action, rows, parcel)
-                outgoing.set_result(Begun(moves, next(moves)))
-            except BaseException as error:
-                outgoing.set_exception(error)
-                raise
-        else:
-            outgoing.set_result(Outgoing(Handoff.of(rows), parcel))
-
-    def here(self, action: Action) -> bool:
-        """Whether nobody would have to wait for what `action` brings to this rank."""
-        return action not in self._inbox or self._inbox[action].done()
+    def put(self, action: Action, rows: Tensor, parcel: Parcel | None) -> None:
+        """Send rows when the lane gets to `action`; nothing happens if this rank sends nothing in it."""
+        if action.lane in self._direct:
+            self._direct[action.lane].put(action, rows, parcel)
+        elif action in self._outbox:
+            self._outbox.pop(action).set_result(Outgoing(Handoff.of(rows), parcel))
 
     def get(self, action: Action) -> Handoff | None:
         """Wait for what `action` brings to this rank; None if this rank receives nothing in it."""
+        if action.lane in self._direct:
+            return self._direct[action.lane].get(action)
         return self._inbox.pop(action).result() if action in self._inbox else None
 
     def finish(self) -> None:
@@ -154,44 +152,23 @@ class Lanes:
         if self._turns:
             self._turns.abort()
 
-    def _work(self, jobs: "deque[Job]", stream: "torch.cuda.Stream | None") -> None:
+    def _work(self, jobs: "deque[Job]", stream: "torch.cuda.Stream | None", carry: Carry) -> None:
         context: Any = torch.cuda.stream(stream) if stream is not None else nullcontext()
         with context:
             while jobs:
                 action, outgoing, incoming = jobs.popleft()
                 try:
-                    self._awaited.add(action)
-                    begun = self._begin(action, outgoing.result() if outgoing else None)
+                    out = outgoing.result() if outgoing else None
+                    rows, parcel = (out.handoff.take(), out.parcel) if out else (None, None)
                     with self._turns.turn(action) if self._turns else nullcontext():
-                        incoming.set_result(_end(begun))
+                        incoming.set_result(carry(action, rows, parcel))
                 except BaseException as error:
                     if self._turns:
                         self._turns.abort()
                     for future in (incoming, *(job[2] for job in jobs)):  # nobody else sets this lane's futures
                         future.set_exception(error)
                     raise
-                del outgoing, incoming, begun
-
-    def _begin(self, action: Action, out: Outgoing | Begun | None) -> Begun:
-        """A transfer whose rows, if it has any, are there."""
-        if isinstance(out, Begun):
-            return out
-        rows, parcel = (out.handoff.take(), out.parcel) if out else (None, None)
-        return Begun(self._carry(action, rows, parcel), [])
-
-
-def _end(begun: Begun) -> Handoff:
-    """Wait for what a transfer has posted until it has all that it brings."""
-    moves, works = begun.moves, begun.works
-    try:
-        while True:
-            with peer_errors():
-                for work in works:
-                    work.wait()
-            works = next(moves)
-    except StopIteration as done:
-        handoff: Handoff = done.value
-        return handoff
+                del outgoing, incoming, out, rows
 
 
 class Turns:
@@ -225,8 +202,9 @@ def _stream(device: torch.device) -> "torch.cuda.Stream | None":
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
-def post(group: dist.ProcessGroup, sends: dict[int, Tensor], receives: dict[int, Tensor]) -> Works:
-    """Post one batch of messages by the ranks of `group`; empty ones are skipped, as the other side does."""
+def exchange(group: dist.ProcessGroup, sends: dict[int, Tensor], receives: dict[int, Tensor]) -> Callable[[], None]:
+    """Post one batch of messages by the ranks of `group`; empty ones are skipped, as the other side does. What waits
+    for them."""
     operations = [
         dist.P2POp(dist.isend, tensor, group=group, group_peer=peer)
         for peer, tensor in sorted(sends.items())
@@ -238,4 +216,11 @@ def post(group: dist.ProcessGroup, sends: dict[int, Tensor], receives: dict[int,
         if tensor.numel()
     ]
     with peer_errors():
-        return dist.batch_isend_irecv(operations) if operations else []
+        works = dist.batch_isend_irecv(operations) if operations else []
+
+    def wait() -> None:
+        with peer_errors():
+            for work in works:
+                work.wait()
+
+    return wait

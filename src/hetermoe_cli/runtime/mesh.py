@@ -1,10 +1,8 @@
 """Mesh: this rank's place, its device, the process groups it talks through, and where messages lie."""
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -13,34 +11,16 @@ from torch import Tensor
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.model.copies import Fetched
+from hetermoe_cli.runtime.neighbours import Mail, connect
+from hetermoe_cli.runtime.peers import TIMEOUT, peer_errors
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.world import World
 
-TIMEOUT = timedelta(minutes=10)
 Backend = Literal["gloo", "nccl"]
 CPU = torch.device("cpu")
 # their names since torch 2.13, or before
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-class PeerLost(Exception):
-    """Another rank is gone: this one can only leave."""
-
-
-@contextmanager
-def peer_errors() -> Iterator[None]:
-    """Around collective or point-to-point calls: their failure means that a peer died."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise PeerLost(f"lost a peer: {str(error).splitlines()[0]}") from error
-
-
-def barrier() -> None:
-    """Wait for all ranks; PeerLost if one is gone."""
-    with peer_errors():
-        dist.barrier()
 
 
 @dataclass(frozen=True)
@@ -51,7 +31,8 @@ class Mesh:
     each other. `attending`: those of all copies that attend, None where this one does not; `gathering`: those of this
     copy, where it shards all of the dense part. `shared`: by the processes that hold some parameters
     (World.communicators), where there are several and this is one of them; `regroup` changes it where experts move.
-    `wire`: where messages lie, the device with NCCL, the host with gloo. `ordered`: whether this rank's lanes call in
+    `wire`: where messages lie, the device with NCCL, the host with gloo. `mail`: of both directions, where all ranks of
+    this copy compute on CPUs of one machine. `ordered`: whether this rank's lanes call in
     one static order over all of them, as NCCL demands.
     """
 
@@ -66,6 +47,7 @@ class Mesh:
     process: int = 0
     shared: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
     gathering: dist.ProcessGroup | None = None
+    mail: Sequence[Mail] = ()
 
     def on_wire(self, tensor: Tensor) -> Tensor:
         """`tensor` where messages lie; if it must come down from the device, this thread waits for it."""
@@ -105,12 +87,12 @@ class Mesh:
         return [int(one) for one in found]
 
 
-def join(layout: Layout | World, accelerator: str, backend: Backend | None = None) -> Mesh:
+def join(layout: Layout | World, accelerator: str, backend: Backend | None = None, *, shares: bool = True) -> Mesh:
     """Join the launcher's process group (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment).
 
     `accelerator`: this rank's device, cpu, cuda (that of its LOCAL_RANK) or cuda:N. `backend`, the same on all ranks:
-    where some are cpu and some cuda, gloo. None: NCCL for CUDA. UserError if the launcher started another number of
-    workers than the plan has ranks.
+    where some are cpu and some cuda, gloo. None: NCCL for CUDA. `shares`: exchange rows through shared memory where
+    that can be. UserError if the launcher started another number of workers than the plan has ranks.
     """
     world, world_size = World.of(layout), int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != world.size:
@@ -129,6 +111,7 @@ def join(layout: Layout | World, accelerator: str, backend: Backend | None = Non
         process = dist.get_rank()
         lanes, shared = _groups(world, process, wire)
     replica = world.replica_of(process)
+    mail = connect(replica.processes, len(lanes), shares=shares and device == CPU) if backend == "gloo" else ()
     return Mesh(
         rank=replica.processes.index(process),
         world_size=world_size,
@@ -141,6 +124,7 @@ def join(layout: Layout | World, accelerator: str, backend: Backend | None = Non
         process=process,
         shared=shared,
         gathering=shared.get(tuple(replica.attending)) if replica.layout.gathers else None,
+        mail=mail,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from hetermoe_cli.runtime.mesh import peer_errors
+from hetermoe_cli.runtime.peers import peer_errors
 
 _EXCHANGES = 32  # the one with the least round trip counts
 

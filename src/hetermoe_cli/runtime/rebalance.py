@@ -17,8 +17,9 @@ from hetermoe_cli.model.moe import ExpertGroup
 from hetermoe_cli.model.optimizer import AdamW
 from hetermoe_cli.model.training_state import fresh_state, state_slices
 from hetermoe_cli.runtime.engine import Engine
-from hetermoe_cli.runtime.mesh import Mesh, peer_errors, regroup
+from hetermoe_cli.runtime.mesh import Mesh, regroup
 from hetermoe_cli.runtime.parts import Parts
+from hetermoe_cli.runtime.peers import peer_errors
 from hetermoe_cli.runtime.stage import ExpertParts
 from hetermoe_cli.runtime.trainer import Trainer
 from hetermoe_cli.spec.layout import LayerPlacement, Layout

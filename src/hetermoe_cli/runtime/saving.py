@@ -16,7 +16,7 @@ from hetermoe_cli.model.checkpoint import (
 from hetermoe_cli.model.hugging_face import Weights
 from hetermoe_cli.model.training_state import begin_with, restore_training, training_names, training_tensors
 from hetermoe_cli.model.transformer import named_state, parameter_slices
-from hetermoe_cli.runtime.mesh import barrier
+from hetermoe_cli.runtime.peers import barrier
 from hetermoe_cli.runtime.recorder import CHECKPOINTS
 from hetermoe_cli.runtime.trainer import Trainer
 from hetermoe_cli.spec.files import parse

@@ -25,9 +25,10 @@ from hetermoe_cli.runtime.calls import check_agreement, digest
 from hetermoe_cli.runtime.cores import bind
 from hetermoe_cli.runtime.emulator import EmulatedClock
 from hetermoe_cli.runtime.memory import MemoryMeter
-from hetermoe_cli.runtime.mesh import Mesh, PeerLost, join, peer_errors
+from hetermoe_cli.runtime.mesh import Mesh, join
 from hetermoe_cli.runtime.moment import common_moment
 from hetermoe_cli.runtime.parts import DTYPES
+from hetermoe_cli.runtime.peers import PeerLost, peer_errors
 from hetermoe_cli.runtime.recorder import Recorder
 from hetermoe_cli.runtime.saving import restore, save, take_weights
 from hetermoe_cli.runtime.trainer import StepResult, Trainer

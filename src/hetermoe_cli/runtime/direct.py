@@ -1,0 +1,134 @@
+"""DirectLane: transfers between processes that share memory, done by the compute thread itself.
+
+A message is there as soon as it is written, so that nothing has to be carried meanwhile: no thread takes the core from
+the compute thread, and what came lies where the next task reads it.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hetermoe_cli.runtime.calls import has_counts
+from hetermoe_cli.runtime.carrier import Carrier
+from hetermoe_cli.runtime.clock import Clock
+from hetermoe_cli.runtime.lanes import Handoff, Parcel
+from hetermoe_cli.runtime.neighbours import Mail
+from hetermoe_cli.runtime.shared_memory import Message
+from hetermoe_cli.schedule.action import Action
+from hetermoe_cli.schedule.schedule import Schedule
+
+
+@dataclass
+class Letters(Handoff):
+    """Messages of one transfer, in the rooms of their senders until they are taken. `sizes`: rows by source rank."""
+
+    sizes: list[int] = field(default_factory=list)
+    messages: dict[int, Message] = field(default_factory=dict)
+    keeps: bool = False  # who takes them keeps them for backward: not in a sender's room
+
+    def whole(self) -> Tensor:
+        """[M, H] by source; what this rank sent to itself is left out, but has its place."""
+        total, (_, width) = sum(self.sizes), self.rows.shape
+        messages, self.messages = self.messages, {}
+        if len(messages) == 1 and not self.keeps:
+            (only,) = (message.rows.view(self.rows.dtype).view(-1, width) for message in messages.values())
+            if len(only) == total:
+                return only
+        result = self.rows.new_empty(total, width)
+        for part, message in ((part, messages.get(peer)) for peer, part in enumerate(torch.split(result, self.sizes))):
+            if message and len(part):
+                part.copy_(message.rows.view(part.dtype).view(part.shape))
+        return result
+
+
+class _Sending(NamedTuple):
+    rows: Tensor
+    parcel: Parcel
+    start: float
+
+
+class DirectLane:
+    """The transfers of one direction in one pass. Sent, and received, in the schedule's order, which is that of all."""
+
+    def __init__(self, rank: int, mail: Mail, schedule: Schedule, lane: int, carrier: Carrier, clock: Clock) -> None:
+        self._rank, self._mail, self._schedule, self._carrier, self._clock = rank, mail, schedule, carrier, clock
+        mine = [action for action in schedule.transfers_of(rank) if action.lane == lane]
+        self._unsent = deque(action for action in mine if rank in schedule.senders[action])
+        self._unread = deque(action for action in mine if rank in schedule.receivers[action])
+        self._ready: dict[Action, _Sending] = {}
+        self._began: dict[Action, float] = {}  # when this rank sent what it also receives
+        self._came: dict[Action, Handoff] = {}
+
+    def room(self, action: Action, rows: int, like: Tensor) -> Tensor | None:
+        """[rows, H] like `like` to write in what `action` will send; None if no other rank gets it."""
+        if action not in self._unsent or not self._peers(self._schedule.receivers[action]):
+            return None
+        width = like.shape[1]
+        return self._mail.outbox.room(rows * width * like.element_size()).view(like.dtype).view(rows, width)
+
+    def put(self, action: Action, rows: Tensor, parcel: Parcel | None) -> None:
+        """Send rows, and those that wait for them; nothing happens if this rank sends nothing in `action`."""
+        if action not in self._unsent:
+            return
+        assert parcel is not None
+        self._ready[action] = _Sending(rows, parcel, self._clock.mark())
+        while self._unsent and self._unsent[0] in self._ready:
+            action = self._unsent.popleft()
+            self._send(action, self._ready.pop(action))
+
+    def _send(self, action: Action, sending: _Sending) -> None:
+        rows, parcel, start = sending
+        sizes, peers = parcel.sizes, self._peers(self._schedule.receivers[action])
+        rows = rows[: sum(sizes)]
+        if sum(sizes[peer] for peer in peers) and not self._mail.outbox.holds(rows):
+            room = self._mail.outbox.room(rows.numel() * rows.element_size())
+            rows = room.view(rows.dtype).view(rows.shape).copy_(rows)
+        parts, end = torch.split(rows, sizes), self._clock.mark()
+        counts = self._carrier.departing(action) if has_counts(action) else None
+        for peer in peers:
+            note = np.array(counts[peer], dtype=np.int64).tobytes() if counts else b""
+            self._mail.outbox.send(peer, parts[peer], note, start, end)
+        if self._rank in self._schedule.receivers[action]:
+            self._began[action] = start
+        else:
+            self._clock.transferred(action, Handoff(rows[:0], None, start, end))
+
+    def get(self, action: Action) -> Handoff | None:
+        """Wait for what `action` brings to this rank; None if this rank receives nothing in it."""
+        if self._rank not in self._schedule.receivers.get(action, ()):
+            return None
+        while action not in self._came:
+            first = self._unread.popleft()
+            self._came[first] = self._receive(first)
+        return self._came.pop(action)
+
+    def _receive(self, action: Action) -> Handoff:
+        peers = self._peers(self._schedule.senders[action])
+        messages = {peer: self._mail.inboxes[peer].receive() for peer in peers}
+        if has_counts(action):
+            table = {peer: np.frombuffer(message.note, dtype=np.int64).tolist() for peer, message in messages.items()}
+            self._carrier.came(action, table)
+        began = self._began.pop(action, 0.0)
+        handoff = Letters(
+            rows=self._carrier.empty,
+            start=max([began, *(message.start for message in messages.values())]),
+            end=max([began, *(message.end for message in messages.values())]),
+            sizes=self._carrier.incoming(action),
+            messages=messages,
+            keeps=has_counts(action),
+        )
+        self._clock.transferred(action, handoff)
+        return handoff
+
+    def _peers(self, ranks: tuple[int, ...]) -> list[int]:
+        return [rank for rank in ranks if rank != self._rank]
+
+    def finish(self) -> None:
+        """Nothing is on its way."""
+
+    def abort(self, error: BaseException) -> None:
+        """Nobody here waits."""

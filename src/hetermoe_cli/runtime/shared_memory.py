@@ -1,0 +1,162 @@
+"""Messages between processes of one machine through memory that they share, which nobody copies.
+
+gloo has no way but TCP, whose loopback takes seven times the processor time of two copies, in threads that take it from
+the compute thread. Here a sender writes rows into a room, memory that the others map, and tells through a socket where
+they lie; a receiver reads them there. A room is written again when every receiver has said that it is done and nothing
+here refers to it: both sides count the references to its mapping, so that who keeps a view keeps the room. Rooms have no
+name: their file descriptor travels with the first message, and the system frees them with the last process.
+"""
+
+import mmap
+import os
+import socket
+import struct
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hetermoe_cli.runtime.peers import PeerLost
+
+_HEADER = struct.Struct("=qqqdd")  # room, where in it, bytes; start and end of sending
+_DONE = struct.Struct("=q")  # room
+_NOTE_BYTES = 2**16
+_DESCRIPTOR_SPACE = socket.CMSG_SPACE(struct.calcsize("i"))
+_SMALLEST = 2**16  # bytes of a room
+_UNUSED = 2  # references to a mapping that no tensor refers to: ours, and the question's
+
+
+class Message(NamedTuple):
+    """`rows` [bytes] uint8 in the sender's room; `note`: what came with them; `start` and `end` of sending, seconds on
+    the machine's monotonic clock."""
+
+    rows: Tensor
+    note: bytes
+    start: float
+    end: float
+
+
+@dataclass
+class _Room:
+    number: int
+    descriptor: int
+    memory: mmap.mmap
+    readers: set[int] = field(default_factory=set)  # who is not done with it
+    known: set[int] = field(default_factory=set)  # who has mapped it
+
+    @property
+    def free(self) -> bool:
+        return not self.readers and sys.getrefcount(self.memory) == _UNUSED
+
+
+class Outbox:
+    """This rank's rooms for messages in one direction. `connections`: a socket to each peer that keeps messages apart
+    (SOCK_SEQPACKET)."""
+
+    def __init__(self, connections: Mapping[int, socket.socket]) -> None:
+        self._connections = connections
+        self._rooms: list[_Room] = []
+        self._by_address: dict[int, _Room] = {}
+
+    def room(self, size: int) -> Tensor:
+        """[size] uint8 to write a message in, as long as tensors refer to it. PeerLost if a receiver is gone."""
+        if not size:
+            return torch.empty(0, dtype=torch.uint8)
+        for peer in {peer for room in self._rooms for peer in room.readers}:
+            self._collect(peer)
+        free = [room for room in self._rooms if room.free]
+        fitting = (room for room in free if len(room.memory) >= size)
+        room = min(fitting, key=lambda r: len(r.memory), default=None) or self._new(free, size)
+        return torch.frombuffer(room.memory, dtype=torch.uint8, count=size)
+
+    def _new(self, free: list[_Room], size: int) -> _Room:
+        """A larger room, instead of one that is too small."""
+        number = free[-1].number if free else len(self._rooms)
+        descriptor = os.memfd_create("hetermoe", os.MFD_CLOEXEC)
+        os.ftruncate(descriptor, max(_SMALLEST, 1 << (size - 1).bit_length()))  # pages are taken when written to
+        room = _Room(number, descriptor, mmap.mmap(descriptor, 0))
+        if free:
+            os.close(self._rooms[number].descriptor)
+        self._rooms[number : number + 1] = [room]
+        self._by_address = {_address(torch.frombuffer(r.memory, dtype=torch.uint8)): r for r in self._rooms}
+        return room
+
+    def holds(self, rows: Tensor) -> bool:
+        """Whether `rows` are part of a room."""
+        return _address(rows) in self._by_address
+
+    def send(self, peer: int, rows: Tensor, note: bytes, start: float, end: float) -> None:
+        """Tell `peer` where contiguous `rows`, part of a room unless they are empty, lie; never waits for it.
+
+        PeerLost if it is gone.
+        """
+        number, offset, descriptors = 0, 0, []
+        size = rows.numel() * rows.element_size()
+        if size:
+            room = self._by_address[_address(rows)]
+            number, offset = room.number, rows.data_ptr() - _address(rows)
+            descriptors = [] if peer in room.known else [room.descriptor]
+            room.readers.add(peer)
+            room.known.add(peer)
+        header = _HEADER.pack(number, offset, size, start, end)
+        try:
+            socket.send_fds(self._connections[peer], [header, note], descriptors)
+        except OSError as error:
+            raise PeerLost(f"lost a peer: rank {peer} is gone ({error})") from error
+
+    def _collect(self, peer: int) -> None:
+        """Learn what a receiver is done with."""
+        while True:
+            try:
+                done = self._connections[peer].recv(_DONE.size, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise PeerLost(f"lost a peer: rank {peer} is gone ({error})") from error
+            if not done:
+                raise PeerLost(f"lost a peer: rank {peer} is gone")
+            self._rooms[_DONE.unpack(done)[0]].readers.discard(peer)
+
+
+class Inbox:
+    """What rank `peer` sends here in one direction, in its order."""
+
+    def __init__(self, connection: socket.socket, peer: int) -> None:
+        self._connection, self._peer = connection, peer
+        self._rooms: dict[int, mmap.mmap] = {}
+        self._read: set[int] = set()  # rooms of whose message there may be views
+
+    def receive(self) -> Message:
+        """Wait for the next message. PeerLost if the sender is gone, or silent for as long as the socket waits."""
+        self._release()
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._connection, _HEADER.size + _NOTE_BYTES, 1)
+        except OSError as error:
+            raise PeerLost(f"lost a peer: nothing comes from rank {self._peer} ({error})") from error
+        if not data:
+            raise PeerLost(f"lost a peer: rank {self._peer} is gone")
+        number, offset, size, start, end = _HEADER.unpack_from(data)
+        for descriptor in descriptors:
+            self._rooms[number] = mmap.mmap(descriptor, 0)
+            os.close(descriptor)
+        rows = torch.empty(0, dtype=torch.uint8)
+        if size:
+            self._read.add(number)
+            rows = torch.frombuffer(self._rooms[number], dtype=torch.uint8, count=size, offset=offset)
+        return Message(rows, data[_HEADER.size :], start, end)
+
+    def _release(self) -> None:
+        """Say what is not used any more."""
+        for number in [number for number in self._read if sys.getrefcount(self._rooms[number]) == _UNUSED]:
+            self._read.remove(number)
+            try:
+                self._connection.send(_DONE.pack(number))
+            except OSError:
+                return  # a sender that has ended needs it no more
+
+
+def _address(rows: Tensor) -> int:
+    return rows.untyped_storage().data_ptr()
