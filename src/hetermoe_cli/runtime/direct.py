@@ -4,11 +4,11 @@ A message is there as soon as it is written, so that nothing has to be carried m
 the compute thread, and what came lies where the next task reads it.
 """
 
+import struct
 from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,16 +82,17 @@ class DirectLane:
 
     def _send(self, action: Action, sending: _Sending) -> None:
         rows, parcel, start = sending
-        sizes, peers = parcel.sizes, self._peers(self._schedule.receivers[action])
-        rows = rows[: sum(sizes)]
-        if sum(sizes[peer] for peer in peers) and not self._mail.outbox.holds(rows):
-            room = self._mail.outbox.room(rows.numel() * rows.element_size())
-            rows = room.view(rows.dtype).view(rows.shape).copy_(rows)
-        parts, end = torch.split(rows, sizes), self._clock.mark()
+        sizes, peers, outbox = parcel.sizes, self._peers(self._schedule.receivers[action]), self._mail.outbox
+        row_bytes, place = rows.shape[1] * rows.element_size(), outbox.place(rows)
+        if place is None and any(sizes[peer] for peer in peers):
+            room = outbox.room(sum(sizes) * row_bytes).view(rows.dtype).view(-1, rows.shape[1])
+            place = outbox.place(room.copy_(rows[: sum(sizes)]))
+        end = self._clock.mark()
         counts = self._carrier.departing(action) if has_counts(action) else None
         for peer in peers:
-            note = np.array(counts[peer], dtype=np.int64).tobytes() if counts else b""
-            self._mail.outbox.send(peer, parts[peer], note, start, end)
+            note = struct.pack(f"={len(counts[peer])}q", *counts[peer]) if counts else b""
+            there = place and place._replace(offset=place.offset + sum(sizes[:peer]) * row_bytes)
+            outbox.send(peer, there, sizes[peer] * row_bytes, note, start, end)
         if self._rank in self._schedule.receivers[action]:
             self._began[action] = start
         else:
@@ -110,8 +111,7 @@ class DirectLane:
         peers = self._peers(self._schedule.senders[action])
         messages = {peer: self._mail.inboxes[peer].receive() for peer in peers}
         if has_counts(action):
-            table = {peer: np.frombuffer(message.note, dtype=np.int64).tolist() for peer, message in messages.items()}
-            self._carrier.came(action, table)
+            self._carrier.came(action, {peer: _counts(message.note) for peer, message in messages.items()})
         began = self._began.pop(action, 0.0)
         handoff = Letters(
             rows=self._carrier.empty,
@@ -132,3 +132,7 @@ class DirectLane:
 
     def abort(self, error: BaseException) -> None:
         """Nobody here waits."""
+
+
+def _counts(note: bytes) -> list[int]:
+    return list(struct.unpack(f"={len(note) // 8}q", note))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -158,16 +159,16 @@ class Arrivals:
     @classmethod
     def of(cls, table: list[list[int]], experts: int, device: torch.device = CPU) -> "Arrivals":
         """table[source][local expert] = rows."""
-        matrix = torch.tensor(table, dtype=torch.int64).view(len(table), experts)
-        by_expert = matrix.T.flatten()
-        arrived = (matrix.flatten().cumsum(0) - matrix.flatten()).view_as(matrix).T.flatten()
-        shift = (arrived - (by_expert.cumsum(0) - by_expert))[by_expert > 0]  # of whole blocks (source, expert)
+        matrix = np.array(table, dtype=np.int64).reshape(len(table), experts)
+        by_expert, flat = matrix.T.ravel(), matrix.ravel()
+        arrived = (flat.cumsum() - flat).reshape(matrix.shape).T.ravel()
+        shift = (arrived - (by_expert.cumsum() - by_expert))[by_expert > 0]  # of whole blocks (source, expert)
         grouping = None
         if shift.any():
-            blocks = upload(torch.stack([shift, by_expert[by_expert > 0]]), device)
+            blocks = upload(torch.from_numpy(np.stack([shift, by_expert[by_expert > 0]])), device)
             rows = int(matrix.sum())
             grouping = torch.arange(rows, device=device) + blocks[0].repeat_interleave(blocks[1], output_size=rows)
-        return cls(grouping, matrix.sum(dim=0).tolist(), matrix.sum(dim=1).tolist())
+        return cls(grouping, matrix.sum(axis=0).tolist(), matrix.sum(axis=1).tolist())
 
     def take(self) -> "Arrivals":
         """Use it on the current stream."""

@@ -1,10 +1,10 @@
 """Messages between processes of one machine through memory that they share, which nobody copies.
 
-gloo has no way but TCP, whose loopback takes seven times the processor time of two copies, in threads that take it from
-the compute thread. Here a sender writes rows into a room, memory that the others map, and tells through a socket where
-they lie; a receiver reads them there. A room is written again when every receiver has said that it is done and nothing
-here refers to it: both sides count the references to its mapping, so that who keeps a view keeps the room. Rooms have no
-name: their file descriptor travels with the first message, and the system frees them with the last process.
+gloo has no way but TCP, whose loopback takes seven times the processor time of two copies, in threads that take it
+from the compute thread. Here a sender writes rows into a room, memory that the others map, and tells through a socket
+where they lie; a receiver reads them there. A room is written again when every receiver has said that it is done and
+nothing here refers to it: both sides count the references to its mapping, so that who keeps a view keeps the room. They
+have no names: a room's file descriptor travels with the first message, and the system frees it with the last process.
 """
 
 import mmap
@@ -24,7 +24,8 @@ from hetermoe_cli.runtime.peers import PeerLost
 _HEADER = struct.Struct("=qqqdd")  # room, where in it, bytes; start and end of sending
 _DONE = struct.Struct("=q")  # room
 _NOTE_BYTES = 2**16
-_DESCRIPTOR_SPACE = socket.CMSG_SPACE(struct.calcsize("i"))
+_DESCRIPTOR = struct.Struct("i")
+_DESCRIPTOR_SPACE = socket.CMSG_SPACE(_DESCRIPTOR.size)
 _SMALLEST = 2**16  # bytes of a room
 _UNUSED = 2  # references to a mapping that no tensor refers to: ours, and the question's
 
@@ -50,6 +51,13 @@ class _Room:
     @property
     def free(self) -> bool:
         return not self.readers and sys.getrefcount(self.memory) == _UNUSED
+
+
+class Place(NamedTuple):
+    """Bytes from the start of a room."""
+
+    room: _Room
+    offset: int
 
 
 class Outbox:
@@ -81,29 +89,33 @@ class Outbox:
         if free:
             os.close(self._rooms[number].descriptor)
         self._rooms[number : number + 1] = [room]
-        self._by_address = {_address(torch.frombuffer(r.memory, dtype=torch.uint8)): r for r in self._rooms}
+        self._by_address = {torch.frombuffer(r.memory, dtype=torch.uint8).data_ptr(): r for r in self._rooms}
         return room
 
-    def holds(self, rows: Tensor) -> bool:
-        """Whether `rows` are part of a room."""
-        return _address(rows) in self._by_address
+    def place(self, rows: Tensor) -> Place | None:
+        """Where `rows` lie, if they are part of a room."""
+        address = rows.data_ptr()
+        for start, room in self._by_address.items():
+            if start <= address < start + len(room.memory):
+                return Place(room, address - start)
+        return None
 
-    def send(self, peer: int, rows: Tensor, note: bytes, start: float, end: float) -> None:
-        """Tell `peer` where contiguous `rows`, part of a room unless they are empty, lie; never waits for it.
+    def send(self, peer: int, place: Place | None, size: int, note: bytes, start: float, end: float) -> None:
+        """Tell `peer` of `size` bytes at `place`, which may be None if there are none; never waits for it.
 
         PeerLost if it is gone.
         """
-        number, offset, descriptors = 0, 0, []
-        size = rows.numel() * rows.element_size()
+        number, offset, ancillary = 0, 0, []
         if size:
-            room = self._by_address[_address(rows)]
-            number, offset = room.number, rows.data_ptr() - _address(rows)
-            descriptors = [] if peer in room.known else [room.descriptor]
+            assert place is not None
+            room, offset = place
+            number = room.number
+            if peer not in room.known:
+                ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _DESCRIPTOR.pack(room.descriptor))]
+                room.known.add(peer)
             room.readers.add(peer)
-            room.known.add(peer)
-        header = _HEADER.pack(number, offset, size, start, end)
         try:
-            socket.send_fds(self._connections[peer], [header, note], descriptors)
+            self._connections[peer].sendmsg([_HEADER.pack(number, offset, size, start, end), note], ancillary)
         except OSError as error:
             raise PeerLost(f"lost a peer: rank {peer} is gone ({error})") from error
 
@@ -127,26 +139,28 @@ class Inbox:
     def __init__(self, connection: socket.socket, peer: int) -> None:
         self._connection, self._peer = connection, peer
         self._rooms: dict[int, mmap.mmap] = {}
+        self._data = bytearray(_HEADER.size + _NOTE_BYTES)
         self._read: set[int] = set()  # rooms of whose message there may be views
 
     def receive(self) -> Message:
         """Wait for the next message. PeerLost if the sender is gone, or silent for as long as the socket waits."""
         self._release()
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._connection, _HEADER.size + _NOTE_BYTES, 1)
+            length, ancillary, _, _ = self._connection.recvmsg_into([self._data], _DESCRIPTOR_SPACE)
         except OSError as error:
             raise PeerLost(f"lost a peer: nothing comes from rank {self._peer} ({error})") from error
-        if not data:
+        if not length:
             raise PeerLost(f"lost a peer: rank {self._peer} is gone")
-        number, offset, size, start, end = _HEADER.unpack_from(data)
-        for descriptor in descriptors:
+        number, offset, size, start, end = _HEADER.unpack_from(self._data)
+        for _, _, data in ancillary:
+            (descriptor,) = _DESCRIPTOR.unpack_from(data)
             self._rooms[number] = mmap.mmap(descriptor, 0)
             os.close(descriptor)
         rows = torch.empty(0, dtype=torch.uint8)
         if size:
             self._read.add(number)
             rows = torch.frombuffer(self._rooms[number], dtype=torch.uint8, count=size, offset=offset)
-        return Message(rows, data[_HEADER.size :], start, end)
+        return Message(rows, bytes(self._data[_HEADER.size : length]), start, end)
 
     def _release(self) -> None:
         """Say what is not used any more."""
@@ -156,7 +170,3 @@ class Inbox:
                 self._connection.send(_DONE.pack(number))
             except OSError:
                 return  # a sender that has ended needs it no more
-
-
-def _address(rows: Tensor) -> int:
-    return rows.untyped_storage().data_ptr()
