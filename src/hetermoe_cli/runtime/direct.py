@@ -108,15 +108,16 @@ class DirectLane:
         return self._came.pop(action)
 
     def _receive(self, action: Action) -> Handoff:
-        peers = self._peers(self._schedule.senders[action])
+        peers, entered = self._peers(self._schedule.senders[action]), self._clock.mark()
         messages = {peer: self._mail.inboxes[peer].receive() for peer in peers}
+        received = self._clock.mark()
         if has_counts(action):
             self._carrier.came(action, {peer: _counts(message.note) for peer, message in messages.items()})
-        began = self._began.pop(action, 0.0)
+        began, sent = self._began.pop(action, 0.0), max((message.end for message in messages.values()), default=0.0)
         handoff = Letters(
             rows=self._carrier.empty,
             start=max([began, *(message.start for message in messages.values())]),
-            end=max([began, *(message.end for message in messages.values())]),
+            end=max(began, sent if sent < entered else received),  # who waited had to be woken as well
             sizes=self._carrier.incoming(action),
             messages=messages,
             keeps=has_counts(action),
