@@ -68,7 +68,7 @@ def test_a_real_quick_run_writes_profile_and_link(tmp_path: Path) -> None:
     assert 50e6 < profile.framework_bytes < 2e9
     (table,) = profile.tables
     assert (table.shape, table.precision) == (NAMED_MODELS["tiny"].shape, "fp32")
-    link = load(LinkRecord, tmp_path / "links" / "gloo-loopback.yaml")
+    link = load(LinkRecord, tmp_path / "links" / "cpu-pair.yaml")
     assert data["link"] == link.model_dump(mode="json")
 
 

@@ -19,7 +19,7 @@ def test_a_link_between_two_processes_is_plausible(monkeypatch: pytest.MonkeyPat
     found: list[network.Samples] = []
     monkeypatch.setattr(network, "run_pair", lambda *arguments: found.append(run_pair(*arguments)) or found[-1])
     record = measure_link("gloo", SIZES, repeats=10)
-    assert (record.name, record.source) == ("gloo-loopback", "measured")
+    assert (record.name, record.source) == ("cpu-pair", "measured")
     assert 0.05 < record.link.bandwidth_gigabytes_per_second < 100
     assert record.link.latency_microseconds < 50_000
     assert record.spread is not None

@@ -60,7 +60,7 @@ def test_mixed_runs_name_what_they_exchange(tmp_path: Path) -> None:
     for case in bench_precision.HALVES:
         _, cluster, train = bench_precision.write_inputs(case, tmp_path)
         spec, found = load(ClusterSpec, cluster), load(TrainSpec, train)
-        ranks = devices(spec, {"gloo-loopback": LINK})
+        ranks = devices(spec, {"cpu-pair": LINK})
         precisions = {found.precision_of(rank.type) for rank in ranks}
         assert precisions == ({"bf16", "fp16"} if case.mixed else {case.name})
         assert {rank.node for rank in ranks} == {0}

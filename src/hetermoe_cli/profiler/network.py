@@ -1,7 +1,8 @@
 """Latency and bandwidth of messages and all-reduces between two real worker processes on this machine -> LinkRecord.
 
-Rank 0 bounces messages off rank 1; a one-way time is half a round trip. An all-reduce follows each. gloo over the
-loopback interface, or NCCL between the first two CUDA devices. `python -m hetermoe_cli.profiler.network RANK PORT
+Rank 0 bounces messages off rank 1; a one-way time is half a round trip. An all-reduce follows each. As workers exchange
+rows: on CPUs through shared memory, a copy in and a copy out included (where that cannot be, gloo over the loopback
+interface), or NCCL between the first two CUDA devices. `python -m hetermoe_cli.profiler.network RANK PORT
 BACKEND SIZES REPEATS` is one worker.
 """
 
@@ -16,15 +17,21 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import date, timedelta
-from typing import IO, Literal, NamedTuple
+from typing import IO, TYPE_CHECKING, Literal, NamedTuple
 
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.spec.cluster import Link, LinkRecord
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hetermoe_cli.runtime.neighbours import Mail
+
 Backend = Literal["gloo", "nccl"]
 SIZES = tuple(4096 * 4**power for power in range(7))  # 4 KiB to 16 MiB
 QUICK_SIZES = SIZES[:6]
-NAMES: dict[Backend, str] = {"gloo": "gloo-loopback", "nccl": "nccl-pair"}
+NAMES: dict[Backend, str] = {"gloo": "cpu-pair", "nccl": "nccl-pair"}
+WAYS: dict[Backend, str] = {"gloo": "messages", "nccl": "NCCL"}
 _HOST = "127.0.0.1"
 _WAIT = timedelta(seconds=60)  # for the other rank to start; importing torch takes seconds on a busy machine
 _WARM_UP = 5
@@ -49,7 +56,7 @@ def measure_link(backend: Backend, sizes: Sequence[int] = SIZES, repeats: int = 
             all_reduce_gigabytes_per_second=round(ring / 1e9, 4),
         ),
         spread=round(statistics.median(_spread(values) for values in samples.messages), 4),
-        comment=f"{backend} between two processes of one machine, {sizes[0]} to {sizes[-1]} bytes, first quartiles",
+        comment=f"{WAYS[backend]} between two processes of one machine, {sizes[0]} to {sizes[-1]} bytes, first quartiles",
     )
 
 
@@ -137,11 +144,48 @@ def _spread(values: Sequence[float]) -> float:
     return relative_spread(values)
 
 
+class _Pair:
+    """What workers do with rows, on two ranks."""
+
+    def __init__(self, rank: int, mail: "list[Mail]") -> None:
+        self._rank, self._other, self._mail = rank, 1 - rank, mail[0] if mail else None
+
+    def send(self, tensor: "Tensor") -> None:
+        import torch.distributed as dist
+
+        if self._mail is None:
+            dist.send(tensor, self._other)
+            return
+        outbox, size = self._mail.outbox, tensor.numel() * tensor.element_size()
+        place = outbox.place(outbox.room(size).view(tensor.dtype).copy_(tensor))
+        outbox.send(self._other, place, size, b"", 0.0, 0.0)
+
+    def receive(self, tensor: "Tensor") -> None:
+        import torch.distributed as dist
+
+        if self._mail is None:
+            dist.recv(tensor, self._other)
+        else:
+            tensor.copy_(self._mail.inboxes[self._other].receive().rows.view(tensor.dtype))
+
+    def all_reduce(self, tensor: "Tensor") -> None:
+        import torch.distributed as dist
+
+        from hetermoe_cli.runtime import local_sum
+
+        if self._mail is None:
+            dist.all_reduce(tensor)
+        else:
+            local_sum.all_reduce(self._mail, tensor, [0, 1], self._rank)
+
+
 def bounce(rank: int, port: int, backend: Backend, sizes: Sequence[int], repeats: int) -> Samples:
     """One worker's part, as this rank saw it. Sizes take turns."""
     import torch
     import torch.distributed as dist
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    from hetermoe_cli.runtime.neighbours import connect
 
     store = TCPStore(_HOST, port, is_master=False, timeout=_WAIT)
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
@@ -150,6 +194,7 @@ def bounce(rank: int, port: int, backend: Backend, sizes: Sequence[int], repeats
     dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=_WAIT)
     buffers = [torch.zeros(size // 4, dtype=torch.float32, device=device) for size in sizes]
     samples = Samples([[] for _ in sizes], [[] for _ in sizes])
+    pair = _Pair(rank, connect([0, 1], 1, shares=True) if backend == "gloo" else [])
 
     def seconds() -> float:
         if device.type == "cuda":
@@ -161,11 +206,11 @@ def bounce(rank: int, port: int, backend: Backend, sizes: Sequence[int], repeats
             start = seconds()
             for turn in range(2):
                 if turn == rank:
-                    dist.send(buffer, 1 - rank)
+                    pair.send(buffer)
                 else:
-                    dist.recv(buffer, 1 - rank)
+                    pair.receive(buffer)
             bounced = seconds()
-            dist.all_reduce(buffer)
+            pair.all_reduce(buffer)
             if repeat >= _WARM_UP:
                 samples.messages[index].append((bounced - start) / 2)
                 samples.all_reduces[index].append(seconds() - bounced)

@@ -96,7 +96,7 @@ class DirectLane:
         if self._rank in self._schedule.receivers[action]:
             self._began[action] = start
         else:
-            self._clock.transferred(action, Handoff(rows[:0], None, start, end))
+            self._clock.transferred(action, Handoff(self._carrier.empty, None, start, end))
 
     def get(self, action: Action) -> Handoff | None:
         """Wait for what `action` brings to this rank; None if this rank receives nothing in it."""

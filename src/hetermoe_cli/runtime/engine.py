@@ -246,7 +246,7 @@ class Engine:
         mail = self.mesh.mail if not (self.mesh.ordered or clock.waits) else ()
         return {
             lane: DirectLane(self.mesh.rank, one, schedule, lane, self._carrier, clock)
-            for lane, one in enumerate(mail, 1)
+            for lane, one in enumerate(mail[:2], 1)
         }
 
     def _room(self, action: Action, rows: int) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.model.copies import Fetched
+from hetermoe_cli.runtime import local_sum
 from hetermoe_cli.runtime.neighbours import Mail, connect
 from hetermoe_cli.runtime.peers import TIMEOUT, peer_errors
 from hetermoe_cli.spec.layout import Layout
@@ -31,9 +32,9 @@ class Mesh:
     each other. `attending`: those of all copies that attend, None where this one does not; `gathering`: those of this
     copy, where it shards all of the dense part. `shared`: by the processes that hold some parameters
     (World.communicators), where there are several and this is one of them; `regroup` changes it where experts move.
-    `wire`: where messages lie, the device with NCCL, the host with gloo. `mail`: of both directions, where all ranks of
-    this copy compute on CPUs of one machine. `ordered`: whether this rank's lanes call in
-    one static order over all of them, as NCCL demands.
+    `wire`: where messages lie, the device with NCCL, the host with gloo. `ordered`: whether this rank's lanes call in
+    one static order over all of them, as NCCL demands. `processes`: of this copy's ranks. `mail`: of both directions
+    and of sums, where all ranks of this copy compute on CPUs of one machine.
     """
 
     rank: int
@@ -47,6 +48,7 @@ class Mesh:
     process: int = 0
     shared: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
     gathering: dist.ProcessGroup | None = None
+    processes: Sequence[int] = (0,)
     mail: Sequence[Mail] = ()
 
     def on_wire(self, tensor: Tensor) -> Tensor:
@@ -55,11 +57,21 @@ class Mesh:
 
     def all_reduce(self, tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
         """Sum over the ranks of `group` (None: all), in place."""
-        message = self.on_wire(tensor)
-        with peer_errors():
-            dist.all_reduce(message, group=group)
+        message, ranks = self.on_wire(tensor), self._sharing(group)
+        if len(ranks) > 1:
+            local_sum.all_reduce(self.mail[2], message, ranks, self.rank)
+        else:
+            with peer_errors():
+                dist.all_reduce(message, group=group)
         if message is not tensor:
             tensor.copy_(message, non_blocking=True)  # from pinned memory
+
+    def _sharing(self, group: dist.ProcessGroup | None) -> list[int]:
+        """Ranks of this copy, where all of `group` are such and share memory."""
+        if not self.mail:
+            return []
+        members = dist.get_process_group_ranks(group)
+        return [self.processes.index(p) for p in members] if set(members) <= set(self.processes) else []
 
     def all_gather(self, everyone: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
         """Every rank's `own` [n] into `everyone` [ranks * n], both on the wire."""
@@ -111,7 +123,7 @@ def join(layout: Layout | World, accelerator: str, backend: Backend | None = Non
         process = dist.get_rank()
         lanes, shared = _groups(world, process, wire)
     replica = world.replica_of(process)
-    mail = connect(replica.processes, len(lanes), shares=shares and device == CPU) if backend == "gloo" else ()
+    mail = connect(replica.processes, 3, shares=shares and device == CPU) if backend == "gloo" else ()
     return Mesh(
         rank=replica.processes.index(process),
         world_size=world_size,
@@ -124,6 +136,7 @@ def join(layout: Layout | World, accelerator: str, backend: Backend | None = Non
         process=process,
         shared=shared,
         gathering=shared.get(tuple(replica.attending)) if replica.layout.gathers else None,
+        processes=replica.processes,
         mail=mail,
     )
 
