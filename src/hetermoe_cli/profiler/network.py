@@ -31,7 +31,6 @@ Backend = Literal["gloo", "nccl"]
 SIZES = tuple(4096 * 4**power for power in range(7))  # 4 KiB to 16 MiB
 QUICK_SIZES = SIZES[:6]
 NAMES: dict[Backend, str] = {"gloo": "cpu-pair", "nccl": "nccl-pair"}
-WAYS: dict[Backend, str] = {"gloo": "messages", "nccl": "NCCL"}
 _HOST = "127.0.0.1"
 _WAIT = timedelta(seconds=60)  # for the other rank to start; importing torch takes seconds on a busy machine
 _WARM_UP = 5
@@ -56,7 +55,7 @@ def measure_link(backend: Backend, sizes: Sequence[int] = SIZES, repeats: int = 
             all_reduce_gigabytes_per_second=round(ring / 1e9, 4),
         ),
         spread=round(statistics.median(_spread(values) for values in samples.messages), 4),
-        comment=f"{WAYS[backend]} between two processes of one machine, {sizes[0]} to {sizes[-1]} bytes, first quartiles",
+        comment=f"between two processes of one machine, {sizes[0]} to {sizes[-1]} bytes, first quartiles",
     )
 
 
