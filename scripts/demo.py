@@ -6,6 +6,7 @@ real processes that exchange real rows and really train, stretched to the modell
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -26,11 +27,12 @@ EXECUTED_SEQUENCE_LENGTH = 96
 stderr = Console(stderr=True)
 
 
-def hetermoe(*arguments: object) -> dict[str, Any]:
-    """Run one command of the CLI; its --json object."""
+def hetermoe(*arguments: object, **environment: str) -> dict[str, Any]:
+    """Run one command of the CLI, with these variables as well; its --json object."""
     words = [str(argument) for argument in arguments]
     stderr.print(f"[bold]$ hetermoe {shlex.join(words)}[/bold]", highlight=False)
-    done = subprocess.run([HETERMOE, *words, "--json"], stdout=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    command, variables = [HETERMOE, *words, "--json"], os.environ | environment
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=variables, check=False)
     if done.returncode:
         sys.exit(done.returncode)
     result: dict[str, Any] = json.loads(done.stdout)

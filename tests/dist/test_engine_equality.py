@@ -150,6 +150,16 @@ TRAIN = TrainSpec(
 )
 
 
+OVER_GLOO = [
+    "1+1 R=2",
+    "2+1 uneven sequences",
+    "2+2 mixed, replicated, recompute",
+    "mixed, windows, between, recompute",
+    "EP 2 between, interleaved",
+    "left out",
+]
+
+
 def batches() -> Batches:
     """Random bytes; one in six ends a document, so that some sequences hold several and some none."""
     tokens = np.random.default_rng(0).integers(0, 256, 4000).astype(np.uint8)
@@ -212,12 +222,13 @@ def reference(case: Case) -> list[Step]:
     return result
 
 
-def work(rank: int, case: Case, devices: list[str] | None = None, backend: Any = None):
+def work(rank: int, case: Case, devices: list[str] | None = None, backend: Any = None, shares: bool = True):
     from hetermoe_cli.runtime.mesh import join
     from hetermoe_cli.runtime.trainer import Trainer
 
     layout = case.layout
-    mesh = join(layout, devices[rank] if devices else "cpu", backend)
+    mesh = join(layout, devices[rank] if devices else "cpu", backend, shares=shares)
+    assert bool(mesh.mail) == (shares and devices is None)
     trainer = Trainer.build(
         case.model, layout, case.train, mesh, sequence_length=LENGTH, precision="fp64", router=case.router
     )
@@ -235,6 +246,13 @@ def work(rank: int, case: Case, devices: list[str] | None = None, backend: Any =
 def test_equals_single_device_reference(name: str) -> None:
     case = CASES[name]
     compare(case, run_workers(len(case.sequences), work, case))
+
+
+@pytest.mark.parametrize("name", OVER_GLOO)
+def test_equals_it_over_gloo(name: str) -> None:
+    """As between machines."""
+    case = CASES[name]
+    compare(case, run_workers(len(case.sequences), work, case, None, None, False))
 
 
 def compare(case: Case, ranks: list[list[Step]], error: float = 1e-12) -> None:

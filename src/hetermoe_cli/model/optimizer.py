@@ -1,5 +1,6 @@
 """AdamW, with fp32 master copies of narrower weights, and its learning rate."""
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,11 @@ class AdamW(torch.optim.AdamW):
 
     Of parameters in `pieces` it holds and steps these only.
     """
+
+    # torch's own load its compiler, to tell it to leave them alone: seconds of every process' start
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))  # type: ignore[assignment]
 
     def __init__(
         self,

@@ -52,16 +52,20 @@ class _Sending(NamedTuple):
 
 
 class DirectLane:
-    """The transfers of one direction in one pass. Sent, and received, in the schedule's order, which is that of all."""
+    """The transfers of one direction in one pass. Every rank sends in the schedule's order, so that all know what a
+    peer's next message is."""
 
     def __init__(self, rank: int, mail: Mail, schedule: Schedule, lane: int, carrier: Carrier, clock: Clock) -> None:
         self._rank, self._mail, self._schedule, self._carrier, self._clock = rank, mail, schedule, carrier, clock
         mine = [action for action in schedule.transfers_of(rank) if action.lane == lane]
         self._unsent = deque(action for action in mine if rank in schedule.senders[action])
-        self._unread = deque(action for action in mine if rank in schedule.receivers[action])
+        received = [action for action in mine if rank in schedule.receivers[action]]
+        self._expected = {
+            peer: deque(action for action in received if peer in schedule.senders[action]) for peer in mail.inboxes
+        }
+        self._letters: dict[tuple[Action, int], Message] = {}
         self._ready: dict[Action, _Sending] = {}
         self._began: dict[Action, float] = {}  # when this rank sent what it also receives
-        self._came: dict[Action, Handoff] = {}
 
     def room(self, action: Action, rows: int, like: Tensor) -> Tensor | None:
         """[rows, H] like `like` to write in what `action` will send; None if no other rank gets it."""
@@ -102,14 +106,8 @@ class DirectLane:
         """Wait for what `action` brings to this rank; None if this rank receives nothing in it."""
         if self._rank not in self._schedule.receivers.get(action, ()):
             return None
-        while action not in self._came:
-            first = self._unread.popleft()
-            self._came[first] = self._receive(first)
-        return self._came.pop(action)
-
-    def _receive(self, action: Action) -> Handoff:
-        peers, entered = self._peers(self._schedule.senders[action]), self._clock.mark()
-        messages = {peer: self._mail.inboxes[peer].receive() for peer in peers}
+        entered = self._clock.mark()
+        messages = {peer: self._message(action, peer) for peer in self._peers(self._schedule.senders[action])}
         received = self._clock.mark()
         if has_counts(action):
             self._carrier.came(action, {peer: _counts(message.note) for peer, message in messages.items()})
@@ -125,14 +123,14 @@ class DirectLane:
         self._clock.transferred(action, handoff)
         return handoff
 
+    def _message(self, action: Action, peer: int) -> Message:
+        """What `peer` sends in `action`; what it sends before that is kept."""
+        while (action, peer) not in self._letters:
+            self._letters[self._expected[peer].popleft(), peer] = self._mail.inboxes[peer].receive()
+        return self._letters.pop((action, peer))
+
     def _peers(self, ranks: tuple[int, ...]) -> list[int]:
         return [rank for rank in ranks if rank != self._rank]
-
-    def finish(self) -> None:
-        """Nothing is on its way."""
-
-    def abort(self, error: BaseException) -> None:
-        """Nobody here waits."""
 
 
 def _counts(note: bytes) -> list[int]:

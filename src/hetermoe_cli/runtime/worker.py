@@ -38,6 +38,7 @@ from hetermoe_cli.spec.run import LAUNCHER, RunSpec
 from hetermoe_cli.trace import Trace
 
 WARM_UP_STEPS = 2  # not traced
+SHARED_MEMORY = "HETERMOE_SHARED_MEMORY"  # 0: messages between CPUs of one machine go over gloo, as between machines
 _GRACE_SECONDS = 0.5
 _PARENT_POLL_SECONDS = 1.0
 
@@ -116,7 +117,8 @@ def _join(run: RunSpec) -> Mesh:
     if "cuda" not in kinds:
         bind(run.threads_per_rank)  # before there are threads that wait for messages
     device = f"cuda:{run.plan.inputs.device_index(rank)}" if kinds[rank] == "cuda" else "cpu"
-    return join(run.world, device, "gloo" if "cpu" in kinds else "nccl")
+    shares = os.environ.get(SHARED_MEMORY, "1") != "0"
+    return join(run.world, device, "gloo" if "cpu" in kinds else "nccl", shares=shares)
 
 
 def _batches(run: RunSpec) -> tuple[Batches, Batches]:
