@@ -137,6 +137,7 @@ def _counts(plan: Plan, steps: int) -> dict[int, np.ndarray[Any, np.dtype[np.int
         layout = copy.layout
         rows = [count * train.sequence_length * model.top_k for count in layout.sequences_per_rank]
         shares = random.dirichlet(np.ones(layout.experts), size=(steps, layout.layers, layout.micro_batches))
+        shares = (shares + 1) / (1 + layout.experts)  # a token visits an expert once at most
         sent = [random.multinomial(count, shares).astype(np.int32) for count in rows]
         result |= zip(copy.processes, sent, strict=True)
     return result

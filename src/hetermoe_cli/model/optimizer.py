@@ -56,7 +56,7 @@ class AdamW(torch.optim.AdamW):
     # torch's own load its compiler, to tell it to leave them alone: seconds of every process' start
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))  # type: ignore[assignment]
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
     def __init__(
         self,

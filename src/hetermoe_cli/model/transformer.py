@@ -25,7 +25,10 @@ class DenseModel(nn.Module):
     def __init__(self, config: ModelConfig, router: Router = "learned", document_end: int | None = None) -> None:
         super().__init__()
         self.document_end = document_end
-        self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = Embedding(
+            # torch's own values are overwritten anyway; on the meta device they load its compiler, 55 MB and seconds
+            config.vocab_size, config.hidden_size, _weight=torch.empty(config.vocab_size, config.hidden_size),
+        )  # fmt: skip
         self.dense_layers = nn.ModuleList(DenseBlock(config) for _ in range(config.dense_layers))
         self.layers = nn.ModuleList(AttentionBlock(config, router) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_epsilon)

@@ -102,6 +102,11 @@ class DirectLane:
         else:
             self._clock.transferred(action, Handoff(self._carrier.empty, None, start, end))
 
+    def release(self) -> None:
+        """Let senders write again where nothing is read any more."""
+        for inbox in self._mail.inboxes.values():
+            inbox.release()
+
     def get(self, action: Action) -> Handoff | None:
         """Wait for what `action` brings to this rank; None if this rank receives nothing in it."""
         if self._rank not in self._schedule.receivers.get(action, ()):

@@ -91,6 +91,9 @@ class Lane(Protocol):
     def get(self, action: Action) -> Handoff | None:
         """Wait for what came."""
 
+    def release(self) -> None:
+        """Give back what was taken and is not used any more."""
+
 
 class Lanes:
     """Runs one schedule's transfers in the background; the compute thread puts what it sends and gets what came.
@@ -130,6 +133,8 @@ class Lanes:
         """Send rows when the lane gets to `action`; nothing happens if this rank sends nothing in it."""
         if action.lane in self._direct:
             self._direct[action.lane].put(action, rows, parcel)
+            for lane in self._direct.values():
+                lane.release()
         elif action in self._outbox:
             self._outbox.pop(action).set_result(Outgoing(Handoff.of(rows), parcel))
 

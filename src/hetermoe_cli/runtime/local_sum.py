@@ -7,14 +7,21 @@ from torch import Tensor
 
 from hetermoe_cli.runtime.neighbours import Mail
 
+PIECE_BYTES = 2**20  # at once: it stays in the cache, and rooms stay small
+
 
 def all_reduce(mail: Mail, tensor: Tensor, ranks: Sequence[int], me: int) -> None:
     """Sum a contiguous host tensor over `ranks`, in place and in their order, so that all get the same bits.
 
     Collective over `ranks`, of which `me` is one. PeerLost if one is gone.
     """
-    flat, others = tensor.view(-1), [rank for rank in ranks if rank != me]
-    parts, copies = (dict(zip(ranks, one.tensor_split(len(ranks)), strict=True)) for one in (flat, _room(mail, flat)))
+    for piece in torch.split(tensor.view(-1), PIECE_BYTES // tensor.element_size()):
+        _sum(mail, piece, ranks, me)
+
+
+def _sum(mail: Mail, piece: Tensor, ranks: Sequence[int], me: int) -> None:
+    others = [rank for rank in ranks if rank != me]
+    parts, copies = (dict(zip(ranks, one.tensor_split(len(ranks)), strict=True)) for one in (piece, _room(mail, piece)))
     for rank in others:
         _show(mail, rank, copies[rank].copy_(parts[rank]))
     copies.clear()

@@ -144,7 +144,7 @@ class Inbox:
 
     def receive(self) -> Message:
         """Wait for the next message. PeerLost if the sender is gone, or silent for as long as the socket waits."""
-        self._release()
+        self.release()
         try:
             length, ancillary, _, _ = self._connection.recvmsg_into([self._data], _DESCRIPTOR_SPACE)
         except OSError as error:
@@ -162,8 +162,8 @@ class Inbox:
             rows = torch.frombuffer(self._rooms[number], dtype=torch.uint8, count=size, offset=offset)
         return Message(rows, bytes(self._data[_HEADER.size : length]), start, end)
 
-    def _release(self) -> None:
-        """Say what is not used any more."""
+    def release(self) -> None:
+        """Tell the sender which of its rooms nothing here refers to any more."""
         for number in [number for number in self._read if sys.getrefcount(self._rooms[number]) == _UNUSED]:
             self._read.remove(number)
             try:
