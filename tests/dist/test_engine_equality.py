@@ -1,5 +1,6 @@
 """The engine equals the plain single-device model: loss and every gradient, over several optimizer steps."""
 
+import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -246,6 +247,16 @@ def work(rank: int, case: Case, devices: list[str] | None = None, backend: Any =
 def test_equals_single_device_reference(name: str) -> None:
     case = CASES[name]
     compare(case, run_workers(len(case.sequences), work, case))
+
+
+def loads_compiler(rank: int, case: Case) -> bool:
+    work(rank, case)
+    return "torch._dynamo" in sys.modules
+
+
+def test_no_rank_loads_torchs_compiler() -> None:
+    """A second and 55 MB of every worker."""
+    assert run_workers(2, loads_compiler, CASES["1+1 R=2"]) == [False, False]
 
 
 @pytest.mark.parametrize("name", OVER_GLOO)

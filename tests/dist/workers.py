@@ -8,8 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-# torch's optimizers load _dynamo when the first is made: 2 to 3 s in each of four processes on two cores
-_context.set_forkserver_preload(["torch._dynamo", "hetermoe_cli.runtime.balancer"])
+_context.set_forkserver_preload(["hetermoe_cli.runtime.balancer"])
 
 
 def run_workers(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 90) -> list[Any]:
