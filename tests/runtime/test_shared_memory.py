@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hetermoe_cli.runtime import shared_memory as module
 from hetermoe_cli.runtime.peers import PeerLost
 from hetermoe_cli.runtime.shared_memory import Inbox, Outbox
 
@@ -131,6 +132,28 @@ def test_what_is_kept_never_changes(messages: list[tuple[int, bool, int]]) -> No
         read()
 
 
+def test_what_a_sender_had_sent_is_read_after_its_end() -> None:
+    """It ends before it has read that its earlier message was done with."""
+    pair = Pair()
+    pair.send(pair.write(torch.ones(4)))
+    pair.inboxes[1].receive()
+    pair.send(pair.write(torch.full((4,), 2.0)), note=b"last")
+    pair.inboxes[1].release()
+    pair.sockets[1][0].close()
+    found = pair.inboxes[1].receive()
+    assert (found.note, found.rows.view(torch.float32).tolist()) == (b"last", [2.0] * 4)
+    with pytest.raises(PeerLost, match="nothing comes from rank 0"):
+        pair.inboxes[1].receive()
+
+
+def test_a_message_whose_room_cannot_be_opened_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair()
+    pair.send(pair.write(torch.ones(4)))
+    monkeypatch.setattr(module, "_DESCRIPTOR_SPACE", 0)
+    with pytest.raises(PeerLost, match="did not come whole"):
+        pair.inboxes[1].receive()
+
+
 def test_a_peer_that_is_gone() -> None:
     pair = Pair()
     rows = pair.write(torch.zeros(4))
@@ -142,5 +165,5 @@ def test_a_peer_that_is_gone() -> None:
         pair.outbox.room(16)
     other = Pair()
     other.sockets[1][0].close()
-    with pytest.raises(PeerLost, match="rank 0 is gone"):
+    with pytest.raises(PeerLost, match="nothing comes from rank 0"):
         other.inboxes[1].receive()

@@ -26,6 +26,7 @@ from hetermoe_cli.schedule.gathers import releases
 from hetermoe_cli.schedule.schedule import Schedule, inputs
 from hetermoe_cli.spec.layout import Layout
 
+MOST_AHEAD = 32  # micro-batches sent before a rank reads: a socket's queue holds 49 messages with counts of 256 experts
 Batch = Callable[[int], tuple[Tensor, Tensor]]  # micro-batch -> this rank's tokens and targets, both [B, S]
 
 
@@ -243,7 +244,8 @@ class Engine:
 
     def _direct(self, schedule: Schedule, clock: Clock) -> dict[int, DirectLane]:
         """Lanes 1 and 2, where the ranks of this copy share memory."""
-        mail = self.mesh.mail if not (self.mesh.ordered or clock.waits) else ()
+        threads = self.mesh.ordered or clock.waits or self.layout.schedule.window > MOST_AHEAD
+        mail = () if threads else self.mesh.mail
         return {
             lane: DirectLane(self.mesh.rank, one, schedule, lane, self._carrier, clock)
             for lane, one in enumerate(mail[:2], 1)
@@ -265,7 +267,8 @@ class Engine:
             assert kept is not None
             if has_counts(action):
                 self._carrier.stays((action.layer, action.micro_batch))
-            return self._own(*kept), 0.0
+            own = self._own(*kept)  # perhaps in a room, which experts would hold until backward
+            return (own.clone() if self.mesh.mail and has_counts(action) else own), 0.0
         handoff.wait()
         self._began = self._clock.mark()
         rows = _in(self.parts.dtype, handoff.whole())

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 import secrets
 import socket
 import struct
@@ -51,6 +52,7 @@ def connect(processes: Sequence[int], directions: int, *, shares: bool) -> list[
         while len(sockets) < len(others) * len(ways):
             if (accepted := _accepted(listener)) is not None:
                 sockets[accepted[0], accepted[1]] = accepted[2]
+    _allow_open_files()
     result = []
     for direction in range(directions):
         ends = {
@@ -60,6 +62,12 @@ def connect(processes: Sequence[int], directions: int, *, shares: bool) -> list[
         inboxes = {rank: Inbox(here, rank) for rank, (_, here) in ends.items()}
         result.append(Mail(Outbox({rank: there for rank, (there, _) in ends.items()}), inboxes))
     return result
+
+
+def _allow_open_files() -> None:
+    """As many as may be: every room is one here, and one at each of its readers."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextmanager
@@ -113,5 +121,6 @@ def _patient(connection: socket.socket) -> socket.socket:
     """It waits for a message as long as a process group does; the system counts, so that a wait is one call."""
     connection.settimeout(None)
     seconds = _TIMEVAL.pack(int(TIMEOUT.total_seconds()), 0)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        connection.setsockopt(socket.SOL_SOCKET, option, seconds)
     return connection

@@ -146,21 +146,33 @@ class Inbox:
         """Wait for the next message. PeerLost if the sender is gone, or silent for as long as the socket waits."""
         self.release()
         try:
-            length, ancillary, _, _ = self._connection.recvmsg_into([self._data], _DESCRIPTOR_SPACE)
+            length, ancillary = self._next()
+            number, offset, size, start, end = _HEADER.unpack_from(self._data)
+            for _, _, data in ancillary:
+                (descriptor,) = _DESCRIPTOR.unpack_from(data)
+                try:
+                    self._rooms[number] = mmap.mmap(descriptor, 0)
+                finally:
+                    os.close(descriptor)
         except OSError as error:
             raise PeerLost(f"lost a peer: nothing comes from rank {self._peer} ({error})") from error
-        if not length:
-            raise PeerLost(f"lost a peer: rank {self._peer} is gone")
-        number, offset, size, start, end = _HEADER.unpack_from(self._data)
-        for _, _, data in ancillary:
-            (descriptor,) = _DESCRIPTOR.unpack_from(data)
-            self._rooms[number] = mmap.mmap(descriptor, 0)
-            os.close(descriptor)
         rows = torch.empty(0, dtype=torch.uint8)
         if size:
             self._read.add(number)
             rows = torch.frombuffer(self._rooms[number], dtype=torch.uint8, count=size, offset=offset)
         return Message(rows, bytes(self._data[_HEADER.size : length]), start, end)
+
+    def _next(self) -> tuple[int, list[tuple[int, int, bytes]]]:
+        """Length and ancillary data of the next message. OSError if none comes, or not all of it."""
+        try:
+            length, ancillary, flags, _ = self._connection.recvmsg_into([self._data], _DESCRIPTOR_SPACE)
+        except ConnectionResetError:  # the sender has ended with something unread: what it had sent is still there
+            length, ancillary, flags, _ = self._connection.recvmsg_into([self._data], _DESCRIPTOR_SPACE)
+        if not length:
+            raise ConnectionResetError("it is gone")
+        if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+            raise OSError("a message did not come whole: allow more open files (ulimit -n)")
+        return length, ancillary
 
     def release(self) -> None:
         """Tell the sender which of its rooms nothing here refers to any more."""
