@@ -18,6 +18,7 @@ from hetermoe_cli.runtime.peers import TIMEOUT, PeerLost, peer_errors
 from hetermoe_cli.runtime.shared_memory import Inbox, Outbox
 
 _BOOT, _NETWORK = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")
+_USERS = Path("/proc/self/ns/user")
 _HELLO = struct.Struct("=qq")  # the connecting process, and which of its sockets to us this is
 _CREDENTIALS = struct.Struct("=iii")  # process, user, group
 _TIMEVAL = struct.Struct("@ll")
@@ -82,7 +83,8 @@ def _machine() -> int:
     """What processes that can reach each other in this way have in common. Nodes of a launcher count as machines."""
     if not (hasattr(os, "memfd_create") and _BOOT.exists()):
         return secrets.randbits(62)
-    key = f"{_BOOT.read_text()} {_NETWORK.stat().st_ino} {os.environ.get('GROUP_RANK', '')}"
+    spaces = [path.stat().st_ino for path in (_NETWORK, _USERS)]
+    key = f"{_BOOT.read_text()} {spaces} {os.getuid()} {os.environ.get('GROUP_RANK', '')}"
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
 
 
@@ -113,7 +115,10 @@ def _accepted(listener: socket.socket) -> tuple[int, int, socket.socket] | None:
     if user != os.getuid():
         connection.close()
         return None
-    process, way = _HELLO.unpack(_patient(connection).recv(_HELLO.size))
+    hello = _patient(connection).recv(_HELLO.size)
+    if len(hello) < _HELLO.size:
+        raise ConnectionResetError("it ended before it said who it is")
+    process, way = _HELLO.unpack(hello)
     return process, way, connection
 
 
