@@ -53,7 +53,7 @@ class AdamW(torch.optim.AdamW):
     Of parameters in `pieces` it holds and steps these only.
     """
 
-    # torch's own load its compiler, to tell it to leave them alone: seconds of every process' start
+    # torch's own load its compiler, to tell it to leave them alone: a second of every process' start
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))

@@ -26,7 +26,7 @@ class DenseModel(nn.Module):
         super().__init__()
         self.document_end = document_end
         self.embedding = Embedding(
-            # torch's own values are overwritten anyway; on the meta device they load its compiler, 55 MB and seconds
+            # torch's own values are overwritten anyway; on the meta device they load its compiler, 55 MB and a second
             config.vocab_size, config.hidden_size, _weight=torch.empty(config.vocab_size, config.hidden_size),
         )  # fmt: skip
         self.dense_layers = nn.ModuleList(DenseBlock(config) for _ in range(config.dense_layers))

@@ -154,10 +154,8 @@ class _Pair:
 
         if self._mail is None:
             dist.send(tensor, self._other)
-            return
-        outbox, size = self._mail.outbox, tensor.numel() * tensor.element_size()
-        place = outbox.place(outbox.room(size).view(tensor.dtype).copy_(tensor))
-        outbox.send(self._other, place, size, b"", 0.0, 0.0)
+        else:
+            self._mail.show(self._other, self._mail.room(tensor).copy_(tensor))
 
     def receive(self, tensor: "Tensor") -> None:
         import torch.distributed as dist
@@ -165,7 +163,7 @@ class _Pair:
         if self._mail is None:
             dist.recv(tensor, self._other)
         else:
-            tensor.copy_(self._mail.inboxes[self._other].receive().rows.view(tensor.dtype))
+            tensor.copy_(self._mail.shown(self._other, tensor))
 
     def all_reduce(self, tensor: "Tensor") -> None:
         import torch.distributed as dist

@@ -132,7 +132,7 @@ class Carrier:
             sizes = self.incoming(action)
             buffer = self._buffer(sum(sizes))
             receives = self._others(buffer, sizes)
-        exchange(group, sends, receives)()
+        exchange(group, sends, receives)
         return self._carried(action, upload(buffer, mesh.device), began)
 
     def _buffer(self, rows: int) -> Tensor:
@@ -165,7 +165,7 @@ class Carrier:
             receives = {
                 peer: torch.empty(experts, dtype=torch.int64, device=mesh.wire) for peer in senders if peer != mesh.rank
             }
-        exchange(mesh.to_experts, sends, receives)()
+        exchange(mesh.to_experts, sends, receives)
         if mesh.rank in senders:
             self._note(place, routing)
         if mesh.rank in receivers:

@@ -207,9 +207,9 @@ def _stream(device: torch.device) -> "torch.cuda.Stream | None":
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
-def exchange(group: dist.ProcessGroup, sends: dict[int, Tensor], receives: dict[int, Tensor]) -> Callable[[], None]:
-    """Post one batch of messages by the ranks of `group`; empty ones are skipped, as the other side does. What waits
-    for them."""
+def exchange(group: dist.ProcessGroup, sends: dict[int, Tensor], receives: dict[int, Tensor]) -> None:
+    """Post one batch of messages by the ranks of `group` and wait for it; empty ones are skipped, as the other side
+    does."""
     operations = [
         dist.P2POp(dist.isend, tensor, group=group, group_peer=peer)
         for peer, tensor in sorted(sends.items())
@@ -221,11 +221,5 @@ def exchange(group: dist.ProcessGroup, sends: dict[int, Tensor], receives: dict[
         if tensor.numel()
     ]
     with peer_errors():
-        works = dist.batch_isend_irecv(operations) if operations else []
-
-    def wait() -> None:
-        with peer_errors():
-            for work in works:
-                work.wait()
-
-    return wait
+        for work in dist.batch_isend_irecv(operations) if operations else []:
+            work.wait()

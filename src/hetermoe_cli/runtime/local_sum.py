@@ -21,30 +21,18 @@ def all_reduce(mail: Mail, tensor: Tensor, ranks: Sequence[int], me: int) -> Non
 
 def _sum(mail: Mail, piece: Tensor, ranks: Sequence[int], me: int) -> None:
     others = [rank for rank in ranks if rank != me]
-    parts, copies = (dict(zip(ranks, one.tensor_split(len(ranks)), strict=True)) for one in (piece, _room(mail, piece)))
+    parts, copies = (dict(zip(ranks, one.tensor_split(len(ranks)), strict=True)) for one in (piece, mail.room(piece)))
     for rank in others:
-        _show(mail, rank, copies[rank].copy_(parts[rank]))
+        mail.show(rank, copies[rank].copy_(parts[rank]))
     copies.clear()
-    addends = {rank: _shown(mail, rank, parts[me]) for rank in others} | {me: parts[me]}
-    total = _room(mail, parts[me])
+    addends = {rank: mail.shown(rank, parts[me]) for rank in others} | {me: parts[me]}
+    total = mail.room(parts[me])
     torch.add(addends[ranks[0]], addends[ranks[1]], out=total)
     for rank in ranks[2:]:
         total += addends[rank]
     addends.clear()
     for rank in others:
-        _show(mail, rank, total)
+        mail.show(rank, total)
     parts[me].copy_(total)
     for rank in others:
-        parts[rank].copy_(_shown(mail, rank, parts[rank]))
-
-
-def _room(mail: Mail, like: Tensor) -> Tensor:
-    return mail.outbox.room(like.numel() * like.element_size()).view(like.dtype)
-
-
-def _show(mail: Mail, rank: int, part: Tensor) -> None:
-    mail.outbox.send(rank, mail.outbox.place(part), part.numel() * part.element_size(), b"", 0.0, 0.0)
-
-
-def _shown(mail: Mail, rank: int, like: Tensor) -> Tensor:
-    return mail.inboxes[rank].receive().rows.view(like.dtype)
+        parts[rank].copy_(mail.shown(rank, parts[rank]))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from hetermoe_cli.runtime.peers import TIMEOUT, PeerLost, peer_errors
 from hetermoe_cli.runtime.shared_memory import Inbox, Outbox
@@ -29,6 +30,18 @@ class Mail(NamedTuple):
 
     outbox: Outbox
     inboxes: dict[int, Inbox]
+
+    def room(self, like: Tensor) -> Tensor:
+        """[n] elements like those of `like` [n], to write and `show`."""
+        return self.outbox.room(like.numel() * like.element_size()).view(like.dtype)
+
+    def show(self, rank: int, part: Tensor) -> None:
+        """Let `rank` read a part of a room."""
+        self.outbox.send(rank, self.outbox.place(part), part.numel() * part.element_size(), b"", 0.0, 0.0)
+
+    def shown(self, rank: int, like: Tensor) -> Tensor:
+        """[n] what `rank` shows next, elements like those of `like` [n]: in its room."""
+        return self.inboxes[rank].receive().rows.view(like.dtype)
 
 
 def connect(processes: Sequence[int], directions: int, *, shares: bool) -> list[Mail]:
