@@ -39,9 +39,9 @@ class Letters(Handoff):
             if len(only) == total:
                 return only
         result = self.rows.new_empty(total, width)
-        for part, message in ((part, messages.get(peer)) for peer, part in enumerate(torch.split(result, self.sizes))):
-            if message and len(part):
-                part.copy_(message.rows.view(part.dtype).view(part.shape))
+        for peer, part in enumerate(torch.split(result, self.sizes)):
+            if peer in messages and len(part):
+                part.copy_(messages[peer].rows.view(part.dtype).view(part.shape))
         return result
 
 

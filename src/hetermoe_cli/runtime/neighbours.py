@@ -79,7 +79,7 @@ def connect(processes: Sequence[int], directions: int, *, shares: bool) -> list[
 
 
 def _allow_open_files() -> None:
-    """As many as may be: every room is one here, and one at each of its readers."""
+    """As many as may be: every room is two here (its mapping keeps one), and one at each of its readers."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 

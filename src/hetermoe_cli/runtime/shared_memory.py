@@ -101,7 +101,8 @@ class Outbox:
         return None
 
     def send(self, peer: int, place: Place | None, size: int, note: bytes, start: float, end: float) -> None:
-        """Tell `peer` of `size` bytes at `place`, which may be None if there are none; never waits for it.
+        """Tell `peer` of `size` bytes at `place`, which may be None if there are none; waits only
+        where hundreds of messages are unread.
 
         PeerLost if it is gone.
         """
