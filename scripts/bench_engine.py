@@ -2,9 +2,10 @@
 
 One attending rank and one that hosts the experts (1+1), a thread each, the same global batch in four micro-batches
 (zebra), in four of which one at a time is in flight (sequential), and in one (R = 1); and plain expert parallelism
-(EP). They run in turn. Both ranks of 1+1 have work for the same time, as a planner would see to. Overlap is measured
-over gloo, as between machines: in shared memory there is next to nothing to hide. What is compared is defined in
-engine_replay.py and engine_overlap.py. Leave the machine alone.
+(EP). They run in turn. Both ranks of 1+1 have work for the same time, forward and backward, as a planner would see to:
+where one has less, it waits for every message. Overlap is measured over gloo, as between machines: in shared memory
+there is next to nothing to hide. What is compared is defined in engine_replay.py and engine_overlap.py. Leave the
+machine alone.
 """
 
 import shutil
@@ -24,14 +25,14 @@ from engine_shapes import Shape, Widths, measure_profile, write_plan
 
 FOLDER = ROOT / "runs" / "bench-engine"
 PAIR = Shape(
-    Widths("pair", hidden=256, ffn=384, heads=8), layers=4, experts=8, length=256, sequences=(2, 0), hosts=(1,),
+    Widths("pair", hidden=256, ffn=448, heads=8), layers=4, experts=8, length=512, sequences=(1, 0), hosts=(1,),
     micro_batches=4,
 )  # fmt: skip
 SHAPES = {
     "zebra": PAIR,
     "r1": PAIR.split(1),
     "sequential": replace(PAIR, window=1),
-    "ep": replace(PAIR, sequences=(4, 4), hosts=(0, 1), micro_batches=1),
+    "ep": replace(PAIR, sequences=(2, 2), hosts=(0, 1), micro_batches=1),
 }
 OVERLAP = ("zebra", "sequential")
 ROUNDS, STEPS, WARM_UP = 3, 12, 2

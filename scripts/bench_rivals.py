@@ -1,9 +1,10 @@
 """Training speed against DeepSpeed AutoEP and Hugging Face + DDP: two processes of one thread, one model, real text.
 
-All train the same Mixtral from the same weights on the same bytes with the same AdamW and clipping, in fp32. They take
-turns: in every round each trains the same next steps while the others wait, the first of them not timed. The engine
-runs what a user would: profile, plan, a short run that records the expert load, a plan for that load, and
-`hetermoe train`, which each round resumes. A rival runs its fastest variant, found first. Leave the machine alone.
+All train the same Mixtral from the same weights on the same bytes with the same AdamW and clipping, in fp32, and in
+bf16 with fp32 masters. They take turns: in every round each trains the same next steps in either precision while the
+others wait, the first of them not timed. The engine runs what a user would: profile, plan, a short run that records the
+expert load, a plan for that load, and `hetermoe train`, which each round resumes. A rival runs its fastest variant,
+found first. They are compared in fp32, and each in the precision in which it is faster. Leave the machine alone.
 
     python scripts/bench_rivals.py --json > rivals.json
 """
@@ -15,6 +16,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,43 +25,64 @@ import bars
 from demo import ROOT, hetermoe
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.report.bench import ratio
-from hetermoe_cli.spec.files import load
+from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.model import load_model
 from hetermoe_cli.spec.train import TrainSpec
 from rivals_environment import PINNED, environment
 from rivals_runs import Rival, Steps, write_job
 
+Entrant = tuple[str, str]  # who, in which precision
+Found = dict[Entrant, list[Steps]]  # by round
+ENGINE = "engine"
 FOLDER = ROOT / "runs" / "bench-rivals"
 MODEL, TRAIN = ROOT / "plans/models/rivals.yaml", ROOT / "plans/train/rivals.yaml"
 CLUSTER = ROOT / "plans/clusters/cpu2.yaml"
-ROUNDS, STEPS, WARM_UP = 12, 7, 2  # steps of a round, of which the first are not timed
+PRECISIONS = ("fp32", "bf16")
+# Steps of a round, of which the first are not timed: rivals go on, the engine's processes are new in every round, and
+# compile kernels for bf16.
+ROUNDS, STEPS, WARM_UP = 12, 9, 4
 LOAD_STEPS = 48  # in the first ones all choose the same experts
-TRIALS, TRIAL_STEPS = 2, 4
+TRIALS, TRIAL_STEPS, TRIAL_WARM_UP = 3, 6, 2
 COMPARED_STEPS = 4  # losses; later a near-tie in a gate may fall either way
-LOSS_TOLERANCE = 2e-5  # relative, fp32
+LOSS_TOLERANCE = {"fp32": 2e-5, "bf16": 2**-8}  # relative
 LIMITS = {"deepspeed": 0.8, "hugging_face": 0.7}
-MOST_SECONDS = 600
-# Not here: experts "batched_mm", which copies an expert's weights for every row (12 GB a rank at this size), and
-# AutoEP's grouped GEMM, which needs Triton.
-_SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "deepspeed": [{"zero": 0}, {"zero": 1}, {"zero": 2}],
-    "hugging_face": [{"experts": "eager", "bucket_mb": 25}, {"experts": "grouped_mm", "bucket_mb": 25}],
+MOST_SECONDS = 1000
+# Not here: experts "batched_mm", which copies an expert's weights for every row (12 GB a rank at this size); AutoEP's
+# grouped GEMM, which needs Triton; bf16 weights under DDP, which keeps no masters (under autocast transformers'
+# grouped_mm computes in fp32); DDP's compression of gradients to bf16, which it refuses over gloo.
+SETTINGS: dict[str, dict[str, list[dict[str, Any]]]] = {
+    "deepspeed": {
+        "fp32": [{"precision": "fp32", "zero": stage} for stage in (0, 1, 2)],
+        "bf16": [{"precision": "autocast", "zero": 0}, *({"precision": "bf16", "zero": stage} for stage in (0, 1, 2))],
+    },
+    "hugging_face": {
+        "fp32": [{"precision": "fp32", "experts": how, "bucket_mb": 25} for how in ("eager", "grouped_mm")],
+        "bf16": [{"precision": "autocast", "experts": how, "bucket_mb": 25} for how in ("eager", "grouped_mm")],
+    },
 }
-# each also as the engine's workers are started: they keep freed memory, and each has a core of its own
-_STARTS = [
-    {"keeps_freed": False, "bound": False},
-    {"keeps_freed": True, "bound": False},
+# First as the engine's workers are started: they keep freed memory, and each has a core of its own.
+STARTS = [
     {"keeps_freed": True, "bound": True},
+    {"keeps_freed": True, "bound": False},
+    {"keeps_freed": False, "bound": False},
 ]
-VARIANTS = {name: [one | start for one in settings for start in _STARTS] for name, settings in _SETTINGS.items()}
 
 
-def planned(folder: Path) -> Path:
+def train_spec(folder: Path, precision: str) -> Path:
+    """The training spec in this precision."""
+    path = folder / "train.yaml"
+    dump(load(TrainSpec, TRAIN).model_copy(update={"precision": precision}), path, "Written by bench_rivals.py.")
+    return path
+
+
+def planned(folder: Path, precision: str) -> Path:
     """The plan that the engine runs: for the load of the first steps."""
+    folder.mkdir(parents=True)
     profiles, first, recorded, plan = (folder / name for name in ("profiles", "first.yaml", "load", "plan.yaml"))
-    length = load(TrainSpec, TRAIN).sequence_length
-    hetermoe("profile", "--quick", "--model", MODEL, "--sequence-lengths", length, "--output", profiles)
-    inputs = ("--model", MODEL, "--cluster", CLUSTER, "--train", TRAIN, "--profiles", profiles)
+    length, train = load(TrainSpec, TRAIN).sequence_length, train_spec(folder, precision)
+    kernels = ("--precision", precision, "--sequence-lengths", length)
+    hetermoe("profile", "--quick", "--model", MODEL, *kernels, "--output", profiles)
+    inputs = ("--model", MODEL, "--cluster", CLUSTER, "--train", train, "--profiles", profiles)
     hetermoe("plan", *inputs, "--output", first)
     hetermoe("train", first, "--run-folder", recorded, "--steps", LOAD_STEPS, "--validation-batches", 1)
     hetermoe("plan", *inputs, "--load", recorded, "--output", plan)
@@ -75,12 +98,17 @@ def engine_steps(plan: Path, folder: Path, start: int, stop: int) -> Steps:
     return Steps([line["loss"] for line in mine], [line["iteration_seconds"] for line in mine])
 
 
-def fastest(rival: str, python: Path, folder: Path, job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
-    """The rival's fastest variant on this machine, and the median step of each; they take turns."""
-    variants = VARIANTS[rival]
+def fastest(python: Path, folder: Path, job: dict[str, Any], settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The rival's fastest setting on this machine, and of that the fastest way to start it."""
+    best = _faster(python, folder / "settings", job, [setting | STARTS[0] for setting in settings])
+    return _faster(python, folder / "starts", job, [best | start for start in STARTS])
+
+
+def _faster(python: Path, folder: Path, job: dict[str, Any], variants: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The variant with the least median step; they take turns."""
     with ExitStack() as stack:
         rivals = [
-            stack.enter_context(Rival(python, folder / str(number), job | {"rival": rival, "variant": variant}))
+            stack.enter_context(Rival(python, folder / str(number), job | {"variant": variant}))
             for number, variant in enumerate(variants)
         ]
         for one in rivals:
@@ -88,25 +116,27 @@ def fastest(rival: str, python: Path, folder: Path, job: dict[str, Any]) -> tupl
         seconds: list[list[float]] = [[] for _ in rivals]
         for trial in range(TRIALS):
             for one, found in zip(rivals, seconds, strict=True):
-                found += one.train(trial * TRIAL_STEPS, (trial + 1) * TRIAL_STEPS).seconds[1:]
+                found += one.train(trial * TRIAL_STEPS, (trial + 1) * TRIAL_STEPS).seconds[TRIAL_WARM_UP:]
     medians = [median(found) for found in seconds]
-    best = variants[medians.index(min(medians))]
-    return best, {json.dumps(variant): found for variant, found in zip(variants, medians, strict=True)}
+    for one, found in zip(rivals, medians, strict=True):
+        print(f"{found:.3f} s a step: {one.name}", file=sys.stderr)
+    return variants[medians.index(min(medians))]
 
 
-def take_turns(plan: Path, rivals: dict[str, Rival], folder: Path) -> dict[str, list[Steps]]:
+def take_turns(plans: dict[str, Path], rivals: dict[Entrant, Rival], folder: Path) -> Found:
     """All rounds of all; who begins moves on by one each round."""
-    found: dict[str, list[Steps]] = {name: [] for name in ("engine", *rivals)}
-    names = list(found)
+    entrants: list[Entrant] = [*((ENGINE, precision) for precision in plans), *rivals]
+    found: Found = {entrant: [] for entrant in entrants}
     for number in range(ROUNDS):
         start, stop = number * STEPS, (number + 1) * STEPS
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            if name == "engine":
-                found[name].append(engine_steps(plan, folder / "engine", start, stop))
+        turn = number % len(entrants)
+        for entrant in entrants[turn:] + entrants[:turn]:
+            name, precision = entrant
+            if name == ENGINE:
+                found[entrant].append(engine_steps(plans[precision], folder / precision / ENGINE, start, stop))
             else:
-                found[name].append(rivals[name].train(start, stop))
-        told = ", ".join(f"{name} {median(timed(rounds)[-1]):.3f}" for name, rounds in found.items())
+                found[entrant].append(rivals[entrant].train(start, stop))
+        told = ", ".join(f"{' '.join(entrant)} {median(timed(rounds)[-1]):.3f}" for entrant, rounds in found.items())
         print(f"round {number + 1} of {ROUNDS}, seconds a step: {told}", file=sys.stderr)
     return found
 
@@ -122,21 +152,36 @@ def loss_difference(ours: Sequence[Steps], theirs: Sequence[Steps]) -> float:
     return max(abs(one / other - 1) for one, other in pairs)
 
 
-def judge(found: dict[str, list[Steps]]) -> tuple[list[bars.Bar], dict[str, Any]]:
+def faster_precision(found: Found, name: str) -> list[Steps]:
+    """The rounds in the precision in which `name` takes less time."""
+    return min((found[name, precision] for precision in PRECISIONS), key=seconds_a_step)
+
+
+def seconds_a_step(rounds: Sequence[Steps]) -> float:
+    """Median over rounds of their medians."""
+    return median(map(median, timed(rounds)))
+
+
+def judge(found: Found) -> tuple[list[bars.Bar], dict[str, Any]]:
     """Bars, and the ratios that they were computed from."""
-    ours, result, ratios = found["engine"], [], {}
+    result, ratios = [], {}
     for name, limit in LIMITS.items():
-        measured = ratio(timed(ours), timed(found[name]))
-        ratios[name] = asdict(measured)
-        result += [
-            bars.at_most(f"engine over {name}: step time, median over rounds", measured.median, limit),
-            bars.at_most(f"engine over {name}: step time, upper end of the 95 % interval", measured.high, limit),
-            bars.at_most(
-                f"engine against {name}: relative difference of the first losses",
-                loss_difference(ours, found[name]),
-                LOSS_TOLERANCE,
-            ),
-        ]
+        pairs = {
+            "in fp32": (found[ENGINE, "fp32"], found[name, "fp32"]),
+            "each in its faster precision": (faster_precision(found, ENGINE), faster_precision(found, name)),
+        }
+        for how, (ours, theirs) in pairs.items():
+            measured = ratio(timed(ours), timed(theirs))
+            ratios[f"{name}, {how}"] = asdict(measured)
+            what = f"engine over {name}, {how}: step time"
+            result += [
+                bars.at_most(f"{what}, median over rounds", measured.median, limit),
+                bars.at_most(f"{what}, upper end of the 95 % interval", measured.high, limit),
+            ]
+        for precision, tolerance in LOSS_TOLERANCE.items():
+            difference = loss_difference(found[ENGINE, precision], found[name, precision])
+            what = f"engine against {name} in {precision}: relative difference of the first losses"
+            result.append(bars.at_most(what, difference, tolerance))
     return result, ratios
 
 
@@ -147,31 +192,31 @@ def measure() -> tuple[list[bars.Bar], dict[str, Any]]:
     shutil.rmtree(FOLDER, ignore_errors=True)
     model, train = load_model(str(MODEL)), load(TrainSpec, TRAIN)
     job = write_job(FOLDER / "job", model, train, ROUNDS * STEPS)
-    plan = planned(FOLDER)
-    variants, trials = {}, {}
-    for name in LIMITS:
-        variants[name], trials[name] = fastest(name, python, FOLDER / name / "trials", job)
-        print(f"{name}: {json.dumps(trials[name])}, so {json.dumps(variants[name])}", file=sys.stderr)
+    plans = {precision: planned(FOLDER / precision, precision) for precision in PRECISIONS}
+    jobs: dict[Entrant, dict[str, Any]] = {}
+    for name, precision in product(LIMITS, PRECISIONS):
+        mine = job | {"rival": name}
+        variant = fastest(python, FOLDER / precision / name / "trials", mine, SETTINGS[name][precision])
+        jobs[name, precision] = mine | {"variant": variant}
     with ExitStack() as stack:
         rivals = {
-            name: stack.enter_context(Rival(python, FOLDER / name, job | {"rival": name, "variant": variant}))
-            for name, variant in variants.items()
+            (name, precision): stack.enter_context(Rival(python, FOLDER / precision / name, mine))
+            for (name, precision), mine in jobs.items()
         }
         for rival in rivals.values():
             rival.wait_ready()
-        found = take_turns(plan, rivals, FOLDER)
+        found = take_turns(plans, rivals, FOLDER)
     result, ratios = judge(found)
     result += [
-        bars.at_least("interleaved rounds", len(found["engine"]), 10),
+        bars.at_least("interleaved rounds", len(found[ENGINE, "fp32"]), 10),
         bars.at_most("seconds of this benchmark, without installing", time.monotonic() - began, MOST_SECONDS),
     ]
     return result, {
         "pinned": PINNED,
-        "variants": variants,
-        "trial_seconds": trials,
+        "variants": {" ".join(entrant): mine["variant"] for entrant, mine in jobs.items()},
         "ratios": ratios,
-        "median_seconds": {name: median(map(median, timed(rounds))) for name, rounds in found.items()},
-        "rounds": {name: [asdict(one) for one in rounds] for name, rounds in found.items()},
+        "median_seconds": {" ".join(entrant): seconds_a_step(rounds) for entrant, rounds in found.items()},
+        "rounds": {" ".join(entrant): [asdict(one) for one in rounds] for entrant, rounds in found.items()},
         "model": model.model_dump(),
         "train": train.model_dump(),
     }

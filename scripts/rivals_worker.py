@@ -26,6 +26,13 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 Step = Callable[[Tensor, Tensor], Tensor]  # tokens and targets [B, S] -> this rank's mean loss, after the update
 
+# DeepSpeed's settings. Under autocast weights stay in fp32; else it keeps fp32 masters.
+_PRECISION: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"bf16": {"enabled": True}},
+    "autocast": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+}
+
 
 def build_model(job: dict[str, Any], experts_implementation: str) -> MixtralForCausalLM:
     """The job's model with the job's weights; SDPA attention, no cache, nothing kept that training does not need."""
@@ -53,9 +60,10 @@ def adamw(groups: Iterable[dict[str, Any]], job: dict[str, Any]) -> torch.optim.
 
 
 def mean_loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy of this rank's tokens, from the logits: cheaper than the model's own, which shifts a copy."""
+    """Mean cross entropy of this rank's tokens, in fp32 from the logits: cheaper than the model's own, which shifts a
+    copy."""
     logits = model(input_ids=tokens).logits
-    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 def hugging_face(job: dict[str, Any]) -> Step:
@@ -65,9 +73,11 @@ def hugging_face(job: dict[str, Any]) -> Step:
         model, gradient_as_bucket_view=True, static_graph=True, bucket_cap_mb=job["variant"]["bucket_mb"]
     )
     optimizer = adamw(optimizer_groups(model, job), job)
+    narrow = job["variant"]["precision"] == "autocast"
 
     def step(tokens: Tensor, targets: Tensor) -> Tensor:
-        loss = mean_loss(wrapped, tokens, targets)
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            loss = mean_loss(wrapped, tokens, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), job["gradient_clip"], foreach=True)
         optimizer.step()
@@ -92,6 +102,7 @@ def deepspeed_settings(job: dict[str, Any]) -> dict[str, Any]:
             "use_grouped_mm": False,
             **job["variant"].get("expert_parallel", {}),
         },
+        **_PRECISION[job["variant"]["precision"]],
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }

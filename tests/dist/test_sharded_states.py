@@ -226,10 +226,10 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped_and_in_other_states_too(
             np.testing.assert_array_equal(value, dense[1][name], err_msg=name)
 
 
-def trained_states(rank: int, case: Case, precisions: tuple[str, ...]) -> dict[str, np.ndarray]:
+def trained_states(rank: int, case: Case, exchange: str, precisions: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Masters and moments of the dense part after three steps, those that this rank would save if its group did."""
     World.counts_dense = lambda world, process: True  # type: ignore[method-assign]
-    trainer = build(case, "bf16", precisions, "full")
+    trainer = build(case, exchange, precisions, "full")
     for step in range(3):
         trainer.step(batches(), step)
     shared = trainer.shards.tensors(trainer.optimizer) if trainer.shards else {}
@@ -237,10 +237,11 @@ def trained_states(rank: int, case: Case, precisions: tuple[str, ...]) -> dict[s
     return {name: tensor for name, tensor in found.items() if ".experts." not in name}
 
 
-def test_groups_step_their_shares_alike() -> None:
+@pytest.mark.parametrize("exchange", ["bf16", "fp32"])
+def test_groups_step_their_shares_alike(exchange: str) -> None:
     """To the bit, though they cut the dense part at other places, and compute in other precisions."""
-    case = GROUPS["three and two"]
-    ranks = run_workers(len(case.sequences), trained_states, case, ("bf16", "fp32", "bf16", "fp32", "bf16", "bf16"))
+    case, precisions = GROUPS["three and two"], ("bf16", "fp32", "bf16", "fp32", "bf16", "bf16")
+    ranks = run_workers(len(case.sequences), trained_states, case, exchange, precisions)
     seen: dict[str, np.ndarray] = {}
     for replica in case.layout.replicas:
         group = {name: value for process in replica.processes for name, value in ranks[process].items()}

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from builders import make_layout
+from builders import make_layout, make_model
+from hetermoe_cli.model.moe import ExpertGroup
 from hetermoe_cli.model.optimizer import AdamW
 from hetermoe_cli.runtime import gradients as module
 from hetermoe_cli.runtime.gradients import Gradients, clip_factor
@@ -16,6 +17,7 @@ from hetermoe_cli.runtime.trainer import last_of_runs
 from hetermoe_cli.schedule.action import Kind, Pass
 from hetermoe_cli.schedule.lower import training_schedule
 
+CONFIG = make_model()
 MESH = Mesh(0, 1, torch.device("cpu"), *cast(Any, (None, None)), attending=None)
 
 
@@ -107,6 +109,76 @@ def test_a_step_undoes_the_scale(exchange: torch.dtype) -> None:
     gradients.zero()
     add(own, 1.0)
     assert gradients._places[own].tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_a_fused_step_takes_the_factor_with_it(dtype: torch.dtype, tolerance: float) -> None:
+    found, plain = parameter(dtype), parameter(dtype)
+    gradients = Gradients([[]], [found], MESH, dtype)
+    add(found, 0.7)
+    optimizer = AdamW([{"params": [found]}], {}, lr=0.1, eps=1.0, fused=True)
+    for factor in (1 / 3, 1.0):  # nothing of the first stays for the second
+        gradients.zero()
+        add(found, 0.7)
+        gradients.apply(optimizer, factor)
+    reference = torch.optim.AdamW([plain], lr=0.1, eps=1.0)
+    for value in (0.7 / 3, 0.7):
+        plain.grad = torch.full((3,), value, dtype=dtype)
+        reference.step()
+    torch.testing.assert_close(found, plain, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_experts_had_before_is_neither_cleared_nor_added_to(dtype: torch.dtype) -> None:
+    """The first micro-batch writes, the second adds; an expert without rows, and one that nothing ran on, has zeros."""
+    used, idle = (ExpertGroup(CONFIG, 0, ids) for ids in ([0, 1], [2]))
+    used, idle = used.to(dtype), idle.to(dtype)
+    stacks = [*used.parameters(), *idle.parameters()]
+    for stack in stacks:
+        nn.init.normal_(stack)
+    gradients = Gradients([list(idle.parameters())], used.parameters(), MESH, dtype, stacks=stacks)
+    rows = torch.ones(3, CONFIG.hidden_size, dtype=dtype, requires_grad=True)
+    sums = []
+    for counts in ([[2, 1], [0, 3]], [[3, 0], [3, 0]]):
+        for place in gradients._places.values():
+            place.fill_(torch.nan)
+        gradients.zero()
+        for one in counts:
+            used(rows, one).sum().backward()
+        gradients.fold(stacks)
+        sums.append([p.grad.clone() for p in used.parameters() if p.grad is not None])
+        assert all(p.grad is gradients._places[p] for p in stacks)
+        assert all(not p.grad.count_nonzero() for p in idle.parameters() if p.grad is not None)
+    assert all(not found[1].count_nonzero() for found in sums[1])
+    for both, first in zip(*sums, strict=True):  # all rows are alike: one row's gradient is a third of three rows'
+        torch.testing.assert_close(both[0], first[0] / 3, rtol=1e-4, atol=1e-4)
+        assert both[1].count_nonzero()
+
+
+@pytest.mark.parametrize("by_autograd", [False, True])
+def test_narrow_experts_add_to_wide_places_and_step(by_autograd: bool) -> None:
+    """As where ranks compute in bf16 and exchange fp32; by autograd as on CUDA, or where a hook waits."""
+    group = ExpertGroup(CONFIG, 0, [0, 1]).bfloat16()
+    stacks = list(group.parameters())
+    for stack in stacks:
+        nn.init.normal_(stack)
+        if by_autograd:
+            stack.register_hook(lambda gradient: gradient)
+    gradients = Gradients([stacks], [], MESH, torch.float32, stacks=stacks)
+    rows = torch.ones(3, CONFIG.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    found = []
+    for _ in range(2):
+        gradients.zero()
+        group(rows, [1, 2]).sum().backward()
+        gradients.fold(stacks)
+        found.append([gradients._places[stack].clone() for stack in stacks])
+    assert all(place.count_nonzero() for place in found[0])
+    assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
+    masters = {stack: stack.detach().float() for stack in stacks}
+    before = [stack.detach().clone() for stack in stacks]
+    optimizer = AdamW([{"params": list(masters.values())}], masters, lr=0.5, fused=True)
+    gradients.apply(optimizer, 0.5)
+    assert not any(torch.equal(stack, old) for stack, old in zip(stacks, before, strict=True))
 
 
 def test_clipping_never_enlarges() -> None:

@@ -63,16 +63,26 @@ def test_tokens_are_the_engine_s_batches() -> None:
 
 def steps(seconds: float, loss: float) -> list[rivals_runs.Steps]:
     """Rounds of equal steps after slow first ones."""
-    one = rivals_runs.Steps([loss] * 7, [9.0, 9.0, *[seconds] * 5])
+    warm_up, timed = bench_rivals.WARM_UP, bench_rivals.STEPS - bench_rivals.WARM_UP
+    one = rivals_runs.Steps([loss] * bench_rivals.STEPS, [*[9.0] * warm_up, *[seconds] * timed])
     return [one] * bench_rivals.ROUNDS
 
 
 def test_bars_follow_from_ratios_and_losses() -> None:
-    found = {"engine": steps(0.6, 5.0), "deepspeed": steps(1.0, 5.00001), "hugging_face": steps(0.8, 5.1)}
+    found = {
+        ("engine", "fp32"): steps(0.6, 5.0),
+        ("engine", "bf16"): steps(0.5, 5.01),
+        ("deepspeed", "fp32"): steps(1.0, 5.00001),
+        ("deepspeed", "bf16"): steps(0.9, 5.02),
+        ("hugging_face", "fp32"): steps(0.8, 5.1),
+        ("hugging_face", "bf16"): steps(0.85, 5.1),
+    }
     result, ratios = bench_rivals.judge(found)
-    assert ratios["deepspeed"]["median"] == pytest.approx(0.6)
-    assert ratios["hugging_face"]["high"] == pytest.approx(0.75)
-    assert [bar["holds"] for bar in result] == [True, True, True, False, False, False]
+    assert ratios["deepspeed, in fp32"]["median"] == pytest.approx(0.6)
+    assert ratios["deepspeed, each in its faster precision"]["median"] == pytest.approx(5 / 9)
+    assert ratios["hugging_face, in fp32"]["high"] == pytest.approx(0.75)
+    assert ratios["hugging_face, each in its faster precision"]["high"] == pytest.approx(0.625)
+    assert [bar["holds"] for bar in result] == [*[True] * 6, False, False, True, True, False, False]
 
 
 def test_a_failed_installation_is_one_line(tmp_path: Path) -> None:
@@ -86,7 +96,7 @@ def test_a_rank_that_ends_is_told_with_its_last_line(tmp_path: Path, monkeypatch
     worker = tmp_path / "worker.py"
     worker.write_text("import sys; sys.exit('no such model')")
     monkeypatch.setattr(rivals_runs, "WORKER", worker)
-    job = {"rival": "deepspeed", "variant": {"zero": 0, "keeps_freed": True, "bound": True}}
+    job = {"rival": "deepspeed", "variant": {"precision": "fp32", "zero": 0, "keeps_freed": True, "bound": True}}
     with (
         rivals_runs.Rival(Path(sys.executable), tmp_path / "run", job) as rival,
         pytest.raises(UserError, match=r"deepspeed .*: rank 0 has ended: no such model; log: "),

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from hetermoe_cli.model.causal import attend
@@ -60,11 +61,9 @@ class Attention(nn.Module):
     def _grouped(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, S, H] -> query, and for every head of it key and value, all [B, heads, S, D]."""
         c = self.config
-        sizes = [c.attention_heads * c.head_size, c.kv_heads * c.head_size, c.kv_heads * c.head_size]
-        query, key, value = (
-            part.view(*x.shape[:-1], -1, c.head_size).transpose(1, 2) for part in self.qkv(x).split(sizes, dim=-1)
-        )
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        heads = self.qkv(x).view(*x.shape[:-1], -1, c.head_size).transpose(1, 2)
+        turned, value = torch.split(heads, [c.attention_heads + c.kv_heads, c.kv_heads], dim=1)
+        query, key = torch.split(rotate(turned, cos, sin), [c.attention_heads, c.kv_heads], dim=1)
         groups = c.attention_heads // c.kv_heads
         if groups > 1:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

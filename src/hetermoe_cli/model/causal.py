@@ -11,6 +11,7 @@ from torch.nn import functional
 from hetermoe_cli.model.documents import Documents
 
 _VARLEN_CAPABILITY, _VARLEN_WIDEST_HEAD = (8, 0), 256  # FlashAttention 2's
+_LARGEST_SLOW = 2**14  # tokens of a sequence times width of a head
 
 
 def attend(
@@ -25,7 +26,7 @@ def attend(
     if query.shape[-1] != width and (over_documents or not query.is_cuda):
         query, key, value = _equally_wide(query, key, value)
     if documents is None:
-        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+        mixed = _fused(query, key, value, scale)
     else:
         mixed = _attend_within(query, key, value, documents, scale, _varlen if over_documents else _one_by_one)
     return mixed[..., :width]
@@ -62,6 +63,45 @@ def _attend_within(
     return mixed.view(batch, length, *mixed.shape[1:]).transpose(1, 2)
 
 
+def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """All [B, heads, S, D]: torch's best kernel, whose backward is in fp32 where that is faster."""
+    if _is_slow_backward(query):
+        return _WideBackward.apply(query, key, value, scale)  # type: ignore[no-any-return, no-untyped-call]
+    return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+
+
+def _is_slow_backward(query: Tensor) -> bool:
+    """Whether the CPU's kernel for these queries [B, heads, S, D] is slower in their precision than in fp32.
+
+    Each of its products of blocks has costs of its own in bf16: 7 times fp32's time at S = 32, 1.7 at 256 x 32, 1.2
+    at 256 x 64, but half of it at 1024 x 128. fp16's takes 1.2 to 8 times as long.
+    """
+    if query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return query.dtype == torch.float16 or query.shape[-2] * query.shape[-1] <= _LARGEST_SLOW
+
+
+class _WideBackward(torch.autograd.Function):
+    """The CPU's FlashAttention, causal; backward computes in fp32 what forward kept in its own precision."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        mixed, logsumexp = kernel(query, key, value, 0.0, True, scale=scale)
+        ctx.save_for_backward(query, key, value, mixed, logsumexp)
+        ctx.scale = scale
+        return mixed  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        *narrow, logsumexp = ctx.saved_tensors
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        wide = (x.float() for x in (gradients[0], *narrow))
+        found = kernel(*wide, logsumexp, 0.0, True, scale=ctx.scale)
+        to_query, to_key, to_value = (x.to(gradients[0].dtype) for x in found)
+        return to_query, to_key, to_value, None
+
+
 def _varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float) -> Tensor:
     """All [T, heads, D]."""
     from torch.nn.attention.varlen import varlen_attn
@@ -82,8 +122,5 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents, sca
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float) -> Tensor:
     """All [T, heads, width of each]."""
     parts = [torch.split(x.transpose(0, 1)[None], documents.lengths, dim=2) for x in (query, key, value)]
-    mixed = [
-        functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        for q, k, v in zip(*parts, strict=True)
-    ]
+    mixed = [_fused(q, k, v, scale) for q, k, v in zip(*parts, strict=True)]
     return torch.cat(mixed, dim=2)[0].transpose(0, 1)

@@ -1,22 +1,23 @@
 """The experts of one rank and layer as one autograd function: rows sorted by expert through each expert's SwiGLU.
 
 It keeps the rows and the first product only; the activation is computed again in backward, which reads gate and up
-anyway. Gradients of weights are added in the product itself where they accumulate ("gradient accumulation fusion",
-Megatron-LM): none is written, read and added apart. Where they accumulate in fp32 and rows are narrower, a CPU adds
-them expert by expert, so that no layer's exist twice.
+anyway. Gradients of weights are written and added in the product itself where they accumulate ("gradient accumulation
+fusion", Megatron-LM): none is cleared, written, read and added apart. Where they accumulate in fp32 and rows are
+narrower, a CPU adds them expert by expert, so that no layer's exist twice.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hetermoe_cli.model import row_blocks, swiglu
+from hetermoe_cli.model import swiglu
+from hetermoe_cli.model.row_blocks import Blocks
 
 _ALIGNMENT_BYTES = 16  # of every row, for torch's grouped_mm
+_PLACE = "_hetermoe_gradient_place"
 _CUDA_MAJORS = (9, 10)  # compute capabilities with a grouped kernel; it takes bf16 only
 
 
@@ -40,12 +41,13 @@ def run_experts(
     """rows [M, H], the first counts[0] for the first expert and so on, through gate_up [E, 2 F, H] and down [E, H, F]
     -> [M, H]; `grouped`: in one call each where the rows allow it, else in a loop.
 
-    Backward adds to the `grad` of weights that have one of the rows' precision, or, on a CPU, are to have a wider one
-    (`grad_dtype`); others get theirs from autograd.
+    Backward puts gradients of weights into their `grad`, or where there is none yet the place that it was given
+    (`give_place`), if that has the rows' precision or, on a CPU, a wider one (`grad_dtype`); others get theirs from
+    autograd.
     """
-    in_blocks = row_blocks.are_compiled(rows) and any(row_blocks.rounded(count) != count for count in counts if count)
-    ends = _group_ends(counts, rows.device) if grouped and not in_blocks else None
-    return _Experts.apply(rows, gate_up, down, Groups(counts, ends, in_blocks))  # type: ignore[no-any-return, no-untyped-call]
+    blocks = Blocks(rows, counts)
+    groups = Groups(blocks.sizes, _group_ends(blocks.sizes, rows.device) if grouped else None)
+    return _Experts.apply(rows, gate_up, down, groups, blocks)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _group_ends(counts: Sequence[int], device: torch.device) -> Tensor:
@@ -55,45 +57,45 @@ def _group_ends(counts: Sequence[int], device: torch.device) -> Tensor:
 
 
 class Groups:
-    """Rows of each expert, on the host, and where they end for grouped products. `in_blocks`: whether products are to
-    have few sizes."""
+    """Rows of each expert, on the host, and where they end for grouped products."""
 
-    def __init__(self, counts: Sequence[int], ends: Tensor | None, in_blocks: bool = False) -> None:
-        self._counts, self._ends, self._in_blocks = list(counts), ends, in_blocks
+    def __init__(self, counts: Sequence[int], ends: Tensor | None) -> None:
+        self._counts, self._ends = list(counts), ends
 
     def times(self, rows: Tensor, matrices: Tensor) -> Tensor:
         """rows [M, I] times each expert's own part of matrices [E, I, O] -> [M, O]."""
         if self._ends is not None:
             return functional.grouped_mm(rows, matrices, offs=self._ends)
         result = rows.new_empty(len(rows), matrices.shape[2])
-        if self._in_blocks:
-            starts = accumulate(self._counts, initial=0)
-            for matrix, start, count in zip(matrices, starts, self._counts, strict=False):
-                if count:
-                    row_blocks.times(rows, start, count, matrix, result)
-            return result
         for expert, part, out in self._each(rows, result):
             torch.mm(part, matrices[expert], out=out)
         return result
 
     def to_weight(self, weight: Tensor, gradient: Tensor, rows: Tensor) -> Tensor | None:
-        """The gradient of weight [E, O, I] from that of rows' products [M, O] and rows [M, I]; None if it was added to
-        `weight.grad`."""
-        accumulated = _place(weight, rows)
-        if accumulated is None:
+        """The gradient of weight [E, O, I] from that of rows' products [M, O] and rows [M, I]; None if it was written
+        or added to `weight.grad`."""
+        place, first = _place(weight, rows), weight.grad is None
+        if place is None:
             return self._new_gradient(weight, gradient, rows)
-        for expert, given, part in self._each_padded(gradient, rows):
-            if accumulated.dtype == rows.dtype:
-                accumulated[expert].addmm_(given.T, part)
+        weight.grad = place
+        parts = zip(place, torch.split(gradient, self._counts), torch.split(rows, self._counts), strict=True)
+        for found, given, part in parts:
+            if not len(part):
+                if first:
+                    found.zero_()
+            elif found.dtype == rows.dtype:
+                torch.addmm(found, given.T, part, beta=0 if first else 1, out=found)
+            elif first:
+                found.copy_(torch.mm(given.T, part))
             else:
-                accumulated[expert].add_(torch.mm(given.T, part))
+                found.add_(torch.mm(given.T, part))
         return None
 
     def _new_gradient(self, weight: Tensor, gradient: Tensor, rows: Tensor) -> Tensor:
         if self._ends is not None:
             return functional.grouped_mm(gradient.T, rows, offs=self._ends)
         result = torch.zeros_like(weight)
-        for expert, given, part in self._each_padded(gradient, rows):
+        for expert, given, part in self._each(gradient, rows):
             torch.mm(given.T, part, out=result[expert])
         return result
 
@@ -102,40 +104,42 @@ class Groups:
         parts = zip(torch.split(first, self._counts), torch.split(second, self._counts), strict=True)
         return ((expert, one, other) for expert, (one, other) in enumerate(parts) if len(one))
 
-    def _each_padded(self, first: Tensor, second: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The same for sums over rows, to which zeros add nothing."""
-        parts = self._each(first, second)
-        if not self._in_blocks:
-            return parts
-        return ((expert, row_blocks.padded(one), row_blocks.padded(other)) for expert, one, other in parts)
+
+def give_place(weight: nn.Parameter, place: Tensor | None) -> None:
+    """Where `run_experts` writes the first gradient of a weight that has none, and adds others: nobody has to clear it
+    before."""
+    setattr(weight, _PLACE, place)
 
 
 def _place(weight: Tensor, rows: Tensor) -> Tensor | None:
-    """Where the gradient of `weight` is added to by hand; None where autograd is to do it, as a hook waits for a narrow
+    """Where the gradient of `weight` is put by hand; None where autograd is to do it, as a hook waits for a narrow
     one."""
     wide = weight.grad_dtype not in (None, rows.dtype)
     if wide and (rows.is_cuda or weight._backward_hooks):
         return None
-    if wide and weight.grad is None:
-        weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
-    accumulated = weight.grad
-    return accumulated if accumulated is not None and (wide or accumulated.dtype == rows.dtype) else None
+    place: Tensor | None = getattr(weight, _PLACE, None) if weight.grad is None else weight.grad
+    if place is None and wide:
+        return torch.empty_like(weight, dtype=weight.grad_dtype)
+    return place if place is not None and (wide or place.dtype == rows.dtype) else None
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, groups: Groups) -> Tensor:
-        joined = groups.times(rows, gate_up.transpose(1, 2))
-        ctx.save_for_backward(rows, joined, gate_up, down)
-        ctx.groups = groups
-        return groups.times(swiglu.activated(joined), down.transpose(1, 2))
+    def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, groups: Groups, blocks: Blocks) -> Tensor:
+        joined = groups.times(blocks.pack(rows), gate_up.transpose(1, 2))
+        ctx.save_for_backward(rows, joined, gate_up, down)  # rows as they came: whoever sent them keeps them anyway
+        ctx.groups, ctx.blocks = groups, blocks
+        return blocks.unpack(groups.times(swiglu.activated(joined), down.transpose(1, 2)))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         rows, joined, gate_up, down = ctx.saved_tensors
-        groups, gradient = ctx.groups, gradients[0].contiguous()  # grouped_mm refuses expanded ones, as that of a sum
+        groups, blocks = ctx.groups, ctx.blocks
+        gradient = gradients[0].contiguous()  # grouped_mm refuses expanded ones, as that of a sum
+        rows, gradient = blocks.pack(rows), blocks.pack(gradient)
         activated, to_joined = groups.times(gradient, down), torch.empty_like(joined)
         swiglu.backward(joined, activated, to_joined, activated)  # from its gradient to the activation
         to_down = groups.to_weight(down, gradient, activated)
         del activated
-        return groups.times(to_joined, gate_up), groups.to_weight(gate_up, to_joined, rows), to_down, None
+        to_gate_up = groups.to_weight(gate_up, to_joined, rows)
+        return blocks.unpack(groups.times(to_joined, gate_up)), to_gate_up, to_down, None, None

@@ -57,6 +57,7 @@ class AdamW(torch.optim.AdamW):
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    grad_scale: Tensor | None = None  # torch's: what its fused kernel divides gradients by
 
     def __init__(
         self,
@@ -96,6 +97,24 @@ class AdamW(torch.optim.AdamW):
                 for index, piece in self.pieces[parameter].items():
                     yield piece.weight, piece.of(part_of(gradient, index))
 
+    @property
+    def has_masters(self) -> bool:
+        """Whether some weight is narrower than what is stepped on."""
+        return bool(self._masters)
+
+    def step_from(self, factor: float, gradients: list[Tensor]) -> None:
+        """One step from `factor` times `gradients`, which are all that parameters have as their `grad` and are
+        overwritten. torch's fused kernel divides fp32 ones by 1 / `factor` in fp32, as it reads them."""
+        if factor == 1 or not gradients:
+            self.step()
+        elif self.defaults["fused"] and all(gradient.dtype == torch.float32 for gradient in gradients):
+            self.grad_scale = torch.full((), 1 / factor, dtype=torch.float32, device=gradients[0].device)
+            self.step()
+            self.grad_scale = None
+        else:
+            torch._foreach_mul_(gradients, factor)
+            self.step()
+
     def update(self, gradients: Mapping[Any, Tensor], factor: float) -> None:
         """One step from `factor` times `gradients` of any precision, by parameter, then round masters to weights.
 
@@ -105,10 +124,10 @@ class AdamW(torch.optim.AdamW):
         gradients = dict(self._stepped(gradients))
         with torch.no_grad():
             for chunk in _chunks(gradients):
+                wide = {p: gradients[p].to(self.master(p).dtype, copy=True) for p in chunk}
                 for parameter in chunk:
-                    master = self.master(parameter)
-                    master.grad = gradients[parameter].to(master.dtype, copy=True).mul_(factor)
-                self.step()  # passes over what has no gradient
+                    self.master(parameter).grad = wide[parameter]
+                self.step_from(factor, list(wide.values()))  # passes over what has no gradient
                 for parameter in chunk:
                     master = self.master(parameter)
                     master.grad = None

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hetermoe_cli.model.copies import Fetched, upload, used_here
 from hetermoe_cli.spec.layout import Layout
@@ -132,6 +133,12 @@ class Routing:
     def gather_choices(self, outputs: Tensor, out: Tensor | None = None) -> Tensor:
         """outputs [T, k, H] -> [T * k, H] in sending order, in `out` if that is given."""
         return torch.index_select(outputs.flatten(0, 1), 0, self.order, out=out)
+
+    def summed(self, sent: Tensor) -> Tensor:
+        """[M, H] in sending order -> [T, H], the sum over a token's choices."""
+        if len(sent) < len(self.order):
+            return self.to_tokens(sent).sum(dim=1)
+        return functional.embedding_bag(inverse(self.order).view(-1, self.top_k), sent, mode="sum")
 
     def to_tokens(self, sent: Tensor) -> Tensor:
         """[M, H] in sending order -> [T, k, H], zeros where dropped."""

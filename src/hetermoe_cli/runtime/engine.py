@@ -204,7 +204,7 @@ class Engine:
         else:
             following = self._attention.pop((layer + 1, j)).border
         hidden, weights = following.gradients()
-        stage, rows = self._attention[place], routing.to_tokens(rows).sum(dim=1)
+        stage, rows = self._attention[place], routing.summed(rows)
         outputs = stage.backward(hidden, rows, weights, self._loss_scale)
         if outputs is None:
             del self._attention[place]

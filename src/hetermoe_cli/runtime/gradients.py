@@ -6,6 +6,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from hetermoe_cli.model.grouped import give_place
 from hetermoe_cli.model.optimizer import AdamW
 from hetermoe_cli.runtime.gradient_shares import GradientShares
 from hetermoe_cli.runtime.mesh import Mesh
@@ -22,11 +23,11 @@ class Gradients:
     `shared` parameters (dense part, replicated experts, with several groups also hosted ones) have views of one flat
     buffer of dtype `exchange`, a segment for every layer and one for the head; a lane calls `reduce` on each as soon as
     it is complete. `own` parameters exist once in the world and have gradients of their own dtype. In fp32 and wider,
-    autograd accumulates into these in place. In fp16 and bf16 it accumulates a parameter's micro-batches in a temporary
-    fp32 gradient, which `fold` rounds into its place once for every run of micro-batches: small contributions are not
-    lost, and only the layer at work has fp32 gradients. `sharded`: the dense part's instead, where it is fully sharded;
-    it is not in `shared` then. What several groups hold of it is summed over all of them with the last window, else
-    within the group.
+    autograd, and experts by hand, accumulate into these in place. In fp16 and bf16 a parameter's micro-batches
+    accumulate in a temporary fp32 gradient, which `fold` rounds into its place once for every run of micro-batches:
+    small contributions are not lost, and only the layer at work has fp32 gradients. `sharded`: the dense part's
+    instead, where it is fully sharded; it is not in `shared` then. What several groups hold of it is summed over all of
+    them with the last window, else within the group.
     """
 
     def __init__(
@@ -38,9 +39,11 @@ class Gradients:
         holdings: Sequence[Sequence[Holding]] = (),
         sharded: GradientShares | None = None,
         last: int = 0,
+        stacks: Iterable[nn.Parameter] = (),
     ) -> None:
         """`holdings`: whom each segment is summed over, nobody if empty; `last`: micro-batch after whose backward
-        `shared` ones are complete."""
+        `shared` ones are complete; `stacks`: experts, whose first gradient is written in place where it has its
+        dtype."""
         self._mesh, self._holdings, self._sharded, self._last = mesh, holdings, sharded, last
         self._own = list(own)
         sizes = [sum(p.numel() for p in segment) for segment in shared]
@@ -48,12 +51,17 @@ class Gradients:
         self._segments = torch.split(self._flat, sizes)
         self._places: dict[nn.Parameter, Tensor] = {}
         self._in_place: list[nn.Parameter] = []
+        self._stacks = set(stacks)  # of these, those that experts write by hand, and all of it
         offset = 0
         for parameter in chain.from_iterable(shared):
             self._place(parameter, self._flat[offset : offset + parameter.numel()].view_as(parameter))
             offset += parameter.numel()
         for parameter in self._own:
             self._place(parameter, torch.zeros_like(parameter))
+        self._stacks &= {p for p in self._in_place if p.numel() and p.dtype == self._places[p].dtype}
+        for parameter in self._stacks:
+            give_place(parameter, self._places[parameter])
+        self._added_to = [self._places[p] for p in self._places if p not in self._stacks and p.numel()]
 
     def _place(self, parameter: nn.Parameter, place: Tensor) -> None:
         wide = torch.promote_types(parameter.dtype, torch.float32)
@@ -70,20 +78,23 @@ class Gradients:
 
     def zero(self) -> None:
         """Start a new iteration."""
-        self._flat.zero_()
-        if self._own_gradients:
-            torch._foreach_zero_(self._own_gradients)
+        if self._added_to:
+            torch._foreach_zero_(self._added_to)
         for parameter in self._places:
             parameter.grad = None  # what an iteration that failed may have left
         for parameter in self._in_place:
-            parameter.grad = self._places[parameter]
+            if parameter not in self._stacks:
+                parameter.grad = self._places[parameter]
         if self._sharded:
             self._sharded.zero()
 
     def fold(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Round temporary fp32 gradients into their places; sharded ones wait for `segment`."""
+        """After a run of micro-batches: round temporary fp32 gradients into their places, and clear those of experts
+        that nothing was written to. Sharded ones wait for `segment`."""
         for parameter in parameters:
             place = self._places.get(parameter)
+            if parameter in self._stacks and parameter.grad is None:
+                parameter.grad = self._places[parameter].zero_()
             if place is not None and parameter.grad is not None and parameter.grad.dtype != place.dtype:
                 flat = place.view(-1), parameter.grad.flatten()
                 for part, given in zip(*(torch.split(one, _FOLDED) for one in flat), strict=True):
@@ -161,15 +172,11 @@ class Gradients:
 
     def apply(self, optimizer: AdamW, factor: float) -> None:
         """One optimizer step from `factor` times these gradients."""
-        if optimizer.pieces or len(self._in_place) < len(self._places):
+        if optimizer.pieces or optimizer.has_masters or len(self._in_place) < len(self._places):
             pieces = self._sharded.pieces() if self._sharded else {}
             optimizer.update({**pieces, **self._places}, factor)
             return
-        if factor != 1:
-            self._flat.mul_(factor)
-            if self._own_gradients:
-                torch._foreach_mul_(self._own_gradients, factor)
-        optimizer.step()
+        optimizer.step_from(factor, [g for g in (self._flat, *self._own_gradients) if g.numel()])
 
 
 def clip_factor(norm: float, limit: float) -> float:

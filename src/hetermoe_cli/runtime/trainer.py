@@ -14,6 +14,7 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.model.copies import upload
 from hetermoe_cli.model.data import END_OF_TEXT, Batches
 from hetermoe_cli.model.gate import Router
+from hetermoe_cli.model.grouped import give_place
 from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
 from hetermoe_cli.runtime.clock import Clock
 from hetermoe_cli.runtime.collectives import Collectives
@@ -89,7 +90,8 @@ class Trainer:
         own = parts.hosted_parameters() if alone else []
         shared = parts.shared_segments(dense=dense, hosted=not alone)
         holdings, last = parts.holdings(world, process, dense=dense), layout.micro_batches - 1
-        self.gradients = Gradients(shared, own, self.mesh, parts.exchange, holdings, shares, last)
+        stacks = parts.experts.parameters()
+        self.gradients = Gradients(shared, own, self.mesh, parts.exchange, holdings, shares, last, stacks)
         self._collectives = Collectives(self.gradients, shards)
         self._schedule = training_schedule(layout, len(world.replicas))
         self._last_of_runs = last_of_runs(self._schedule.compute[self.mesh.rank])
@@ -101,6 +103,7 @@ class Trainer:
         del self.gradients, self._collectives
         for parameter in self.parts.parameters():
             parameter.grad = None
+            give_place(parameter, None)
 
     @classmethod
     def build(
@@ -163,7 +166,8 @@ class Trainer:
             self.parts.dense.update_biases(torch.from_numpy(result.expert_rows))
 
     def _settle(self, action: Action) -> None:
-        """After a run of micro-batches through one layer: its gradients need no fp32 any more."""
+        """After a run of micro-batches through one layer, and before its gradients are summed: they need no fp32 any
+        more, and experts that got no rows have none yet."""
         if action in self._last_of_runs:
             self.gradients.fold(self.parts.parameters_of(action))
 
