@@ -2,10 +2,10 @@
 
 One attending rank and one that hosts the experts (1+1), a thread each, the same global batch in four micro-batches
 (zebra), in four of which one at a time is in flight (sequential), and in one (R = 1); and plain expert parallelism
-(EP). They run in turn. Both ranks of 1+1 have work for the same time, forward and backward, as a planner would see to:
-where one has less, it waits for every message. Overlap is measured over gloo, as between machines: in shared memory
-there is next to nothing to hide. What is compared is defined in engine_replay.py and engine_overlap.py. Leave the
-machine alone.
+(EP). They run in turn. Both ranks of 1+1 have work for the same time, as a planner would see to: where one has less, it
+waits for every message. So the experts' width is chosen first. Overlap is measured over gloo, as between machines: in
+shared memory there is next to nothing to hide. What is compared is defined in engine_replay.py and engine_overlap.py.
+Leave the machine alone.
 """
 
 import shutil
@@ -19,33 +19,56 @@ from typing import Any
 import bars
 import engine_growth
 from demo import ROOT, hetermoe
-from engine_overlap import exposure, stretch
+from engine_overlap import exposure, loads, stretch
 from engine_replay import Run, compare, read
 from engine_shapes import Shape, Widths, measure_profile, write_plan
 
 FOLDER = ROOT / "runs" / "bench-engine"
-PAIR = Shape(
-    Widths("pair", hidden=256, ffn=448, heads=8), layers=4, experts=8, length=512, sequences=(1, 0), hosts=(1,),
-    micro_batches=4,
-)  # fmt: skip
-SHAPES = {
-    "zebra": PAIR,
-    "r1": PAIR.split(1),
-    "sequential": replace(PAIR, window=1),
-    "ep": replace(PAIR, sequences=(2, 2), hosts=(0, 1), micro_batches=1),
-}
+FFN_SIZES = (416, 448, 480, 512)
 OVERLAP = ("zebra", "sequential")
 ROUNDS, STEPS, WARM_UP = 3, 12, 2
 MOST_EXCESS, LEAST_HIDDEN, LEAST_GAIN = 0.03, 0.90, 1.5
 MOST_SECONDS = 600
 
 
+def pair(ffn: int) -> Shape:
+    """1+1, R = 4."""
+    widths = Widths(f"pair-{ffn}", hidden=256, ffn=ffn, heads=8)
+    return Shape(widths, layers=4, experts=8, length=512, sequences=(1, 0), hosts=(1,), micro_batches=4)
+
+
+def shapes(zebra: Shape) -> dict[str, Shape]:
+    """What is compared, of one model."""
+    return {
+        "zebra": zebra,
+        "r1": zebra.split(1),
+        "sequential": replace(zebra, window=1),
+        "ep": replace(zebra, sequences=(2, 2), hosts=(0, 1), micro_batches=1),
+    }
+
+
+def balanced(folder: Path) -> tuple[Shape, Path]:
+    """The experts' width at which both ranks work for most nearly the same time, by their stages in a short run over
+    gloo; with the folder of its profiles."""
+    unevenness = {}
+    for ffn in FFN_SIZES:
+        shape, mine = pair(ffn), folder / str(ffn)
+        mine.mkdir(parents=True)
+        measure_profile(shape.widths, [shape.length], mine)
+        plan = write_plan(shape, mine, mine / "zebra.yaml")
+        steps = ("--steps", STEPS, "--warm-up", WARM_UP, "--trace-steps", STEPS - WARM_UP)
+        options = ("--router", "balanced", "--repeats", 1, *steps)
+        found = hetermoe("bench", plan, "--output", mine / "runs", *options, HETERMOE_SHARED_MEMORY="0")
+        attending, hosting = loads(rounds(found["entries"][0])[0])
+        unevenness[ffn] = abs(attending / hosting - 1)
+    best = min(unevenness, key=unevenness.__getitem__)
+    return pair(best), folder / str(best)
+
+
 def run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """All shapes in turn, and zebra and sequential over gloo; `hetermoe bench`'s figures."""
-    profiles = folder / "profiles"
-    profiles.mkdir(parents=True)
-    measure_profile(PAIR.widths, [PAIR.length], profiles)
-    plans = [write_plan(shape, profiles, folder / f"{name}.yaml") for name, shape in SHAPES.items()]
+    zebra, profiles = balanced(folder / "trials")
+    plans = [write_plan(shape, profiles, folder / f"{name}.yaml") for name, shape in shapes(zebra).items()]
     timing = ("--repeats", ROUNDS, "--steps", STEPS, "--warm-up", WARM_UP, "--trace-steps", STEPS - WARM_UP)
     options = ("--router", "balanced", *timing)
     over_gloo = [plan for plan in plans if plan.stem in OVERLAP]
@@ -69,7 +92,7 @@ def against_simulation(runs: dict[str, list[Run]]) -> dict[str, dict[str, float]
 def overlap(runs: dict[str, list[Run]]) -> dict[str, Any]:
     """Of the zebra schedule: means over rounds, for every rank and for both; exposed seconds of a rank over those of
     the iteration; and the stretch of the stages."""
-    ranks = range(len(PAIR.sequences))
+    ranks = range(2)
     return {
         "hidden": _hidden(runs["zebra"], ranks),
         "exposed_share": mean(exposure(run, ranks).exposed_seconds / run.seconds for run in runs["zebra"]) / len(ranks),

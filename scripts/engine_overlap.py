@@ -56,6 +56,14 @@ def awaited(schedule: Schedule, action: Action, layers: int, rank: int) -> list[
     return [source for source in sources if rank in schedule.receivers.get(source, ())]
 
 
+def loads(run: Run) -> list[float]:
+    """Seconds of all stages (S and O left out) of every rank: medians of every stage over the iterations."""
+    seconds = _stage_medians(run)
+    return [
+        sum(value for (_, where), value in seconds.items() if where == rank) for rank in range(run.schedule.world_size)
+    ]
+
+
 def stretch(overlapped: Run, alone: Run) -> float:
     """Seconds of all stages (S and O left out) of the run whose ranks work at the same time, over those of the run
     with the same stages one micro-batch after another, less one. Medians of every stage over the iterations."""

@@ -10,7 +10,7 @@ import pytest
 from builders import make_cost, make_layout
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-from engine_overlap import exposure, stretch
+from engine_overlap import exposure, loads, stretch
 from engine_replay import ALL, Iteration, Run, Seconds, StageTimes, compare, iterations, optimizer_first, stage_seconds
 from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.simulator import simulate
@@ -21,6 +21,7 @@ from hetermoe_cli.trace import Span, Trace
 PAIR = make_layout((2, 0), (0, 4), micro_batches=4)
 EP = make_layout((1, 1), (2, 2), micro_batches=2)
 STEPS, WAITING = 4, 1e-3
+STAGES = ("ATTENTION", "EXPERT", "HEAD")
 LINK = Link(bandwidth_gigabytes_per_second=1.0, latency_microseconds=1e5)  # tasks last about a second
 
 
@@ -46,6 +47,15 @@ def run_of(layout: Layout, *, dawdling: float = 0.0, seconds: Seconds | None = N
 
 def _receives_only(senders: dict[object, tuple[int, ...]], span: Span) -> bool:
     return any(str(transfer) == span.name and span.rank not in ranks for transfer, ranks in senders.items())
+
+
+@pytest.mark.parametrize("layout", [PAIR, EP], ids=["pair", "ep"])
+def test_loads_are_the_seconds_of_every_ranks_stages(layout: Layout) -> None:
+    run = run_of(layout)
+    stages = [[action for action in order if action.kind.name in STAGES] for order in run.schedule.compute]
+    expected = [sum(run.cost.seconds(rank, action) for action in order) for rank, order in enumerate(stages)]
+    assert loads(run) == pytest.approx(expected)
+    assert (layout is PAIR) is (abs(expected[0] / expected[1] - 1) > 1e-6)
 
 
 @pytest.mark.parametrize("layout", [PAIR, EP], ids=["pair", "ep"])
