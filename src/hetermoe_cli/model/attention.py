@@ -62,8 +62,8 @@ class Attention(nn.Module):
         """x [B, S, H] -> query, and for every head of it key and value, all [B, heads, S, D]."""
         c = self.config
         heads = self.qkv(x).view(*x.shape[:-1], -1, c.head_size).transpose(1, 2)
-        turned, value = torch.split(heads, [c.attention_heads + c.kv_heads, c.kv_heads], dim=1)
-        query, key = torch.split(rotate(turned, cos, sin), [c.attention_heads, c.kv_heads], dim=1)
+        query, key, value = torch.split(heads, [c.attention_heads, c.kv_heads, c.kv_heads], dim=1)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         groups = c.attention_heads // c.kv_heads
         if groups > 1:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

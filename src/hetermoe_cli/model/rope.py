@@ -51,7 +51,7 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    result = torch.empty_like(x)
+    result = torch.empty_like(x, memory_format=torch.contiguous_format)
     (left, right), (to_left, to_right) = x.chunk(2, dim=-1), result.chunk(2, dim=-1)
     torch.mul(left, cos, out=to_left).addcmul_(right, sin, value=-sign)
     torch.mul(right, cos, out=to_right).addcmul_(left, sin, value=sign)

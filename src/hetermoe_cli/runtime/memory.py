@@ -22,6 +22,7 @@ class MemoryMeter:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.measured = device.type == "cuda" or _STATUS.exists()
+        self._reset()
         self.start = self._now() if self.measured else 0
         self.start_up_peak = self.step_peak = self.peak = 0
 
