@@ -48,12 +48,13 @@ LOSS_TOLERANCE = {"fp32": 2e-5, "bf16": 2**-8}  # relative
 LIMITS = {"deepspeed": 0.8, "hugging_face": 0.7}
 MOST_SECONDS = 1000
 # Not here: experts "batched_mm", which copies an expert's weights for every row (12 GB a rank at this size); AutoEP's
-# grouped GEMM, which needs Triton; bf16 weights under DDP, which keeps no masters (under autocast transformers'
+# grouped GEMM, which needs Triton; its bf16 without ZeRO, whose losses are 2 % off, as it keeps no masters; bf16 weights
+# under DDP, which keeps no masters (under autocast transformers'
 # grouped_mm computes in fp32); DDP's compression of gradients to bf16, which it refuses over gloo.
 SETTINGS: dict[str, dict[str, list[dict[str, Any]]]] = {
     "deepspeed": {
         "fp32": [{"precision": "fp32", "zero": stage} for stage in (0, 1, 2)],
-        "bf16": [{"precision": "autocast", "zero": 0}, *({"precision": "bf16", "zero": stage} for stage in (0, 1, 2))],
+        "bf16": [{"precision": "autocast", "zero": 0}, *({"precision": "bf16", "zero": stage} for stage in (1, 2))],
     },
     "hugging_face": {
         "fp32": [{"precision": "fp32", "experts": how, "bucket_mb": 25} for how in ("eager", "grouped_mm")],
