@@ -48,9 +48,9 @@ LOSS_TOLERANCE = {"fp32": 2e-5, "bf16": 2**-8}  # relative
 LIMITS = {"deepspeed": 0.8, "hugging_face": 0.7}
 MOST_SECONDS = 1000
 # Not here: experts "batched_mm", which copies an expert's weights for every row (12 GB a rank at this size); AutoEP's
-# grouped GEMM, which needs Triton; its bf16 without ZeRO, whose losses are 2 % off, as it keeps no masters; bf16 weights
-# under DDP, which keeps no masters (under autocast transformers'
-# grouped_mm computes in fp32); DDP's compression of gradients to bf16, which it refuses over gloo.
+# grouped GEMM, which needs Triton; its bf16 without ZeRO, whose losses are 2 % off, as it keeps no masters; bf16
+# weights under DDP, which keeps none either (under autocast transformers' grouped_mm computes in fp32); DDP's
+# compression of gradients to bf16, which it refuses over gloo.
 SETTINGS: dict[str, dict[str, list[dict[str, Any]]]] = {
     "deepspeed": {
         "fp32": [{"precision": "fp32", "zero": stage} for stage in (0, 1, 2)],
