@@ -65,9 +65,8 @@ def balanced(folder: Path) -> tuple[Shape, Path]:
     return pair(best), folder / str(best)
 
 
-def run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def run(zebra: Shape, profiles: Path, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """All shapes in turn, and zebra and sequential over gloo; `hetermoe bench`'s figures."""
-    zebra, profiles = balanced(folder / "trials")
     plans = [write_plan(shape, profiles, folder / f"{name}.yaml") for name, shape in shapes(zebra).items()]
     timing = ("--repeats", ROUNDS, "--steps", STEPS, "--warm-up", WARM_UP, "--trace-steps", STEPS - WARM_UP)
     options = ("--router", "balanced", *timing)
@@ -110,7 +109,8 @@ def measure() -> tuple[list[bars.Bar], dict[str, Any]]:
     """Run, compare, grow, draw."""
     began = time.monotonic()
     shutil.rmtree(FOLDER, ignore_errors=True)
-    bench, over_gloo = run(FOLDER)
+    zebra, profiles = balanced(FOLDER / "trials")
+    bench, over_gloo = run(zebra, profiles, FOLDER)
     entries = {entry["name"]: entry for entry in bench["entries"]}
     runs = {name: rounds(entry) for name, entry in entries.items()}
     gloo = {entry["name"]: rounds(entry) for entry in over_gloo["entries"]}
@@ -131,6 +131,7 @@ def measure() -> tuple[list[bars.Bar], dict[str, Any]]:
     found.append(bars.at_most("seconds of this benchmark", time.monotonic() - began, MOST_SECONDS))
     growth = {name: {"points": grown[name], "fit": asdict(curve)} for name, curve in curves.items()}
     return found, {
+        "ffn_size": zebra.widths.ffn,
         "bench": bench,
         "against_simulation": replayed,
         "overlap": hidden,

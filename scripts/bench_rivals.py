@@ -3,8 +3,9 @@
 All train the same Mixtral from the same weights on the same bytes with the same AdamW and clipping, in fp32, and in
 bf16 with fp32 masters. They take turns: in every round each trains the same next steps in either precision while the
 others wait, the first of them not timed. The engine runs what a user would: profile, plan, a short run that records the
-expert load, a plan for that load, and `hetermoe train`, which each round resumes. A rival runs its fastest variant,
-found first. They are compared in fp32, and each in the precision in which it is faster. Leave the machine alone.
+expert load, a plan for that load, and `hetermoe train`, which each round resumes. A rival runs its fastest setting,
+found first, in processes like the engine's (rivals_runs.py). They are compared in fp32, and each in the precision in
+which it is faster. Leave the machine alone.
 
     python scripts/bench_rivals.py --json > rivals.json
 """
@@ -40,13 +41,13 @@ CLUSTER = ROOT / "plans/clusters/cpu2.yaml"
 PRECISIONS = ("fp32", "bf16")
 # Steps of a round, of which the first are not timed: rivals go on, the engine's processes are new in every round, and
 # compile kernels for bf16.
-ROUNDS, STEPS, WARM_UP = 12, 9, 4
+ROUNDS, STEPS, WARM_UP = 10, 9, 4
 LOAD_STEPS = 48  # in the first ones all choose the same experts
 TRIALS, TRIAL_STEPS, TRIAL_WARM_UP = 3, 6, 2
 COMPARED_STEPS = 4  # losses; later a near-tie in a gate may fall either way
 LOSS_TOLERANCE = {"fp32": 2e-5, "bf16": 2**-8}  # relative
 LIMITS = {"deepspeed": 0.8, "hugging_face": 0.7}
-MOST_SECONDS = 1000
+MOST_SECONDS = 600
 # Not here: experts "batched_mm", which copies an expert's weights for every row (12 GB a rank at this size); AutoEP's
 # grouped GEMM, which needs Triton; its bf16 without ZeRO, whose losses are 2 % off, as it keeps no masters; bf16
 # weights under DDP, which keeps none either (under autocast transformers' grouped_mm computes in fp32); DDP's
@@ -61,12 +62,6 @@ SETTINGS: dict[str, dict[str, list[dict[str, Any]]]] = {
         "bf16": [{"precision": "autocast", "experts": how, "bucket_mb": 25} for how in ("eager", "grouped_mm")],
     },
 }
-# First as the engine's workers are started: they keep freed memory, and each has a core of its own.
-STARTS = [
-    {"keeps_freed": True, "bound": True},
-    {"keeps_freed": True, "bound": False},
-    {"keeps_freed": False, "bound": False},
-]
 
 
 def train_spec(folder: Path, precision: str) -> Path:
@@ -99,14 +94,8 @@ def engine_steps(plan: Path, folder: Path, start: int, stop: int) -> Steps:
     return Steps([line["loss"] for line in mine], [line["iteration_seconds"] for line in mine])
 
 
-def fastest(python: Path, folder: Path, job: dict[str, Any], settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The rival's fastest setting on this machine, and of that the fastest way to start it."""
-    best = _faster(python, folder / "settings", job, [setting | STARTS[0] for setting in settings])
-    return _faster(python, folder / "starts", job, [best | start for start in STARTS])
-
-
-def _faster(python: Path, folder: Path, job: dict[str, Any], variants: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The variant with the least median step; they take turns."""
+def fastest(python: Path, folder: Path, job: dict[str, Any], variants: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The rival's setting with the least median step on this machine; they take turns."""
     with ExitStack() as stack:
         rivals = [
             stack.enter_context(Rival(python, folder / str(number), job | {"variant": variant}))

@@ -125,7 +125,8 @@ def write_job(folder: Path, model: ModelConfig, train: TrainSpec, steps: int) ->
 
 
 class Rival:
-    """Two processes of one thread each that wait for steps to train. A context manager: they end with it."""
+    """Two processes of one thread each that wait for steps to train, with a core of their own and freed memory kept, as
+    the engine's workers. A context manager: they end with it."""
 
     def __init__(self, python: Path, folder: Path, job: dict[str, Any]) -> None:
         """Start them; `job` is write_job's with `rival` and `variant` (rivals_worker.py)."""
@@ -134,7 +135,6 @@ class Rival:
         file = folder / "job.json"
         file.write_text(json.dumps(job, indent=1))
         port = _free_port()
-        self._keeps_freed = job["variant"]["keeps_freed"]
         self._logs = [folder / f"rank{rank}.log" for rank in range(WORLD_SIZE)]
         self._ranks = [self._start([str(python), str(WORKER), str(file)], rank, port) for rank in range(WORLD_SIZE)]
 
@@ -149,9 +149,8 @@ class Rival:
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
             "HF_HUB_OFFLINE": "1",
+            **MEMORY,
         }
-        if self._keeps_freed:
-            variables |= MEMORY
         with self._logs[rank].open("w") as log:
             return subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=variables

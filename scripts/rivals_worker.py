@@ -170,8 +170,7 @@ def main() -> None:
     job = json.loads(parser.parse_args().job.read_text())
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    if job["variant"]["bound"]:
-        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[int(os.environ["LOCAL_RANK"])]})
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[int(os.environ["LOCAL_RANK"])]})
     dist.init_process_group("gloo")
     serve(job, dist.get_rank(), answers)
     os._exit(0)  # threads of the libraries need not be waited for

@@ -96,7 +96,7 @@ def test_a_rank_that_ends_is_told_with_its_last_line(tmp_path: Path, monkeypatch
     worker = tmp_path / "worker.py"
     worker.write_text("import sys; sys.exit('no such model')")
     monkeypatch.setattr(rivals_runs, "WORKER", worker)
-    job = {"rival": "deepspeed", "variant": {"precision": "fp32", "zero": 0, "keeps_freed": True, "bound": True}}
+    job = {"rival": "deepspeed", "variant": {"precision": "fp32", "zero": 0}}
     with (
         rivals_runs.Rival(Path(sys.executable), tmp_path / "run", job) as rival,
         pytest.raises(UserError, match=r"deepspeed .*: rank 0 has ended: no such model; log: "),

@@ -127,7 +127,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, groups: Groups, blocks: Blocks) -> Tensor:
         joined = groups.times(blocks.pack(rows), gate_up.transpose(1, 2))
-        ctx.save_for_backward(rows, joined, gate_up, down)  # rows as they came: whoever sent them keeps them anyway
+        ctx.save_for_backward(rows, joined, gate_up, down)  # rows as they came: whoever gave them keeps them anyway
         ctx.groups, ctx.blocks = groups, blocks
         return blocks.unpack(groups.times(swiglu.activated(joined), down.transpose(1, 2)))
 

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from hetermoe_cli.model.grouped import has_grouped_gemm, run_experts
 from hetermoe_cli.spec.model import ModelConfig
 
-_WIDE_BYTES = 4
-
 
 class ExpertGroup(nn.Module):
     """The experts of one layer that one rank holds, in the order of `ids`."""
@@ -46,13 +44,11 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(outputs, weights)
-        residual, narrow = hidden.flatten(0, 1), hidden.element_size() < _WIDE_BYTES
         first, *others = outputs.unbind(1)
-        mixed = first * weights[:, :1] if narrow else torch.addcmul(residual, first, weights[:, :1])
+        mixed = first * weights[:, :1]
         for choice, output in enumerate(others, 1):
             mixed.addcmul_(output, weights[:, choice, None])
-        if narrow:  # last: small ones would be lost in the residual one by one
-            mixed += residual
+        mixed += hidden.flatten(0, 1)  # last: small outputs would be lost in the residual one by one
         return mixed.view_as(hidden)
 
     @staticmethod
