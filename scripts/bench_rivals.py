@@ -5,7 +5,8 @@ bf16 with fp32 masters. They take turns: in every round each trains the same nex
 others wait, the first of them not timed. The engine runs what a user would: profile, plan, a short run that records the
 expert load, a plan for that load, and `hetermoe train`, which each round resumes. A rival runs its fastest setting,
 found first, in processes like the engine's (rivals_runs.py). They are compared in fp32, and each in the precision in
-which it is faster. Leave the machine alone.
+which it is faster. Beside them, in every round, what is left of a step if nothing but torch's heavy kernels remains
+(rivals_kernels.py). Leave the machine alone.
 
     python scripts/bench_rivals.py --json > rivals.json
 """
@@ -22,23 +23,27 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 import bars
 from demo import ROOT, hetermoe
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.report.bench import ratio
 from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.model import load_model
+from hetermoe_cli.spec.profile import Precision
 from hetermoe_cli.spec.train import TrainSpec
 from rivals_environment import PINNED, environment
-from rivals_runs import Rival, Steps, write_job
+from rivals_kernels import Kernels
+from rivals_runs import WORLD_SIZE, Rival, Steps, write_job
 
 Entrant = tuple[str, str]  # who, in which precision
 Found = dict[Entrant, list[Steps]]  # by round
-ENGINE = "engine"
+ENGINE, KERNELS = "engine", "kernels"
 FOLDER = ROOT / "runs" / "bench-rivals"
 MODEL, TRAIN = ROOT / "plans/models/rivals.yaml", ROOT / "plans/train/rivals.yaml"
 CLUSTER = ROOT / "plans/clusters/cpu2.yaml"
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 # Steps of a round, of which the first are not timed: rivals go on, the engine's processes are new in every round, and
 # compile kernels for bf16.
 ROUNDS, STEPS, WARM_UP = 10, 9, 4
@@ -113,10 +118,12 @@ def fastest(python: Path, folder: Path, job: dict[str, Any], variants: Sequence[
     return variants[medians.index(min(medians))]
 
 
-def take_turns(plans: dict[str, Path], rivals: dict[Entrant, Rival], folder: Path) -> Found:
+def take_turns(
+    plans: dict[str, Path], rivals: dict[Entrant, Rival], kernels: dict[str, Kernels], folder: Path
+) -> Found:
     """All rounds of all; who begins moves on by one each round."""
     entrants: list[Entrant] = [*((ENGINE, precision) for precision in plans), *rivals]
-    found: Found = {entrant: [] for entrant in entrants}
+    found: Found = {entrant: [] for entrant in [*entrants, *((KERNELS, precision) for precision in kernels)]}
     for number in range(ROUNDS):
         start, stop = number * STEPS, (number + 1) * STEPS
         turn = number % len(entrants)
@@ -126,6 +133,8 @@ def take_turns(plans: dict[str, Path], rivals: dict[Entrant, Rival], folder: Pat
                 found[entrant].append(engine_steps(plans[precision], folder / precision / ENGINE, start, stop))
             else:
                 found[entrant].append(rivals[entrant].train(start, stop))
+        for precision, alone in kernels.items():
+            found[KERNELS, precision].append(Steps([], alone.seconds(STEPS)))
         told = ", ".join(f"{' '.join(entrant)} {median(timed(rounds)[-1]):.3f}" for entrant, rounds in found.items())
         print(f"round {number + 1} of {ROUNDS}, seconds a step: {told}", file=sys.stderr)
     return found
@@ -162,13 +171,15 @@ def judge(found: Found) -> tuple[list[bars.Bar], dict[str, Any]]:
         }
         for how, (ours, theirs) in pairs.items():
             measured = ratio(timed(ours), timed(theirs))
-            ratios[f"{name}, {how}"] = asdict(measured)
+            ratios[f"{ENGINE} over {name}, {how}"] = asdict(measured)
             what = f"engine over {name}, {how}: step time"
             result += [
                 bars.at_most(f"{what}, median over rounds", measured.median, limit),
                 bars.at_most(f"{what}, upper end of the 95 % interval", measured.high, limit),
             ]
         for precision, tolerance in LOSS_TOLERANCE.items():
+            alone = ratio(timed(found[KERNELS, precision]), timed(found[name, precision]))
+            ratios[f"{KERNELS} over {name}, in {precision}"] = asdict(alone)
             difference = loss_difference(found[ENGINE, precision], found[name, precision])
             what = f"engine against {name} in {precision}: relative difference of the first losses"
             result.append(bars.at_most(what, difference, tolerance))
@@ -177,6 +188,7 @@ def judge(found: Found) -> tuple[list[bars.Bar], dict[str, Any]]:
 
 def measure() -> tuple[list[bars.Bar], dict[str, Any]]:
     """Install, plan, choose variants, take turns."""
+    torch.set_num_threads(1)
     python = environment()
     began = time.monotonic()
     shutil.rmtree(FOLDER, ignore_errors=True)
@@ -195,7 +207,8 @@ def measure() -> tuple[list[bars.Bar], dict[str, Any]]:
         }
         for rival in rivals.values():
             rival.wait_ready()
-        found = take_turns(plans, rivals, FOLDER)
+        kernels = {precision: Kernels(model, train, precision, WORLD_SIZE) for precision in PRECISIONS}
+        found = take_turns(plans, rivals, kernels, FOLDER)
     result, ratios = judge(found)
     result += [
         bars.at_least("interleaved rounds", len(found[ENGINE, "fp32"]), 10),

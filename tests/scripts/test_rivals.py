@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import bench_rivals
 import rivals_environment
+import rivals_kernels
 import rivals_runs
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.model.data import Batches, load_corpus
@@ -76,13 +79,34 @@ def test_bars_follow_from_ratios_and_losses() -> None:
         ("deepspeed", "bf16"): steps(0.9, 5.02),
         ("hugging_face", "fp32"): steps(0.8, 5.1),
         ("hugging_face", "bf16"): steps(0.85, 5.1),
+        ("kernels", "fp32"): steps(0.4, 0.0),
+        ("kernels", "bf16"): steps(0.2, 0.0),
     }
     result, ratios = bench_rivals.judge(found)
-    assert ratios["deepspeed, in fp32"]["median"] == pytest.approx(0.6)
-    assert ratios["deepspeed, each in its faster precision"]["median"] == pytest.approx(5 / 9)
-    assert ratios["hugging_face, in fp32"]["high"] == pytest.approx(0.75)
-    assert ratios["hugging_face, each in its faster precision"]["high"] == pytest.approx(0.625)
+    assert ratios["engine over deepspeed, in fp32"]["median"] == pytest.approx(0.6)
+    assert ratios["engine over deepspeed, each in its faster precision"]["median"] == pytest.approx(5 / 9)
+    assert ratios["engine over hugging_face, in fp32"]["high"] == pytest.approx(0.75)
+    assert ratios["engine over hugging_face, each in its faster precision"]["high"] == pytest.approx(0.625)
+    assert ratios["kernels over hugging_face, in fp32"]["median"] == pytest.approx(0.5)
     assert [bar["holds"] for bar in result] == [*[True] * 6, False, False, True, True, False, False]
+
+
+def test_kernels_are_those_of_a_ranks_part_of_a_step() -> None:
+    """Of an even load: three products of each weight, with all tokens in the dense part and k times in experts."""
+    torch.set_num_threads(1)
+    kernels = rivals_kernels.Kernels(MODEL, TRAIN, "fp32", 2)
+    tokens = TRAIN.global_batch_sequences * TRAIN.sequence_length // 2
+    weights = MODEL.layers * (256 * (256 + 2 * 64) + 256 * 256 + MODEL.top_k * 3 * 256 * 512) + 256 * 1024
+    with FlopCounterMode(display=False) as flops:  # of products; it knows no attention kernel of a CPU
+        kernels.seconds(1)
+    assert sum(flops.get_flop_counts()["Global"].values()) == 3 * 2 * tokens * weights
+    with profile(activities=[ProfilerActivity.CPU]) as traced:
+        kernels.seconds(1)
+    calls = {event.key: event.count for event in traced.key_averages()}
+    attention = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert calls[attention] == calls[f"{attention}_backward"] == MODEL.layers
+    assert calls["aten::_fused_adamw_"] == 1
+    assert len(kernels.seconds(2)) == 2
 
 
 def test_a_failed_installation_is_one_line(tmp_path: Path) -> None:
