@@ -8,6 +8,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+import torch
 
 from builders import make_profile
 from hetermoe_cli.cli.main import main
@@ -18,6 +19,7 @@ from hetermoe_cli.spec.cluster import LinkRecord
 from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.model import NAMED_MODELS
 from hetermoe_cli.spec.profile import DeviceFacts, Profile
+from hetermoe_cli.spec.train import TrainSpec
 
 SMALL_RUN = ["--device", "cpu", "--quick", "--sequence-lengths", "16", "--sequences", "1", "--tokens", "8,4"]
 
@@ -70,6 +72,28 @@ def test_a_real_quick_run_writes_profile_and_link(tmp_path: Path) -> None:
     assert (table.shape, table.precision) == (NAMED_MODELS["tiny"].shape, "fp32")
     link = load(LinkRecord, tmp_path / "links" / "cpu-pair.yaml")
     assert data["link"] == link.model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "given", "precision"),
+    [("cpu", [], "fp32"), ("cuda", [], "fp16"), ("cuda", ["--precision", "bf16"], "bf16")],
+)
+def test_the_precision_is_that_of_a_training_spec_or_a_cpu(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerator: str, given: list[str], precision: str
+) -> None:
+    """Plans read the profile's tables of the training spec's precision."""
+    asked: list[object] = []
+
+    def profile_device(*arguments: object) -> Profile:
+        asked.extend(arguments)
+        return measured()
+
+    monkeypatch.setattr("hetermoe_cli.profiler.profile.profile_device", profile_device)
+    monkeypatch.setattr("hetermoe_cli.profiler.profile.resolve_device", lambda device: torch.device(accelerator))
+    monkeypatch.setattr("hetermoe_cli.profiler.profile.device_facts", lambda device: DeviceFacts(product="Brand X1"))
+    assert cli(*given, "--no-network", "--output", str(tmp_path))[0] == 0
+    assert precision in asked
+    assert TrainSpec(sequence_length=1, global_batch_sequences=1).precision == "fp16"
 
 
 def test_other_shapes_are_kept_and_the_same_shape_is_replaced(cli: Cli, tmp_path: Path) -> None:

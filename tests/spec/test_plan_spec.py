@@ -82,7 +82,7 @@ def test_questions_that_a_layout_answers() -> None:
 
 @pytest.mark.parametrize(("name", "alive"), [("zebra", 3), ("sequential", 1)])
 def test_micro_batches_alive(name: Any, alive: int) -> None:
-    assert make_layout(micro_batches=3, schedule=name).micro_batches_alive == alive
+    assert make_layout(micro_batches=3, schedule=name).schedule.window == alive
 
 
 def test_a_plan_round_trips_through_its_file(plan: Plan, tmp_path: Path) -> None:

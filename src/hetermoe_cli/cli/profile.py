@@ -35,6 +35,9 @@ class PrecisionChoice(StrEnum):
     fp64 = "fp64"
 
 
+_PRECISION = {"cpu": PrecisionChoice.fp32, "cuda": PrecisionChoice.fp16}  # cuda: as a training spec's default
+
+
 def profile(
     model: Annotated[
         list[str] | None,
@@ -44,7 +47,10 @@ def profile(
     name: Annotated[
         str | None, typer.Option(help="Device type's name in plans.", show_default="cpu, or short product name")
     ] = None,
-    precision: Annotated[PrecisionChoice, typer.Option(help="Element type.")] = PrecisionChoice.fp32,
+    precision: Annotated[
+        PrecisionChoice | None,
+        typer.Option(help="Element type.", show_default="fp16 on CUDA devices, as a training spec's; fp32 on CPUs"),
+    ] = None,
     sequence_lengths: Annotated[str | None, typer.Option(help="For attention, such as 64,128.")] = None,
     sequences: Annotated[str | None, typer.Option(help="Sequences attended to at once, such as 1,2,4.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Rows of an expert and of the head, such as 64,256.")] = None,
@@ -82,8 +88,9 @@ def profile(
     old = _existing(path)
     sizes = Sizes(*(numbers or default for numbers, default in zip(given, _SIZES[target.type, quick], strict=True)))
     effort = QUICK if quick else Effort()
+    element = precision or _PRECISION[target.type]
     with _progress(f"profiling {name}") as progress:
-        measured = profile_device(models, target, name, precision.value, sizes, effort, threads, progress)
+        measured = profile_device(models, target, name, element.value, sizes, effort, threads, progress)
     merged, note = merge(old, measured)
     dump(merged, path, "Measured by `hetermoe profile`; seconds are medians, spread is IQR / median.")
     link = None if no_network else _link(target.type, quick)

@@ -1,6 +1,6 @@
 """Array types of the planner, and numpy calls whose results numpy itself leaves untyped."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,14 +20,6 @@ def anywhere(condition: BoolArray) -> BoolArray:
     """[...] whether the condition holds anywhere along the first axis."""
     result: BoolArray = np.any(condition, axis=0)
     return result
-
-
-def total(parts: Iterable[FloatArray]) -> FloatArray:
-    """Sum of arrays of one shape."""
-    first, *others = parts
-    for part in others:
-        first = first + part
-    return first
 
 
 def choose(condition: BoolArray, yes: FloatArray | float, no: FloatArray | float) -> FloatArray:

@@ -133,11 +133,6 @@ class Layout(Spec):
         return self.schedule.micro_batches
 
     @property
-    def micro_batches_alive(self) -> int:
-        """Micro-batches whose activations are kept at once."""
-        return self.schedule.window
-
-    @property
     def sequences_per_micro_batch(self) -> int:
         """Sequences of one micro-batch over all ranks."""
         return sum(self.sequences_per_rank)

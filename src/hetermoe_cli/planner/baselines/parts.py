@@ -4,7 +4,6 @@ What Tutel (arXiv 2206.03382) and Lina (arXiv 2210.17223) do, at the best of a f
 micro-batch: no part is sent before its end, and the next one waits for the last answer.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from hetermoe_cli.cost.layout import LayoutCost
@@ -18,12 +17,12 @@ from hetermoe_cli.spec.layout import Layout
 DEGREES = (1, 2, 4, 8)  # as Tutel tunes them
 
 
-def parted_seconds(cost: LayoutCost, degrees: Sequence[int] = DEGREES) -> float:
+def parted_seconds(cost: LayoutCost) -> float:
     """Simulated seconds of a sequential layout at the degree that is best for one micro-batch.
 
     Micro-batches follow one another and are alike, so that each after the first adds what the second does.
     """
-    one, degree = min((iteration_seconds(_first(cost, 1), degree), degree) for degree in degrees)
+    one, degree = min((iteration_seconds(_first(cost, 1), degree), degree) for degree in DEGREES)
     more = cost.layout.micro_batches - 1
     return one + more * (iteration_seconds(_first(cost, 2), degree) - one) if more else one
 

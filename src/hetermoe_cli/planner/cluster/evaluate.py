@@ -63,9 +63,8 @@ class GroupRates(Rates):
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A placement of one option, with the class-level seconds of its compute and transfers, and of its optimizer."""
+    """A placement of one choice, with the class-level seconds of its compute and transfers, and of its optimizer."""
 
-    option: Option
     choice: Choice
     classes: list[DeviceClass]
     counts: Counts
@@ -104,7 +103,7 @@ def evaluate(part: Part, kernels: Kernels, option: Option) -> Evaluated | None:
         return None
     table, time = found
     counts = from_totals(table[..., :-1], table[..., -1], [c.count for c in classes])
-    return Evaluated(option, choice, classes, counts, time, _optimizer(rates, counts))
+    return Evaluated(choice, classes, counts, time, _optimizer(rates, counts))
 
 
 def _in_full(rates: GroupRates) -> tuple[IntArray, float] | None:
