@@ -7,14 +7,17 @@ import pytest
 from instances import random_choice, random_counts, random_inputs
 
 from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.planner import ilp
 from hetermoe_cli.planner.bounds import Bounder
 from hetermoe_cli.planner.candidates import _slots
 from hetermoe_cli.planner.chains import canonical
+from hetermoe_cli.planner.choice import ALL
 from hetermoe_cli.planner.deal import number
 from hetermoe_cli.planner.master import mixture
 from hetermoe_cli.planner.patterns import Patterns, caps_within
 from hetermoe_cli.planner.prepared import Prepared
 from hetermoe_cli.planner.rows import Of, Rows
+from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.planner.space import kinds
 from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.simulator import simulate
@@ -92,3 +95,24 @@ def _check_mixture(
         for row, total in zip(counts, totals[index], strict=True):
             if device_class.count > 1 and total and min(row[rank] for rank in device_class.ranks) == 0:
                 assert total <= found.limits.partial[index]
+
+
+@pytest.mark.parametrize("apart", [0, 1, 2, ALL])
+@pytest.mark.parametrize("seed", range(40))
+def test_the_mean_milp_has_room_for_every_device_level_placement(seed: int, apart: int) -> None:
+    """With one of their renumberings within their own replay, whichever devices have variables of their own."""
+    rng = random.Random(seed)
+    devices, layers, experts = rng.randint(2, 5), rng.randint(1, 3), rng.randint(1, 6)
+    choice = random_choice(rng, devices)
+    batch = sum(choice.sequences) * choice.schedule.micro_batches
+    inputs = random_inputs(rng, devices=devices, layers=layers, experts=experts, batch=batch, flat=seed % 3 > 0)
+    cost = CostModel(inputs)
+    ready = Prepared.of(cost, choice, apart)
+    options = SolverOptions(time_limit=20.0, relative_gap=0.5)
+    for _ in range(3):
+        counts = random_counts(rng, devices, layers, experts)
+        layout = choice.layout([number(row[:-1], row[-1]) for row in counts])
+        replay = simulate(LayoutCost(cost, layout)).seconds
+        run = ilp.solve(ilp.build(ready.rates, ready.graph, replay * (1 + 1e-6), "mean"), options)
+        assert run.status in ("optimal", "feasible")
+        assert run.bound <= replay * (1 + 1e-6)

@@ -7,6 +7,7 @@ import pytest
 from instances import random_choice, random_counts, random_inputs
 
 from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.planner.choice import ALL
 from hetermoe_cli.planner.counts import Counts, fits, from_totals, seconds, transfer_seconds
 from hetermoe_cli.planner.prepared import Prepared
 from hetermoe_cli.planner.replay import busy_bound, overflow
@@ -14,12 +15,12 @@ from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.simulator import simulate
 
 
-def random_ready(rng: random.Random, per_device: bool) -> Prepared:
+def random_ready(rng: random.Random, apart: int) -> Prepared:
     devices, layers, experts = rng.randint(1, 6), rng.randint(1, 3), rng.randint(1, 7)
     choice = random_choice(rng, devices)
     batch = sum(choice.sequences) * choice.schedule.micro_batches
     inputs = random_inputs(rng, devices=devices, layers=layers, experts=experts, batch=batch, tight=True)
-    return Prepared.of(CostModel(inputs), choice, per_device)
+    return Prepared.of(CostModel(inputs), choice, apart)
 
 
 def class_counts(rng: random.Random, ready: Prepared) -> Counts:
@@ -31,7 +32,7 @@ def class_counts(rng: random.Random, ready: Prepared) -> Counts:
 @pytest.mark.parametrize("seed", range(40))
 def test_class_level_time_and_memory(seed: int) -> None:
     rng = random.Random(seed)
-    ready = random_ready(rng, per_device=seed % 2 == 0)
+    ready = random_ready(rng, apart=(0, 1, ALL)[seed % 3])
     for _ in range(5):
         counts = class_counts(rng, ready)
         cost = LayoutCost(ready.rates.cost, ready.layout(counts))
@@ -51,7 +52,7 @@ def test_class_level_time_and_memory(seed: int) -> None:
 def test_remainders_rotate_so_that_memory_evens_out() -> None:
     rng = random.Random(3)
     for _ in range(20):
-        ready = random_ready(rng, per_device=False)
+        ready = random_ready(rng, apart=0)
         counts = class_counts(rng, ready)
         layout = ready.layout(counts)
         for device_class in ready.classes:

@@ -8,7 +8,7 @@ from builders import make_inputs, make_model, make_profile, make_schedule
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner import ilp, search
-from hetermoe_cli.planner.choice import Choice
+from hetermoe_cli.planner.choice import ALL, Choice
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.prepared import Prepared
 from hetermoe_cli.planner.solver import Run, SolverOptions
@@ -128,15 +128,15 @@ def test_one_more_device_is_never_slower(instance: dict[str, float], more: str) 
 
 
 @settings(max_examples=10)
-@given(instances, st.sampled_from(["zebra", "windowed", "sequential"]), st.booleans(), st.booleans())
+@given(instances, st.sampled_from(["zebra", "windowed", "sequential"]), st.booleans(), st.sampled_from([0, 1, ALL]))
 def test_replay_is_never_above_the_milp_and_equal_where_classes_are_even(
-    instance: dict[str, float], name: str, old_attends: bool, per_device: bool
+    instance: dict[str, float], name: str, old_attends: bool, apart: int
 ) -> None:
     inputs = build(**instance)  # type: ignore[arg-type]
     cost = CostModel(inputs)
     sequences = (1,) * int(instance["news"]) + (int(old_attends),) * int(instance["olds"])
     schedule = make_schedule(name, 2)
-    ready = Prepared.of(cost, Choice(schedule, sequences), per_device)
+    ready = Prepared.of(cost, Choice(schedule, sequences), apart)
     attending = [rank for rank, count in enumerate(sequences) if count]
     start = ready.choice.layout([spread(cost.model.experts, attending, len(sequences))] * cost.model.layers)
     model = ilp.build(ready.rates, ready.graph, 1.2 * simulate(LayoutCost(cost, start)).seconds, "largest")

@@ -1,5 +1,6 @@
 """Constraint families of the placement: coverage, hosting, unevenness, memory, symmetry."""
 
+from itertools import permutations
 from typing import Any
 
 import pulp
@@ -123,10 +124,9 @@ def memory(model: Model) -> None:
 
 
 def symmetry(model: Model) -> None:
-    """Of classes with one equal device each (device level), the first hosts most."""
-    alike: dict[object, int] = {}
-    for c, device_class in model.classes:
-        key = model.rates.symmetry(c)
-        if device_class.count == 1 and key in alike:
-            model.problem += model.total[alike[key]] >= model.total[c], f"symmetry_{c}"
-        alike[key] = c
+    """Of equal devices that are classes of their own, the first hosts most, and no less than the rest on average."""
+    for first, other in permutations(range(len(model.rates.classes)), 2):
+        if model.rates.leads(first, other):
+            most = pulp.lpSum(model.hosted[layer, first] for layer in model.layers)
+            mean = pulp.lpSum(model.mean(layer, other) for layer in model.layers)
+            model.problem += most >= mean, f"symmetry_{first}_{other}"

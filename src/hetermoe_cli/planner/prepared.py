@@ -21,9 +21,9 @@ class Prepared:
     rates: Rates
 
     @classmethod
-    def of(cls, cost: CostModel, choice: Choice, per_device: bool = False) -> "Prepared":
-        """By classes, or with one class per device."""
-        classes = group(cost.devices, choice.sequences, per_device=per_device)
+    def of(cls, cost: CostModel, choice: Choice, apart: int = 0) -> "Prepared":
+        """By classes, of which the first `apart` devices are some of their own (`group`)."""
+        classes = group(cost.devices, choice.sequences, apart)
         return cls(choice, classes, Rates(cost, choice, classes))
 
     @cached_property

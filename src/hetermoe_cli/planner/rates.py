@@ -10,7 +10,7 @@ import numpy as np
 from hetermoe_cli.cost.device import STATE_BYTES
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.planner.choice import Choice, DeviceClass, symmetry_keys
+from hetermoe_cli.planner.choice import Choice, DeviceClass, Symmetries
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.spec.layout import ScheduleChoice
 
@@ -302,10 +302,11 @@ class Rates:
                 per_class[self.class_of[device.rank]] -= total
         return Port(total, tuple(per_class), users, seconds, latency, 0)
 
-    def symmetry(self, number: int) -> object:
-        """Equal for classes whose devices some symmetry of the cluster swaps."""
-        return self._symmetry[self.classes[number].ranks[0]]
+    def leads(self, first: int, other: int) -> bool:
+        """Whether the only device of one class may be taken to host at least as much as any device of another one."""
+        (rank, *more), others = self.classes[first].ranks, self.classes[other].ranks
+        return not more and all(self._symmetries.leads(rank, following) for following in others)
 
     @cached_property
-    def _symmetry(self) -> list[object]:
-        return symmetry_keys(self.cost.devices, self.choice.sequences)
+    def _symmetries(self) -> Symmetries:
+        return Symmetries(self.cost.devices, self.choice.sequences)

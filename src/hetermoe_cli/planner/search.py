@@ -24,6 +24,7 @@ from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner import heuristic, ilp
 from hetermoe_cli.planner.candidates import Candidate, ExactOver, arranged, candidates
+from hetermoe_cli.planner.choice import ALL
 from hetermoe_cli.planner.master import mixture
 from hetermoe_cli.planner.orders import other_orders
 from hetermoe_cli.planner.patterns import Limits
@@ -38,6 +39,7 @@ SEEDS = 6  # choices in which devices of a kind are alike, placed first
 MISSES = 12
 NEAR = 1.04  # times the best: what another order may still make the best
 SHARES = 8  # of the time for the proof: what the first MILP of a choice gets at least
+APART = (1, 2, 3)  # devices of each class with variables of their own, step by step
 PRESSING = 0.01  # below the best by more than this, a choice's bound makes a gap worth closing
 
 
@@ -46,7 +48,7 @@ class Stage(NamedTuple):
 
     mode: ilp.Mode | Literal["patterns"]
     alike: bool = False
-    per_device: bool = False
+    apart: int = 0  # devices of each class with variables of their own
 
 
 @dataclass
@@ -160,15 +162,18 @@ class Search:
 
     def prove(self) -> None:
         """Step 4: MILPs with devices of a class alike, the most promising choice first."""
-        self._in_turn(lambda c: c.alike, [Stage("patterns"), Stage("mean", alike=True), Stage("largest", alike=True)])
+        first = [Stage("patterns"), Stage("mean", alike=True), Stage("mean", True, 1), Stage("largest", alike=True)]
+        self._in_turn(lambda c: c.alike, [*first, *(Stage("mean", True, apart) for apart in APART[1:])])
 
     def prove_devices(self, whole: bool) -> None:
         """Step 5: MILPs over all placements, by classes (if `whole`), and with one class per device.
 
         Otherwise only of choices whose classes' means leave a doubt.
         """
-        stages = [Stage("mean"), Stage("mean", per_device=True)]
-        self._in_turn((lambda c: c.bound) if whole else (lambda c: c.alike), stages if whole else stages[1:])
+        if whole:
+            self._in_turn(lambda c: c.bound, [Stage("mean", apart=apart) for apart in (0, *APART, ALL)])
+        else:
+            self._in_turn(lambda c: c.alike, [Stage("mean", apart=ALL)])
 
     def _in_turn(self, known: Callable[[Candidate], float], stages: list[Stage]) -> None:
         """Stages of every choice, always of the one with the lowest bound, as that is what the plan's gap is.
@@ -193,7 +198,7 @@ class Search:
 
     def _run(self, candidate: Candidate, stage: Stage, seconds: float) -> bool:
         """One stage of a choice; whether it has shown all that it can."""
-        ready = Prepared.of(self.cost, candidate.choice, stage.per_device)
+        ready = Prepared.of(self.cost, candidate.choice, stage.apart)
         if stage.mode == "patterns":
             self._bound(candidate, ready, mixed=True)
             if candidate.bound < self.target:
