@@ -4,30 +4,35 @@ import random
 from itertools import permutations
 
 import pytest
-from instances import random_choice, random_inputs
+from instances import random_inputs
 
 from hetermoe_cli.cost import CostModel
 from hetermoe_cli.planner.choice import ALL, Symmetries, group, symmetry_keys
 from hetermoe_cli.spec.cluster import Device
 
 
-def random_devices(rng: random.Random, most: int) -> tuple[list[Device], tuple[int, ...]]:
-    """Nodes of one to three devices with one or two NICs; some of several types on one machine."""
-    count = rng.randint(2, most)
-    choice = random_choice(rng, count)
-    inputs = random_inputs(rng, devices=count, layers=1, experts=2, batch=8 * sum(choice.sequences))
-    nodes = inputs.cluster.nodes
-    if rng.random() < 0.3 and len(nodes) > 1:
-        nodes = [node.model_copy(update={"machine": "box", "count": 1}) for node in nodes]
-        inputs = inputs.model_copy(update={"cluster": inputs.cluster.model_copy(update={"nodes": nodes})})
-    return CostModel(inputs).devices, choice.sequences
+def random_devices(rng: random.Random) -> tuple[list[Device], list[int]]:
+    """Up to six, in equal nodes of one to three with one or two NICs, and some others; types that share a machine."""
+    inputs = random_inputs(rng, devices=1, layers=1, experts=2, batch=8)
+    node = inputs.cluster.nodes[0]
+    size, count = rng.choice([(1, 3), (2, 2), (2, 3), (3, 2), (1, 4)])
+    equal = node.model_copy(update={"name": "equal", "devices": size, "count": count, "nics": rng.choice([1, size])})
+    nodes = [equal]
+    if rng.random() < 0.5 and size * count < 6:
+        nodes.append(node.model_copy(update={"name": "other", "devices": 1, "count": 1, "nics": 1}))
+    if rng.random() < 0.3:
+        nodes = [node.model_copy(update={"name": f"n{i}", "machine": f"box{i // 2}"}) for i in range(4)]
+    cluster = inputs.cluster.model_copy(update={"nodes": nodes})
+    devices = CostModel(inputs.model_copy(update={"cluster": cluster})).devices
+    equally = rng.random() < 0.6
+    return devices, [1 if equally else rng.choice([0, 1]) for _ in devices]
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_for_any_totals_some_renumbering_keeps_all_pairs_at_once(seed: int) -> None:
     """Renumberings keep equal devices equal, and what shares a NIC or a node together."""
     rng = random.Random(seed)
-    devices, sequences = random_devices(rng, 6)
+    devices, sequences = random_devices(rng)
     symmetries, keys = Symmetries(devices, sequences), symmetry_keys(devices, sequences)
     ranks = range(len(devices))
     pairs = [(a, b) for a in ranks for b in ranks if symmetries.leads(a, b)]
