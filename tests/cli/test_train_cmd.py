@@ -233,6 +233,19 @@ def test_a_torn_last_line_of_the_metrics_does_not_stop_a_resume(plan_file: Path,
     assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1, 2]
 
 
+def test_a_run_that_died_before_its_first_checkpoint_begins_again(plan_file: Path, text: Path, tmp_path: Path) -> None:
+    options = ("train", plan_file, "--run-folder", tmp_path / "run", "--data", text)
+    hetermoe(*options, "--steps", 3)
+    before = metrics(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    done = hetermoe(*options, "--steps", 2, "--resume")
+    assert "note: " in done.stderr
+    assert "no checkpoint to resume from: the run begins at step 0" in done.stderr
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1]
+    assert metrics(tmp_path / "run")[0]["loss"] == before[0]["loss"]
+    assert metrics(tmp_path / "run")[0]["time"] > before[2]["time"]  # type: ignore[operator]
+
+
 def test_divergence_ends_the_run_in_one_line_and_keeps_good_checkpoints(text: Path, tmp_path: Path) -> None:
     plan = cpu_plan()
     train = plan.inputs.train.model_copy(update={"learning_rate": 1e30, "warmup_steps": 0})

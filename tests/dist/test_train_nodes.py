@@ -112,6 +112,17 @@ def test_a_worker_that_dies_ends_all_nodes_with_its_error(plan_file: Path, text:
     assert not (tmp_path / "run/status.json").exists()
 
 
+def test_all_nodes_begin_again_what_died_before_its_first_checkpoint(
+    plan_file: Path, text: Path, tmp_path: Path
+) -> None:
+    launchers = start(plan_file, tmp_path / "run", text, *ENDLESS)
+    os.kill(worker(tmp_path / "run", 2), signal.SIGKILL)
+    ends(launchers)
+    again = start(plan_file, tmp_path / "run", text, "--resume", "--json")
+    assert [code for code, _, _ in ends(again)] == [0, 0]
+    assert [line["step"] for line in events(tmp_path / "run", "step")] == list(range(6))
+
+
 def test_an_interrupt_on_one_node_stops_and_saves_on_all(plan_file: Path, text: Path, tmp_path: Path) -> None:
     launchers = start(plan_file, tmp_path / "run", text, *ENDLESS)
     worker(tmp_path / "run", 2)

@@ -19,8 +19,14 @@ def write(logs: Path, texts: dict[int, str], start: str = "run_b") -> None:
         (folder / "stderr.log").write_text(text)
 
 
-def failed(codes: dict[int, int], first_rank: int = 2) -> dict[int, SimpleNamespace]:
-    return {first_rank + n: SimpleNamespace(local_rank=n, exitcode=code) for n, code in codes.items()}
+def failed(
+    codes: dict[int, int], first_rank: int = 2, times: dict[int, int] | None = None
+) -> dict[int, SimpleNamespace]:
+    """As torch tells them; `times`: when it saw those that it did not see at once."""
+    return {
+        first_rank + n: SimpleNamespace(local_rank=n, exitcode=code, timestamp=1000 + (times or {}).get(n, 0))
+        for n, code in codes.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -42,6 +48,39 @@ def test_the_first_failure(tmp_path: Path, codes: dict[int, int], code: int, exp
     assert isinstance(error, PeerFailure) == follows
     if codes[0] == 6 and not follows:
         assert tail == ["more of 1", "last of 1"]
+
+
+WATCHDOG = """terminate called after throwing an instance of 'c10::DistBackendError'
+  what():  [PG ID 0 PG GUID 0 Rank 1] Process group watchdog thread terminated with exception: {cause}
+Exception raised from run at /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:2176 (most recent call first):
+frame #0: c10::Error::Error(c10::SourceLocation, std::string) + 0x80
+frame #1: clone + 0x43
+"""
+LOST = WATCHDOG.format(cause="NCCL error: remote process exited or there was a network error")
+FAULT = WATCHDOG.format(cause="CUDA error: an illegal memory access was encountered")
+KILL, ABORT = -signal.SIGKILL, -signal.SIGABRT
+
+
+@pytest.mark.parametrize(
+    ("codes", "times", "texts", "rank", "follows"),
+    [
+        ({0: KILL, 1: 1}, {0: 30}, {}, 3, False),  # torch killed the one that only waited
+        ({0: 1, 1: 1}, {0: 2}, {}, 3, False),
+        ({0: KILL, 1: KILL}, {0: 31}, {}, 3, False),
+        ({0: 6, 1: KILL}, {1: 30}, {}, 2, True),  # what they followed was on another node
+        ({0: ABORT, 1: -signal.SIGSEGV}, {1: 2}, {0: LOST}, 3, False),
+        ({0: ABORT, 1: 6}, {1: 2}, {0: LOST}, 2, True),
+        ({0: ABORT, 1: 6}, {}, {0: FAULT}, 2, False),
+        ({0: 1, 1: ABORT}, {0: 2}, {1: "free(): invalid pointer"}, 3, False),
+    ],
+)
+def test_survivors_that_nccl_or_torch_ended_are_not_blamed(
+    tmp_path: Path, codes: dict[int, int], times: dict[int, int], texts: dict[int, str], rank: int, follows: bool
+) -> None:
+    write(tmp_path, texts)
+    error, _ = failure(tmp_path, failed(codes, times=times))
+    assert str(error).startswith(f"worker of rank {rank} died")
+    assert isinstance(error, PeerFailure) == follows
 
 
 def test_why_nothing_was_saved(tmp_path: Path) -> None:

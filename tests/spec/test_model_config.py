@@ -242,10 +242,18 @@ def test_hugging_face_default_of_rope_theta(tmp_path: Path) -> None:
     assert load_model(config_file(tmp_path, rope_parameters=...)).rope_theta == 1e6
 
 
+def test_hugging_face_key_value_heads_of_null_are_the_attention_heads(tmp_path: Path) -> None:
+    assert load_model(config_file(tmp_path, num_key_value_heads=None)).kv_heads == 32
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"model_type": "llama"}, "field model_type: expected 'mixtral' or 'deepseek_v3', found 'llama'"),
+        ({"model_type": ["mixtral"]}, "field model_type: expected 'mixtral' or 'deepseek_v3', found ['mixtral']"),
+        ({"rope_parameters": ..., "rope_scaling": "linear"}, "field rope_scaling: expected an object with a rope_type"),
+        ({"rope_parameters": [1]}, "field rope_parameters: expected an object with a rope_type, or null, found [1]"),
+        ({"num_key_value_heads": ...}, "field kv_heads: Field required"),
         ({"hidden_act": "gelu"}, "field hidden_act: the value 'gelu' is not supported"),
         ({"sliding_window": 4096}, "field sliding_window: the value 4096 is not supported"),
         ({"attention_bias": True}, "field attention_bias: the value True is not supported"),

@@ -42,7 +42,9 @@ def train(
     validate_every: Annotated[int, typer.Option(min=0, help="Steps between validations; 0: only at the end.")] = 0,
     validation_batches: Annotated[int, typer.Option(min=1, help="Global batches of a validation.")] = 4,
     trace_steps: TraceSteps = 5,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue bit-exactly from the newest checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue bit-exactly from the newest checkpoint; begin if there is none.")
+    ] = False,
     rebalance: Annotated[
         bool, typer.Option("--rebalance", help="Move experts where the measured load or speeds want them, if it pays.")
     ] = False,
@@ -117,7 +119,7 @@ def _train(plan: "Plan", source: Path, options: "TrainOptions", place_options: "
 
     with Meeting(place) as meeting:
         run = agreed_run(meeting, lambda: alone or check())
-        if run.resume_from and place.node == 0:
+        if options.resume and place.node == 0:
             from hetermoe_cli.runtime.saving import resume_note
 
             if note := resume_note(run):

@@ -13,6 +13,7 @@ _LOG_TAIL_LINES = 15
 _PREFIX = "hetermoe: error: "
 _FOLLOWING = (ExitCode.WORKER_DIED, -signal.SIGTERM)  # lost a peer, or were ended by the launcher
 _TOLD = (ExitCode.BAD_INPUT, ExitCode.DOES_NOT_FIT)  # in one line
+_TERMINATION_SECONDS = 30  # torch kills workers that have not ended so long after it asked them to
 
 
 def failure(logs: Path, failures: Mapping[int, Any]) -> tuple[UserError, list[str]]:
@@ -20,18 +21,31 @@ def failure(logs: Path, failures: Mapping[int, Any]) -> tuple[UserError, list[st
 
     PeerFailure if all that failed here only lost a peer. `failures`: torch's, by rank.
     """
-    rank, first = min(
-        failures.items(), key=lambda item: (item[1].exitcode in _FOLLOWING, item[1].exitcode not in _TOLD, item[0])
-    )
-    log = next(iter(_newest(logs, str(first.local_rank))), None)
+    seen = min(failed.timestamp for failed in failures.values())
+    tails = {rank: _lines(logs, failed.local_rank)[-_LOG_TAIL_LINES:] for rank, failed in failures.items()}
+    follows = {rank: _follows(failed, tails[rank], seen) for rank, failed in failures.items()}
+
+    def order(rank: int) -> tuple[bool, bool, int, int]:
+        return follows[rank], failures[rank].exitcode not in _TOLD, failures[rank].timestamp, rank
+
+    rank = min(failures, key=order)
+    first, tail, log = failures[rank], tails[rank], _log(logs, failures[rank].local_rank)
     if first.exitcode in _TOLD and log and (errors := _errors(log)):
         return UserError(errors[-1], ExitCode(first.exitcode)), []
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log else []
     how = f"signal {signal.Signals(-first.exitcode).name}" if first.exitcode < 0 else f"exit code {first.exitcode}"
-    last = lines[-1] if lines else "its log is empty"
-    kind = PeerFailure if first.exitcode in _FOLLOWING else UserError
-    error = kind(f"worker of rank {rank} died ({how}): {last}; log: {log}", ExitCode.WORKER_DIED)
-    return error, lines[-_LOG_TAIL_LINES:]
+    last = tail[-1] if tail else "its log is empty"
+    kind = PeerFailure if follows[rank] else UserError
+    return kind(f"worker of rank {rank} died ({how}): {last}; log: {log}", ExitCode.WORKER_DIED), tail
+
+
+def _follows(failed: Any, tail: list[str], seen: int) -> bool:
+    """Whether this worker ended only because another did; `seen`: when torch saw the first failure of this node."""
+    if failed.exitcode == -signal.SIGABRT:  # NCCL's watchdog ends those that lost a peer so, or had an error of CUDA
+        text = "\n".join(tail)
+        return "ProcessGroupNCCL" in text and "CUDA error" not in text
+    if failed.exitcode == -signal.SIGKILL:  # it only waited, and did not hear that it should end
+        return bool(failed.timestamp - seen >= _TERMINATION_SECONDS)
+    return failed.exitcode in _FOLLOWING
 
 
 def unsaved(logs: Path) -> UserError | None:
@@ -56,6 +70,15 @@ def _newest(logs: Path, rank: str = "*") -> list[Path]:
     """Error logs of the newest start, by rank on this node."""
     starts = sorted(logs.glob("*/"), key=lambda path: path.stat().st_mtime)
     return sorted(starts[-1].glob(f"attempt_0/{rank}/stderr.log")) if starts else []
+
+
+def _log(logs: Path, local_rank: int) -> Path | None:
+    return next(iter(_newest(logs, str(local_rank))), None)
+
+
+def _lines(logs: Path, local_rank: int) -> list[str]:
+    log = _log(logs, local_rank)
+    return [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log else []
 
 
 def _errors(log: Path) -> list[str]:

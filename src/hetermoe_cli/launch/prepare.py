@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hetermoe_cli.errors import UserError
+from hetermoe_cli.launch.local import RUN_FILE
 from hetermoe_cli.launch.preflight import check_devices, check_measured, check_nodes
 from hetermoe_cli.launch.started import started_plan
 from hetermoe_cli.model.data import VOCAB_SIZE, Batches, Corpus, load_corpus
@@ -76,6 +77,8 @@ def prepare(plan: Plan, source: Path, options: TrainOptions, node: int | None = 
         if node is not None:
             check_devices(plan, node)
     corpus = load_corpus(options.sources or None, separator=plan.inputs.train.document_separator)
+    resume_from = _resume_point(options)
+    weights = options.weights or (_earlier_weights(options.folder) if options.resume and not resume_from else None)
     run = RunSpec(
         plan=plan,
         folder=str(options.folder.resolve()),
@@ -84,8 +87,8 @@ def prepare(plan: Plan, source: Path, options: TrainOptions, node: int | None = 
         precision=precision,
         router="balanced" if options.router == "balanced" else "learned",
         steps=options.steps or plan.inputs.train.steps,
-        weights_from=str(options.weights.resolve()) if options.weights else None,
-        resume_from=_resume_point(options),
+        weights_from=str(weights.resolve()) if weights else None,
+        resume_from=resume_from,
         checkpoint_every=options.checkpoint_every,
         validate_every=options.validate_every,
         validation_batches=options.validation_batches,
@@ -95,8 +98,8 @@ def prepare(plan: Plan, source: Path, options: TrainOptions, node: int | None = 
         emulation=emulation,
     )
     _check_text(run, corpus)
-    if options.weights:
-        _check_weights(run, options.weights)
+    if weights:
+        _check_weights(run, weights)
     if run.resume_from and not node:
         from hetermoe_cli.runtime.saving import check_resumable, resumed_placement  # loads torch
 
@@ -133,17 +136,23 @@ def _check_weights(run: RunSpec, folder: Path) -> None:
 
 
 def _resume_point(options: TrainOptions) -> str | None:
+    """The newest checkpoint; None: the run begins, also where one has ended before its first checkpoint."""
     folder = options.folder
     if options.resume:
         from hetermoe_cli.model.checkpoint import find_latest  # loads torch
 
         latest = find_latest(folder / CHECKPOINTS)
-        if latest is None:
-            raise UserError(f"{folder}: no checkpoint to resume from: start without --resume")
-        return str(latest.resolve())
+        return str(latest.resolve()) if latest else None
     if (folder / METRICS).exists():
         raise UserError(f"{folder}: holds a run already: continue it with --resume, or name another --run-folder")
     return None
+
+
+def _earlier_weights(folder: Path) -> Path | None:
+    """What the run in `folder` began with, of which nothing was saved: it begins again with the same."""
+    path = folder / RUN_FILE
+    found = load(RunSpec, path).weights_from if path.exists() else None
+    return Path(found) if found else None
 
 
 def _emulation(plan: Plan, options: EmulateOptions) -> Emulation:

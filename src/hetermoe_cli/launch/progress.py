@@ -24,6 +24,7 @@ class Follower:
     def __init__(self, run: RunSpec) -> None:
         self._path = Path(run.folder) / METRICS
         self._run = run
+        self._began = time.time()
         self._shown: set[tuple[str, int]] = set()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -56,8 +57,8 @@ class Follower:
                 view.note(f"step {line['step'] + 1}: validation loss {line['loss']:.4f} nats a token")
 
     def _new_lines(self) -> list[dict[str, Any]]:
-        """Events of this run that have not been shown yet (a resumed run rewrites the file)."""
-        lines = [line for line in self._last_lines() if line["step"] >= self._run.start_step]
+        """Events that have not been shown yet; not those of an earlier start, which the workers drop a little later."""
+        lines = [line for line in self._last_lines() if line["time"] >= self._began]
         fresh = [line for line in lines if (line["event"], line["step"]) not in self._shown]
         self._shown |= {(line["event"], line["step"]) for line in fresh}
         return fresh

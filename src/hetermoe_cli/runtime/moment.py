@@ -42,7 +42,9 @@ def _offset(wire: torch.device, nodes: Sequence[Sequence[int]]) -> float:
 def _answer(leader: int, wire: torch.device) -> None:
     """Tell a machine's first process the time, as often as it asks."""
     for _ in range(_EXCHANGES):
-        dist.recv(torch.empty(1, dtype=torch.float64, device=wire), leader)
+        asked = torch.empty(1, dtype=torch.float64, device=wire)
+        dist.recv(asked, leader)
+        asked.item()  # waits for it, if it lies on a device
         dist.send(torch.tensor([time.monotonic()], dtype=torch.float64, device=wire), leader)
 
 

@@ -19,7 +19,7 @@ def peer_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PeerLost(f"lost a peer: {str(error).splitlines()[0]}") from error
+        raise PeerLost(f"lost a peer: {' '.join(str(error).split())}") from error  # NCCL's cause is on later lines
 
 
 def barrier() -> None:

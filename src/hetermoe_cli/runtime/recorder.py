@@ -1,7 +1,10 @@
 """What a run leaves behind: metrics.jsonl, expert loads, traces, peaks of memory, status.json."""
 
 import json
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,27 @@ def read_rebalances(folder: Path) -> list[Rebalance]:
     return load(Rebalances, path).changes if path.exists() else []
 
 
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}): free space, resume") from error
+
+
+def _allocated(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
+    """A file of zeros, mapped. It gets its space now: a page without any ends the process later, with SIGBUS."""
+    with _disk_errors(path):
+        try:
+            array = np.lib.format.open_memmap(path, mode="w+", dtype=np.int32, shape=shape)
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError:
+            path.unlink(missing_ok=True)  # it may have taken all that was left
+            raise
+    return array
+
+
 class Recorder:
     """Rank 0 writes metrics and status; every rank its trace and peaks of memory; attending ranks their loads."""
 
@@ -65,7 +89,7 @@ class Recorder:
         path.parent.mkdir(parents=True, exist_ok=True)
         shape = (self._run.steps, layout.layers, layout.micro_batches, layout.experts)
         old = np.load(path, mmap_mode="r", allow_pickle=False) if path.exists() else np.zeros((0, *shape[1:]))
-        fresh = np.lib.format.open_memmap(path.with_suffix(".new"), mode="w+", dtype=np.int32, shape=shape)
+        fresh = _allocated(path.with_suffix(".new"), shape)
         if old.shape[1:] == shape[1:]:  # earlier steps of the same layout
             kept = min(len(old), self._run.start_step)
             fresh[:kept] = old[:kept]
@@ -102,11 +126,8 @@ class Recorder:
         """Append one line to metrics.jsonl (rank 0)."""
         if self._rank == 0:
             line = {"event": kind, "step": step, "time": time.time(), **values, **self.labels}
-            try:
-                with self._metrics.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-            except OSError as error:
-                raise UserError(f"{self._metrics}: cannot be written ({error.strerror}): free space, resume") from error
+            with _disk_errors(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     def trace(self, trace: Trace) -> None:
         """Write this rank's trace."""

@@ -108,9 +108,9 @@ def resumed_placement(run: RunSpec) -> Rebalance | None:
 
 
 def resume_note(run: RunSpec) -> str | None:
-    """What makes a resumed run differ from one that had not stopped, though it can go on."""
+    """What makes a run with --resume differ from one that had not stopped, though it can go on."""
     if not run.resume_from:
-        return None
+        return f"{run.folder}: no checkpoint to resume from: the run begins at step 0"
     extra = read_manifest(Path(run.resume_from)).extra
     if run.rebalanced is None and "rebalanced" in extra:
         return "the checkpoint's experts had moved from their places in another plan: they go where this plan has them"

@@ -51,6 +51,8 @@ def main() -> None:
     except UserError as error:
         _leave(f"hetermoe: error: {error}", error.code)
     except PeerLost as error:
+        if error.__cause__:
+            traceback.print_exception(error.__cause__)  # which call it was
         time.sleep(_GRACE_SECONDS)  # let the launcher see the worker that really failed first
         _leave(f"hetermoe: error: {error}", ExitCode.WORKER_DIED)
     except BaseException:

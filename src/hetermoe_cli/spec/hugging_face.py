@@ -50,8 +50,10 @@ def hugging_face_fields(path: Path) -> dict[str, Any]:
     data = read_config(path)
     kind = data["model_type"]
     _refuse_unsupported(path, data)
-    rope = _rope(data)
+    rope = _rope(path, data)
     values = _renamed(data, _COMMON_FIELDS)
+    if "kv_heads" not in values and "num_key_value_heads" in data:  # null: as many as attention heads
+        values |= _renamed(data, {"num_attention_heads": "kv_heads"})
     values |= _deepseek(path, data) if kind == "deepseek_v3" else _renamed(data, _MIXTRAL_FIELDS)
     values.setdefault("rope_theta", rope.pop("rope_theta", _ROPE_THETA[kind]))
     if rope.get("rope_type", "default") != "default":
@@ -70,7 +72,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno}: malformed JSON ({error.msg})") from error
     kind = data.get("model_type") if isinstance(data, dict) else type(data).__name__
-    if kind not in _ROPE_THETA:
+    if not isinstance(kind, str) or kind not in _ROPE_THETA:
         raise UserError(f"{path}: field model_type: expected 'mixtral' or 'deepseek_v3', found {kind!r}")
     return dict(data)
 
@@ -148,9 +150,13 @@ def _deepseek(path: Path, data: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _rope(data: dict[str, Any]) -> dict[str, Any]:
+def _rope(path: Path, data: dict[str, Any]) -> dict[str, Any]:
     """transformers 5's rope_parameters, or the rope_scaling of older versions, in which type stood for rope_type."""
-    rope = dict(data.get("rope_parameters") or data.get("rope_scaling") or {})
+    field = "rope_parameters" if data.get("rope_parameters") else "rope_scaling"
+    given = data.get(field) or {}
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: field {field}: expected an object with a rope_type, or null, found {given!r}")
+    rope = dict(given)
     rope.setdefault("rope_type", rope.get("type", "default"))
     rope.pop("type", None)
     if rope["rope_type"] in ("llama3", "yarn") and "max_position_embeddings" in data:
