@@ -12,7 +12,7 @@ import pytest
 
 from workers import run_workers
 
-from builders import make_inputs, make_layout, make_model, make_plan, make_profile
+from builders import make_groups_plan, make_inputs, make_layout, make_model, make_plan, make_profile
 from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.spec.run import RunSpec
@@ -120,6 +120,26 @@ def test_an_interrupt_on_one_node_stops_and_saves_on_all(plan_file: Path, text: 
     saved = events(tmp_path / "run", "step")[-1]["step"] + 1
     line = f"hetermoe: error: interrupted: saved at step {saved}, go on with --resume --run-folder {tmp_path / 'run'}"
     assert results == [(130, "", line)] * 2
+
+
+def test_a_node_that_is_left_out_ends_at_once(text: Path, tmp_path: Path) -> None:
+    spread = uneven_plan()
+    nodes = [*spread.inputs.cluster.nodes, spread.inputs.cluster.nodes[1].model_copy(update={"name": "last"})]
+    cluster = spread.inputs.cluster.model_copy(update={"nodes": nodes})
+    pair = make_layout((1, 0), (2, 2), micro_batches=4)
+    plan = make_groups_plan(spread.inputs.model_copy(update={"cluster": cluster}), (pair, [[2, 3]]))
+    dump(plan, tmp_path / "plan.yaml")
+    options = (tmp_path / "plan.yaml", "--data", text, "--run-folder", tmp_path / "run")
+    shown = json.loads(train(*options, "--dry-run", "--json", "--master-addr", "host").stdout)
+    assert [node["name"] for node in shown["nodes"]] == ["node1", "last"]
+    assert [node["command"].split("--node-rank ")[1] for node in shown["nodes"]] == [
+        "1 --master-addr host",
+        "2 --master-addr host",
+    ]
+    note = train(*options, "--node-rank", 0).stderr
+    assert "nothing to do on this node: of the cluster file's nodes the plan uses 1, 2 only" in note
+    assert note.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_runs_on_every_node(plan_file: Path, text: Path, tmp_path: Path) -> None:
