@@ -8,6 +8,7 @@ from hetermoe_cli.launch import preflight
 from hetermoe_cli.launch.preflight import check_devices, check_nodes, check_one_node
 from hetermoe_cli.launch.started import started_plan
 from hetermoe_cli.spec.plan import Group, Inputs, Plan
+from hetermoe_cli.spec.profile import DeviceFacts
 
 
 def mixed(*nodes: tuple[str, int]) -> Inputs:
@@ -52,6 +53,16 @@ def test_the_check_looks_at_the_devices_in_use(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(preflight, "_product", lambda accelerator, index: asked.append(index))
     check_devices(started_plan(part))
     assert asked == [2, 3]
+
+
+def test_devices_are_named_as_workers_and_profiles_name_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["Abacus 3000", "Slide Rule"]  # in CUDA's order, of those that it shows
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(names))
+    facts = "hetermoe_cli.profiler.profile.device_facts"
+    monkeypatch.setattr(facts, lambda device: DeviceFacts(product=names[device.index]))
+    preflight._product.cache_clear()
+    assert [preflight._product("cuda", index) for index in range(3)] == [*names, None]
+    preflight._product.cache_clear()
 
 
 def test_what_runs_on_one_machine_says_so() -> None:
