@@ -46,8 +46,10 @@ def plan_file(tmp_path: Path) -> Path:
     return tmp_path / "plan.yaml"
 
 
-def start(plan: Path, folder: Path, text: Path, *options: object) -> list[subprocess.Popen[str]]:
-    """The launchers of both nodes."""
+def start(
+    plan: Path, folder: Path, text: Path, *options: object, nodes: tuple[int, int] = (0, 1)
+) -> list[subprocess.Popen[str]]:
+    """The launchers of both nodes, by their numbers in the cluster file."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -57,7 +59,7 @@ def start(plan: Path, folder: Path, text: Path, *options: object) -> list[subpro
         subprocess.Popen(
             [*map(str, command), "--node-rank", str(node)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        for node in (1, 0)
+        for node in nodes[::-1]
     ][::-1]
 
 
@@ -122,7 +124,7 @@ def test_an_interrupt_on_one_node_stops_and_saves_on_all(plan_file: Path, text: 
     assert results == [(130, "", line)] * 2
 
 
-def test_a_node_that_is_left_out_ends_at_once(text: Path, tmp_path: Path) -> None:
+def test_a_node_that_is_left_out_ends_at_once_and_the_others_train(text: Path, tmp_path: Path) -> None:
     spread = uneven_plan()
     nodes = [*spread.inputs.cluster.nodes, spread.inputs.cluster.nodes[1].model_copy(update={"name": "last"})]
     cluster = spread.inputs.cluster.model_copy(update={"nodes": nodes})
@@ -140,6 +142,9 @@ def test_a_node_that_is_left_out_ends_at_once(text: Path, tmp_path: Path) -> Non
     assert "nothing to do on this node: of the cluster file's nodes the plan uses 1, 2 only" in note
     assert note.count("\n") == 1
     assert not (tmp_path / "run").exists()
+    first, last = ends(start(tmp_path / "plan.yaml", tmp_path / "run", text, "--json", nodes=(1, 2)))
+    assert (first[0], json.loads(first[1])["steps"]) == (0, 6)
+    assert last == (0, "", "hetermoe: node 1 of 2 (node 2 of the cluster file): done; node 0 shows the summary")
 
 
 def test_what_runs_on_every_node(plan_file: Path, text: Path, tmp_path: Path) -> None:
