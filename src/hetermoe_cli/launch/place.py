@@ -44,8 +44,7 @@ def find_place(
     """Options first, then MASTER_ADDR and MASTER_PORT, then what Slurm says; None where this node has no workers.
 
     `nodes`: those in the cluster file, by whose numbers they are named; `used`: which of them have workers, by default
-    all.
-    UserError (usage) names what is missing, and what to run; `arguments`: those of this command.
+    all. UserError (usage) names what is missing, and what to run; `arguments`: those of this command.
     """
     used = range(nodes) if used is None else used
     node, source = _node(options, environment)
