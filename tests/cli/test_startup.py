@@ -39,6 +39,18 @@ def test_help_takes_less_than_0_3_seconds_of_cpu() -> None:
     assert min(seconds) < 0.3
 
 
+@pytest.mark.parametrize(("asked", "order"), [(None, "PCI_BUS_ID"), ("FASTEST_FIRST", "FASTEST_FIRST")])
+def test_cuda_devices_are_counted_as_the_machine_has_them(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, order: str
+) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    if asked:
+        monkeypatch.setenv("CUDA_DEVICE_ORDER", asked)
+    show = "import atexit, os; atexit.register(lambda: print(os.environ['CUDA_DEVICE_ORDER']))"
+    run = "import sys; sys.argv = ['hetermoe', '--help']; from hetermoe_cli.cli.main import main; main()"
+    assert python(f"{show}; {run}").stdout.splitlines()[-1] == order
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command(command: str) -> None:
     result = hetermoe(command, "--help")

@@ -14,6 +14,7 @@ from test_engine_equality import (
 from test_groups_equality import ALL, ALONE, Groups
 from test_groups_equality import CASES as MIXED_GROUPS
 from test_groups_equality import SHARDED as EQUAL_GROUPS
+from torch.utils._python_dispatch import TorchDispatchMode
 from workers import run_workers
 
 from builders import make_inputs
@@ -173,6 +174,27 @@ def whole(trainer) -> dict[str, torch.Tensor]:
     everyone: list[Any] = [None] * trainer.mesh.world_size
     torch.distributed.all_gather_object(everyone, {name: tensor.clone() for name, tensor in mine.items()})
     return {name: tensor for rank in everyone for name, tensor in rank.items()}
+
+
+def kept_on(rank: int, case: Case) -> tuple[int, list[str]]:
+    """Tensors to be saved, and the devices that copies were asked for (None: where the tensor is)."""
+    trainer, asked = build(case, state="optimizer"), []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ in ("clone", "_to_copy"):
+                asked.append(str((kwargs or {}).get("device")))
+            return func(*args, **(kwargs or {}))
+
+    with Copies():
+        saved = trainer.shards.tensors(trainer.optimizer)
+    return len(saved), asked
+
+
+def test_what_is_saved_leaves_the_device_at_once() -> None:
+    for saved, asked in run_workers(2, kept_on, PAIR):
+        assert saved > 0
+        assert asked == ["cpu"] * saved
 
 
 def resumed(trainer, state: dict[str, torch.Tensor], steps: int):

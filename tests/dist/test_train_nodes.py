@@ -12,7 +12,7 @@ import pytest
 
 from workers import run_workers
 
-from builders import make_inputs, make_layout, make_model, make_plan, make_profile
+from builders import make_groups_plan, make_inputs, make_layout, make_model, make_plan, make_profile
 from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.spec.run import RunSpec
@@ -46,8 +46,10 @@ def plan_file(tmp_path: Path) -> Path:
     return tmp_path / "plan.yaml"
 
 
-def start(plan: Path, folder: Path, text: Path, *options: object) -> list[subprocess.Popen[str]]:
-    """The launchers of both nodes."""
+def start(
+    plan: Path, folder: Path, text: Path, *options: object, nodes: tuple[int, int] = (0, 1)
+) -> list[subprocess.Popen[str]]:
+    """The launchers of both nodes, by their numbers in the cluster file."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -57,7 +59,7 @@ def start(plan: Path, folder: Path, text: Path, *options: object) -> list[subpro
         subprocess.Popen(
             [*map(str, command), "--node-rank", str(node)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        for node in (1, 0)
+        for node in nodes[::-1]
     ][::-1]
 
 
@@ -131,6 +133,29 @@ def test_an_interrupt_on_one_node_stops_and_saves_on_all(plan_file: Path, text: 
     saved = events(tmp_path / "run", "step")[-1]["step"] + 1
     line = f"hetermoe: error: interrupted: saved at step {saved}, go on with --resume --run-folder {tmp_path / 'run'}"
     assert results == [(130, "", line)] * 2
+
+
+def test_a_node_that_is_left_out_ends_at_once_and_the_others_train(text: Path, tmp_path: Path) -> None:
+    spread = uneven_plan()
+    nodes = [*spread.inputs.cluster.nodes, spread.inputs.cluster.nodes[1].model_copy(update={"name": "last"})]
+    cluster = spread.inputs.cluster.model_copy(update={"nodes": nodes})
+    pair = make_layout((1, 0), (2, 2), micro_batches=4)
+    plan = make_groups_plan(spread.inputs.model_copy(update={"cluster": cluster}), (pair, [[2, 3]]))
+    dump(plan, tmp_path / "plan.yaml")
+    options = (tmp_path / "plan.yaml", "--data", text, "--run-folder", tmp_path / "run")
+    shown = json.loads(train(*options, "--dry-run", "--json", "--master-addr", "host").stdout)
+    assert [node["name"] for node in shown["nodes"]] == ["node1", "last"]
+    assert [node["command"].split("--node-rank ")[1] for node in shown["nodes"]] == [
+        "1 --master-addr host",
+        "2 --master-addr host",
+    ]
+    note = train(*options, "--node-rank", 0).stderr
+    assert "nothing to do on this node: of the cluster file's nodes the plan uses 1, 2 only" in note
+    assert note.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    first, last = ends(start(tmp_path / "plan.yaml", tmp_path / "run", text, "--json", nodes=(1, 2)))
+    assert (first[0], json.loads(first[1])["steps"]) == (0, 6)
+    assert last == (0, "", "hetermoe: node 1 of 2 (node 2 of the cluster file): done; node 0 shows the summary")
 
 
 def test_what_runs_on_every_node(plan_file: Path, text: Path, tmp_path: Path) -> None:

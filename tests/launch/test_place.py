@@ -16,6 +16,23 @@ def test_one_node_needs_nothing() -> None:
         find_place(1, PlaceOptions(node_rank=1), {}, [])
 
 
+def test_a_node_has_its_number_in_the_cluster_file() -> None:
+    options = PlaceOptions(master_addr="here")
+    places = [find_place(4, options, {"SLURM_NODEID": str(node)}, [], [1, 3]) for node in range(4)]
+    assert places == [None, Place(0, 2, "here", 29500), None, Place(1, 2, "here", 29500)]
+    assert find_place(4, PlaceOptions(node_rank=3, master_addr="here"), {}, [], [1, 3]) == places[3]
+    with pytest.raises(UserError, match="--node-rank is 4: "):
+        find_place(4, PlaceOptions(node_rank=4), {}, [], [1, 3])
+    with pytest.raises(UserError, match=r"the plan has 2 nodes: .* and HOST the address of node 1: "):
+        find_place(4, PlaceOptions(), {}, ARGUMENTS, [1, 3])
+
+
+def test_the_only_node_in_use_may_be_any() -> None:
+    assert find_place(2, PlaceOptions(), {}, [], [1]) == Place()
+    assert find_place(2, PlaceOptions(node_rank=1), {}, [], [1]) == Place()
+    assert find_place(2, PlaceOptions(), {"SLURM_NODEID": "0"}, [], [1]) is None
+
+
 def test_options_win_over_the_environment() -> None:
     environment = {"SLURM_NODEID": "1", "SLURM_PROCID": "2", "MASTER_ADDR": "there", "MASTER_PORT": "7"}
     assert find_place(3, PlaceOptions(), environment, []) == Place(1, 3, "there", 7)
@@ -30,6 +47,7 @@ def test_slurm_names_the_first_host(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     environment = {"SLURM_PROCID": "1", "SLURM_JOB_NODELIST": "gpu[7-8]"}
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert find_place(2, PlaceOptions(), environment, []) == Place(1, 2, "gpu7", 29500)
+    assert find_place(3, PlaceOptions(node_rank=2), environment, [], [1, 2]) == Place(1, 2, "gpu8", 29500)
     tool.write_text("#!/bin/sh\nexit 1\n")
     with pytest.raises(UserError, match="--node-rank K --master-addr HOST"):
         find_place(2, PlaceOptions(), environment, [])

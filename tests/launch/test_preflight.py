@@ -4,8 +4,11 @@ import pytest
 
 from builders import make_inputs, make_layout, make_plan, make_profile
 from hetermoe_cli.errors import UserError
+from hetermoe_cli.launch import preflight
 from hetermoe_cli.launch.preflight import check_devices, check_nodes, check_one_node
-from hetermoe_cli.spec.plan import Inputs, Plan
+from hetermoe_cli.launch.started import started_plan
+from hetermoe_cli.spec.plan import Group, Inputs, Plan
+from hetermoe_cli.spec.profile import DeviceFacts
 
 
 def mixed(*nodes: tuple[str, int]) -> Inputs:
@@ -37,6 +40,29 @@ def test_a_node_is_checked_for_its_own_devices_only() -> None:
     check_devices(plan, 0)
     with pytest.raises(UserError, match="measured on 'Abacus 3000', this machine's device 0 is"):
         check_devices(plan, 1)
+
+
+def test_the_check_looks_at_the_devices_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = mixed(("card", 2), ("core", 2))
+    machine = [node.model_copy(update={"machine": "box"}) for node in inputs.cluster.nodes]
+    cards = {name: p.model_copy(update={"accelerator": "cuda"}) for name, p in inputs.profiles.items()}
+    cluster = inputs.cluster.model_copy(update={"nodes": machine})
+    plan = plan_of(inputs.model_copy(update={"cluster": cluster, "profiles": cards}))
+    part = plan.model_copy(update={"groups": [Group.of(make_layout((1, 0), (0, 4)), [[2, 3]])]})
+    asked: list[int] = []
+    monkeypatch.setattr(preflight, "_product", lambda accelerator, index: asked.append(index))
+    check_devices(started_plan(part))
+    assert asked == [2, 3]
+
+
+def test_devices_are_named_as_workers_and_profiles_name_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["Abacus 3000", "Slide Rule"]  # in CUDA's order, of those that it shows
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(names))
+    facts = "hetermoe_cli.profiler.profile.device_facts"
+    monkeypatch.setattr(facts, lambda device: DeviceFacts(product=names[device.index]))
+    preflight._product.cache_clear()
+    assert [preflight._product("cuda", index) for index in range(3)] == [*names, None]
+    preflight._product.cache_clear()
 
 
 def test_what_runs_on_one_machine_says_so() -> None:

@@ -5,7 +5,7 @@ import pytest
 from builders import make_inputs, make_layout, make_plan
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.launch.started import started_plan
-from hetermoe_cli.spec.plan import Group, Plan
+from hetermoe_cli.spec.plan import Group, Inputs, Plan
 
 LAYOUT = make_layout((1, 0), (0, 4), micro_batches=2)
 
@@ -33,6 +33,25 @@ def test_ranks_are_renumbered_and_devices_dropped() -> None:
     started.verify("plan")
     assert started.world.size == 4
     Plan.model_validate(started.model_dump())
+
+
+def test_devices_and_nodes_keep_their_places_in_the_cluster_file() -> None:
+    part = started_plan(plan_on([0, 1]))
+    assert (part.inputs.node_numbers, part.inputs.whole) == ([0], plan_on([0, 1]).inputs)
+    apart = started_plan(plan_on([1, 5])).inputs
+    assert [apart.device_index(rank) for rank in range(2)] == [1, 1]
+    assert apart.node_numbers == [0, 2]
+
+
+def test_of_a_mixed_node_the_cards_in_use_are_taken() -> None:
+    plan = plan_on([2, 3])
+    nodes = [node.model_copy(update={"machine": "box"}) for node in plan.inputs.cluster.nodes]
+    inputs = plan.inputs.model_copy(update={"cluster": plan.inputs.cluster.model_copy(update={"nodes": nodes})})
+    started = started_plan(plan.model_copy(update={"inputs": inputs})).inputs
+    assert [started.device_index(rank) for rank in range(2)] == [2, 3]
+    written = Inputs.model_validate(started.model_dump())  # as a worker reads it
+    assert [written.device_index(rank) for rank in range(2)] == [2, 3]
+    assert written.node_numbers == [0]
 
 
 def test_what_needs_all_devices_says_so() -> None:

@@ -1,11 +1,13 @@
 """Weights and AdamW state: any split of the experts restores any other bit for bit, and refuses the wrong tensors."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from checkpoint_builders import MODEL, TRAIN, restored, same, split, train_step, trained
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.model.optimizer import make_optimizer
@@ -61,6 +63,23 @@ def test_state_before_the_first_step_is_zero() -> None:
     tensors = training_tensors(model, make_optimizer(model, TRAIN))
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == training_shapes(MODEL)
     assert not any(tensor.any() for name, tensor in tensors.items() if "@" in name)
+
+
+def test_state_is_made_only_where_it_is_missing() -> None:
+    """And then of the slice alone, not of all experts once for each."""
+
+    class Zeros(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ == "zeros_like":
+                made.append(args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    for steps in (0, 1):
+        model, optimizer = trained(torch.float32, steps)
+        made: list[int] = []
+        with Zeros():
+            training_tensors(model, optimizer)
+        assert sum(made) == (2 * MODEL.parameters if steps == 0 else 0)
 
 
 def test_restored_step_counts_are_separate_tensors() -> None:

@@ -30,6 +30,19 @@ def add(p: nn.Parameter, value: float) -> None:
     (p * torch.tensor(value, dtype=p.dtype)).sum().backward()
 
 
+class Sums(TorchDispatchMode):
+    """Elements of every sum in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ == "add_":
+            self.sizes.append(args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_small_contributions_of_many_micro_batches_are_not_lost(dtype: torch.dtype) -> None:
     shared, own = parameter(dtype), parameter(dtype)
@@ -52,18 +65,23 @@ def test_gradients_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
     shared = nn.Parameter(torch.zeros(3, 5, dtype=torch.bfloat16))
     gradients = Gradients([[shared]], [], MESH, torch.bfloat16)
     shared.grad = torch.arange(15, dtype=torch.float32).view(3, 5)
-    sums = []
-
-    class Sums(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.overloadpacket.__name__ == "add_":
-                sums.append(args[0].numel())
-            return func(*args, **(kwargs or {}))
-
-    with Sums():
+    with Sums() as sums:
         gradients.fold([shared])
     assert gradients._places[shared].tolist() == torch.arange(15).view(3, 5).tolist()
-    assert sums == [4, 4, 4, 3]
+    assert sums.sizes == [4, 4, 4, 3]
+
+
+def test_a_card_adds_a_gradient_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one kernel, which makes no wide copy; meta tensors stand in for a card's."""
+    monkeypatch.setattr(module, "_FOLDED", 4)
+    mesh = Mesh(0, 1, torch.device("meta"), *cast(Any, (None, None)), attending=None)
+    shared = nn.Parameter(torch.zeros(3, 5, dtype=torch.bfloat16, device="meta"))
+    gradients = Gradients([[shared]], [], mesh, torch.bfloat16)
+    shared.grad = torch.zeros(3, 5, dtype=torch.float32, device="meta")
+    with Sums() as sums:
+        gradients.fold([shared])
+    assert sums.sizes == [15]
+    assert shared.grad is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

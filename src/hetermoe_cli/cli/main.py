@@ -1,5 +1,6 @@
 """The `hetermoe` command: one sub-command a file, errors as one line on stderr, documented exit codes."""
 
+import os
 import sys
 
 import typer
@@ -25,6 +26,7 @@ app.command("calibrate")(calibrate.calibrate)
 
 def main() -> None:
     """Entry point of the console script."""
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as machines are described; CUDA's own: fastest first
     try:
         app()
     except UserError as error:

@@ -24,6 +24,8 @@ from hetermoe_cli.cli.run_options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from hetermoe_cli.launch.place import PlaceOptions
     from hetermoe_cli.launch.prepare import TrainOptions
     from hetermoe_cli.spec.plan import Plan
@@ -101,12 +103,17 @@ def _train(plan: "Plan", source: Path, options: "TrainOptions", place_options: "
     from hetermoe_cli.launch.place import find_place
     from hetermoe_cli.launch.prepare import prepare
 
-    nodes = 1 if options.emulate else len(plan.inputs.nodes)
-    place = find_place(nodes, place_options, os.environ, sys.argv[1:])
+    nodes, used = (1, [0]) if options.emulate else (len(plan.inputs.whole.nodes), plan.inputs.node_numbers)
+    place = find_place(nodes, place_options, os.environ, sys.argv[1:], used)
+    if place is None:
+        typer.echo(f"hetermoe: note: {_idle_note(used)}", err=True)
+        return
     name = f"hetermoe: node {place.node} of {place.nodes}"
+    if (number := used[place.node]) != place.node:
+        name += f" (node {number} of the cluster file)"
     check = partial(prepare, plan, source, options, place.node)
-    alone = check() if nodes == 1 else None  # before torch is loaded
-    if nodes > 1:
+    alone = check() if place.nodes == 1 else None  # before torch is loaded
+    if place.nodes > 1:
         doing = "listens" if place.node == 0 else "looks for node 0"
         typer.echo(f"{name}: {doing} at {place.host}:{place.port}", err=True)
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its store warns where hosts have no names
@@ -130,3 +137,12 @@ def _train(plan: "Plan", source: Path, options: "TrainOptions", place_options: "
         print_summary(Path(run.folder), as_json)
     else:
         typer.echo(f"{name}: done; node 0 shows the summary", err=True)
+
+
+def _idle_note(used: "Sequence[int]") -> str:
+    """Why a node has no worker: no error, so that a launch on all nodes of a cluster succeeds."""
+    numbers = ", ".join(map(str, used))
+    return (
+        f"nothing to do on this node: of the cluster file's nodes the plan uses {numbers} only "
+        "(pass --node-rank if this is one of them)"
+    )

@@ -15,7 +15,9 @@ _SCONTROL_SECONDS = 20
 
 @dataclass(frozen=True)
 class Place:
-    """Node `node` of `nodes`. Node 0 listens at `host`:`port` (0: any free port, where there is no other node)."""
+    """Node `node` of the `nodes` that have workers, counted anew.
+
+    Node 0 listens at `host`:`port` (0: any free port, where there is no other node)."""
 
     node: int = 0
     nodes: int = 1
@@ -32,26 +34,36 @@ class PlaceOptions:
     master_port: int | None = None
 
 
-def find_place(nodes: int, options: PlaceOptions, environment: Mapping[str, str], arguments: Sequence[str]) -> Place:
-    """Options first, then MASTER_ADDR and MASTER_PORT, then what Slurm says.
+def find_place(
+    nodes: int,
+    options: PlaceOptions,
+    environment: Mapping[str, str],
+    arguments: Sequence[str],
+    used: Sequence[int] | None = None,
+) -> Place | None:
+    """Options first, then MASTER_ADDR and MASTER_PORT, then what Slurm says; None where this node has no workers.
 
-    UserError (usage) names what is missing, and what to run; `arguments`: those of this command.
+    `nodes`: those in the cluster file, by whose numbers they are named; `used`: which of them have workers, by default
+    all. UserError (usage) names what is missing, and what to run; `arguments`: those of this command.
     """
+    used = range(nodes) if used is None else used
     node, source = _node(options, environment)
     if node is not None and not 0 <= node < nodes and (nodes > 1 or options.node_rank is not None):
         numbers = "one node, 0" if nodes == 1 else f"{nodes} nodes, 0 to {nodes - 1}"
         raise UserError(f"{source} is {node}: the plan has {numbers}: start it there only", ExitCode.USAGE)
-    if nodes == 1:
+    if nodes > 1 and node is not None and node not in used:
+        return None
+    if len(used) == 1:
         return Place()
-    host = options.master_addr or environment.get("MASTER_ADDR") or _first_slurm_host(environment)
+    host = options.master_addr or environment.get("MASTER_ADDR") or _slurm_host(environment, used[0])
     if node is None or host is None:
         run = command_of_node(arguments, "K", host or "HOST", options.master_port)
         raise UserError(
-            f"the plan has {nodes} nodes: run on each of them, K being its number from 0 and HOST the address of node "
-            f"0: {run} (--dry-run lists the nodes; --emulate takes this machine only)",
+            f"the plan has {len(used)} nodes: run on each of them, K being its number in the cluster file and HOST the "
+            f"address of node {used[0]}: {run} (--dry-run lists the nodes; --emulate takes this machine only)",
             ExitCode.USAGE,
         )
-    return Place(node, nodes, host, options.master_port or _port(environment))
+    return Place(used.index(node), len(used), host, options.master_port or _port(environment))
 
 
 def command_of_node(arguments: Sequence[str], node: int | str, host: str, port: int | None) -> str:
@@ -87,8 +99,8 @@ def _port(environment: Mapping[str, str]) -> int:
     return int(text)
 
 
-def _first_slurm_host(environment: Mapping[str, str]) -> str | None:
-    """The host of node 0, as Slurm's own tool reads the list; None without Slurm."""
+def _slurm_host(environment: Mapping[str, str], node: int) -> str | None:
+    """The host of `node`, as Slurm's own tool reads the list; None without Slurm."""
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
     if not hosts:
         return None
@@ -97,4 +109,4 @@ def _first_slurm_host(environment: Mapping[str, str]) -> str | None:
         shown = subprocess.run(command, capture_output=True, text=True, timeout=_SCONTROL_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return next(iter(shown.stdout.split()), None)
+    return next(iter(shown.stdout.split()[node:]), None)

@@ -55,6 +55,13 @@ def _check_device(profile: Profile, index: int) -> None:
 
 @cache
 def _product(accelerator: str, index: int) -> str | None:
-    from hetermoe_cli.profiler.nvml import cpu_facts, gpu_facts
+    """As `profile` names it: of the devices that CUDA shows, in its order, as workers count them. None: not there."""
+    if accelerator == "cpu":
+        from hetermoe_cli.profiler.nvml import cpu_facts
 
-    return (cpu_facts() if accelerator == "cpu" else gpu_facts(index)).product
+        return cpu_facts().product
+    import torch
+
+    from hetermoe_cli.profiler.profile import device_facts
+
+    return device_facts(torch.device("cuda", index)).product if index < torch.cuda.device_count() else None

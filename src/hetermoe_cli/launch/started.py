@@ -1,19 +1,22 @@
 """The devices that a plan uses, as a cluster of their own: a worker is started for each of these and no other."""
 
 from hetermoe_cli.planner.cluster.parts import group_inputs
+from hetermoe_cli.spec.cluster import Origin
 from hetermoe_cli.spec.plan import Group, Plan
 
 
 def started_plan(plan: Plan) -> Plan:
     """The plan on the ranks that are in its groups, renumbered in their order; as it is where that are all of them.
 
-    Its inputs are those of the smaller cluster. UserError where that cannot be described (spec.cluster.subcluster).
+    Its inputs are those of the smaller cluster, and know which devices of the whole one these are. UserError where
+    that cannot be described (spec.cluster.subcluster).
     """
     ranks = plan.used_ranks
     if len(ranks) == plan.inputs.cluster.world_size:
         return plan
     place = {rank: number for number, rank in enumerate(ranks)}
     inputs = group_inputs(plan.inputs, ranks, plan.inputs.train.global_batch_sequences)
+    inputs = inputs.model_copy(update={"origin": Origin(cluster=plan.inputs.cluster, ranks=ranks)})
     busy = plan.predicted.busy_share_per_rank
     changes = {
         "inputs": inputs,

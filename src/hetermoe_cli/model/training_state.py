@@ -56,8 +56,8 @@ def state_slices(optimizer: AdamW, weight: Tensor, index: int | None) -> list[Te
     zeros in place of moments that no step has made yet."""
     master = optimizer.master(weight)
     state = optimizer.state.get(master, {})
-    whole = [master, *(state.get(moment, torch.zeros_like(master)) for moment in _MOMENTS)]
-    return [part_of(tensor, index) for tensor in whole]
+    own = part_of(master, index)
+    return [own, *(part_of(state[m], index) if m in state else torch.zeros_like(own) for m in _MOMENTS)]
 
 
 def restore_training(parts: nn.Module, optimizer: AdamW, tensors: Mapping[str, Tensor], step: int) -> None:

@@ -32,16 +32,17 @@ def what_runs(run: RunSpec, arguments: Sequence[str] = (), options: PlaceOptions
 
 
 def _nodes(run: RunSpec, arguments: Sequence[str], options: PlaceOptions) -> list[dict[str, Any]]:
-    names, devices = run.plan.inputs.cluster.node_names, run.plan.inputs.devices()
+    inputs = run.plan.inputs
+    names, devices = inputs.whole.cluster.node_names, inputs.devices()
     host = options.master_addr or "HOST"
     return [
         {
-            "name": names[node],
+            "name": names[number],
             "ranks": ranks,
             "devices": [devices[rank].type for rank in ranks],
-            "command": command_of_node(arguments, node, host, options.master_port),
+            "command": command_of_node(arguments, number, host, options.master_port),
         }
-        for node, ranks in enumerate(run.nodes)
+        for number, ranks in zip(inputs.node_numbers, run.nodes, strict=True)
     ]
 
 

@@ -14,7 +14,7 @@ from hetermoe_cli.runtime.parts import Holding
 from hetermoe_cli.schedule.action import Action
 
 _ROW = 4096  # elements
-_FOLDED = 2**17  # elements at once: torch widens the narrow ones for a sum with wide ones, half a mebibyte each time
+_FOLDED = 2**17  # elements at once on CPUs, where torch widens narrow ones to add wide ones: half a mebibyte each time
 
 
 class Gradients:
@@ -96,9 +96,7 @@ class Gradients:
             if parameter in self._stacks and parameter.grad is None:
                 parameter.grad = self._places[parameter].zero_()
             if place is not None and parameter.grad is not None and parameter.grad.dtype != place.dtype:
-                flat = place.view(-1), parameter.grad.flatten()
-                for part, given in zip(*(torch.split(one, _FOLDED) for one in flat), strict=True):
-                    part.add_(given)
+                _add(place, parameter.grad)
                 parameter.grad = None
 
     def segment(self, layer: int) -> Tensor:
@@ -182,6 +180,16 @@ class Gradients:
 def clip_factor(norm: float, limit: float) -> float:
     """What scales gradients of global norm `norm` to at most `limit`."""
     return min(1.0, limit / (norm + 1e-6))
+
+
+def _add(place: Tensor, gradient: Tensor) -> None:
+    """A wider gradient to its place: in pieces on CPUs (_FOLDED), else at once, as a card's kernel copies nothing."""
+    if place.device.type != "cpu":
+        place.add_(gradient)
+        return
+    flat = place.view(-1), gradient.flatten()
+    for part, given in zip(*(torch.split(one, _FOLDED) for one in flat), strict=True):
+        part.add_(given)
 
 
 def _square(gradient: Tensor) -> Tensor:

@@ -191,9 +191,9 @@ class Shards:
             segment.fill(everyone)
 
     def tensors(self, optimizer: AdamW) -> dict[str, Tensor]:
-        """Master and moments of what this rank is to save, by name: every parameter, or expert, is saved by one of its
-        holders, in turn, so that none needs room for all of them. Turns go by place in a segment: its holders may have
-        other segments besides."""
+        """Master and moments of what this rank is to save, by name, on the CPU: every parameter, or expert, is saved by
+        one of its holders, in turn, so that none needs room for all of them. Turns go by place in a segment: its
+        holders may have other segments besides."""
         names = {(id(p), index): name for name, (p, index) in parameter_slices(self._parts).items()}
         saved: dict[str, Tensor] = {}
         counted = self.segments if self._world.counts_dense(self._mesh.process) else []
@@ -202,7 +202,8 @@ class Shards:
             for holding, segment in segments:
                 for turn, (one, whole) in enumerate(self._states(holding.holders, segment, optimizer), layer):
                     if turn % segment.count == segment.own:
-                        saved |= state_tensors(names[id(one[0]), one[1]], (tensor.clone() for tensor in whole))
+                        name = names[id(one[0]), one[1]]
+                        saved |= state_tensors(name, (tensor.to("cpu", copy=True) for tensor in whole))
         return saved
 
     def join(self, layer: int, optimizer: AdamW, steps_taken: int) -> None:

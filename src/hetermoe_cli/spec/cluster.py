@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.spec.base import NonNegativeFloat, PositiveFloat, PositiveInt, Spec
+from hetermoe_cli.spec.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec
 
 
 class Link(Spec):
@@ -125,6 +125,13 @@ class ClusterSpec(Spec):
     def group_of_rank(self) -> list[int]:
         """Which of `nodes` each rank belongs to."""
         return [index for index, node in enumerate(self.nodes) for _ in range(node.count * node.devices)]
+
+
+class Origin(Spec):
+    """The cluster that a smaller one was taken from, and which of its ranks that has, in order."""
+
+    cluster: ClusterSpec
+    ranks: list[NonNegativeInt]
 
 
 class Device(Spec):

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec, sha256
-from hetermoe_cli.spec.cluster import ClusterSpec, Device, Link, devices
+from hetermoe_cli.spec.cluster import ClusterSpec, Device, Link, Origin, devices
 from hetermoe_cli.spec.explanation import Explanation, Variant
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, ScheduleChoice
 from hetermoe_cli.spec.load import ExpertLoad
@@ -155,7 +155,7 @@ class LoadReport(Spec):
 class Inputs(Spec):
     """Everything a plan was computed from; profiles hold only the kernel tables that were used.
 
-    Without `expert_load` the router is balanced.
+    Without `expert_load` the router is balanced. `origin`: of a plan that runs without the devices that it leaves out.
     """
 
     model: ModelConfig
@@ -164,6 +164,7 @@ class Inputs(Spec):
     profiles: dict[str, Profile]
     train: TrainSpec
     expert_load: ExpertLoad | None = None
+    origin: Origin | None = None
 
     def hashes(self) -> dict[str, str]:
         """sha256 of every input, by name."""
@@ -185,12 +186,28 @@ class Inputs(Spec):
             found.setdefault(device.node, []).append(device.rank)
         return [found[node] for node in sorted(found)]
 
+    @property
+    def whole(self) -> "Inputs":
+        """The same with all devices of the cluster file."""
+        return self.model_copy(update={"cluster": self.origin.cluster, "origin": None}) if self.origin else self
+
+    @property
+    def node_numbers(self) -> list[int]:
+        """Of every node: its number in the cluster file, where those that are left out count too."""
+        if not self.origin:
+            return list(range(len(self.nodes)))
+        whole = self.whole.devices()
+        return [whole[self.origin.ranks[ranks[0]]].node for ranks in self.nodes]
+
     def accelerators(self) -> list[str]:
         """cpu or cuda, for every rank."""
         return [self.profiles[device.type].accelerator for device in self.devices()]
 
     def device_index(self, rank: int) -> int:
-        """Which of its node's devices of one accelerator `rank` works on: they go to ranks in turn."""
+        """Which of its node's devices of one accelerator `rank` works on: they go to ranks in turn, and those that are
+        left out count too."""
+        if self.origin:
+            return self.whole.device_index(self.origin.ranks[rank])
         places = [(d.node, kind) for d, kind in zip(self.devices(), self.accelerators(), strict=True)]
         return places[:rank].count(places[rank])
 

@@ -13,7 +13,7 @@ from hetermoe_cli.spec.plan import Inputs
 def group_inputs(inputs: Inputs, ranks: list[int], sequences: int) -> Inputs:
     """What one group is planned from: its devices and its share of the batch."""
     train = inputs.train.model_copy(update={"global_batch_sequences": sequences})
-    return inputs.model_copy(update={"cluster": subcluster(inputs.cluster, ranks), "train": train})
+    return inputs.model_copy(update={"cluster": subcluster(inputs.cluster, ranks), "train": train, "origin": None})
 
 
 class Kernels:
