@@ -114,11 +114,11 @@ def test_a_node_that_works_is_waited_for_as_long_as_it_beats(slow: int, monkeypa
     """Node 0 may read through a large checkpoint while the others have nothing left to check."""
     monkeypatch.setattr(meeting, "_PATIENCE_SECONDS", 0.1)
     monkeypatch.setattr(meeting, "_BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(meeting, "_SILENCE_SECONDS", 0.8)
+    monkeypatch.setattr(meeting, "_SILENCE_SECONDS", 2.0)
 
     def part(found: Meeting) -> str:
         if found.place.node == slow:
-            time.sleep(1.5)
+            time.sleep(3)
         return found.gather("checked", f"of {found.place.node}")
 
     monkeypatch.setattr(Meeting, "gather", patient_first(Meeting.gather))
