@@ -109,6 +109,44 @@ def test_a_node_that_falls_silent_is_gone(monkeypatch: pytest.MonkeyPatch) -> No
     assert meet(part, part)[0] == (6, f"node 1: {GONE}")
 
 
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_node_that_works_is_waited_for_as_long_as_it_beats(slow: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Node 0 may read through a large checkpoint while the others have nothing left to check."""
+    monkeypatch.setattr(meeting, "_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(meeting, "_BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(meeting, "_SILENCE_SECONDS", 2.0)
+
+    def part(found: Meeting) -> str:
+        if found.place.node == slow:
+            time.sleep(3)
+        return found.gather("checked", f"of {found.place.node}")
+
+    monkeypatch.setattr(Meeting, "gather", patient_first(Meeting.gather))
+    assert meet(part, part, part) == ["of 0"] * 3
+
+
+def patient_first(gather: Callable[[Meeting, str, str], str]) -> Callable[..., str]:
+    """`gather` that waits for all to be started at its first key, `here`, before it may lose its patience."""
+
+    def patient(self: Meeting, key: str, value: str = "-") -> str:
+        deadline = time.monotonic() + 60
+        while key == "here" and len(self._came()) < self.place.nodes - 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return gather(self, key, value)
+
+    return patient
+
+
+def test_a_node_that_is_not_started_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(meeting, "_LATE_SECONDS", 0.0)
+    with (
+        pytest.raises(UserError, match=r"no word from node 1, 2 in 0 s: run the same command there"),
+        Meeting(Place(0, 3, "127.0.0.1", free_port())) as found,
+    ):
+        found.gather("checked")
+
+
 def test_a_node_number_is_given_once() -> None:
     def again(found: Meeting) -> None:
         expected = "node 0 cannot listen at .* another --master-port" if found.place.node == 0 else "started twice"

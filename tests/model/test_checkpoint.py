@@ -1,6 +1,7 @@
 """Checkpoint files: any layout reads what any layout wrote; what is damaged or incomplete is refused by name."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from torch import Tensor
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.model import checkpoint
-from hetermoe_cli.model.checkpoint import finish, load_tensors, read_manifest, step_folder, write_shard
+from hetermoe_cli.model.checkpoint import finish, load_tensors, read_manifest, step_folder, verify, write_shard
+from hetermoe_cli.model.hashing import file_sha256
 from hetermoe_cli.model.training_state import training_names, training_tensors
+
+EXPERT = "layers.0.experts.0.down"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -48,7 +52,21 @@ def test_only_the_shards_that_are_needed_are_read(tmp_path: Path) -> None:
     (folder / "rank-00001.safetensors").unlink()
     assert load_tensors(folder, {"norm.weight"}).keys() == {"norm.weight"}
     with pytest.raises(UserError, match=r"rank-00001\.safetensors: missing"):
-        load_tensors(folder, {"norm.weight", "layers.0.experts.0.down"})
+        load_tensors(folder, {"norm.weight", EXPERT})
+
+
+@pytest.mark.parametrize("read", [verify, lambda folder: load_tensors(folder, {"norm.weight", EXPERT})])
+def test_shards_are_hashed_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], object]
+) -> None:
+    folder, both = save(tmp_path), threading.Barrier(2, timeout=20)
+
+    def together(path: Path, stop: threading.Event) -> str:
+        both.wait()
+        return file_sha256(path, stop)
+
+    monkeypatch.setattr(checkpoint, "file_sha256", together)
+    read(folder)
 
 
 def flip_a_byte(path: Path) -> None:
@@ -72,7 +90,7 @@ def forge(path: Path, tensors: dict[str, Tensor]) -> None:
     manifest_path = path.with_name("manifest.json")
     data = json.loads(manifest_path.read_text())
     entry = next(entry for entry in data["files"] if entry["file"] == path.name)
-    entry |= {"sha256": checkpoint._file_sha256(path), "size_bytes": path.stat().st_size}
+    entry |= {"sha256": file_sha256(path), "size_bytes": path.stat().st_size}
     manifest_path.write_text(json.dumps(data))
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from builders import make_model
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.model import hugging_face
+from hetermoe_cli.model.checkpoint import Stored
 from hetermoe_cli.model.hugging_face import Weights, export
 from hetermoe_cli.model.training_state import weight_names
 from hetermoe_cli.model.transformer import Transformer, initialise, named_state, named_tensors
@@ -78,6 +80,38 @@ def test_weights_come_back_to_the_bit(name: str, tmp_path: Path, monkeypatch: py
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     free = {name: getattr(config, name) for name in hugging_face._FREE}
     assert load_model(str(tmp_path / "new/config.json")).model_copy(update=free) == config
+
+
+def mapped(folder: Path) -> int:
+    """How often files of `folder` are mapped into this process."""
+    return Path("/proc/self/maps").read_text().count(f" {folder}/")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+@pytest.mark.parametrize("name", CASES)
+def test_one_file_is_in_memory_and_no_shard_stays_mapped(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tensor of a checkpoint maps its whole shard, so a large one would fill the address space."""
+    config, seen, written = make_config(name), list[tuple[int, int]](), list[weakref.ref[Tensor]]()
+    tensors = tensors_of(make(config))
+    save_file(tensors, tmp_path / "shard.safetensors")
+    stored = Stored(dict.fromkeys(tensors, tmp_path / "shard.safetensors"))
+    assert [mapped(tmp_path) for _ in [stored["norm.weight"]]] == [1]
+
+    def watched(group: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        seen.append((mapped(tmp_path), sum(tensor() is not None for tensor in written)))
+        written.extend(map(weakref.ref, group.values()))
+        save_file(group, path, metadata)
+
+    monkeypatch.setattr(hugging_face, "_LARGEST_FILE_BYTES", 20000)
+    monkeypatch.setattr(hugging_face, "save_file", watched)
+    export(tmp_path / "new", config, stored, sequence_length=16)
+    assert len(seen) > 3
+    assert set(seen) == {(0, 0)}
+    export(tmp_path / "of memory", config, tensors, sequence_length=16)
+    for path in (tmp_path / "new").iterdir():
+        assert path.read_bytes() == (tmp_path / "of memory" / path.name).read_bytes()
 
 
 def test_rope_parts_are_interleaved_and_nothing_else(tmp_path: Path) -> None:

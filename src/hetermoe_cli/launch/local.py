@@ -1,8 +1,6 @@
 """Start the workers of a run on this machine through torch's elastic agent, and tell how they ended."""
 
-import contextlib
 import json
-import logging
 import os
 import signal
 import sys
@@ -19,14 +17,10 @@ from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.run import LAUNCHER, RunSpec
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-
     from hetermoe_cli.launch.meeting import Meeting
 
 WORKER = "hetermoe_cli.runtime.worker"
 RUN_FILE = "run.yaml"
-_SHUTDOWN_SECONDS = 600  # after Ctrl-C: the step in progress, and the checkpoint
-_EXIT_BARRIER_SECONDS = 0.1  # of torch's agents; the launchers wait for each other themselves
 # glibc gives memory at the top of its heap back and takes it again page by page: as experts' rows change from step to
 # step, that took up to 15 % of a worker's time. Blocks below 1 GiB stay with the process, in huge pages if the system
 # gives them (3 % of a step, 10 to 30 % of what only reads and writes). Who sets these keeps theirs.
@@ -76,9 +70,11 @@ def run_workers(run: RunSpec, meeting: "Meeting") -> None:
     """
     from torch.distributed.elastic.multiprocessing import SignalException
 
+    from hetermoe_cli.launch.agent import Agent
+
     folder, place = Path(run.folder), meeting.place
     logs = folder / "logs" if place.nodes == 1 else folder / "logs" / f"node{place.node}"
-    agent, interrupted, failures = _agent(run, meeting, logs), False, {}
+    agent, interrupted, failures = Agent(command(run), len(run.nodes[place.node]), meeting, logs), False, {}
     os.environ |= environment(run) | socket_environment(place) | {LAUNCHER: str(os.getpid())}
     try:
         failures = agent.run().failures
@@ -94,44 +90,6 @@ def run_workers(run: RunSpec, meeting: "Meeting") -> None:
         _check_status(folder, logs)
     elif interrupted:
         raise unsaved(logs) or UserError("interrupted", ExitCode.INTERRUPTED)
-
-
-def _agent(run: RunSpec, meeting: "Meeting", logs: Path) -> "LocalElasticAgent":
-    """Of this node's workers; they are killed at once when another node has ended, which they may not notice."""
-    from torch.distributed.elastic.agent.server.api import WorkerSpec
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-
-    from hetermoe_cli.launch.rendezvous import StaticRendezvous
-
-    def watch() -> None:
-        try:
-            meeting.watch()
-        except UserError:
-            for worker in agent.get_worker_group().workers:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(worker.id, signal.SIGKILL)
-            raise
-
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):  # its warnings repeat what is said here
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-    python, *arguments = command(run)
-    spec = WorkerSpec(
-        role="worker",
-        local_world_size=len(run.nodes[meeting.place.node]),
-        rdzv_handler=StaticRendezvous(meeting.place, meeting.store, watch),
-        entrypoint=python,
-        args=tuple(arguments),
-        max_restarts=0,
-    )
-    agent = LocalElasticAgent(
-        spec,
-        DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
-        exit_barrier_timeout=_EXIT_BARRIER_SECONDS,
-        shutdown_timeout=_SHUTDOWN_SECONDS,
-    )
-    return agent
 
 
 def _check_status(folder: Path, logs: Path) -> None:

@@ -17,7 +17,7 @@ from hetermoe_cli.launch.rendezvous import open_store
 
 _POLL_SECONDS = 0.1
 _WATCH_SECONDS = 0.5
-_PATIENCE_SECONDS = 600.0  # for others to be started and to have checked everything
+_PATIENCE_SECONDS = 600.0  # for others to be started; what they check may take any time, as long as they beat
 _BEAT_SECONDS = 1.0
 _SILENCE_SECONDS = 30.0  # without a beat: that launcher is gone, so workers here are ended
 _SHORT_SILENCE_SECONDS = 6.0  # the same where there is only an end to wait for
@@ -63,7 +63,10 @@ class Meeting:
         return final.code == ExitCode.DONE  # also where the run was at its end when this node was interrupted
 
     def gather(self, key: str, value: str = "-") -> str:
-        """Node 0's `value`, once all have come here; PeerFailure if a node has ended, UserError if one is late."""
+        """Node 0's `value`, once all have come here: after hours where node 0 reads through a large checkpoint.
+
+        PeerFailure if a node has ended or is gone, UserError if one is not started in time.
+        """
         with self._node_0():
             self._keys.set(self._own(key), value)
             names, deadline = self._of_all(key), time.monotonic() + _PATIENCE_SECONDS
@@ -75,10 +78,7 @@ class Meeting:
                     raise ended[1]
                 self._refuse_silent()
                 if time.monotonic() > deadline:
-                    late = [str(node) for node, name in enumerate(names) if not self._keys.check([name])]
-                    raise UserError(
-                        f"no word from node {', '.join(late)} in {_PATIENCE_SECONDS:.0f} s: run the same command there"
-                    )
+                    self._refuse_absent()
                 time.sleep(_POLL_SECONDS)
 
     def watch(self) -> None:
@@ -99,6 +99,15 @@ class Meeting:
         """Node 0 looks after all; its own end the others see by the store."""
         if self.place.node == 0 and (silent := self._silent(_SILENCE_SECONDS)):
             raise PeerFailure(f"node {silent[0]}: {GONE}", ExitCode.WORKER_DIED)
+
+    def _refuse_absent(self) -> None:
+        """UserError if a node has not been started. Those that came are at work, or node 0 finds them silent; without
+        node 0 there is no store."""
+        came = self._came()
+        if absent := [str(node) for node in range(1, self.place.nodes) if node not in came]:
+            raise UserError(
+                f"no word from node {', '.join(absent)} in {_PATIENCE_SECONDS:.0f} s: run the same command there"
+            )
 
     def _ended(self) -> tuple[bool, PeerFailure] | None:
         """Whether a node that has ended has failed, and what that means for this one; None if all go on."""

@@ -4,7 +4,6 @@ A save has three phases with a barrier between them, which the caller provides: 
 rank 0 calls `finish`. No reader sees the folder before `finish` has renamed it into place.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal
 
 from pydantic import Field
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hetermoe_cli.errors import UserError
+from hetermoe_cli.model.hashing import check_each, file_sha256
 from hetermoe_cli.model.training_state import training_shapes
 from hetermoe_cli.spec.base import NonNegativeInt, PositiveInt, Spec
 from hetermoe_cli.spec.files import SpecT, parse, read_text, write_atomic
@@ -87,7 +88,7 @@ def write_shard(folder: Path, rank: int, tensors: Mapping[str, Tensor]) -> None:
         _sync(path)
         shard = Shard(
             file=path.name,
-            sha256=_file_sha256(path),
+            sha256=file_sha256(path),
             size_bytes=path.stat().st_size,
             tensors={name: TensorInfo(shape=tuple(t.shape), dtype=_dtype_name(t)) for name, t in plain.items()},
         )
@@ -167,17 +168,17 @@ def load_tensors(folder: Path, names: set[str]) -> Stored:
     unknown = sorted(names - manifest.tensors().keys())
     if unknown:
         raise UserError(f"{folder / MANIFEST}: {_some(unknown)} not in this checkpoint: use the model it was made with")
+    needed = [shard for shard in manifest.files if names & shard.tensors.keys()]
+    _verify(folder, needed)
     paths: dict[str, Path] = {}
-    for shard in manifest.files:
+    for shard in needed:
         here = names & shard.tensors.keys()
-        if here:
-            paths |= dict.fromkeys(sorted(here), folder / shard.file)
-            _check_shard(folder / shard.file, shard, here)
+        paths |= dict.fromkeys(sorted(here), folder / shard.file)
+        _check_content(folder / shard.file, shard, here)
     return Stored(paths)
 
 
-def _check_shard(path: Path, shard: Shard, names: set[str]) -> None:
-    _verify(path, shard)
+def _check_content(path: Path, shard: Shard, names: set[str]) -> None:
     with _disk_errors(path, _OTHER_CHECKPOINT), safe_open(path, framework="pt") as file:
         if set(file.keys()) != shard.tensors.keys():
             raise UserError(f"{path}: holds other tensors than the manifest says: {_OTHER_CHECKPOINT}")
@@ -190,16 +191,19 @@ def _check_shard(path: Path, shard: Shard, names: set[str]) -> None:
 def verify(folder: Path) -> Manifest:
     """Check every file of a finished checkpoint against its manifest; UserError names the first damaged one."""
     manifest = read_manifest(folder)
-    for shard in manifest.files:
-        _verify(folder / shard.file, shard)
+    _verify(folder, manifest.files)
     return manifest
 
 
-def _verify(path: Path, shard: Shard) -> None:
+def _verify(folder: Path, shards: list[Shard]) -> None:
+    check_each(lambda shard, stop: _verify_file(folder / shard.file, shard, stop), shards)
+
+
+def _verify_file(path: Path, shard: Shard, stop: Event) -> None:
     if not path.is_file():
         raise UserError(f"{path}: missing: {_OTHER_CHECKPOINT}")
     with _disk_errors(path, _OTHER_CHECKPOINT):
-        size, found = path.stat().st_size, _file_sha256(path)
+        size, found = path.stat().st_size, file_sha256(path, stop)
     if size != shard.size_bytes:
         raise UserError(f"{path}: truncated ({size} bytes, {shard.size_bytes} were written): {_OTHER_CHECKPOINT}")
     if found != shard.sha256:
@@ -284,11 +288,6 @@ def _some(names: list[str]) -> str:
 
 def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -30,45 +30,63 @@ def export(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor], seq
     UserError if Hugging Face has no such model, the folder holds something or the disk refuses.
     """
     fields = config_fields(config, sequence_length) | {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}
-    theirs: dict[str, Tensor] = {}
-    for ours, parts in pieces(config).items():
-        tensor = tensors.get(ours) if ours.endswith(BIAS) else tensors[ours]
-        tensor = torch.zeros(config.experts) if tensor is None else tensor  # a gate that no bias balances
-        theirs |= {piece.name: tensor[piece.rows].contiguous() for piece in parts}
     fields["dtype"] = str(tensors["norm.weight"].dtype).removeprefix("torch.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists already: name a new --output")
-    _write(folder, theirs)
+    _write(folder, _Theirs(config, tensors))
     write_atomic(folder / CONFIG, json.dumps(fields, indent=2) + "\n")  # last: without it nobody reads the rest
 
 
-def _write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    groups = _split(tensors)
+class _Theirs:
+    """Hugging Face's tensors out of ours. It keeps none, as each of ours may map a whole shard of a checkpoint."""
+
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+        self._config, self._tensors = config, tensors
+        self._pieces = {piece.name: (ours, piece.rows) for ours, parts in pieces(config).items() for piece in parts}
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes by name, in order; reads nothing."""
+        return {name: self._ours(ours).to("meta")[rows].nbytes for name, (ours, rows) in self._pieces.items()}
+
+    def read(self, name: str) -> Tensor:
+        """A copy: a view would keep the shard mapped."""
+        ours, rows = self._pieces[name]
+        return self._ours(ours)[rows].clone(memory_format=torch.contiguous_format)
+
+    def _ours(self, name: str) -> Tensor:
+        if name.endswith(BIAS) and name not in self._tensors:
+            return torch.zeros(self._config.experts)  # of a gate that no bias balances
+        return self._tensors[name]
+
+
+def _write(folder: Path, theirs: _Theirs) -> None:
+    """One file after the other, so that no more than one file's tensors are in memory."""
+    sizes = theirs.sizes()
+    groups = _split(sizes)
     names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
     files = dict(zip(names if len(groups) > 1 else [_SINGLE], groups, strict=True))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, group in files.items():
-            save_file({name: tensors[name] for name in group}, folder / file, metadata={"format": "pt"})
+            save_file({name: theirs.read(name) for name in group}, folder / file, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: {error}: free space or check permissions") from error
     if len(groups) > 1:
         place = {name: file for file, group in files.items() for name in group}
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": place}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": place}
         write_atomic(folder / _INDEX, json.dumps(index, indent=1) + "\n")
 
 
-def _split(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+def _split(sizes: Mapping[str, int]) -> list[list[str]]:
     """Names by file, in order; a file is full before it exceeds the limit."""
     groups: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if groups[-1] and size + tensor.nbytes > _LARGEST_FILE_BYTES:
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > _LARGEST_FILE_BYTES:
             groups.append([])
-            size = 0
+            filled = 0
         groups[-1].append(name)
-        size += tensor.nbytes
+        filled += size
     return groups
 
 

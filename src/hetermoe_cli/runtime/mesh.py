@@ -13,7 +13,7 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.model.copies import Fetched
 from hetermoe_cli.runtime import local_sum
 from hetermoe_cli.runtime.neighbours import Mail, connect
-from hetermoe_cli.runtime.peers import TIMEOUT, peer_errors
+from hetermoe_cli.runtime.peers import DISK_TIMEOUT, TIMEOUT, peer_errors
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.world import World
 
@@ -34,7 +34,7 @@ class Mesh:
     (World.communicators), where there are several and this is one of them; `regroup` changes it where experts move.
     `wire`: where messages lie, the device with NCCL, the host with gloo. `ordered`: whether this rank's lanes call in
     one static order over all of them, as NCCL demands. `processes`: of this copy's ranks. `mail`: of both directions
-    and of sums, where all ranks of this copy compute on CPUs of one machine.
+    and of sums, where all ranks of this copy compute on CPUs of one machine. `patient`: all processes, over gloo.
     """
 
     rank: int
@@ -50,6 +50,7 @@ class Mesh:
     gathering: dist.ProcessGroup | None = None
     processes: Sequence[int] = (0,)
     mail: Sequence[Mail] = ()
+    patient: dist.ProcessGroup | None = None
 
     def on_wire(self, tensor: Tensor) -> Tensor:
         """`tensor` where messages lie; if it must come down from the device, this thread waits for it."""
@@ -91,6 +92,11 @@ class Mesh:
         with peer_errors():
             REDUCE_SCATTER(share, tensor, group=group)
 
+    def wait_for_disks(self) -> None:
+        """Collective: until all have read or written their part of a checkpoint; PeerLost if one is gone."""
+        with peer_errors():
+            dist.all_reduce(torch.zeros(1), group=self.patient)
+
     def agree(self, digest: int) -> list[int]:
         """Every process' `digest`, by process."""
         found = [torch.zeros(1, dtype=torch.int64, device=self.wire) for _ in range(self.world_size)]
@@ -122,6 +128,7 @@ def join(layout: Layout | World, accelerator: str, backend: Backend | None = Non
         _start(backend, wire)
         process = dist.get_rank()
         lanes, shared = _groups(world, process, wire)
+        patient = dist.new_group(backend="gloo", timeout=DISK_TIMEOUT)
     replica = world.replica_of(process)
     mail = connect(replica.processes, 3, shares=shares and device == CPU) if backend == "gloo" else ()
     return Mesh(
@@ -138,6 +145,7 @@ def join(layout: Layout | World, accelerator: str, backend: Backend | None = Non
         gathering=shared.get(tuple(replica.attending)) if replica.layout.gathers else None,
         processes=replica.processes,
         mail=mail,
+        patient=patient,
     )
 
 

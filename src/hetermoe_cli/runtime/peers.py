@@ -7,6 +7,9 @@ from datetime import timedelta
 import torch.distributed as dist
 
 TIMEOUT = timedelta(minutes=10)
+# For ranks with more of a checkpoint, or a slower disk. It is not what finds a dead one: gloo does when its connection
+# ends, the launchers do when a worker or a node is gone.
+DISK_TIMEOUT = timedelta(hours=6)
 
 
 class PeerLost(Exception):

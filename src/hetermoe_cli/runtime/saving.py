@@ -16,7 +16,6 @@ from hetermoe_cli.model.checkpoint import (
 from hetermoe_cli.model.hugging_face import Weights
 from hetermoe_cli.model.training_state import begin_with, restore_training, training_names, training_tensors
 from hetermoe_cli.model.transformer import named_state, parameter_slices
-from hetermoe_cli.runtime.peers import barrier
 from hetermoe_cli.runtime.recorder import CHECKPOINTS
 from hetermoe_cli.runtime.trainer import Trainer
 from hetermoe_cli.spec.files import parse
@@ -35,7 +34,7 @@ def save(run: RunSpec, trainer: Trainer, step: int) -> Path:
     if trainer.shards:
         tensors |= trainer.shards.tensors(trainer.optimizer)
     write_shard(folder, trainer.mesh.process, tensors)
-    barrier()
+    trainer.mesh.wait_for_disks()
     if trainer.mesh.process == 0:
         state = CheckpointState(
             step=step,
@@ -45,7 +44,7 @@ def save(run: RunSpec, trainer: Trainer, step: int) -> Path:
             extra=_identity(run) | _learning_rate(run) | _loss_scale(trainer) | _rebalanced(run),
         )
         finish(folder, state, run.keep_checkpoints)
-    barrier()
+    trainer.mesh.wait_for_disks()
     return folder
 
 
@@ -59,20 +58,22 @@ def _saved_by_others(trainer: Trainer) -> set[str]:
 
 
 def restore(run: RunSpec, trainer: Trainer) -> None:
-    """Load run.resume_from into this rank's parts, whatever layout wrote it; UserError if it is damaged."""
+    """Collective: load run.resume_from into this rank's parts, whatever layout wrote it; UserError if it is damaged."""
     assert run.resume_from is not None
     folder = Path(run.resume_from)
     trainer.loss_scale.restore(read_manifest(folder).extra.get("loss_scale"), run.start_step, f"{folder / MANIFEST}")
     tensors = load_tensors(folder, training_names(trainer.parts))
     restore_training(trainer.parts, trainer.optimizer, tensors, trainer.loss_scale.taken(run.start_step))
+    trainer.mesh.wait_for_disks()
 
 
 def take_weights(run: RunSpec, trainer: Trainer) -> None:
-    """Begin with the weights in run.weights_from; UserError if they are not this model's."""
+    """Collective: begin with the weights in run.weights_from; UserError if they are not this model's."""
     assert run.weights_from is not None
     parts = trainer.parts
     names = [*parameter_slices(parts), *named_state(parts)]
     begin_with(parts, trainer.optimizer, Weights(Path(run.weights_from), run.model).tensors(names))
+    trainer.mesh.wait_for_disks()
 
 
 def check_resumable(run: RunSpec) -> int:

@@ -1,0 +1,70 @@
+"""torch's elastic agent of one node's workers, with an eye on the other nodes until the last worker has ended."""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+
+from hetermoe_cli.errors import UserError
+from hetermoe_cli.launch.meeting import Meeting
+from hetermoe_cli.launch.rendezvous import StaticRendezvous
+from hetermoe_cli.runtime.peers import DISK_TIMEOUT, TIMEOUT
+
+# After Ctrl-C: the step in progress, which a lost peer ends, and the checkpoint, which is lost if its writer is killed.
+_SHUTDOWN_SECONDS = int((TIMEOUT + DISK_TIMEOUT).total_seconds())
+_EXIT_BARRIER_SECONDS = 0.1  # of torch's agents; the launchers wait for each other themselves
+_POLL_SECONDS = 0.5
+
+
+class Agent(LocalElasticAgent):
+    """Its workers are killed at once when another node has ended, which they may not notice."""
+
+    def __init__(self, command: list[str], workers: int, meeting: Meeting, logs: Path) -> None:
+        for name in list(logging.root.manager.loggerDict):
+            if name.startswith("torch.distributed.elastic"):  # its warnings repeat what is said by launch.local
+                logging.getLogger(name).setLevel(logging.CRITICAL)
+        self._meeting = meeting
+        python, *arguments = command
+        spec = WorkerSpec(
+            role="worker",
+            local_world_size=workers,
+            rdzv_handler=StaticRendezvous(meeting.place, meeting.store, self._watch),
+            entrypoint=python,
+            args=tuple(arguments),
+            max_restarts=0,
+        )
+        super().__init__(
+            spec,
+            DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
+            exit_barrier_timeout=_EXIT_BARRIER_SECONDS,
+            shutdown_timeout=_SHUTDOWN_SECONDS,
+        )
+
+    def _watch(self) -> None:
+        try:
+            self._meeting.watch()
+        except UserError:
+            for worker in self.get_worker_group().workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker.id, signal.SIGKILL)
+            raise
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        """torch's waits for the workers and looks at nothing else, for hours where they save."""
+        over = threading.Event()
+        threading.Thread(target=self._watch_until, args=(over,), daemon=True).start()
+        try:
+            super()._shutdown(death_sig, timeout)
+        finally:
+            over.set()
+
+    def _watch_until(self, over: threading.Event) -> None:
+        with contextlib.suppress(UserError):
+            while not over.wait(_POLL_SECONDS):
+                self._watch()

@@ -1,0 +1,64 @@
+"""The agent of a node's workers, once they are to end."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from torch.distributed.elastic.multiprocessing import SignalException
+
+from hetermoe_cli.errors import ExitCode
+from hetermoe_cli.launch import agent
+from hetermoe_cli.launch.agent import Agent
+from hetermoe_cli.launch.ends import PeerFailure
+from hetermoe_cli.runtime.peers import DISK_TIMEOUT
+
+
+class Closing:
+    """torch's context of one worker, which is busy for longer than this test waits."""
+
+    def __init__(self) -> None:
+        self.worker, self.allowed = subprocess.Popen(["sleep", "60"]), 0
+
+    def close(self, death_sig: signal.Signals, timeout: int) -> None:
+        self.allowed = timeout
+        self.worker.wait(30)
+
+
+def make(logs: Path, watch: Any) -> tuple[Agent, Closing]:
+    meeting = SimpleNamespace(place=None, store=None, watch=watch)
+    result, closing = Agent(["python"], 1, cast(Any, meeting), logs), Closing()
+    cast(Any, result)._pcontext = closing
+    result.get_worker_group().workers[0].id = closing.worker.pid
+    return result, closing
+
+
+def test_after_ctrl_c_another_nodes_end_ends_a_worker_that_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "_POLL_SECONDS", 0.05)
+
+    def watch() -> None:
+        raise PeerFailure("node 1: no such text", ExitCode.WORKER_DIED)
+
+    made, closing = make(tmp_path, watch)
+    began = time.monotonic()
+    made._shutdown(signal.SIGINT, 10)
+    assert closing.worker.returncode == -signal.SIGKILL
+    assert time.monotonic() - began < 20
+
+
+def test_after_ctrl_c_a_checkpoint_has_as_long_as_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, closing = make(tmp_path, lambda: None)
+
+    def interrupt(role: str) -> None:
+        raise SignalException("Ctrl-C", signal.SIGINT)
+
+    monkeypatch.setattr(made, "_invoke_run", interrupt)
+    closing.worker.kill()
+    with pytest.raises(SignalException):
+        made.run()
+    assert closing.allowed > DISK_TIMEOUT.total_seconds()
