@@ -48,9 +48,9 @@ def average(over: str, where: Iterable[Place] = ON_PREMISE, lengths: Iterable[in
     return lambda case: mean(found) if (found := gains(case, over, where, lengths)) else None
 
 
-def inverse(over: str, lengths: Iterable[int] = LENGTHS) -> Ours:
+def inverse(over: str, where: Iterable[Place] = ON_PREMISE, lengths: Iterable[int] = LENGTHS) -> Ours:
     """1 / mean of throughput ratios, where the paper states that ratio."""
-    return lambda case: 1 / mean(1 / gain for gain in found) if (found := gains(case, over, lengths=lengths)) else None
+    return lambda case: 1 / mean(1 / gain for gain in found) if (found := gains(case, over, where, lengths)) else None
 
 
 def extreme(

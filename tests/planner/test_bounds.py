@@ -97,8 +97,8 @@ def _check_mixture(
                 assert total <= found.limits.partial[index]
 
 
-@pytest.mark.parametrize("apart", [0, 1, 2, ALL])
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("apart", [1, 2, ALL])
+@pytest.mark.parametrize("seed", range(12))
 def test_the_mean_milp_has_room_for_every_device_level_placement(seed: int, apart: int) -> None:
     """With one of their renumberings within their own replay, whichever devices have variables of their own."""
     rng = random.Random(seed)
@@ -109,7 +109,7 @@ def test_the_mean_milp_has_room_for_every_device_level_placement(seed: int, apar
     cost = CostModel(inputs)
     ready = Prepared.of(cost, choice, apart)
     options = SolverOptions(time_limit=20.0, relative_gap=0.5)
-    for _ in range(3):
+    for _ in range(2):
         counts = random_counts(rng, devices, layers, experts)
         layout = choice.layout([number(row[:-1], row[-1]) for row in counts])
         replay = simulate(LayoutCost(cost, layout)).seconds
