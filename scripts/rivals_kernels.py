@@ -1,4 +1,4 @@
-"""What is left of a training step if only torch's heavy kernels remain: below that no trainer that uses them comes."""
+"""What is left of a training step if only torch's heavy kernels remain, called as any trainer has to call them."""
 
 import time
 from collections.abc import Iterator
@@ -16,8 +16,9 @@ from hetermoe_cli.spec.train import TrainSpec
 class Kernels:
     """One rank's matrix products, attention kernels and optimizer step, of a step with even expert loads.
 
-    The experts are shared out and so is the optimizer, weights of layers differ, but rows are always the same ones and
-    stay in the caches. No norm, RoPE, activation, gate, permutation, loss, message or gradient to add up.
+    The experts are shared out and so is the optimizer; every product has rows, weights and gradients of its own, as in
+    a step. One process runs them while no other does. No norm, RoPE, activation, gate, permutation, loss, message, or
+    gradient to add up.
     """
 
     def __init__(self, model: ModelConfig, train: TrainSpec, precision: Precision, ranks: int) -> None:
