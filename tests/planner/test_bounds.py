@@ -11,7 +11,7 @@ from hetermoe_cli.planner import ilp
 from hetermoe_cli.planner.bounds import Bounder
 from hetermoe_cli.planner.candidates import _slots
 from hetermoe_cli.planner.chains import canonical
-from hetermoe_cli.planner.choice import ALL
+from hetermoe_cli.planner.choice import ALL, Choice
 from hetermoe_cli.planner.deal import number
 from hetermoe_cli.planner.master import mixture
 from hetermoe_cli.planner.patterns import Patterns, caps_within
@@ -23,24 +23,24 @@ from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.simulator import simulate
 
 
+def random_case(
+    rng: random.Random, devices: int, layers: int, experts: int, *, flat: bool, dense_layers: int = 0
+) -> tuple[CostModel, Choice]:
+    """Costs of a random cluster and model, and a choice for it."""
+    choice = random_choice(rng, devices)
+    batch = sum(choice.sequences) * choice.schedule.micro_batches
+    inputs = random_inputs(
+        rng, devices=devices, layers=layers, experts=experts, batch=batch, flat=flat, dense_layers=dense_layers
+    )
+    return CostModel(inputs), choice
+
+
 @pytest.mark.parametrize("dense_layers", [0, 2])
 @pytest.mark.parametrize("seed", range(30))
 def test_bounds_hold_for_every_device_level_placement(seed: int, dense_layers: int) -> None:
     rng = random.Random(seed)
     devices, layers, experts = rng.randint(1, 6), rng.randint(1, 4), rng.randint(1, 7)
-    choice = random_choice(rng, devices)
-    batch = sum(choice.sequences) * choice.schedule.micro_batches
-    cost = CostModel(
-        random_inputs(
-            rng,
-            devices=devices,
-            layers=layers,
-            experts=experts,
-            batch=batch,
-            flat=seed % 3 > 0,
-            dense_layers=dense_layers,
-        )
-    )
+    cost, choice = random_case(rng, devices, layers, experts, flat=seed % 3 > 0, dense_layers=dense_layers)
     ready = Prepared.of(cost, choice)
     members = kinds(cost.devices)
     parts = [[tuple(sorted((choice.sequences[rank] for rank in ranks), reverse=True))] for ranks in members]
@@ -103,10 +103,7 @@ def test_the_mean_milp_has_room_for_every_device_level_placement(seed: int, apar
     """With one of their renumberings within their own replay, whichever devices have variables of their own."""
     rng = random.Random(seed)
     devices, layers, experts = rng.randint(2, 5), rng.randint(1, 3), rng.randint(1, 6)
-    choice = random_choice(rng, devices)
-    batch = sum(choice.sequences) * choice.schedule.micro_batches
-    inputs = random_inputs(rng, devices=devices, layers=layers, experts=experts, batch=batch, flat=seed % 3 > 0)
-    cost = CostModel(inputs)
+    cost, choice = random_case(rng, devices, layers, experts, flat=seed % 3 > 0)
     ready = Prepared.of(cost, choice, apart)
     options = SolverOptions(time_limit=20.0, relative_gap=0.5)
     for _ in range(2):

@@ -4,8 +4,11 @@ from math import inf
 
 import pytest
 
-from builders import make_inputs, make_model, make_profile
+from builders import make_inputs, make_model, make_profile, make_schedule
+from hetermoe_cli.cost import CostModel
 from hetermoe_cli.planner import search
+from hetermoe_cli.planner.candidates import Candidate
+from hetermoe_cli.planner.choice import ALL, Choice
 from hetermoe_cli.planner.ilp import Model
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.solver import Run, SolverOptions
@@ -62,3 +65,12 @@ def test_a_solver_that_gives_up_ends_the_proof(monkeypatch: pytest.MonkeyPatch) 
     assert plan.solver.status == "feasible"
     assert plan.bound.iteration_seconds < best
     assert 0 < asked <= 5 * plan.solver.candidates
+
+
+def test_a_milp_that_has_ended_is_not_solved_again_where_no_more_devices_can_be_apart() -> None:
+    state = search.Search(CostModel(inputs()), SolverOptions(), deadline=inf)
+    candidate = Candidate(0.0, Choice(make_schedule("zebra", 2), (2, 0, 0)))
+    for apart in (0, 1, ALL):  # every class is a single device
+        assert state._run(candidate, search.Stage("mean", apart=apart), 20.0)
+    assert state.solved == 1
+    assert candidate.bound > 0

@@ -3,10 +3,10 @@
 1. Closed-form bounds of every choice (bounds.py); those that cannot beat the best layout so far are dropped.
 2. A bound from patterns (master.py), for the choice with the lowest bound at a time.
 3. A heuristic placement, where that bound is still the lowest.
-4. A bound from better chains and a placement from its mixture, then MILPs: with classes' means (a bound), then as it
-   stands; devices of a class alike. Choices take turns, the one with the lowest bound first, in shares of the time
-   that double.
-5. MILPs over all placements, by classes and with one class per device, in turns as well.
+4. A bound from better chains and a placement from its mixture, then MILPs: with classes' means (a bound), of which
+   more and more devices are apart, and as it stands; devices of a class alike. Choices take turns, the one with the
+   lowest bound first, in shares of the time that double.
+5. MILPs over all placements, by classes, with some and with all devices apart, in turns as well.
 Layouts near the best are also replayed in the other orders of experts and transfers, which the bounds leave out.
 Each MILP may only find what beats the best layout so far by the solver's tolerance.
 Every step keeps the lower bound of every choice, so that the smallest one bounds the searched space.
@@ -24,7 +24,7 @@ from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner import heuristic, ilp
 from hetermoe_cli.planner.candidates import Candidate, ExactOver, arranged, candidates
-from hetermoe_cli.planner.choice import ALL
+from hetermoe_cli.planner.choice import ALL, Choice, DeviceClass
 from hetermoe_cli.planner.master import mixture
 from hetermoe_cli.planner.orders import other_orders
 from hetermoe_cli.planner.patterns import Limits
@@ -78,6 +78,7 @@ class Search:
     open: list[Candidate] = field(default_factory=list)
     rest: float = inf  # lower bound of choices that there was no time to look at
     offered: list[RunnerUp] = field(default_factory=list)
+    ended: set[tuple[Choice, tuple[DeviceClass, ...], ilp.Mode, bool]] = field(default_factory=set)  # MILPs
 
     @property
     def target(self) -> float:
@@ -162,13 +163,13 @@ class Search:
 
     def prove(self) -> None:
         """Step 4: MILPs with devices of a class alike, the most promising choice first."""
-        first = [Stage("patterns"), Stage("mean", alike=True), Stage("mean", True, 1), Stage("largest", alike=True)]
-        self._in_turn(lambda c: c.alike, [*first, *(Stage("mean", True, apart) for apart in APART[1:])])
+        mean, one, *more = (Stage("mean", alike=True, apart=apart) for apart in (0, *APART))
+        self._in_turn(lambda c: c.alike, [Stage("patterns"), mean, one, Stage("largest", alike=True), *more])
 
     def prove_devices(self, whole: bool) -> None:
-        """Step 5: MILPs over all placements, by classes (if `whole`), and with one class per device.
+        """Step 5: MILPs over all placements, by classes (if `whole`), with some and with all devices apart.
 
-        Otherwise only of choices whose classes' means leave a doubt.
+        Otherwise only the last, of choices whose classes' means leave a doubt.
         """
         if whole:
             self._in_turn(lambda c: c.bound, [Stage("mean", apart=apart) for apart in (0, *APART, ALL)])
@@ -206,7 +207,12 @@ class Search:
             return True
         if stage.mode == "largest" and ready.single:
             return True  # as the mean
+        problem = ready.choice, tuple(ready.classes), stage.mode, stage.alike and not ready.single
+        if problem in self.ended:
+            return True  # there was no more to take apart
         bound, done = self._solve(ready, stage.mode, stage.alike, seconds)
+        if done:
+            self.ended.add(problem)
         if stage.mode == "mean":
             candidate.alike = max(candidate.alike, bound)
             if ready.single or not stage.alike:
