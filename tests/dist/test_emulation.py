@@ -20,13 +20,13 @@ from hetermoe_cli.trace import LANES, Span, Trace, display_name
 
 NOMINAL = make_model(layers=2, experts=4)
 EXECUTED = make_model(layers=2, experts=4, hidden_size=16, ffn_size=16, head_size=4)
-STEPS, LENGTH, SCALE = 3, 32, 20.0
+STEPS, LENGTH, SCALE = 2, 32, 12.0
 
 
 def make_run(
     folder: Path, sequences: tuple[int, ...], hosted: tuple[int, ...], state: DenseState = "replicated"
 ) -> RunSpec:
-    """Tasks of 20 ms and more, so that their small real work fits."""
+    """Tasks of 12 ms and more, so that their small real work fits."""
     profiles = {
         name: make_profile(name, model=NOMINAL, attention_seconds=1e-3 * slow, expert_seconds=4e-5 * slow,
                            head_seconds=2e-5, optimizer_seconds_per_parameter=1e-9)
