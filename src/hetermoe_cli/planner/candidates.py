@@ -59,14 +59,14 @@ class Space:
     rest: float = inf
 
 
-def candidates(cost: CostModel, micro_batch_limit: int, seconds: float, deadline: float = inf) -> Space:
-    """Choices that may be faster than `seconds`; what is not looked at by `deadline` (time.monotonic) is left out.
-
-    Uniform ones come first, then those with the best bound: the best plan is often among the former.
-    """
+def candidates(
+    cost: CostModel, micro_batch_limit: int, seconds: float, deadline: float = inf, *, divided: bool = True
+) -> Space:
+    """Choices that may be faster than `seconds`, by their bounds; what is not looked at by `deadline` (time.monotonic)
+    is left out, and unless `divided` all but the uniform ones."""
     members = kinds(cost.devices)
     found: list[Candidate] = []
-    divided: list[Iterator[list[Candidate]]] = []
+    others: list[Iterator[list[Candidate]]] = []
     scope: ExactOver = "devices" if len(cost.devices) <= DEVICE_LEVEL_LIMIT else "classes"
     for schedule in schedules(cost, micro_batch_limit):
         total = cost.train.global_batch_sequences // schedule.micro_batches
@@ -77,15 +77,15 @@ def candidates(cost: CostModel, micro_batch_limit: int, seconds: float, deadline
         options, level = _options(total, sizes, whole)
         scope = max(scope, level, key=SCOPES.index)
         found += chain.from_iterable(_bounded(bounder, members, _undivided(options), seconds, uniform=True))
-        if level != "not solved":
-            divided.append(_bounded(bounder, members, options, seconds, uniform=False))
+        if level != "not solved" and divided:
+            others.append(_bounded(bounder, members, options, seconds, uniform=False))
     rest = inf
-    for some in chain.from_iterable(divided):
+    for some in chain.from_iterable(others):
         found += some
         if time.monotonic() > deadline:
             scope, rest = "not solved", work_bound(cost, micro_batch_limit)
             break
-    return Space(sorted(found, key=lambda c: (not c.uniform, c.bound)), scope, rest)
+    return Space(sorted(found, key=lambda c: c.bound), scope, rest)
 
 
 def _most(bounder: Bounder, kind: int, seconds: float) -> int:

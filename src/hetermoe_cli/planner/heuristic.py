@@ -16,8 +16,9 @@ CLIMBS = 3
 HOPE = 1.15
 
 
-def improve(rates: Rates, graph: TaskGraph, start: IntArray, known: float) -> Counts | None:
-    """Best placement found from `start` [starts, layers, classes + 1] (the last column counts replicated experts).
+def improve(rates: Rates, graph: TaskGraph, start: IntArray, known: float) -> IntArray | None:
+    """Best placement [layers, classes + 1] found from `start` [starts, layers, classes + 1]; the last column counts
+    replicated experts.
 
     None where nothing that fits was found. Starts far above `known` seconds are not improved.
     """
@@ -28,7 +29,7 @@ def improve(rates: Rates, graph: TaskGraph, start: IntArray, known: float) -> Co
         if times[index] < HOPE * min(known, times.min()):
             time, table = _climb(rates, graph, moves, start[index], float(times[index]))
             best, found = min((best, found), (time, table), key=lambda pair: pair[0])
-    return counts_of(rates, found) if np.isfinite(best) else None
+    return found if np.isfinite(best) else None
 
 
 def _climb(rates: Rates, graph: TaskGraph, moves: IntArray, table: IntArray, time: float) -> tuple[float, IntArray]:
@@ -72,6 +73,12 @@ def _repeats(table: IntArray) -> IntArray:
 def counts_of(rates: Rates, table: IntArray) -> Counts:
     """Counts of [..., layers, classes + 1]."""
     return from_totals(table[..., :-1], table[..., -1], [c.count for c in rates.classes])
+
+
+def table_of(rates: Rates, counts: Counts) -> IntArray:
+    """The inverse."""
+    totals = counts.totals([c.count for c in rates.classes])
+    return np.concatenate([totals, counts.replicated[..., None]], axis=-1)
 
 
 def evaluate(rates: Rates, graph: TaskGraph, table: IntArray) -> FloatArray:

@@ -1,6 +1,7 @@
 """Outer search over schedule, R, recompute and sequences: bound all, place well where promising, solve few exactly.
 
-1. Closed-form bounds of every choice (bounds.py); those that cannot beat the best layout so far are dropped.
+1. Heuristic placements of the most promising choices in which devices of a kind are alike; then closed-form bounds of
+   every choice (bounds.py): those that cannot beat the best layout so far are dropped.
 2. A bound from patterns (master.py), for the choice with the lowest bound at a time.
 3. A heuristic placement, where that bound is still the lowest.
 4. A bound from better chains and a placement from its mixture, then MILPs: with classes' means (a bound), of which
@@ -14,28 +15,33 @@ Every step keeps the lower bound of every choice, so that the smallest one bound
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from itertools import count
 from math import inf
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner import heuristic, ilp
+from hetermoe_cli.planner.arrays import IntArray
 from hetermoe_cli.planner.candidates import Candidate, ExactOver, arranged, candidates
 from hetermoe_cli.planner.choice import ALL, Choice, DeviceClass
 from hetermoe_cli.planner.master import mixture
-from hetermoe_cli.planner.orders import other_orders
+from hetermoe_cli.planner.orders import other_orders, other_schedules
 from hetermoe_cli.planner.patterns import Limits
 from hetermoe_cli.planner.prepared import Prepared
+from hetermoe_cli.planner.rates import Rates
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.runner_up import RunnerUp, best_of_families
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.layout import Layout
 
-SEEDS = 6  # choices in which devices of a kind are alike, placed first
+SEEDS = 6  # choices in which devices of a kind are alike, placed first: the best of those that are looked at
+LOOK = 8  # for at most one part in so many of the time
 MISSES = 12
 NEAR = 1.04  # times the best: what another order may still make the best
 SHARES = 8  # of the time for the proof: what the first MILP of a choice gets at least
@@ -90,13 +96,13 @@ class Search:
         """Seconds until the deadline."""
         return self.deadline - time.monotonic()
 
-    def offer(self, layout: Layout | None) -> None:
-        """Keep `layout` if it fits and its replay is the fastest."""
+    def offer(self, layout: Layout | None) -> float:
+        """Keep `layout` if it fits and its replay is the fastest; the seconds of its replay."""
         if layout is None:
-            return
+            return inf
         layout_cost = LayoutCost(self.cost, layout)
         if overflow(layout_cost) is not None:
-            return
+            return inf
         seconds = simulate(layout_cost).seconds
         tried = [(layout, seconds)]
         if seconds < NEAR * self.seconds:
@@ -105,18 +111,34 @@ class Search:
             self.offered.append(RunnerUp.of(self.cost, one, replayed))
             if replayed < self.seconds:
                 self.best, self.seconds = one, replayed
+        return seconds
+
+    def seed(self, uniform: list[Candidate]) -> None:
+        """Placements of the choices whose levelled shares of experts are fastest as they are.
+
+        The best plan is often among them, and a good one spares other choices their bounds.
+        """
+        end = time.monotonic() + self.left / LOOK
+        found: list[tuple[float, int, Candidate, Prepared]] = []
+        for number, candidate in enumerate(uniform):
+            if number >= SEEDS and time.monotonic() > end:
+                break
+            ready = Prepared.of(self.cost, candidate.choice)
+            starts = heuristic.starts(ready.rates, None, self._horizon(ready))
+            times = heuristic.evaluate(ready.rates, ready.graph, starts)
+            found.append((float(times.min()), number, candidate, ready))
+        for _, _, candidate, ready in sorted(found)[:SEEDS]:
+            if self.left > 0:
+                self._place(candidate, ready)
 
     def explore(self) -> None:
         """Steps 2 and 3: pattern bounds and placements, always of the choice with the lowest bound.
 
-        A few uniform choices come before all others: the best plan is often among them, and a good one spares other
-        choices their bounds. After MISSES placements in a row without gain only bounds are tightened.
+        After MISSES placements in a row without gain only bounds are tightened.
         """
         coarse, self.open, misses = self.open, [], 0
-        seeds = sum(candidate.uniform for candidate in coarse[:SEEDS])
         number = count()
-        queue = [(0.0, next(number), candidate) for seed in coarse[:seeds] for candidate in self._bounded(seed)]
-        queue += [(c.bound, next(number), c) for c in coarse[seeds:]]
+        queue = [(c.bound, next(number), c) for c in coarse]
         heapify(queue)
         while queue:
             _, _, candidate = heappop(queue)
@@ -157,9 +179,22 @@ class Search:
 
     def _place(self, candidate: Candidate, ready: Prepared) -> None:
         starts = heuristic.starts(ready.rates, candidate.mixture, self._horizon(ready))
-        counts = heuristic.improve(ready.rates, ready.graph, starts, self.seconds)
-        if counts is not None:
-            self.offer(ready.layout(counts))
+        table = heuristic.improve(ready.rates, ready.graph, starts, self.seconds)
+        if table is not None:
+            self._offer(ready, table, starts)
+
+    def _offer(self, ready: Prepared, table: IntArray, starts: IntArray) -> None:
+        """The placement, and where it is near the best what the other orders make of it and of `starts`: what is best
+        in one order need not be in another."""
+        seconds = self.offer(ready.layout(heuristic.counts_of(ready.rates, table)))
+        for schedule in other_schedules(ready.choice.schedule):
+            if seconds < NEAR * self.seconds and self.left > 0:
+                choice = replace(ready.choice, schedule=schedule)
+                other = Prepared(choice, ready.classes, Rates(self.cost, choice, ready.classes))
+                tables = np.concatenate([table[None], starts])
+                found = heuristic.improve(other.rates, other.graph, tables, self.seconds)
+                if found is not None:
+                    self.offer(other.layout(heuristic.counts_of(other.rates, found)))
 
     def prove(self) -> None:
         """Step 4: MILPs with devices of a class alike, the most promising choice first."""
@@ -234,7 +269,8 @@ class Search:
         self.solved += 1
         bound = self._capped(run.bound, horizon)  # before the target moves
         if run.status in ("optimal", "feasible"):
-            self.offer(ready.layout(ilp.extract(model)))
+            table = heuristic.table_of(ready.rates, ilp.extract(model))
+            self._offer(ready, table, table[None])
         return bound, run.status in ("optimal", "infeasible") or run.seconds < seconds / 2
 
     def found(self, scope: ExactOver) -> Found:
@@ -267,7 +303,8 @@ def search(
     for layout in incumbents:
         state.offer(layout)
     progress("bounding")
-    space = candidates(cost, micro_batch_limit, state.seconds, began + options.time_limit / 4)
+    state.seed(candidates(cost, micro_batch_limit, state.seconds, divided=False).candidates)
+    space = candidates(cost, micro_batch_limit, state.seconds, time.monotonic() + options.time_limit / 4)
     state.open, state.rest, scope = space.candidates, space.rest, space.scope
     state.deadline = (time.monotonic() + end) / 2  # leave time for the proof
     state.explore()
