@@ -47,6 +47,7 @@ class Candidate:
     alike: float = 0.0
     uniform: bool = False  # devices of a kind attend to equal sequences
     bounded: bool = False  # by patterns; arranged in the network
+    reordered: bool = False  # placed in the other orders
     mixture: Mixture | None = None
 
 

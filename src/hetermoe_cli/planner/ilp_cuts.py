@@ -41,7 +41,7 @@ def _empty(model: Model, layer: int) -> Any:
 def _layer(model: Model, layer: int, window: range) -> Iterator[tuple[Any, Any]]:
     for c, device_class in model.classes:
         yield from _streams(model, layer, c, window)
-        if device_class.attends:
+        if device_class.attends and model.rates.choice.schedule.experts == "after":
             if layer or not window[0]:
                 yield from _forward(model, layer, c, window)
             if layer or window.stop == model.rates.choice.schedule.micro_batches:

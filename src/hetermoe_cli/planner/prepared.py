@@ -27,9 +27,15 @@ class Prepared:
         return cls(choice, classes, Rates(cost, choice, classes))
 
     @cached_property
+    def tasks(self) -> TaskGraph:
+        """All tasks of one iteration."""
+        return task_graph(self.choice, self.classes, self.rates.layers)
+
+    @cached_property
     def graph(self) -> TaskGraph:
         """Tasks of one iteration, as few as its makespan needs."""
-        return coarse(task_graph(self.choice, self.classes, self.rates.layers), self.choice.schedule.window)
+        schedule = self.choice.schedule
+        return coarse(self.tasks, schedule.window) if schedule.in_default_order else self.tasks
 
     @property
     def single(self) -> bool:

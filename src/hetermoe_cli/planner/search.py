@@ -8,44 +8,36 @@
    more and more devices are apart, and as it stands; devices of a class alike. Choices take turns, the one with the
    lowest bound first, in shares of the time that double.
 5. MILPs over all placements, by classes, with some and with all devices apart, in turns as well.
-Layouts near the best are also replayed in the other orders of experts and transfers, which the bounds leave out.
-Each MILP may only find what beats the best layout so far by the solver's tolerance.
+6. MILPs in the other orders of experts and transfers, which all bounds leave out.
+Placements are improved in every order (incumbent.py). The last two steps get what time is left. Each MILP may only find
+what beats the best layout so far by the solver's tolerance.
 Every step keeps the lower bound of every choice, so that the smallest one bounds the searched space.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import count
 from math import inf
 from typing import Literal, NamedTuple
 
-import numpy as np
-
-from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.planner import heuristic, ilp
-from hetermoe_cli.planner.arrays import IntArray
+from hetermoe_cli.planner import ilp
 from hetermoe_cli.planner.candidates import Candidate, ExactOver, arranged, candidates
 from hetermoe_cli.planner.choice import ALL, Choice, DeviceClass
+from hetermoe_cli.planner.incumbent import Incumbent
 from hetermoe_cli.planner.master import mixture
-from hetermoe_cli.planner.orders import other_orders, other_schedules
 from hetermoe_cli.planner.patterns import Limits
 from hetermoe_cli.planner.prepared import Prepared
-from hetermoe_cli.planner.rates import Rates
-from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.runner_up import RunnerUp, best_of_families
 from hetermoe_cli.planner.solver import SolverOptions
-from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.layout import Layout
 
-SEEDS = 6  # choices in which devices of a kind are alike, placed first: the best of those that are looked at
-LOOK = 8  # for at most one part in so many of the time
 MISSES = 12
-NEAR = 1.04  # times the best: what another order may still make the best
 SHARES = 8  # of the time for the proof: what the first MILP of a choice gets at least
 APART = (1, 2, 3)  # devices of each class with variables of their own, step by step
+MORE = 1.0  # of the time until then, at most, for MILPs in other orders
 PRESSING = 0.01  # below the best by more than this, a choice's bound makes a gap worth closing
 
 
@@ -72,64 +64,12 @@ class Found:
 
 
 @dataclass
-class Search:
-    """State of one search; `best` is the fastest layout replayed so far."""
+class Search(Incumbent):
+    """The choices that are open, with what is known of each."""
 
-    cost: CostModel
-    options: SolverOptions
-    deadline: float
-    best: Layout | None = None
-    seconds: float = inf
-    solved: int = 0
     open: list[Candidate] = field(default_factory=list)
     rest: float = inf  # lower bound of choices that there was no time to look at
-    offered: list[RunnerUp] = field(default_factory=list)
     ended: set[tuple[Choice, tuple[DeviceClass, ...], ilp.Mode, bool]] = field(default_factory=set)  # MILPs
-
-    @property
-    def target(self) -> float:
-        """What a choice must be able to beat to be worth a look."""
-        return self.seconds * (1 - self.options.relative_gap)
-
-    @property
-    def left(self) -> float:
-        """Seconds until the deadline."""
-        return self.deadline - time.monotonic()
-
-    def offer(self, layout: Layout | None) -> float:
-        """Keep `layout` if it fits and its replay is the fastest; the seconds of its replay."""
-        if layout is None:
-            return inf
-        layout_cost = LayoutCost(self.cost, layout)
-        if overflow(layout_cost) is not None:
-            return inf
-        seconds = simulate(layout_cost).seconds
-        tried = [(layout, seconds)]
-        if seconds < NEAR * self.seconds:
-            tried += other_orders(layout_cost)
-        for one, replayed in tried:
-            self.offered.append(RunnerUp.of(self.cost, one, replayed))
-            if replayed < self.seconds:
-                self.best, self.seconds = one, replayed
-        return seconds
-
-    def seed(self, uniform: list[Candidate]) -> None:
-        """Placements of the choices whose levelled shares of experts are fastest as they are.
-
-        The best plan is often among them, and a good one spares other choices their bounds.
-        """
-        end = time.monotonic() + self.left / LOOK
-        found: list[tuple[float, int, Candidate, Prepared]] = []
-        for number, candidate in enumerate(uniform):
-            if number >= SEEDS and time.monotonic() > end:
-                break
-            ready = Prepared.of(self.cost, candidate.choice)
-            starts = heuristic.starts(ready.rates, None, self._horizon(ready))
-            times = heuristic.evaluate(ready.rates, ready.graph, starts)
-            found.append((float(times.min()), number, candidate, ready))
-        for _, _, candidate, ready in sorted(found)[:SEEDS]:
-            if self.left > 0:
-                self._place(candidate, ready)
 
     def explore(self) -> None:
         """Steps 2 and 3: pattern bounds and placements, always of the choice with the lowest bound.
@@ -149,7 +89,7 @@ class Search:
             self.open.append(candidate)
             if candidate.bound < self.target and self.left > 0 and misses < MISSES:
                 before = self.seconds
-                self._place(candidate, Prepared.of(self.cost, candidate.choice))
+                self.place(candidate, Prepared.of(self.cost, candidate.choice))
                 misses = misses + 1 if self.seconds == before else 0
 
     def _bounded(self, coarse: Candidate) -> list[Candidate]:
@@ -160,9 +100,6 @@ class Search:
             self._bound(candidate, Prepared.of(self.cost, candidate.choice))
         return result
 
-    def _horizon(self, ready: Prepared) -> float:
-        return min(self.target, ready.rates.serial)
-
     def _capped(self, bound: float, horizon: float) -> float:
         """What a bound on placements within `horizon` says of all of them; infinite if there are none at all."""
         if bound < horizon:
@@ -170,31 +107,12 @@ class Search:
         return horizon if horizon == self.target else inf
 
     def _bound(self, candidate: Candidate, ready: Prepared, *, mixed: bool = False) -> None:
-        horizon = self._horizon(ready)
+        horizon = self.horizon(ready)
         found = mixture(ready.rates, horizon, mixed=mixed)
         if found is not None:
             candidate.bound = max(candidate.bound, self._capped(found.bound, horizon))
             candidate.mixture = found
         candidate.alike = max(candidate.alike, candidate.bound)
-
-    def _place(self, candidate: Candidate, ready: Prepared) -> None:
-        starts = heuristic.starts(ready.rates, candidate.mixture, self._horizon(ready))
-        table = heuristic.improve(ready.rates, ready.graph, starts, self.seconds)
-        if table is not None:
-            self._offer(ready, table, starts)
-
-    def _offer(self, ready: Prepared, table: IntArray, starts: IntArray) -> None:
-        """The placement, and where it is near the best what the other orders make of it and of `starts`: what is best
-        in one order need not be in another."""
-        seconds = self.offer(ready.layout(heuristic.counts_of(ready.rates, table)))
-        for schedule in other_schedules(ready.choice.schedule):
-            if seconds < NEAR * self.seconds and self.left > 0:
-                choice = replace(ready.choice, schedule=schedule)
-                other = Prepared(choice, ready.classes, Rates(self.cost, choice, ready.classes))
-                tables = np.concatenate([table[None], starts])
-                found = heuristic.improve(other.rates, other.graph, tables, self.seconds)
-                if found is not None:
-                    self.offer(other.layout(heuristic.counts_of(other.rates, found)))
 
     def prove(self) -> None:
         """Step 4: MILPs with devices of a class alike, the most promising choice first."""
@@ -238,14 +156,14 @@ class Search:
         if stage.mode == "patterns":
             self._bound(candidate, ready, mixed=True)
             if candidate.bound < self.target:
-                self._place(candidate, ready)  # its mixture is another one
+                self.place(candidate, ready)  # its mixture is another one
             return True
         if stage.mode == "largest" and ready.single:
             return True  # as the mean
         problem = ready.choice, tuple(ready.classes), stage.mode, stage.alike and not ready.single
         if problem in self.ended:
             return True  # there was no more to take apart
-        bound, done = self._solve(ready, stage.mode, stage.alike, seconds)
+        bound, done = self._solve(candidate, ready, stage.mode, stage.alike, seconds)
         if done:
             self.ended.add(problem)
         if stage.mode == "mean":
@@ -254,23 +172,21 @@ class Search:
                 candidate.bound = max(candidate.bound, bound)
         return done
 
-    def _solve(self, ready: Prepared, mode: ilp.Mode, alike: bool, seconds: float) -> tuple[float, bool]:
+    def _solve(
+        self, candidate: Candidate, ready: Prepared, mode: ilp.Mode, alike: bool, seconds: float
+    ) -> tuple[float, bool]:
         """One MILP for what beats the best by the tolerance; the lower bound that it proves, and whether it ended."""
-        horizon = self._horizon(ready)
+        horizon = self.horizon(ready)
         found = mixture(ready.rates, horizon, mixed=True)  # limits get tighter as the target falls
         if found is not None and found.bound >= horizon:
             return self._capped(found.bound, horizon), True
         limits = found.limits if found else Limits.of(ready.rates, horizon)
         if alike:
             limits = limits.alike(ready.rates)
-        model = ilp.build(ready.rates, ready.graph, horizon, mode, limits)
-        options = SolverOptions(self.options.name, max(0.1, seconds), self.options.relative_gap / 4, mode != "mean")
-        run = ilp.solve(model, options)
-        self.solved += 1
+        run, counts = self.milp(ready, mode, limits, seconds)
         bound = self._capped(run.bound, horizon)  # before the target moves
-        if run.status in ("optimal", "feasible"):
-            table = heuristic.table_of(ready.rates, ilp.extract(model))
-            self._offer(ready, table, table[None])
+        if counts is not None:
+            self.offer_counts(candidate, ready, counts)
         return bound, run.status in ("optimal", "infeasible") or run.seconds < seconds / 2
 
     def found(self, scope: ExactOver) -> Found:
@@ -308,8 +224,11 @@ def search(
     state.open, state.rest, scope = space.candidates, space.rest, space.scope
     state.deadline = (time.monotonic() + end) / 2  # leave time for the proof
     state.explore()
+    state.reorder(state.open)
     progress("proving")
     state.deadline = end
     state.prove()
     state.prove_devices(scope == "devices")
+    now = time.monotonic()
+    state.refine(now + (now - began) * MORE)
     return state.found(scope)

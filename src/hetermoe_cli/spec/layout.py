@@ -53,6 +53,11 @@ class ScheduleChoice(Spec):
         return "sequential" if self.window == 1 else "windowed"
 
     @property
+    def in_default_order(self) -> bool:
+        """Whether the planner's bounds are of this order."""
+        return (self.experts, self.transfers) == ("after", "layered")
+
+    @property
     def shares_states(self) -> bool:
         """Whether masters and moments of what several ranks hold are shared out among them."""
         return self.dense_state != "replicated"
