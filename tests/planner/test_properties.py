@@ -1,5 +1,7 @@
 """What must hold for every instance: never worse than a rival, memory kept, costs scale, equal devices are equal."""
 
+from typing import get_args
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +16,7 @@ from hetermoe_cli.planner.prepared import Prepared
 from hetermoe_cli.planner.solver import Run, SolverOptions
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
-from hetermoe_cli.spec.layout import LayerPlacement
+from hetermoe_cli.spec.layout import ExpertOrder, LayerPlacement, TransferOrder
 from hetermoe_cli.spec.plan import Inputs
 
 OPTIONS = PlanOptions(solver=SolverOptions(time_limit=10.0))
@@ -127,15 +129,25 @@ def test_one_more_device_is_never_slower(instance: dict[str, float], more: str) 
     assert grown.predicted.iteration_seconds <= plan.predicted.iteration_seconds * allowed
 
 
-@settings(max_examples=10)
-@given(instances, st.sampled_from(["zebra", "windowed", "sequential"]), st.booleans(), st.sampled_from([0, 1, ALL]))
+orders = st.sampled_from(
+    [(experts, transfers) for experts in get_args(ExpertOrder) for transfers in get_args(TransferOrder)]
+)
+
+
+@settings(max_examples=14)
+@given(
+    instances, st.sampled_from(["zebra", "windowed", "sequential"]), st.booleans(), st.sampled_from([0, 1, ALL]),
+    st.sampled_from([2, 3]), orders,
+)  # fmt: skip
 def test_replay_is_never_above_the_milp_and_equal_where_classes_are_even(
-    instance: dict[str, float], name: str, old_attends: bool, apart: int
+    instance: dict[str, float], name: str, old_attends: bool, apart: int, micro_batches: int, order: tuple[str, str]
 ) -> None:
     inputs = build(**instance)  # type: ignore[arg-type]
     cost = CostModel(inputs)
     sequences = (1,) * int(instance["news"]) + (int(old_attends),) * int(instance["olds"])
-    schedule = make_schedule(name, 2)
+    schedule = make_schedule(name, micro_batches).model_copy(
+        update=dict(zip(("experts", "transfers"), order, strict=True))
+    )
     ready = Prepared.of(cost, Choice(schedule, sequences), apart)
     attending = [rank for rank, count in enumerate(sequences) if count]
     start = ready.choice.layout([spread(cost.model.experts, attending, len(sequences))] * cost.model.layers)

@@ -153,8 +153,8 @@ def bounds_lines(plan: Plan) -> Iterator[str]:
     seconds, bound = plan.predicted.iteration_seconds, plan.bound
     scope = {"devices": "exact over device-level placements", "classes": "over placements alike within a device class"}
     yield (
-        f"lower bound of the searched space {seconds_text(bound.iteration_seconds)}: gap {plan.gap:.2%} "
-        f"({scope.get(bound.exact_over, 'search not finished')})"
+        f"lower bound in the default order of experts and transfers {seconds_text(bound.iteration_seconds)}: "
+        f"gap {plan.gap:.2%} ({scope.get(bound.exact_over, 'search not finished')})"
     )
     work_gap = max(0.0, 1 - bound.work_iteration_seconds / seconds)
     yield f"perfectly divisible work {seconds_text(bound.work_iteration_seconds)}: gap {work_gap:.1%}"
