@@ -117,7 +117,7 @@ class Search(Incumbent):
     def prove(self) -> None:
         """Step 4: MILPs with devices of a class alike, the most promising choice first."""
         mean, one, *more = (Stage("mean", alike=True, apart=apart) for apart in (0, *APART))
-        self._in_turn(lambda c: c.alike, [Stage("patterns"), mean, one, Stage("largest", alike=True), *more])
+        self._in_turn(lambda c: c.alike, [Stage("patterns"), mean, Stage("largest", alike=True), one, *more])
 
     def prove_devices(self, whole: bool) -> None:
         """Step 5: MILPs over all placements, by classes (if `whole`), with some and with all devices apart.
