@@ -5,6 +5,7 @@ import time
 from itertools import product
 from math import inf
 
+import numpy as np
 import pytest
 from instances import random_inputs
 from test_small_instances import layer_placements
@@ -55,6 +56,18 @@ def test_another_order_gets_placements_of_its_own(seed: int, gain: float) -> Non
     assert found.best is not None
     assert not found.best.schedule.in_default_order
     assert simulate(LayoutCost(cost, found.best)).seconds == found.seconds
+
+
+def test_the_deadline_ends_a_climb() -> None:
+    cost, choice = small_instance(163)
+    ready = Prepared.of(cost, choice)
+    starts = heuristic.starts(ready.rates, None, ready.rates.serial)
+    late = heuristic.improve(ready.rates, ready.tasks, starts, inf, deadline=time.monotonic())
+    whole = heuristic.improve(ready.rates, ready.tasks, starts, inf)
+    assert late is not None
+    assert whole is not None
+    times = heuristic.evaluate(ready.rates, ready.tasks, np.array([late, whole]))
+    assert times[0] == heuristic.evaluate(ready.rates, ready.tasks, starts).min() > times[1]
 
 
 def test_the_fastest_uniform_choices_come_first() -> None:

@@ -76,7 +76,7 @@ instances = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=10)
+@settings(max_examples=7)
 @given(instances)
 def test_never_worse_than_a_rival_and_never_below_its_bound(instance: dict[str, float]) -> None:
     plan = make_plan(build(**instance), OPTIONS)  # type: ignore[arg-type]
@@ -89,7 +89,7 @@ def test_never_worse_than_a_rival_and_never_below_its_bound(instance: dict[str, 
     assert seconds == pytest.approx(simulate(LayoutCost(CostModel(plan.inputs), plan.layout)).seconds)
 
 
-@settings(max_examples=10)
+@settings(max_examples=7)
 @given(instances, st.integers(1, 8))
 def test_memory_is_never_exceeded(instance: dict[str, float], megabytes: int) -> None:
     inputs = build(**instance, memory=megabytes * 10**6)  # type: ignore[arg-type]
@@ -103,7 +103,7 @@ def test_memory_is_never_exceeded(instance: dict[str, float], megabytes: int) ->
         assert memory.total_bytes <= memory.capacity_bytes * inputs.train.memory_headroom
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(instances, st.sampled_from([0.1, 7.0]))
 def test_scaling_all_costs_scales_the_time(instance: dict[str, float], scale: float) -> None:
     plan, scaled = make_plan(build(**instance), OPTIONS), make_plan(build(**instance, scale=scale), OPTIONS)  # type: ignore[arg-type]
@@ -111,7 +111,7 @@ def test_scaling_all_costs_scales_the_time(instance: dict[str, float], scale: fl
     assert scaled.predicted.iteration_seconds == pytest.approx(plan.predicted.iteration_seconds * scale, rel=allowed)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(instances)
 def test_the_order_of_the_devices_does_not_matter(instance: dict[str, float]) -> None:
     plan, turned = make_plan(build(**instance), OPTIONS), make_plan(build(**instance, old_first=True), OPTIONS)  # type: ignore[arg-type]
@@ -119,7 +119,7 @@ def test_the_order_of_the_devices_does_not_matter(instance: dict[str, float]) ->
     assert turned.predicted.iteration_seconds == pytest.approx(plan.predicted.iteration_seconds, rel=allowed)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(instances, st.sampled_from(["news", "olds"]))
 def test_one_more_device_is_never_slower(instance: dict[str, float], more: str) -> None:
     """Up to 8 devices the search is over single devices, and leaving one out is legal."""
@@ -134,7 +134,7 @@ orders = st.sampled_from(
 )
 
 
-@settings(max_examples=14)
+@settings(max_examples=12)
 @given(
     instances, st.sampled_from(["zebra", "windowed", "sequential"]), st.booleans(), st.sampled_from([0, 1, ALL]),
     st.sampled_from([2, 3]), orders,

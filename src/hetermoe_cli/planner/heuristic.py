@@ -1,6 +1,8 @@
 """Good placements of one choice without a solver: rounded shares of the work, improved by moving experts."""
 
+import time
 from itertools import combinations, product
+from math import inf
 
 import numpy as np
 
@@ -16,35 +18,40 @@ CLIMBS = 3
 HOPE = 1.15
 
 
-def improve(rates: Rates, graph: TaskGraph, start: IntArray, known: float) -> IntArray | None:
+def improve(rates: Rates, graph: TaskGraph, start: IntArray, known: float, deadline: float = inf) -> IntArray | None:
     """Best placement [layers, classes + 1] found from `start` [starts, layers, classes + 1]; the last column counts
     replicated experts.
 
-    None where nothing that fits was found. Starts far above `known` seconds are not improved.
+    None where nothing that fits was found. Starts far above `known` seconds are not improved, and after `deadline`
+    (time.monotonic) none is any further.
     """
     times = evaluate(rates, graph, start)
     moves = _moves(rates)
     best, found = np.inf, start[0]
     for index in np.argsort(times, kind="stable")[:CLIMBS]:
         if times[index] < HOPE * min(known, times.min()):
-            time, table = _climb(rates, graph, moves, start[index], float(times[index]))
-            best, found = min((best, found), (time, table), key=lambda pair: pair[0])
+            climbed = _climb(rates, graph, moves, start[index], float(times[index]), deadline)
+            best, found = min((best, found), climbed, key=lambda pair: pair[0])
     return found if np.isfinite(best) else None
 
 
-def _climb(rates: Rates, graph: TaskGraph, moves: IntArray, table: IntArray, time: float) -> tuple[float, IntArray]:
+def _climb(
+    rates: Rates, graph: TaskGraph, moves: IntArray, table: IntArray, reached: float, deadline: float
+) -> tuple[float, IntArray]:
     """Take the best move until none helps."""
     for _ in range(ROUNDS):
+        if time.monotonic() > deadline:
+            break
         trials = np.concatenate([table + moves, _swaps(table), _repeats(table)])
         trials = trials[(trials >= 0).all((1, 2))]
         if not len(trials):
             break
         times = evaluate(rates, graph, trials)
         best = int(times.argmin())
-        if not times[best] < time * (1 - 1e-9):
+        if not times[best] < reached * (1 - 1e-9):
             break
-        table, time = trials[best], float(times[best])
-    return time, table
+        table, reached = trials[best], float(times[best])
+    return reached, table
 
 
 def _swaps(table: IntArray) -> IntArray:

@@ -103,7 +103,7 @@ class Incumbent:
     def place(self, candidate: Candidate, ready: Prepared) -> None:
         """A good placement of a choice, in the other orders as well if it is near the best."""
         starts = self._starts(candidate, ready)
-        table = heuristic.improve(ready.rates, ready.tasks, starts, self.seconds)
+        table = heuristic.improve(ready.rates, ready.tasks, starts, self.seconds, self.deadline)
         if table is not None:
             self.offer_counts(candidate, ready, heuristic.counts_of(ready.rates, table), starts)
 
@@ -132,7 +132,7 @@ class Incumbent:
                 return
             choice = replace(ready.choice, schedule=schedule)
             other = Prepared(choice, ready.classes, Rates(self.cost, choice, ready.classes))
-            table = heuristic.improve(other.rates, other.tasks, starts, self.seconds)
+            table = heuristic.improve(other.rates, other.tasks, starts, self.seconds, self.deadline)
             if table is not None:
                 seconds = self.offer(other.layout(heuristic.counts_of(other.rates, table)))
                 self.orders.append((seconds, len(self.orders), other))
