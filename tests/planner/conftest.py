@@ -7,7 +7,7 @@ import pytest
 from hetermoe_cli.planner import incumbent, search
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def untimed() -> Iterator[None]:
     """Heuristics in other orders run to their end; the MILPs there, which get what time is left, do not run."""
     with pytest.MonkeyPatch.context() as patch:

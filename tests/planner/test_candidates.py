@@ -6,7 +6,7 @@ import pytest
 
 from builders import make_inputs, make_model, make_profile
 from hetermoe_cli.cost import CostModel
-from hetermoe_cli.planner.candidates import candidates
+from hetermoe_cli.planner.candidates import Listing
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.planner.work import work_bound
@@ -25,7 +25,8 @@ def four_types() -> CostModel:
 
 def test_a_deadline_leaves_out_divided_kinds_and_bounds_them() -> None:
     cost = four_types()
-    everything, hurried = candidates(cost, 16, inf), candidates(cost, 16, inf, deadline=-inf)
+    listing = Listing(cost, 16, inf)
+    everything, hurried = listing.space(inf), listing.space(inf, deadline=-inf)
     assert everything.scope == "classes"
     assert everything.rest == inf
     assert hurried.scope == "not solved"
@@ -35,8 +36,16 @@ def test_a_deadline_leaves_out_divided_kinds_and_bounds_them() -> None:
     def uniform(space: object) -> list[object]:
         return [c.choice for c in space.candidates if c.uniform]  # type: ignore[attr-defined]
 
-    assert uniform(hurried) == uniform(everything)
+    assert uniform(hurried) == uniform(everything) == [c.choice for c in listing.uniform]
     assert len({c.choice for c in everything.candidates}) == len(everything.candidates)
+
+
+def test_a_faster_layout_leaves_fewer_choices() -> None:
+    listing = Listing(four_types(), 16, inf)
+    everything = listing.space(inf).candidates
+    middle = sorted(c.bound for c in everything)[len(everything) // 2]
+    left = listing.space(middle).candidates
+    assert {c.choice for c in left} == {c.choice for c in everything if c.bound < middle}
 
 
 def test_a_plan_without_time_says_so() -> None:

@@ -13,9 +13,9 @@ from test_small_instances import layer_placements
 from builders import make_schedule
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.planner import heuristic
-from hetermoe_cli.planner.candidates import Candidate, candidates
+from hetermoe_cli.planner.candidates import Candidate, Listing
 from hetermoe_cli.planner.choice import Choice
-from hetermoe_cli.planner.incumbent import Incumbent
+from hetermoe_cli.planner.incumbent import REFINED, Incumbent
 from hetermoe_cli.planner.orders import other_orders, other_schedules
 from hetermoe_cli.planner.prepared import Prepared
 from hetermoe_cli.planner.solver import SolverOptions
@@ -72,7 +72,7 @@ def test_the_deadline_ends_a_climb() -> None:
 
 def test_the_fastest_uniform_choices_come_first() -> None:
     cost, _ = small_instance(7)
-    uniform = candidates(cost, 16, inf, divided=False).candidates
+    uniform = Listing(cost, 16, inf).uniform
     assert all(candidate.uniform for candidate in uniform)
     found = incumbent(cost)
     found.seed(uniform)
@@ -96,6 +96,8 @@ def test_milps_find_the_best_placement_of_an_order(seed: int) -> None:
     times = [simulate(LayoutCost(cost, layout)).seconds for layout in layouts]
     found = incumbent(cost)
     found.offer(layouts[times.index(max(times))])
-    found.orders.append((found.seconds, 0, Prepared.of(cost, Choice(schedule, choice.sequences))))
+    in_order = Choice(schedule, choice.sequences)
+    found.orders[in_order] = found.seconds
     found.refine(inf)
     assert found.seconds <= min(times) * (1 + 2e-5)
+    assert found.solved == len({tuple(Prepared.of(cost, in_order, apart).classes) for apart in REFINED})  # none twice

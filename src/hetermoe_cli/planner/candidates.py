@@ -60,33 +60,42 @@ class Space:
     rest: float = inf
 
 
-def candidates(
-    cost: CostModel, micro_batch_limit: int, seconds: float, deadline: float = inf, *, divided: bool = True
-) -> Space:
-    """Choices that may be faster than `seconds`, by their bounds; what is not looked at by `deadline` (time.monotonic)
-    is left out, and unless `divided` all but the uniform ones."""
-    members = kinds(cost.devices)
-    found: list[Candidate] = []
-    others: list[Iterator[list[Candidate]]] = []
-    scope: ExactOver = "devices" if len(cost.devices) <= DEVICE_LEVEL_LIMIT else "classes"
-    for schedule in schedules(cost, micro_batch_limit):
-        total = cost.train.global_batch_sequences // schedule.micro_batches
-        bounder = Bounder(cost, members, schedule, total)
-        limits = [_most(bounder, kind, seconds) for kind in range(len(members))]
-        sizes = list(zip(limits, map(len, members), strict=True))
-        whole = len(cost.devices) <= DEVICE_LEVEL_LIMIT and count_whole(total, sizes) <= MOST_COMBINATIONS
-        options, level = _options(total, sizes, whole)
-        scope = max(scope, level, key=SCOPES.index)
-        found += chain.from_iterable(_bounded(bounder, members, _undivided(options), seconds, uniform=True))
-        if level != "not solved" and divided:
-            others.append(_bounded(bounder, members, options, seconds, uniform=False))
-    rest = inf
-    for some in chain.from_iterable(others):
-        found += some
-        if time.monotonic() > deadline:
-            scope, rest = "not solved", work_bound(cost, micro_batch_limit)
-            break
-    return Space(sorted(found, key=lambda c: c.bound), scope, rest)
+class Listing:
+    """All choices in two steps: `uniform` ones by their bounds, then the others, most of which a layout that is found
+    between the two leaves out."""
+
+    def __init__(self, cost: CostModel, micro_batch_limit: int, seconds: float) -> None:
+        """Uniform choices that may be faster than `seconds`."""
+        self._cost, self._limit, self._members = cost, micro_batch_limit, kinds(cost.devices)
+        self._divided: list[tuple[Bounder, Options]] = []
+        self._scope: ExactOver = "devices" if len(cost.devices) <= DEVICE_LEVEL_LIMIT else "classes"
+        found: list[Candidate] = []
+        for schedule in schedules(cost, micro_batch_limit):
+            total = cost.train.global_batch_sequences // schedule.micro_batches
+            bounder = Bounder(cost, self._members, schedule, total)
+            limits = [_most(bounder, kind, seconds) for kind in range(len(self._members))]
+            sizes = list(zip(limits, map(len, self._members), strict=True))
+            whole = len(cost.devices) <= DEVICE_LEVEL_LIMIT and count_whole(total, sizes) <= MOST_COMBINATIONS
+            options, level = _options(total, sizes, whole)
+            self._scope = max(self._scope, level, key=SCOPES.index)
+            found += chain.from_iterable(_bounded(bounder, self._members, _undivided(options), seconds, uniform=True))
+            if level != "not solved":
+                self._divided.append((bounder, options))
+        self.uniform = sorted(found, key=lambda c: c.bound)
+
+    def space(self, seconds: float, deadline: float = inf) -> Space:
+        """All choices that may be faster than `seconds`; what is not looked at by `deadline` (time.monotonic) is left
+        out."""
+        found, scope, rest = [c for c in self.uniform if c.bound < seconds], self._scope, inf
+        others = (
+            _bounded(bounder, self._members, options, seconds, uniform=False) for bounder, options in self._divided
+        )
+        for some in chain.from_iterable(others):
+            found += some
+            if time.monotonic() > deadline:
+                scope, rest = "not solved", work_bound(self._cost, self._limit)
+                break
+        return Space(sorted(found, key=lambda c: c.bound), scope, rest)
 
 
 def _most(bounder: Bounder, kind: int, seconds: float) -> int:

@@ -1,6 +1,6 @@
 """Incumbent: the fastest layout so far, and what looks for a faster one: placements in every order, and MILPs.
 
-Bounds are of the default order of experts and transfers. Often another one is faster, by 1 to 4 % where attending
+Bounds are of the default order of experts and transfers. Often another one is faster, by up to 4 % where attending
 devices host, and what is best in one order need not be in another; so every promising choice is placed in all of them.
 """
 
@@ -16,7 +16,7 @@ from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner import heuristic, ilp
 from hetermoe_cli.planner.arrays import IntArray
 from hetermoe_cli.planner.candidates import Candidate
-from hetermoe_cli.planner.choice import ALL
+from hetermoe_cli.planner.choice import ALL, Choice, DeviceClass
 from hetermoe_cli.planner.counts import Counts
 from hetermoe_cli.planner.orders import other_orders, other_schedules
 from hetermoe_cli.planner.patterns import Limits
@@ -49,7 +49,7 @@ class Incumbent:
     seconds: float = inf
     solved: int = 0
     offered: list[RunnerUp] = field(default_factory=list)
-    orders: list[tuple[float, int, Prepared]] = field(default_factory=list)  # others than the default, placed
+    orders: dict[Choice, float] = field(default_factory=dict)  # seconds, in others than the default
 
     @property
     def target(self) -> float:
@@ -134,22 +134,30 @@ class Incumbent:
             other = Prepared(choice, ready.classes, Rates(self.cost, choice, ready.classes))
             table = heuristic.improve(other.rates, other.tasks, starts, self.seconds, self.deadline)
             if table is not None:
-                seconds = self.offer(other.layout(heuristic.counts_of(other.rates, table)))
-                self.orders.append((seconds, len(self.orders), other))
+                self._offer_order(other, heuristic.counts_of(other.rates, table))
+
+    def _offer_order(self, ready: Prepared, counts: Counts) -> None:
+        known = self.orders.get(ready.choice, inf)
+        self.orders[ready.choice] = min(known, self.offer(ready.layout(counts)))
 
     def refine(self, end: float) -> None:
         """MILPs in the orders without bounds, for what they find, until `end` (time.monotonic): with more and more
         devices of a class apart, orders with the best placements first."""
+        ended: set[tuple[Choice, tuple[DeviceClass, ...]]] = set()
         for apart in REFINED:
-            for seconds, _, near in sorted(self.orders)[:ORDERS]:
+            for choice in sorted(self.orders, key=lambda choice: self.orders[choice])[:ORDERS]:
                 left = min(self.deadline, end) - time.monotonic()
-                if seconds > NEAR * self.seconds or left < WORTH:
+                if self.orders[choice] > NEAR * self.seconds or left < WORTH:
                     break
-                ready = Prepared.of(self.cost, near.choice, apart)
+                ready = Prepared.of(self.cost, choice, apart)
+                if (problem := (choice, tuple(ready.classes))) in ended:
+                    continue  # there was no more to take apart
                 limits = Limits.of(ready.rates, self.horizon(ready)).alike(ready.rates)
-                _, counts = self.milp(ready, "largest", limits, SHARE * left)
+                run, counts = self.milp(ready, "largest", limits, SHARE * left)
+                if run.status in ("optimal", "infeasible"):
+                    ended.add(problem)
                 if counts is not None:
-                    self.offer(ready.layout(counts))
+                    self._offer_order(ready, counts)
 
     def milp(self, ready: Prepared, mode: ilp.Mode, limits: Limits, seconds: float) -> tuple[Run, Counts | None]:
         """A MILP for what beats the best by the tolerance: what it proved, and what it found."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from hetermoe_cli.cost.device import STATE_BYTES, find_table
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.planner.candidates import candidates
+from hetermoe_cli.planner.candidates import Listing
 from hetermoe_cli.planner.replay import size_text
 from hetermoe_cli.planner.search import search
 from hetermoe_cli.planner.solver import SolverOptions
@@ -89,7 +89,7 @@ def lacking_states(cost: CostModel) -> str | None:
 
 def possible(inputs: Inputs, limit: int) -> bool:
     """Whether memory leaves any choice open."""
-    return bool(candidates(CostModel(inputs), limit, inf).candidates)
+    return bool(Listing(CostModel(inputs), limit, inf).space(inf).candidates)
 
 
 def fits(inputs: Inputs, limit: int) -> bool:

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner import ilp
-from hetermoe_cli.planner.candidates import Candidate, ExactOver, arranged, candidates
+from hetermoe_cli.planner.candidates import Candidate, ExactOver, Listing, arranged
 from hetermoe_cli.planner.choice import ALL, Choice, DeviceClass
 from hetermoe_cli.planner.incumbent import Incumbent
 from hetermoe_cli.planner.master import mixture
@@ -219,8 +219,9 @@ def search(
     for layout in incumbents:
         state.offer(layout)
     progress("bounding")
-    state.seed(candidates(cost, micro_batch_limit, state.seconds, divided=False).candidates)
-    space = candidates(cost, micro_batch_limit, state.seconds, time.monotonic() + options.time_limit / 4)
+    listing = Listing(cost, micro_batch_limit, state.seconds)
+    state.seed(listing.uniform)
+    space = listing.space(state.seconds, time.monotonic() + options.time_limit / 4)
     state.open, state.rest, scope = space.candidates, space.rest, space.scope
     state.deadline = (time.monotonic() + end) / 2  # leave time for the proof
     state.explore()
