@@ -13,4 +13,5 @@ def untimed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "MORE", 0.0)
         patch.setattr(incumbent, "REORDER", 1)
+        patch.setattr(incumbent, "SHAKE", 1)
         yield

@@ -18,6 +18,7 @@ from hetermoe_cli.planner.choice import Choice
 from hetermoe_cli.planner.incumbent import REFINED, Incumbent
 from hetermoe_cli.planner.orders import other_orders, other_schedules
 from hetermoe_cli.planner.prepared import Prepared
+from hetermoe_cli.planner.shake import shaken
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.layout import Layout
@@ -97,7 +98,38 @@ def test_milps_find_the_best_placement_of_an_order(seed: int) -> None:
     found = incumbent(cost)
     found.offer(layouts[times.index(max(times))])
     in_order = Choice(schedule, choice.sequences)
-    found.orders[in_order] = found.seconds
+    found.placed = {in_order: (found.seconds, layouts[0])}
     found.refine(inf)
     assert found.seconds <= min(times) * (1 + 2e-5)
-    assert found.solved == len({tuple(Prepared.of(cost, in_order, apart).classes) for apart in REFINED})  # none twice
+    orders = [choice for choice in found.placed if not choice.schedule.in_default_order]
+    problems = {(choice, tuple(Prepared.of(cost, choice, apart).classes)) for choice in orders for apart in REFINED}
+    assert 0 < found.solved <= len(problems)  # none twice
+
+
+@pytest.mark.parametrize(("seed", "gain"), [(70, 0.027), (7, 0.0), (99, 0.0), (163, 0.0)])
+def test_shaken_placements_are_at_least_as_fast_as_climbed_ones(seed: int, gain: float) -> None:
+    cost, choice = small_instance(seed)
+    ready = Prepared.of(cost, choice)
+    climbed = heuristic.improve(ready.rates, ready.tasks, heuristic.starts(ready.rates, None, ready.rates.serial), inf)
+    assert climbed is not None
+    better = shaken(ready.rates, ready.tasks, climbed, 20)
+    before, after = heuristic.evaluate(ready.rates, ready.tasks, np.array([climbed, better]))
+    assert after <= before * (1 - gain)
+    assert (better.sum(1) == ready.rates.experts).all()
+    assert (better >= 0).all()
+    assert shaken(ready.rates, ready.tasks, climbed, 20, deadline=time.monotonic()) is climbed
+
+
+def test_the_best_placements_are_shaken_in_their_own_order() -> None:
+    cost, choice = small_instance(70)
+    ready = Prepared.of(cost, choice)
+    climbed = heuristic.improve(ready.rates, ready.tasks, heuristic.starts(ready.rates, None, ready.rates.serial), inf)
+    assert climbed is not None
+    found = incumbent(cost)
+    layout = ready.layout(heuristic.counts_of(ready.rates, climbed))
+    before = found.offer(layout)
+    assert (heuristic.table_in(ready.classes, layout) == climbed).all()
+    found.placed = {choice: found.placed[choice]}
+    found.seconds = before
+    found.shake()
+    assert found.placed[choice][0] < before * (1 - 0.027)

@@ -1,16 +1,19 @@
 """Good placements of one choice without a solver: rounded shares of the work, improved by moving experts."""
 
 import time
+from collections.abc import Sequence
 from itertools import combinations, product
 from math import inf
 
 import numpy as np
 
 from hetermoe_cli.planner.arrays import FloatArray, IntArray
+from hetermoe_cli.planner.choice import DeviceClass
 from hetermoe_cli.planner.counts import Counts, fits, from_totals, seconds
 from hetermoe_cli.planner.graph import TaskGraph
 from hetermoe_cli.planner.master import Mixture, uniform
 from hetermoe_cli.planner.rates import Rates
+from hetermoe_cli.spec.layout import Layout
 
 ROUNDS = 60
 UNIFORM = 12
@@ -26,19 +29,19 @@ def improve(rates: Rates, graph: TaskGraph, start: IntArray, known: float, deadl
     (time.monotonic) none is any further.
     """
     times = evaluate(rates, graph, start)
-    moves = _moves(rates)
+    moves = moves_of(rates)
     best, found = np.inf, start[0]
     for index in np.argsort(times, kind="stable")[:CLIMBS]:
         if times[index] < HOPE * min(known, times.min()):
-            climbed = _climb(rates, graph, moves, start[index], float(times[index]), deadline)
+            climbed = climb(rates, graph, moves, start[index], float(times[index]), deadline)
             best, found = min((best, found), climbed, key=lambda pair: pair[0])
     return found if np.isfinite(best) else None
 
 
-def _climb(
+def climb(
     rates: Rates, graph: TaskGraph, moves: IntArray, table: IntArray, reached: float, deadline: float
 ) -> tuple[float, IntArray]:
-    """Take the best move until none helps."""
+    """Seconds reached, and the placement: from `table`, which takes `reached`, by the best move until none helps."""
     for _ in range(ROUNDS):
         if time.monotonic() > deadline:
             break
@@ -88,6 +91,16 @@ def table_of(rates: Rates, counts: Counts) -> IntArray:
     return np.concatenate([totals, counts.replicated[..., None]], axis=-1)
 
 
+def table_in(classes: Sequence[DeviceClass], layout: Layout) -> IntArray:
+    """[layers, classes + 1] what a layout's classes host together, and copies."""
+    return np.array(
+        [
+            [*(sum(len(p.experts[rank]) for rank in c.ranks) for c in classes), len(p.replicated)]
+            for p in layout.placement
+        ]
+    )
+
+
 def evaluate(rates: Rates, graph: TaskGraph, table: IntArray) -> FloatArray:
     """[n] class-level seconds of [n, layers, classes + 1]; infinite where memory does not hold it."""
     result = np.full(len(table), np.inf)
@@ -97,7 +110,7 @@ def evaluate(rates: Rates, graph: TaskGraph, table: IntArray) -> FloatArray:
     return result
 
 
-def _moves(rates: Rates) -> IntArray:
+def moves_of(rates: Rates) -> IntArray:
     """Moves of experts in one layer from one place to another: single ones, and whole rows of a class."""
     sizes = [c.count for c in rates.classes] + [1]
     moves = []

@@ -69,8 +69,14 @@ class Model:
         return list(enumerate(self.rates.classes))
 
     def flag(self, layer: int, number: int) -> Any:
-        """The binary that brings a class's expert task into the dependencies."""
-        return (self.hosts if self.mode == "largest" else self.all_host)[layer, number]
+        """The binary that brings a class's expert task into the dependencies.
+
+        Where the mean is charged, a device that hosts nothing must not make its class's mean later than the answer that
+        the others give. In a class that only hosts none does: what is left of the layer before ends before that layer's
+        last answer, which this layer's answers follow. On an attending device attention may run longer.
+        """
+        sure = self.mode == "largest" or not self.rates.classes[number].attends
+        return (self.hosts if sure else self.all_host)[layer, number]
 
     def mean(self, layer: int, number: int) -> Any:
         """Mean hosted experts of a device of the class."""

@@ -5,7 +5,7 @@ devices host, and what is best in one order need not be in another; so every pro
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
@@ -24,6 +24,7 @@ from hetermoe_cli.planner.prepared import Prepared
 from hetermoe_cli.planner.rates import Rates
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.runner_up import RunnerUp
+from hetermoe_cli.planner.shake import shaken
 from hetermoe_cli.planner.solver import Run, SolverOptions
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.layout import Layout
@@ -32,6 +33,9 @@ NEAR = 1.04  # times the best: what another order may still make the best
 SEEDS = 6  # choices in which devices of a kind are alike, placed first: the best of those that are looked at
 LOOK = 8  # for at most one part in so many of the time
 REORDER = 4  # and what further placements in other orders get
+SHAKEN = 6  # choices, in any order, whose best placements are shaken
+CLIMBS = 32  # of each
+SHAKE = 4  # for at most one part in so many of the time
 ORDERS = 4  # that MILPs take up: choices in orders other than the default
 REFINED = (0, 2, ALL)  # devices of each class with variables of their own, step by step
 SHARE = 0.7  # of the time that is left for these, what each may take
@@ -49,7 +53,7 @@ class Incumbent:
     seconds: float = inf
     solved: int = 0
     offered: list[RunnerUp] = field(default_factory=list)
-    orders: dict[Choice, float] = field(default_factory=dict)  # seconds, in others than the default
+    placed: dict[Choice, tuple[float, Layout]] = field(default_factory=dict)  # the fastest layout of each, in its order
 
     @property
     def target(self) -> float:
@@ -79,6 +83,9 @@ class Incumbent:
             tried += other_orders(layout_cost)
         for one, replayed in tried:
             self.offered.append(RunnerUp.of(self.cost, one, replayed))
+            choice = Choice(one.schedule, tuple(one.sequences_per_rank))
+            if choice not in self.placed or replayed < self.placed[choice][0]:
+                self.placed[choice] = replayed, one
             if replayed < self.seconds:
                 self.best, self.seconds = one, replayed
         return seconds
@@ -134,20 +141,31 @@ class Incumbent:
             other = Prepared(choice, ready.classes, Rates(self.cost, choice, ready.classes))
             table = heuristic.improve(other.rates, other.tasks, starts, self.seconds, self.deadline)
             if table is not None:
-                self._offer_order(other, heuristic.counts_of(other.rates, table))
+                self.offer(other.layout(heuristic.counts_of(other.rates, table)))
 
-    def _offer_order(self, ready: Prepared, counts: Counts) -> None:
-        known = self.orders.get(ready.choice, inf)
-        self.orders[ready.choice] = min(known, self.offer(ready.layout(counts)))
+    def shake(self) -> None:
+        """Further climbs from around the best placements so far, for at most a part of the time."""
+        end = time.monotonic() + self.left / SHAKE
+        for choice in self._fastest(self.placed)[:SHAKEN]:
+            ready = Prepared.of(self.cost, choice)
+            table = heuristic.table_in(ready.classes, self.placed[choice][1])
+            better = shaken(ready.rates, ready.tasks, table, CLIMBS, end)
+            self.offer(ready.layout(heuristic.counts_of(ready.rates, better)))
+
+    def _fastest(self, choices: Iterable[Choice]) -> list[Choice]:
+        """Those whose best placements are near the best of all, in their order."""
+        near = [choice for choice in choices if self.placed[choice][0] < NEAR * self.seconds]
+        return sorted(near, key=lambda choice: self.placed[choice][0])
 
     def refine(self, end: float) -> None:
         """MILPs in the orders without bounds, for what they find, until `end` (time.monotonic): with more and more
         devices of a class apart, orders with the best placements first."""
         ended: set[tuple[Choice, tuple[DeviceClass, ...]]] = set()
         for apart in REFINED:
-            for choice in sorted(self.orders, key=lambda choice: self.orders[choice])[:ORDERS]:
+            others = [choice for choice in self.placed if not choice.schedule.in_default_order]
+            for choice in self._fastest(others)[:ORDERS]:
                 left = min(self.deadline, end) - time.monotonic()
-                if self.orders[choice] > NEAR * self.seconds or left < WORTH:
+                if left < WORTH:
                     break
                 ready = Prepared.of(self.cost, choice, apart)
                 if (problem := (choice, tuple(ready.classes))) in ended:
@@ -157,7 +175,7 @@ class Incumbent:
                 if run.status in ("optimal", "infeasible"):
                     ended.add(problem)
                 if counts is not None:
-                    self._offer_order(ready, counts)
+                    self.offer(ready.layout(counts))
 
     def milp(self, ready: Prepared, mode: ilp.Mode, limits: Limits, seconds: float) -> tuple[Run, Counts | None]:
         """A MILP for what beats the best by the tolerance: what it proved, and what it found."""

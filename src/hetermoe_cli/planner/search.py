@@ -9,8 +9,8 @@
    lowest bound first, in shares of the time that double.
 5. MILPs over all placements, by classes, with some and with all devices apart, in turns as well.
 6. MILPs in the other orders of experts and transfers, which all bounds leave out.
-Placements are improved in every order (incumbent.py). The last two steps get what time is left. Each MILP may only find
-what beats the best layout so far by the solver's tolerance.
+Placements are improved in every order, and the best ones shaken (incumbent.py). The last two steps get what time is
+left. Each MILP may only find what beats the best layout so far by the solver's tolerance.
 Every step keeps the lower bound of every choice, so that the smallest one bounds the searched space.
 """
 
@@ -226,6 +226,7 @@ def search(
     state.deadline = (time.monotonic() + end) / 2  # leave time for the proof
     state.explore()
     state.reorder(state.open)
+    state.shake()
     progress("proving")
     state.deadline = end
     state.prove()
