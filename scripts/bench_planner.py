@@ -9,7 +9,7 @@ import bars
 import planner_grid
 import planner_scale
 
-TIME_LIMIT = 20.0  # seconds of search for each plan of the grid
+TIME_LIMIT = 60.0  # seconds of search for each plan of the grid
 
 
 def measure() -> tuple[list[bars.Bar], dict[str, Any]]:

@@ -41,12 +41,30 @@ def test_a_milp_that_needs_more_time_gets_it(monkeypatch: pytest.MonkeyPatch) ->
 
     options = PlanOptions(solver=SolverOptions(time_limit=LIMIT, relative_gap=1e-5))
     plan = make_plan(inputs(), options)
+    monkeypatch.setattr(search, "PRESSING", 0.0)  # so that several choices share the time
     monkeypatch.setattr(search.ilp, "solve", slow)
     again = make_plan(inputs(), options)
     assert min(granted) < 0.6 * LIMIT < max(granted)
     assert again.bound.exact_over == plan.bound.exact_over == "devices"
     assert again.predicted.iteration_seconds == pytest.approx(plan.predicted.iteration_seconds, rel=1e-4)
     assert again.bound.iteration_seconds == pytest.approx(plan.bound.iteration_seconds, rel=1e-4)
+
+
+def test_a_milp_is_not_begun_again_with_less_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only choice that presses: most of the time at once, and no second time with about as much."""
+    granted, problems = [], []
+
+    def unsolved(model: Model, options: SolverOptions) -> Run:
+        granted.append(options.time_limit)
+        problems.append((model.rates.choice, model.rates.classes, model.mode, model.limits))
+        return Run("unknown", inf, -inf, options.time_limit)
+
+    monkeypatch.setattr(search, "PRESSING", 1.0)
+    monkeypatch.setattr(search.ilp, "solve", unsolved)
+    plan = make_plan(inputs(), PlanOptions(solver=SolverOptions(time_limit=LIMIT, relative_gap=1e-5)))
+    assert plan.solver.status == "feasible"
+    assert 0.7 * LIMIT < granted[0] < 0.76 * LIMIT
+    assert len(set(problems)) == len(problems)
 
 
 def test_a_solver_that_gives_up_ends_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:

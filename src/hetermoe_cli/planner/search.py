@@ -36,6 +36,8 @@ from hetermoe_cli.spec.layout import Layout
 
 MISSES = 12
 SHARES = 8  # of the time for the proof: what the first MILP of a choice gets at least
+ALONE = 0.75  # of that time, where no other choice presses
+AGAIN = 1.5  # times what a MILP had before: with less it would not get further
 APART = (1, 2, 3)  # devices of each class with variables of their own, step by step
 MORE = 1.0  # of the time until then, at most, for MILPs in other orders
 PRESSING = 0.01  # below the best by more than this, a choice's bound makes a gap worth closing
@@ -69,7 +71,8 @@ class Search(Incumbent):
 
     open: list[Candidate] = field(default_factory=list)
     rest: float = inf  # lower bound of choices that there was no time to look at
-    ended: set[tuple[Choice, tuple[DeviceClass, ...], ilp.Mode, bool]] = field(default_factory=set)  # MILPs
+    # seconds that MILPs had so far, infinite where they ended
+    had: dict[tuple[Choice, tuple[DeviceClass, ...], ilp.Mode, bool], float] = field(default_factory=dict)
 
     def explore(self) -> None:
         """Steps 2 and 3: pattern bounds and placements, always of the choice with the lowest bound.
@@ -137,7 +140,8 @@ class Search(Incumbent):
         matter, the longer the first share; the last one gets all that is left.
         """
         pressing = sum(known(c) < (1 - PRESSING) * self.seconds for c in self.open)
-        number, first = count(), self.left / min(SHARES, 1 + max(1, pressing))
+        first = self.left * (ALONE if pressing <= 1 else 1 / min(SHARES, 1 + pressing))
+        number = count()
         queue = [(known(c), next(number), c, stages, first) for c in self.open]
         heapify(queue)
         while queue and queue[0][0] < self.target and self.left > 0:
@@ -151,7 +155,7 @@ class Search(Incumbent):
                 heappush(queue, (known(candidate), next(number), candidate, todo, seconds))
 
     def _run(self, candidate: Candidate, stage: Stage, seconds: float) -> bool:
-        """One stage of a choice; whether it has shown all that it can."""
+        """One stage of a choice; whether it has shown all that it can in the time there is."""
         ready = Prepared.of(self.cost, candidate.choice, stage.apart)
         if stage.mode == "patterns":
             self._bound(candidate, ready, mixed=True)
@@ -161,11 +165,10 @@ class Search(Incumbent):
         if stage.mode == "largest" and ready.single:
             return True  # as the mean
         problem = ready.choice, tuple(ready.classes), stage.mode, stage.alike and not ready.single
-        if problem in self.ended:
-            return True  # there was no more to take apart
+        if seconds < AGAIN * self.had.get(problem, 0.0):
+            return True  # as far as it gets; or there was no more to take apart
         bound, done = self._solve(candidate, ready, stage.mode, stage.alike, seconds)
-        if done:
-            self.ended.add(problem)
+        self.had[problem] = inf if done else seconds
         if stage.mode == "mean":
             candidate.alike = max(candidate.alike, bound)
             if ready.single or not stage.alike:
