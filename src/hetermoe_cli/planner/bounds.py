@@ -1,7 +1,7 @@
 """Closed-form lower bounds on the iteration time of many choices at once.
 
 All hold for every device-level placement, with experts as divisible work:
-stream   a device's compute (attention, head, its experts, its copies), the all-reduce and its optimizer step; a device
+stream   a device's compute (attention, head, its experts, its copies), what follows it and its optimizer step; a device
          that does not attend also waits for the first attention and dispatch and for the last gradients and attention;
 path     one micro-batch of each window through every layer forward and backward, by one attending device and the
          experts of a host, with the heads of the window's micro-batches between;
@@ -162,7 +162,12 @@ class _Terms:
         return max(link.bandwidth_gigabytes_per_second for link in links) * 1e9
 
     def _all_reduce(self, cost: CostModel) -> tuple[FloatArray, FloatArray]:
-        """Seconds without copies, and for each copy, over the fastest links that the attending devices have."""
+        """Seconds of what follows compute, without copies and for each copy, over the fastest links of who attends.
+
+        The all-reduce of layer 0 (all others overlap with backward, those of copies as well: they may be of other
+        layers), and the gather of new weights where states are sharded.
+        """
+        schedule = self.b.schedule
         slowest = np.zeros(self.slots.sequences.shape)
         for slot, kind in enumerate(self.slots.kind):
             device = cost.devices[self.b.kinds[kind][0]]
@@ -170,7 +175,10 @@ class _Terms:
         slowest = np.where(self.attends, slowest, 0).max(1)
         members = np.where(self.attends, self.devices, 0).sum(1)
         share = np.where(members > 1, 2 * (members - 1) / np.maximum(members, 1), 0.0) * slowest
-        return share * cost.dense_gradient_bytes, share * cost.expert_gradient_bytes
+        scattered, gathered = schedule.dense_state == "full", schedule.dense_state == "optimizer"
+        first = cost.segment_parameters(0) * cost.gradient_bytes * (0.5 if scattered else 1.0)
+        copy = 0.5 * cost.expert_gradient_bytes * schedule.shares_states
+        return share * (first + 0.5 * cost.dense_gradient_bytes * gathered), share * copy
 
     def feasible(self, time: FloatArray) -> NDArray[np.bool_]:
         """[choices] whether all experts find a place within `time`, for some number of copies."""
