@@ -9,9 +9,12 @@ from hetermoe_cli.planner import incumbent, search
 
 @pytest.fixture(autouse=True, scope="module")
 def untimed() -> Iterator[None]:
-    """Heuristics in other orders run to their end; the MILPs there, which get what time is left, do not run."""
+    """Heuristics in other orders run to their end, shaken placements are few; the MILPs there, which get what time is
+    left, do not run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "MORE", 0.0)
         patch.setattr(incumbent, "REORDER", 1)
         patch.setattr(incumbent, "SHAKE", 1)
+        patch.setattr(incumbent, "AS_LONG", 1e9)
+        patch.setattr(incumbent, "CLIMBS", 4)
         yield

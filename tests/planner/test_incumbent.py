@@ -13,6 +13,7 @@ from test_small_instances import layer_placements
 from builders import make_schedule
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.planner import heuristic
+from hetermoe_cli.planner import incumbent as module
 from hetermoe_cli.planner.candidates import Candidate, Listing
 from hetermoe_cli.planner.choice import Choice
 from hetermoe_cli.planner.incumbent import REFINED, Incumbent
@@ -120,7 +121,8 @@ def test_shaken_placements_are_at_least_as_fast_as_climbed_ones(seed: int, gain:
     assert shaken(ready.rates, ready.tasks, climbed, 20, deadline=time.monotonic()) is climbed
 
 
-def test_the_best_placements_are_shaken_in_their_own_order() -> None:
+def test_the_best_placements_are_shaken_in_their_own_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CLIMBS", 20)
     cost, choice = small_instance(70)
     ready = Prepared.of(cost, choice)
     climbed = heuristic.improve(ready.rates, ready.tasks, heuristic.starts(ready.rates, None, ready.rates.serial), inf)
@@ -131,5 +133,5 @@ def test_the_best_placements_are_shaken_in_their_own_order() -> None:
     assert (heuristic.table_in(ready.classes, layout) == climbed).all()
     found.placed = {choice: found.placed[choice]}
     found.seconds = before
-    found.shake()
+    found.shake(inf)
     assert found.placed[choice][0] < before * (1 - 0.027)

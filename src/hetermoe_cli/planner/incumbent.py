@@ -35,7 +35,8 @@ LOOK = 8  # for at most one part in so many of the time
 REORDER = 4  # and what further placements in other orders get
 SHAKEN = 6  # choices, in any order, whose best placements are shaken
 CLIMBS = 32  # of each
-SHAKE = 4  # for at most one part in so many of the time
+SHAKE = 4  # for at most one part in so many of the time that is left
+AS_LONG = 1.0  # times what the search took so far, at most: small problems are soon solved
 ORDERS = 4  # that MILPs take up: choices in orders other than the default
 REFINED = (0, 2, ALL)  # devices of each class with variables of their own, step by step
 SHARE = 0.7  # of the time that is left for these, what each may take
@@ -143,9 +144,10 @@ class Incumbent:
             if table is not None:
                 self.offer(other.layout(heuristic.counts_of(other.rates, table)))
 
-    def shake(self) -> None:
-        """Further climbs from around the best placements so far, for at most a part of the time."""
-        end = time.monotonic() + self.left / SHAKE
+    def shake(self, spent: float) -> None:
+        """Further climbs from around the best placements that `spent` seconds of search found, for at most a part of
+        the time."""
+        end = time.monotonic() + min(self.left / SHAKE, AS_LONG * spent)
         for choice in self._fastest(self.placed)[:SHAKEN]:
             ready = Prepared.of(self.cost, choice)
             table = heuristic.table_in(ready.classes, self.placed[choice][1])

@@ -229,7 +229,7 @@ def search(
     state.deadline = (time.monotonic() + end) / 2  # leave time for the proof
     state.explore()
     state.reorder(state.open)
-    state.shake()
+    state.shake(time.monotonic() - began)
     progress("proving")
     state.deadline = end
     state.prove()
