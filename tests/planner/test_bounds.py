@@ -7,7 +7,7 @@ import pytest
 from instances import random_choice, random_counts, random_inputs
 from test_properties import build
 
-from builders import make_schedule
+from builders import make_inputs, make_model, make_profile, make_schedule
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.planner import ilp
 from hetermoe_cli.planner.bounds import Bounder
@@ -23,6 +23,8 @@ from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.planner.space import kinds
 from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.simulator import simulate
+from hetermoe_cli.spec.cluster import Link
+from hetermoe_cli.spec.plan import Inputs
 
 
 def random_case(
@@ -53,6 +55,30 @@ def test_closed_bounds_know_that_all_reduces_overlap_with_backward() -> None:
     cost, choice = CostModel(inputs), Choice(make_schedule("zebra", 1), (1, 1, 0, 0))
     replay = simulate(LayoutCost(cost, choice.layout([number([2, 2, 2, 0], 0)] * 3))).seconds
     assert 0.8 * replay < closed_bound(cost, choice, replay) < replay
+
+
+def test_closed_bounds_know_that_all_reduces_may_be_faster_than_messages() -> None:
+    """Profiles measure both; the bound charges what the replay does."""
+    cost, choice = CostModel(slow_messages()), Choice(make_schedule("zebra", 1), (1, 1))
+    replay = simulate(LayoutCost(cost, choice.layout([number([1, 1], 0)]))).seconds
+    assert 0.9 * replay < closed_bound(cost, choice, replay * (1 + 1e-6)) < replay * (1 + 1e-6)
+
+
+def slow_messages() -> Inputs:
+    """Two devices that mostly wait for their all-reduce, at a hundred times the messages' bandwidth."""
+    link = Link(
+        bandwidth_gigabytes_per_second=1e-3, all_reduce_gigabytes_per_second=0.1, latency_microseconds=0.0
+    )  # fmt: skip
+    model = make_model(layers=1, experts=2, top_k=1)
+    profile = make_profile("new", model=model, attention_seconds=1e-9, expert_seconds=1e-12)
+    return make_inputs(
+        [("new", 1)] * 2,
+        model=model,
+        profiles={"new": profile},
+        global_batch_sequences=2,
+        network=link,
+        interconnect=link,
+    )
 
 
 @pytest.mark.parametrize("dense_layers", [0, 2])

@@ -51,7 +51,7 @@ def test_a_milp_that_needs_more_time_gets_it(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_milp_is_not_begun_again_with_less_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The only choice that presses: most of the time at once, and no second time with about as much."""
+    """Where choices do not press: most of the time at once, and no second time with about as much."""
     granted, problems = [], []
 
     def unsolved(model: Model, options: SolverOptions) -> Run:

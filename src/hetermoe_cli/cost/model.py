@@ -117,14 +117,18 @@ class CostModel(MemoryModel):
         return seconds + self.sharding_seconds(schedule, attending)
 
     def reduce_seconds(self, schedule: ScheduleChoice, attending: Sequence[int], layer: int, replicated: int) -> float:
-        """The part of it that follows a layer's backward: the dense part of the layer and its `replicated` experts.
+        """The part of it that follows a layer's backward: the dense part of the layer and its `replicated` experts."""
+        size = self.reduce_bytes(schedule, layer) + replicated * self.expert_gradient_bytes
+        return self.network.all_reduce_seconds(attending, size)
+
+    def reduce_bytes(self, schedule: ScheduleChoice, layer: int) -> float:
+        """What of a layer's dense part is all-reduced after its backward.
 
         `layer` 0 brings the embedding and the dense layers with it, model.layers is the head. The gradients of a fully
         sharded dense part are scattered, which moves half the bytes of an all-reduce.
         """
-        size = self.segment_parameters(layer) * self.gradient_bytes
         share = 0.5 if schedule.dense_state == "full" else 1.0
-        return self.network.all_reduce_seconds(attending, share * size + replicated * self.expert_gradient_bytes)
+        return share * self.segment_parameters(layer) * self.gradient_bytes
 
     def gather_seconds(self, attending: Sequence[int], layer: int) -> float:
         """All-gather of a layer's sharded weights (of the head: model.layers), half an all-reduce."""

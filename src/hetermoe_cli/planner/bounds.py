@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.arrays import BoolArray, FloatArray
 from hetermoe_cli.planner.rates import ClassRates, device_rates
-from hetermoe_cli.spec.cluster import Device
+from hetermoe_cli.spec.cluster import Device, Link
 from hetermoe_cli.spec.layout import ScheduleChoice
 
 TINY = 1e-30  # seconds; instead of dividing by zero
@@ -158,8 +158,10 @@ class _Terms:
 
     def _fastest(self, device: Device) -> float:
         """Bytes a second of the fastest link that the device's messages can take."""
-        links = [device.network] if self._alone(device) else [device.network, device.interconnect]
-        return max(link.bandwidth_gigabytes_per_second for link in links) * 1e9
+        return max(link.bandwidth_gigabytes_per_second for link in self._links(device)) * 1e9
+
+    def _links(self, device: Device) -> list[Link]:
+        return [device.network] if self._alone(device) else [device.network, device.interconnect]
 
     def _all_reduce(self, cost: CostModel) -> tuple[FloatArray, FloatArray]:
         """Seconds of what follows compute, without copies and for each copy, over the fastest links of who attends.
@@ -171,14 +173,13 @@ class _Terms:
         slowest = np.zeros(self.slots.sequences.shape)
         for slot, kind in enumerate(self.slots.kind):
             device = cost.devices[self.b.kinds[kind][0]]
-            slowest[:, slot] = 1 / self._fastest(device)
+            slowest[:, slot] = 1 / max(link.ring_bandwidth for link in self._links(device))
         slowest = np.where(self.attends, slowest, 0).max(1)
         members = np.where(self.attends, self.devices, 0).sum(1)
         share = np.where(members > 1, 2 * (members - 1) / np.maximum(members, 1), 0.0) * slowest
-        scattered, gathered = schedule.dense_state == "full", schedule.dense_state == "optimizer"
-        first = cost.segment_parameters(0) * cost.gradient_bytes * (0.5 if scattered else 1.0)
+        gathered = 0.5 * cost.dense_gradient_bytes * (schedule.dense_state == "optimizer")
         copy = 0.5 * cost.expert_gradient_bytes * schedule.shares_states
-        return share * (first + 0.5 * cost.dense_gradient_bytes * gathered), share * copy
+        return share * (cost.reduce_bytes(schedule, 0) + gathered), share * copy
 
     def feasible(self, time: FloatArray) -> NDArray[np.bool_]:
         """[choices] whether all experts find a place within `time`, for some number of copies."""

@@ -6,7 +6,7 @@ Nothing waits, and nothing travels but the all-reduce of the dense gradients.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hetermoe_cli.cost.device import STATE_BYTES, DeviceCost
+from hetermoe_cli.cost.device import DeviceCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.baselines import micro_batch_counts
 
@@ -54,7 +54,7 @@ def work_bound(cost: CostModel, micro_batch_limit: int) -> float:
 def _ring_seconds(cost: CostModel) -> float:
     """All-reduce of the gradients of embedding and layer 0 in an endless ring over the fastest links, no latencies."""
     links = [link for device in cost.devices for link in (device.network, device.interconnect)]
-    size = cost.segment_parameters(0) * STATE_BYTES[cost.train.precision][1]
+    size = cost.segment_parameters(0) * cost.gradient_bytes
     share = 0.5 if cost.train.dense_state in ("full", "auto") else 1.0
     return 2 * share * size / max(link.ring_bandwidth for link in links)
 
