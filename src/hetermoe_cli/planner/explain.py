@@ -6,17 +6,18 @@ from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.baselines import Rival
-from hetermoe_cli.planner.candidates import ExactOver
 from hetermoe_cli.planner.remedies import smallest_change
+from hetermoe_cli.planner.search import Found
 from hetermoe_cli.spec.layout import Layout
 
 
-def notes(
-    cost: CostModel, layout: Layout, rivals: dict[str, Rival], seconds: float, exact_over: ExactOver
-) -> list[str]:
-    """Modelled figures, assumptions, extended curves, devices left out, no gain, and a search cut short."""
-    result = [*sources(cost), *_extended(cost, layout), *_left_out(cost, layout), *_no_gain(cost, rivals, seconds)]
-    if exact_over == "not solved":
+def notes(cost: CostModel, layout: Layout, rivals: dict[str, Rival], found: Found) -> list[str]:
+    """Modelled figures, assumptions, extended curves, devices left out, no gain, and a search cut short.
+
+    `layout` is what was `found`, or a rival's: what the search says then is not said of it.
+    """
+    result = [*sources(cost), *_extended(cost, layout), *_left_out(cost, layout), *_no_gain(cost, rivals, found)]
+    if found.exact_over == "not solved" and layout == found.layout:
         result.append("the search did not close the gap: a longer --time-limit may find a better plan")
     return result
 
@@ -69,8 +70,8 @@ def _left_out(cost: CostModel, layout: Layout) -> Iterator[str]:
         yield f"left out on purpose, they would slow the others down: ranks {names}"
 
 
-def _no_gain(cost: CostModel, rivals: dict[str, Rival], seconds: float) -> Iterator[str]:
-    if rivals["ep"].seconds <= seconds * 1.001:
+def _no_gain(cost: CostModel, rivals: dict[str, Rival], found: Found) -> Iterator[str]:
+    if rivals["ep"].seconds <= found.seconds * 1.001:
         why = "all devices are equal, so" if len(cost.types) == 1 else "here"
         yield f"{why} plain expert parallelism is as fast: nothing is gained by other roles"
 

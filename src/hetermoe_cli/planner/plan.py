@@ -111,7 +111,7 @@ def _plan_one_group(cost: CostModel, options: PlanOptions, progress: Callable[[s
         ),
         load=load,
         explanation=_explanation(layout_cost, seconds, rivals, found, options),
-        notes=notes(cost, layout, rivals, seconds, found.exact_over) + (load_notes(load) if load else []),
+        notes=notes(cost, layout, rivals, found) + (load_notes(load) if load else []),
         inputs=embedded,
         inputs_sha256=embedded.hashes(),
     )
