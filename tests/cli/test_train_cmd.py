@@ -317,6 +317,9 @@ def test_usage_errors(plan_file: Path, tmp_path: Path) -> None:
     hetermoe("train", check=2)
     hetermoe("train", plan_file, "--steps", "zero", check=2)
     hetermoe("train", plan_file, "--time-scale", "3", check=2)
+    for scale in ("0", "nan", "inf"):
+        done = hetermoe("train", plan_file, "--emulate", "--time-scale", scale, "--dry-run", check=2)
+        assert "must be a positive number" in done.stderr
     assert "absent.yaml: cannot be read" in refused("train", tmp_path / "absent.yaml")
 
 

@@ -1,5 +1,6 @@
 """Options that the commands which run plans share: what to train on, and emulation."""
 
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -33,8 +34,8 @@ def emulation(
     from hetermoe_cli.launch.prepare import EmulateOptions
     from hetermoe_cli.spec.model import load_model
 
-    if time_scale is not None and time_scale <= 0:
-        raise typer.BadParameter("must be positive", param_hint="--time-scale")
+    if time_scale is not None and not 0 < time_scale < inf:
+        raise typer.BadParameter(f"{time_scale:g}: must be a positive number", param_hint="--time-scale")
     if emulate:
         return EmulateOptions(load_model(executed) if executed else None, sequence_length, time_scale, precision)
     if executed or time_scale:
