@@ -2,20 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import date
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.spec.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec
+from hetermoe_cli.spec.base import ExtendedSpec, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec
 
 
-class Link(Spec):
+class Link(ExtendedSpec):
     """One direction of a link: a message of b bytes takes b / bandwidth + latency.
 
     `all_reduce_gigabytes_per_second`: what a ring all-reduce moves over it, as NCCL's tests count it ("bus bandwidth":
     2 (m - 1) / m of the bytes); None: as much as messages.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"all_reduce_gigabytes_per_second"})
 
     bandwidth_gigabytes_per_second: PositiveFloat
     latency_microseconds: NonNegativeFloat
@@ -25,13 +27,6 @@ class Link(Spec):
     def ring_bandwidth(self) -> float:
         """Bytes a second of an all-reduce's ring."""
         return 1e9 * (self.all_reduce_gigabytes_per_second or self.bandwidth_gigabytes_per_second)
-
-    @model_serializer(mode="wrap")
-    def _without_later_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Files and hashes that were written before all-reduces were measured stay what they are."""
-        data: dict[str, Any] = handler(self)
-        later = "all_reduce_gigabytes_per_second"
-        return {name: value for name, value in data.items() if name != later or value is not None}
 
 
 class LinkRecord(Spec):
@@ -47,7 +42,7 @@ class LinkRecord(Spec):
     comment: str = ""
 
 
-class NodeGroup(Spec):
+class NodeGroup(ExtendedSpec):
     """`count` equal nodes, each with `devices` devices of one type.
 
     `network` is one NIC's link to other nodes, `interconnect` a device's link to its neighbours inside the node;
@@ -55,6 +50,8 @@ class NodeGroup(Spec):
     `price_per_hour` is what one device costs an hour, in dollars (any one currency, if all node groups use the same).
     Groups that name the same `machine` are the device types of one node, each with NICs of its own.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"price_per_hour", "machine"})
 
     name: str
     count: PositiveInt = 1
@@ -65,13 +62,6 @@ class NodeGroup(Spec):
     interconnect: str | Link
     price_per_hour: PositiveFloat | None = None
     machine: str | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_later_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Files and hashes that were written before prices and machines existed stay what they are."""
-        data: dict[str, Any] = handler(self)
-        later = ("price_per_hour", "machine")
-        return {name: value for name, value in data.items() if name not in later or value is not None}
 
     @model_validator(mode="after")
     def _check(self) -> "NodeGroup":

@@ -1,10 +1,10 @@
 """TrainSpec: what to train for; it shapes the plan."""
 
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
-from hetermoe_cli.spec.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec
+from hetermoe_cli.spec.base import ExtendedSpec, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from hetermoe_cli.spec.profile import Precision
 
 # Stages that run again in backward instead of keeping their activations; a head never does.
@@ -17,13 +17,17 @@ DenseState = Literal["replicated", "optimizer", "full"]
 Documents = Literal["joined", "masked"]
 
 
-class TrainSpec(Spec):
+class TrainSpec(ExtendedSpec):
     """Batch, precision, text and optimizer of a run. The learning rate warms up linearly, then follows a cosine.
 
     Every text file is a document, or several where `document_separator` (such as <|endoftext|>) stands between them.
     `document_tokens`: how many tokens the document of an average token has, for predictions of masked documents;
     without it they take a sequence as one document, which is an upper bound.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset(
+        {"dense_state", "device_precision", "documents", "document_separator", "document_tokens"}
+    )
 
     kind: Literal["train"] = "train"
     schema_version: Literal[1] = 1
@@ -47,19 +51,6 @@ class TrainSpec(Spec):
     gradient_clip: PositiveFloat = 1.0
     seed: NonNegativeInt = 0
     memory_headroom: PositiveFloat = Field(default=0.9, le=1)
-
-    @model_serializer(mode="wrap")
-    def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Files and hashes that were written before these fields existed stay what they are."""
-        data: dict[str, Any] = handler(self)
-        later: dict[str, Any] = {
-            "dense_state": "replicated",
-            "device_precision": {},
-            "documents": "joined",
-            "document_separator": None,
-            "document_tokens": None,
-        }
-        return {name: value for name, value in data.items() if name not in later or value != later[name]}
 
     def precision_of(self, device_type: str) -> Precision:
         """What devices of this type compute in."""
