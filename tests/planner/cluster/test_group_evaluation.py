@@ -4,12 +4,14 @@ import pytest
 from cluster_builders import fleet
 
 from hetermoe_cli.cost import LayoutCost
-from hetermoe_cli.planner.cluster.choices import options
+from hetermoe_cli.planner.cluster.choices import Share, estimate, options
 from hetermoe_cli.planner.cluster.curves import Curves
 from hetermoe_cli.planner.cluster.evaluate import FULL, evaluate
 from hetermoe_cli.planner.cluster.replayed import group_cost, replay_group
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.simulator import simulate
+from hetermoe_cli.spec.cluster import Link
+from hetermoe_cli.spec.layout import ScheduleChoice
 from hetermoe_cli.spec.plan import Group, Inputs
 
 
@@ -67,3 +69,24 @@ def test_no_point_where_memory_holds_no_layout() -> None:
     assert curves.point((1, 0), 4) is None
     assert curves.known((1, 0)) == []
     assert curves.refused() == {((1, 0), 4)}
+
+
+def test_gathers_of_a_sharded_dense_part_take_the_bandwidth_of_all_reduces() -> None:
+    """As in CostModel.sharding_seconds, whose part in a large group the estimate stands for."""
+
+    def gathered(link: Link) -> float:
+        inputs = fleet()
+        nodes = [group.model_copy(update={"network": link}) for group in inputs.cluster.nodes]
+        inputs = inputs.model_copy(update={"cluster": inputs.cluster.model_copy(update={"nodes": nodes})})
+        curves, shares = Curves(inputs, 16, None), [Share(0, 4, 2), Share(1, 4, 2)]
+        part = curves.part((4, 4))
+        whole, sharded = (
+            estimate(part, curves.kernels, ScheduleChoice(micro_batches=1, window=1, dense_state=state), shares).seconds
+            for state in ("optimizer", "full")
+        )
+        return sharded - whole
+
+    usual = Link(bandwidth_gigabytes_per_second=1.0, latency_microseconds=20.0)
+    faster = usual.model_copy(update={"all_reduce_gigabytes_per_second": 4.0})
+    assert gathered(usual) > 0
+    assert gathered(faster) == pytest.approx(gathered(usual) / 4)

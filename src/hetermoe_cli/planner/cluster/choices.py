@@ -196,7 +196,7 @@ def estimate(part: Part, kernels: Kernels, schedule: ScheduleChoice, shares: Seq
 def _gather_seconds(kernels: Kernels, shares: Sequence[Share], windows: int) -> float:
     """About what CostModel.sharding_seconds says of a large group."""
     devices = [kernels.cost.devices[2 * share.kind] for share in shares if share.sequences]
-    slowest = min(device.network.bandwidth_gigabytes_per_second for device in devices) * 1e9
+    slowest = min(device.network.ring_bandwidth for device in devices)
     return (3 * windows - 1) * kernels.cost.dense_gradient_bytes / slowest
 
 
