@@ -7,7 +7,9 @@ from rich.table import Table
 
 from hetermoe_cli.report.groups import economy_lines, group_plan, groups_table, is_whole
 from hetermoe_cli.report.plan_reasons import binding_lines, runner_ups_table, what_if_table
-from hetermoe_cli.report.tasks import ranges
+from hetermoe_cli.report.tasks import ranges, role
+from hetermoe_cli.spec.cluster import Device
+from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import Plan
 
 RIVAL_NAMES = {
@@ -95,34 +97,29 @@ def devices_table(plan: Plan) -> Table:
     for name in ("ranks", "device", "role", "sequences", "experts a layer", "busy", "memory GB"):
         table.add_column(name, justify="left" if name in ("device", "role") else "right")
     rows: dict[tuple[str, ...], list[int]] = {}
+    layout = plan.layout
     for device in plan.inputs.devices():
-        rows.setdefault(rank_row(plan, device.rank, device.type), []).append(device.rank)
+        rows.setdefault(rank_row(plan, layout, device), []).append(device.rank)
     for row, ranks in rows.items():
         table.add_row(ranges(ranks), *row)
     return table
 
 
-def rank_row(plan: Plan, rank: int, device: str) -> tuple[str, ...]:
-    """What a rank does, as cells."""
-    sequences, memory = plan.sequences_per_rank[rank], plan.memory[rank]
-    counts = [len(layer.experts[rank]) for layer in plan.placement]
-    copies = max(len(layer.replicated) for layer in plan.placement) if sequences else 0
+def rank_row(plan: Plan, layout: Layout, device: Device) -> tuple[str, ...]:
+    """What a rank of the plan's `layout` does, as cells."""
+    rank = device.rank
+    sequences, memory = layout.sequences_per_rank[rank], plan.memory[rank]
+    counts = [len(layer.experts[rank]) for layer in layout.placement]
+    copies = max(len(layer.replicated) for layer in layout.placement) if sequences else 0
     experts = spread_text(counts) + (f" + {copies} copies" if copies else "")
     return (
-        device,
-        role(sequences, bool(sum(counts)) or copies > 0),
+        device.type,
+        role(layout, rank),
         str(sequences),
         experts,
         f"{plan.predicted.busy_share_per_rank[rank]:.0%}",
         f"{memory.total_bytes / 1e9:.1f} of {memory.capacity_bytes / 1e9:.0f}",
     )
-
-
-def role(sequences: int, experts: bool) -> str:
-    """A rank's part in words."""
-    if sequences:
-        return "attention + experts" if experts else "attention"
-    return "experts" if experts else "unused"
 
 
 def spread_text(counts: list[int]) -> str:
