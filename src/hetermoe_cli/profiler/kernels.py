@@ -28,15 +28,10 @@ from hetermoe_cli.profiler.measure import (
     saved_bytes,
 )
 from hetermoe_cli.profiler.tables import rounded
+from hetermoe_cli.runtime.parts import DTYPES
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.profile import AttentionPoint, DensePoint, ExpertPoint, HeadPoint, KernelTable, Precision
 
-DTYPES: dict[str, torch.dtype] = {
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
 # Experts in one grouped product, of which one's share is kept. Ranks hold from one to many: on a CPU one alone takes
 # 0.9 to 2.5 times as long as one of four (the fewer rows the more), one of 16 takes 0.8 to 1.3 times.
 _GROUP = 4
