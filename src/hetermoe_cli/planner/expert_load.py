@@ -99,7 +99,7 @@ def load_report(cost: CostModel, balanced: float | None, numbered: float | None)
 
 
 def load_notes(report: LoadReport) -> list[str]:
-    """What the plan assumes of the router, what placing by name gains, and what its gap is against."""
+    """What the plan assumes of the router, and what its gap is against."""
     imbalance = report.imbalance_per_layer
     mean, worst = sum(imbalance) / len(imbalance), imbalance[report.worst_layer]
     return [

@@ -87,7 +87,8 @@ def overflow(cost: LayoutCost) -> Overflow | None:
 
 
 def busy_bound(cost: LayoutCost, *, exposed: bool = True) -> float:
-    """What no replay of the layout can undercut: the busiest rank's compute, and in sequential order the transfers.
+    """What no replay of the layout can undercut: the busiest rank's compute and what of synchronising follows it; in
+    sequential order the transfers as well.
 
     In sequential order every transfer lies between two tasks of each attending rank, and is `exposed`.
     """

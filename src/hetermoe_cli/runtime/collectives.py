@@ -1,4 +1,4 @@
-"""What attending ranks do together while stages run: sum a layer's gradients, and gather its weights where sharded."""
+"""What holders of the same parameters do while stages run: sum a layer's gradients, gather its weights if sharded."""
 
 from torch import Tensor
 

@@ -17,7 +17,7 @@ class Kind(StrEnum):
     HEAD = "H"  # last combine, final norm, head, loss; in training its own backward at once
     REDUCE = "R"  # all-reduce of one layer's gradients that ranks share; of a sharded layer, reduce-scatter
     GATHER = "G"  # all-gather of one layer's sharded weights
-    SYNCHRONISE = "S"  # global norm; what of the all-reduce cannot overlap with backward
+    SYNCHRONISE = "S"  # global norm, once all gradients are summed; its cost: new weights of sharded states
     OPTIMIZER = "O"  # optimizer step
 
     __hash__ = str.__hash__  # an enum's own is a Python function; actions are looked up all the time
@@ -55,7 +55,7 @@ class Action(NamedTuple):
 
     @property
     def is_collective(self) -> bool:
-        """Whether the attending ranks do it together: R or G."""
+        """Whether those that hold the same parameters do it together: R or G."""
         return self.kind in _COLLECTIVES
 
     @property

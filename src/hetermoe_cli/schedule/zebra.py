@@ -21,7 +21,7 @@ class Part(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """What a choice means for orders: micro-batches, those of a window, and the two orders (spec.plan)."""
+    """What a choice means for orders: micro-batches, those of a window, and the two orders (spec.layout)."""
 
     micro_batches: int
     width: int
