@@ -70,7 +70,7 @@ def test_simulate_one_group_on_its_local_ranks(
     ("arguments", "words"),
     [
         (["simulate", "PLAN", "--group", "1"], "--group 1: the plan has groups 0 to 0"),
-        (["simulate", "PLAN", "--schedule"], "it has several groups: choose one with --group 0 to 0"),
+        (["simulate", "PLAN", "--schedule"], "it has several groups: choose a group with --group 0 to 0"),
     ],
 )
 def test_what_needs_one_group_says_so_in_one_line(
@@ -85,6 +85,19 @@ def test_what_needs_one_group_says_so_in_one_line(
     assert code == 3
     assert words in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_one_group_that_leaves_devices_out_is_not_called_several(
+    two_groups: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = load(Plan, two_groups)
+    train = plan.inputs.train.model_copy(update={"global_batch_sequences": 2})
+    inputs = plan.inputs.model_copy(update={"train": train})
+    changes = {"groups": [Group.of(LAYOUT, [[0, 1]])], "inputs": inputs, "inputs_sha256": inputs.hashes()}
+    dump(plan.model_copy(update=changes), two_groups)
+    assert hetermoe(monkeypatch, "simulate", two_groups, "--schedule") == 3
+    assert "it leaves devices of the cluster out: choose a group with --group 0" in capsys.readouterr().err
+    assert hetermoe(monkeypatch, "simulate", two_groups, "--schedule", "--group", 0) == 0
 
 
 def files(folder: Path, edit: Any = None) -> list[object]:

@@ -55,7 +55,8 @@ def simulate(
     spec.verify(str(plan))
     if group is None and not is_whole(spec):
         if measured or picture or placement_picture or schedule:
-            raise UserError(f"{plan}: it has several groups: choose one with --group 0 to {len(spec.groups) - 1}")
+            problem = "has several groups" if spec.group_count > 1 else "leaves devices of the cluster out"
+            raise UserError(f"{plan}: it {problem}: choose a group with --group 0 to {len(spec.groups) - 1}")
         _simulate_groups(spec, trace, json_output)
         return
     whole, spec = spec, spec if group is None else group_plan(spec, group)
