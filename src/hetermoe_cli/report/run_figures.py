@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -38,12 +37,13 @@ class RunFigures:
     since the last start or move of experts, after the warm-up. Tokens/s of an emulated run are nominal.
 
     `predicted_seconds` is the plan's, or after a move that for the load which caused it; `replayed_seconds` replays
-    the expert rows that were recorded.
+    the expert rows that were recorded. Losses are those of the first and last step that did not overflow, null where
+    all did.
     """
 
     steps: int
-    first_loss: float
-    last_loss: float
+    first_loss: float | None
+    last_loss: float | None
     validation_loss: float | None
     measured_seconds: float
     predicted_seconds: float
@@ -141,7 +141,7 @@ def figures(folder: Path, warm_up: int = WARM_UP_STEPS) -> RunFigures:
         raise UserError(f"{folder / METRICS}: no finished step")
     timed = timed_steps(run, metrics, warm_up)
     replayed = replayed_seconds(run, [line["step"] for line in timed][-REPLAYED_STEPS:])
-    losses = [line["loss"] for line in steps if line["loss"] is not None] or [math.nan]  # none: all of them overflowed
+    losses = [line["loss"] for line in steps if line["loss"] is not None] or [None]  # all of them overflowed
     validation = [line["loss"] for line in metrics if line["event"] == "validation"]
     status = json.loads(read_text(folder / STATUS)) if (folder / STATUS).exists() else {}
     measured = median(line["iteration_seconds"] for line in timed)

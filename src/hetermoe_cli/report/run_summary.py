@@ -67,9 +67,8 @@ def summary_table(found: RunFigures, title: str) -> Table:
     kind = "emulated" if found.emulated else "measured"
     table = Table("what", "value", title=title, title_justify="left")
     table.add_row("steps", str(found.steps))
-    table.add_row(
-        "training loss, first and last step (nats a token)", f"{found.first_loss:.3f} -> {found.last_loss:.3f}"
-    )
+    losses = ("overflow" if loss is None else f"{loss:.3f}" for loss in (found.first_loss, found.last_loss))
+    table.add_row("training loss, first and last step (nats a token)", " -> ".join(losses))
     if found.validation_loss is not None:
         table.add_row("validation loss (nats a token)", f"{found.validation_loss:.3f}")
     table.add_row(f"iteration, {kind} (median)", f"{found.measured_seconds * 1e3:.1f} ms")
