@@ -24,6 +24,15 @@ def test_single_devices_with_their_own_nic_or_whole_nodes(nics: int, kept: list[
     assert after.seconds == pytest.approx(before.seconds)
 
 
+def test_a_device_with_its_own_nic_stays_where_others_of_its_node_share_theirs() -> None:
+    """What is left of such a node could not be described (spec.cluster.subcluster)."""
+    inputs = fleet([("new", 2, 4)], nics=3, batch=4)  # of a node's devices the first two share one
+    layout = make_layout((1, 0, 0, 0, 0, 0, 0, 0), (0, 2, 2, 0, 2, 2, 0, 0), micro_batches=4)
+    kept, left = trimmed(layout, [list(range(8))], inputs.devices())
+    assert (kept, left) == (layout, [list(range(8))])
+    assert replay_groups(inputs, [Group.of(kept, left)]).seconds > 0
+
+
 def test_a_layout_without_idle_ranks_stays_as_it_is() -> None:
     devices = fleet([("new", 3, 2)]).devices()
     assert trimmed(LAYOUT, [list(range(6))], devices)[1] == [[0, 1]]

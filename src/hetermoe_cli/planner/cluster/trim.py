@@ -1,6 +1,6 @@
 """Trim: take devices that a layout gives nothing to do out of its group, so that they are neither held nor paid for."""
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 
 from hetermoe_cli.spec.cluster import Device
@@ -12,8 +12,8 @@ def trimmed(
 ) -> tuple[Layout, list[list[int]]]:
     """The layout without idle ranks, and the replicas (ranks of the cluster with these `devices`) without them.
 
-    Single devices go where none in their node shares a NIC with another; else all of a group's devices in the node go,
-    or none, as a NIC must not be left to two groups.
+    Single devices go where none of their type in their node shares a NIC with another; else all of a group's devices in
+    the node go, or none, as a NIC must not be left to two groups.
     """
     kept = _kept(layout, replicas[0], devices)
     if len(kept) == layout.world_size:
@@ -35,12 +35,11 @@ def _kept(layout: Layout, ranks: Sequence[int], devices: Sequence[Device]) -> li
         layout.sequences_per_rank[local] > 0 or any(p.experts[local] for p in layout.placement)
         for local in range(layout.world_size)
     ]
-    on_nic: dict[int, int] = defaultdict(int)
-    for device in devices:
-        on_nic[device.nic] += 1
+    on_nic = Counter(device.nic for device in devices)
+    sharing = {(device.node, device.type) for device in devices if on_nic[device.nic] > 1}
     needed = {devices[rank].node for local, rank in enumerate(ranks) if busy[local]}
     return [
         local
         for local, rank in enumerate(ranks)
-        if busy[local] or (devices[rank].node in needed and on_nic[devices[rank].nic] > 1)
+        if busy[local] or (devices[rank].node in needed and (devices[rank].node, devices[rank].type) in sharing)
     ]
