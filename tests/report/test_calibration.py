@@ -10,8 +10,11 @@ from builders import make_groups_plan, make_layout
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.profiler.refit import KINDS
 from hetermoe_cli.report.calibration import Calibration, calibrate
+from hetermoe_cli.report.link_fit import _transfers as transfer_samples
 from hetermoe_cli.report.run_figures import read_run
+from hetermoe_cli.report.run_tasks import read_run_tasks
 from hetermoe_cli.runtime.recorder import load_path, trace_path
+from hetermoe_cli.schedule.action import Kind
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.plan import Inputs, Plan
@@ -100,6 +103,21 @@ def test_the_link_is_fitted_over_several_groups(tmp_path: Path) -> None:
     assert found.link is not None
     assert found.link.new.latency_microseconds == pytest.approx(really, rel=0.01)
     assert found.iteration.after_seconds == pytest.approx(found.iteration.measured_seconds, rel=0.01)
+
+
+def test_sums_of_a_sharded_dense_part_are_told_from_each_other(tmp_path: Path) -> None:
+    """Groups scatter those of all windows but the last on their own; what they sum then is one transfer."""
+    layout = make_layout((1, 1), (2, 2), micro_batches=2, schedule="sequential", dense_state="full")
+    whole = measured_plan(make_layout((8, 0, 0, 0), (4, 0, 0, 0), micro_batches=1), (("new", 4),))
+    plan = make_groups_plan(whole.inputs, (layout, [[0, 1], [2, 3]]))
+    plan = wired(plan, Link(bandwidth_gigabytes_per_second=1.0, latency_microseconds=500.0))
+    run, _ = read_run_tasks(write_run(tmp_path, plan))
+    costs = run.costs(plan.inputs)
+    scattered, summed = (costs[0][run.steps[0]].collective(Kind.REDUCE, 0, last=last).seconds for last in (False, True))
+    found = [sample.predicted for sample in transfer_samples(run.copies, costs)]
+    assert scattered < summed
+    assert sum(seconds == pytest.approx(scattered) for seconds in found) == 2 * len(run.steps)
+    assert sum(seconds == pytest.approx(summed) for seconds in found) == len(run.steps)
 
 
 def test_the_first_traced_step_is_warm_up_unless_it_is_the_only_one(tmp_path: Path) -> None:

@@ -84,8 +84,9 @@ def _transfers(copies: Sequence[CopyTasks], costs: Sequence[Mapping[int, LayoutC
     for step in copies[0].loads:
         found: dict[object, list[_Window]] = defaultdict(list)
         for number, (copy, own, cost) in enumerate(zip(copies, spans, costs, strict=True)):
+            last = copy.layout.micro_batches - 1  # before, copies scatter a sharded dense part's gradients on their own
             for action, window in _windows(number, copy, own[step], cost[step]):
-                together = action.kind is Kind.REDUCE and len(copies) > 1
+                together = action.kind is Kind.REDUCE and action.micro_batch == last and len(copies) > 1
                 found[action.layer if together else (number, action)].append(window)
         windows = sorted(map(_together, found.values()))
         shared = _overlapping(windows)
