@@ -6,14 +6,18 @@ from typing import Any
 import pytest
 from cluster_builders import fleet
 
-from hetermoe_cli.cost import CostModel
+from builders import make_layout, make_profile
+from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.cluster.bound import groups_bound
 from hetermoe_cli.planner.cluster.objective import Wanted, least_dollars
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
+from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.planner.work import work_bound
+from hetermoe_cli.simulator import simulate
+from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.plan import Inputs, Plan
 
 SLOW = 1e-3  # GB/s: rows that leave a node take long
@@ -160,6 +164,35 @@ def test_the_bound_of_groups_is_at_least_the_work_bound_and_below_every_plan(nic
 
 
 def test_where_nothing_fits_on_a_node_its_nics_bind() -> None:
-    inputs = fleet([("new", 9, 2)], bandwidth=1e-4, memory=3_500_000, dense_state="auto")
+    inputs = fleet([("new", 9, 2)], bandwidth=1e-4, memory=3_500_000)
     cost = CostModel(inputs)
     assert groups_bound(cost, 16) > 2 * work_bound(cost, 16)
+
+
+def test_rows_between_the_device_types_of_one_machine_cross_no_nic() -> None:
+    """Old devices are as fast at experts and much slower at attention: most rows change the type."""
+    inputs = fleet([("new", 1, 2), ("old", 1, 2)])
+    link = Link(bandwidth_gigabytes_per_second=1e-4, latency_microseconds=20.0)
+    nodes = [group.model_copy(update={"machine": "one", "network": link}) for group in inputs.cluster.nodes]
+    profiles = {
+        name: make_profile(
+            name, model=inputs.model, attention_seconds=attention, expert_seconds=1e-4, head_seconds=1e-7
+        )
+        for name, attention in (("new", 5e-3), ("old", 0.2))
+    }
+    cluster = inputs.cluster.model_copy(update={"nodes": nodes})
+    inputs = inputs.model_copy(update={"cluster": cluster, "profiles": profiles})
+    plan = make_plan(inputs, PlanOptions(solver=SolverOptions(time_limit=5.0)))
+    assert groups_bound(CostModel(inputs), 16) <= plan.predicted.iteration_seconds
+
+
+def test_experts_whose_states_are_shared_out_take_less_of_a_nodes_memory() -> None:
+    """Copies of all experts on every device send no row, and fit where whole states would not."""
+    inputs = fleet([("new", 4, 1)], nics=1, bandwidth=1e-4, memory=10_000_000, dense_state="optimizer", batch=4096)
+    cost = CostModel(inputs)
+    layout = make_layout(
+        (8,) * 4, (0,) * 4, replicated=8, micro_batches=128, schedule="sequential", dense_state="optimizer"
+    )
+    replayed = LayoutCost(cost, layout)
+    assert overflow(replayed) is None
+    assert groups_bound(cost, 128) <= simulate(replayed).seconds

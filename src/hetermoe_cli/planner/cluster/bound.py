@@ -4,8 +4,11 @@ Per node group: sequences attended to and rows computed, perfectly divisible, at
 attends to it computes at most the share of all experts that its memory holds (the router is balanced, and each group
 has all experts of every layer). Every other row crosses the NICs four times: towards its expert and back, forward and
 backward. A NIC direction carries one message at a time, so that the bytes out of a node group's NICs take no less than
-their sum over all its NICs' bandwidth. Activations, latencies, pipelines and synchronisation are left out.
+their sum over all its NICs' bandwidth; node groups of one machine are one here, as rows between them cross no NIC.
+Activations, latencies, pipelines and synchronisation are left out.
 """
+
+from collections.abc import Sequence
 
 import pulp
 
@@ -33,24 +36,49 @@ def groups_bound(cost: CostModel, limit: int) -> float:
     problem.setObjective(time)
     problem.addConstraint(pulp.lpSum(attended) == 1)
     problem.addConstraint(pulp.lpSum(computed) == 1)
-    first = 0
     for node, a, c in zip(nodes, attended, computed, strict=True):
         speed, devices = speeds[node.device], node.count * node.devices
         busy = a * (speed.sequence * batch / (devices * work)) + c * (speed.row * rows / (devices * work))
         problem.addConstraint(busy <= time)
-        link = cost.devices[first].network
-        bandwidth = node.count * node.nics * link.bandwidth_gigabytes_per_second * 1e9
-        moved = 2 * rows * cost.row_bytes / (bandwidth * work)
-        problem.addConstraint((a * (1 - 2 * _kept(cost, node)) + c) * moved <= time)
+    bandwidths = _bandwidths(cost)
+    for kinds in _kinds_of_nodes(nodes):
+        a, c = (pulp.lpSum(shares[kind] for kind in kinds) for shares in (attended, computed))
+        moved = 2 * rows * cost.row_bytes / (sum(bandwidths[kind] for kind in kinds) * work)
+        kept = _kept(cost, [nodes[kind] for kind in kinds])
+        problem.addConstraint((a * (1 - 2 * kept) + c) * moved <= time)
         problem.addConstraint((a - c) * moved <= time)
-        first += devices
     run = solve_problem(problem, SolverOptions(time_limit=SECONDS))
     return max(work, run.objective * work * SAFE) if run.status == "optimal" else work
 
 
-def _kept(cost: CostModel, node: NodeGroup) -> float:
-    """The largest share of all experts that one node's memory holds."""
-    device = cost.types[node.device]
-    room = node.devices * (device.memory_bytes * cost.train.memory_headroom - device.framework_bytes)
-    state = cost.model.expert_parameters * sum(STATE_BYTES[cost.train.precision])
-    return min(1.0, max(0.0, room) / (state * cost.model.layers * cost.model.experts))
+def _kinds_of_nodes(nodes: Sequence[NodeGroup]) -> list[list[int]]:
+    """Numbers of the node groups whose devices share nodes: those of one machine, of all others each alone."""
+    found: dict[object, list[int]] = {}
+    for kind, node in enumerate(nodes):
+        found.setdefault(node.machine or kind, []).append(kind)
+    return list(found.values())
+
+
+def _bandwidths(cost: CostModel) -> list[float]:
+    """Bytes a second out of all NICs of each node group."""
+    cluster, result = cost.inputs.cluster, []
+    for kind, node in enumerate(cluster.nodes):
+        link = cost.devices[cluster.group_of_rank.index(kind)].network
+        result.append(node.count * node.nics * link.bandwidth_gigabytes_per_second * 1e9)
+    return result
+
+
+def _kept(cost: CostModel, node: Sequence[NodeGroup]) -> float:
+    """The largest share of all experts that the memory of one node with these devices holds.
+
+    An expert's optimizer states may be shared out over all devices but where the training spec keeps them whole.
+    """
+    room = 0.0
+    for part in node:
+        device = cost.types[part.device]
+        each = device.memory_bytes * cost.train.memory_headroom - device.framework_bytes
+        room += part.devices * max(0.0, each)
+    weights, gradients, optimizer = STATE_BYTES[cost.train.precision]
+    holders = 1 if cost.train.dense_state == "replicated" else len(cost.devices)
+    state = cost.model.expert_parameters * (weights + gradients + optimizer / holders)
+    return min(1.0, room / (state * cost.model.layers * cost.model.experts))
