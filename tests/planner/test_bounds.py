@@ -7,7 +7,7 @@ import pytest
 from instances import random_choice, random_counts, random_inputs
 from test_properties import build
 
-from builders import make_inputs, make_model, make_profile, make_schedule
+from builders import make_inputs, make_layout, make_model, make_profile, make_schedule
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.planner import ilp
 from hetermoe_cli.planner.bounds import Bounder
@@ -18,6 +18,7 @@ from hetermoe_cli.planner.deal import number
 from hetermoe_cli.planner.master import mixture
 from hetermoe_cli.planner.patterns import Patterns, caps_within
 from hetermoe_cli.planner.prepared import Prepared
+from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.rows import Of, Rows
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.planner.space import kinds
@@ -25,6 +26,29 @@ from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.plan import Inputs
+
+
+def test_equal_shares_of_an_optimizer_step_are_not_bound_to_the_work() -> None:
+    """Devices that share out states step as much, though one of them attends to nearly all sequences."""
+    model = make_model(vocab_size=16384, ffn_size=8)
+    profiles = {
+        name: make_profile(
+            name, model=model, attention_seconds=attention, expert_seconds=1e-7, head_seconds=1e-8,
+            optimizer_seconds_per_parameter=1e-6, memory_bytes=10**10,
+        )
+        for name, attention in (("new", 1e-3), ("old", 0.1))
+    }  # fmt: skip
+    link = Link(bandwidth_gigabytes_per_second=100.0, latency_microseconds=0.0)
+    nodes = [("new", 1), ("old", 1)]
+    inputs = make_inputs(
+        nodes, model=model, profiles=profiles, global_batch_sequences=10, network=link, interconnect=link
+    )
+    train = inputs.train.model_copy(update={"dense_state": "optimizer"})
+    cost = CostModel(inputs.model_copy(update={"train": train}))
+    layout = make_layout((9, 1), (0, 0), replicated=4, micro_batches=1, dense_state="optimizer")
+    replayed = LayoutCost(cost, layout)
+    assert overflow(replayed) is None
+    assert work_bound(cost, 16) <= simulate(replayed).seconds
 
 
 def random_case(

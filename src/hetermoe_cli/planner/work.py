@@ -18,7 +18,8 @@ TINY = 1e-300  # seconds
 class Speed:
     """Devices of one type at their best sizes: seconds a sequence (all layers, head) and seconds a row (one layer).
 
-    With their shares of one optimizer step: a sequence's of the dense part's, a row's of the experts'.
+    With their shares of one optimizer step: a sequence's of the dense part's, a row's of the experts'; without where
+    states are shared out, as holders then step equal parts whatever they attend to or compute.
     """
 
     count: int
@@ -77,6 +78,8 @@ def _speed(cost: CostModel, name: str, micro_batch_limit: int) -> Speed:
     row = min(sum(device.expert(rows)[:2]) / rows for total in totals if (rows := cost.rows_per_expert(total)) > 0)
     if cost.shares is not None:  # rows and parameters are not in proportion: the experts' step is left out
         return Speed(count, sequence, _loaded_row_seconds(cost, device, max(totals)))
+    if cost.train.dense_state != "replicated":
+        return Speed(count, sequence, row)
     model = cost.model
     dense = cost.optimizer_seconds(device, model.dense_parameters) / batch
     experts = cost.optimizer_seconds(device, model.parameters - model.dense_parameters) / rows_of(cost)
