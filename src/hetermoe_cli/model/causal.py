@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hetermoe_cli.model import attention_products
 from hetermoe_cli.model.documents import Documents
 
 _VARLEN_CAPABILITY, _VARLEN_WIDEST_HEAD = (8, 0), 256  # FlashAttention 2's
@@ -64,9 +65,9 @@ def _attend_within(
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """All [B, heads, S, D]: torch's best kernel, whose backward is in fp32 where that is faster."""
-    if _is_slow_backward(query):
-        return _WideBackward.apply(query, key, value, scale)  # type: ignore[no-any-return, no-untyped-call]
+    """All [B, heads, S, D]: torch's best kernel, with a backward of our own where that is faster."""
+    if attention_products.suits(query) or _is_slow_backward(query):
+        return _OwnBackward.apply(query, key, value, scale)  # type: ignore[no-any-return, no-untyped-call]
     return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
 
 
@@ -81,8 +82,8 @@ def _is_slow_backward(query: Tensor) -> bool:
     return query.dtype == torch.float16 or query.shape[-2] * query.shape[-1] <= _LARGEST_SLOW
 
 
-class _WideBackward(torch.autograd.Function):
-    """The CPU's FlashAttention, causal; backward computes in fp32 what forward kept in its own precision."""
+class _OwnBackward(torch.autograd.Function):
+    """The CPU's FlashAttention, causal; backward is products in bf16, where those are fast, or its own in fp32."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -94,9 +95,12 @@ class _WideBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        *narrow, logsumexp = ctx.saved_tensors
+        query, key, value, mixed, logsumexp = ctx.saved_tensors
+        narrow = gradients[0], query, key, value, mixed
+        if attention_products.suits(query):
+            return *attention_products.backward(*narrow, logsumexp, ctx.scale), None
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        wide = (x.float() for x in (gradients[0], *narrow))
+        wide = (x.float() for x in narrow)
         found = kernel(*wide, logsumexp, 0.0, True, scale=ctx.scale)
         to_query, to_key, to_value = (x.to(gradients[0].dtype) for x in found)
         return to_query, to_key, to_value, None
