@@ -1,11 +1,13 @@
-"""What a worker that cannot go on leaves in its log, and what one that skips a step leaves in its metrics."""
+"""What a worker that cannot go on leaves in its log, and what others leave in metrics and status."""
 
 import json
 import os
 import sys
+from contextlib import nullcontext
 from math import inf, nan
 from pathlib import Path
-from typing import NoReturn
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from builders import make_plan
 from hetermoe_cli.errors import ExitCode
 from hetermoe_cli.runtime import worker
 from hetermoe_cli.runtime.peers import PeerLost, peer_errors
-from hetermoe_cli.runtime.recorder import METRICS, Recorder
+from hetermoe_cli.runtime.recorder import METRICS, STATUS, Recorder
 from hetermoe_cli.runtime.trainer import StepResult
 from hetermoe_cli.spec.run import RunSpec
 
@@ -61,3 +63,30 @@ def test_metrics_of_a_step_that_overflowed_are_json(tmp_path: Path) -> None:
     text = (tmp_path / METRICS).read_text()
     line = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in {text}"))
     assert [line[name] for name in ("loss", "auxiliary_loss", "z_loss", "gradient_norm")] == [None] * 4
+
+
+@pytest.mark.parametrize(("asked", "state", "steps"), [(1, "interrupted", 2), (2, "finished", 3)])
+def test_a_run_that_is_interrupted_in_its_last_step_has_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: int, state: str, steps: int
+) -> None:
+    """`asked`: the step in which a stop is asked for, of three. Resuming would refuse to go on after the last one."""
+    run = RunSpec(plan=make_plan(), folder=str(tmp_path), corpus_sha256="0", precision="fp32", steps=3)
+    rows = np.ones((run.model.layers, run.model.experts))
+
+    def take(batches: object, step: int, record: bool) -> StepResult:
+        return StepResult(1.0, (0.0, 0.0), 1.0, 1e-3, rows, step == asked, 0.0, None, False)
+
+    clock, engine = SimpleNamespace(spans=[], starts={}), SimpleNamespace(counts=None)
+    trainer: Any = SimpleNamespace(step=take, engine=engine, clock=clock, validate=lambda *_: 2.0)
+    balancer = SimpleNamespace(run=run, after=lambda *_: None)
+    monkeypatch.setattr(worker, "Balancer", lambda *_: balancer)
+    monkeypatch.setattr(worker, "save", lambda *_: tmp_path / "checkpoint")
+    monkeypatch.setattr(worker, "_summary", lambda _: {})
+    recorder = Recorder(run, 0)
+    monkeypatch.setattr(recorder, "load", lambda *_: None)
+    monkeypatch.setattr(recorder, "trace", lambda *_: None)
+    meter: Any = SimpleNamespace(step=nullcontext)
+    worker._loop(run, trainer, recorder, (None, None), meter)
+    status = json.loads((tmp_path / STATUS).read_text())
+    assert (status["state"], status["saved_step"]) == (state, steps)
+    assert status.get("validation_loss") == (2.0 if state == "finished" else None)

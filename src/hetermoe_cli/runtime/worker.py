@@ -162,7 +162,8 @@ def _loop(
             result = trainer.step(training, step, record=step in traced and balancer.run is run)
         recorder.load(step, trainer.engine.counts)
         _report(balancer.run, recorder, step, result, time.monotonic() - began)
-        step, stop = step + 1, result.stop
+        step += 1
+        stop = result.stop and step < run.steps  # nothing is left to go on with after the last one
         if step < run.steps and not stop:
             balancer.after(step, result)
         if run.validate_every and step % run.validate_every == 0 and step < run.steps and not stop:
