@@ -72,14 +72,6 @@ def _profile(device: str, model: Path | str, precision: str, output: Path) -> di
 def _run(name: str, nodes: list[tuple[str, int]], parts: list[list[int]], precision: Precision) -> dict[str, Any]:
     """Train a layout laid out by hand: `parts` are sequences per micro-batch and hosted experts of every rank."""
     sequences, hosted = parts
-    link = Link(bandwidth_gigabytes_per_second=1.0, latency_microseconds=300.0)  # of gloo; times are not judged by it
-    cluster = ClusterSpec(
-        name="this-machine",
-        nodes=[
-            NodeGroup(name=f"part{i}", device=device, devices=count, network=link, interconnect=link)
-            for i, (device, count) in enumerate(nodes)
-        ],
-    )
     ends = [sum(hosted[: rank + 1]) for rank in range(len(hosted))]
     experts = [list(range(end - count, end)) for end, count in zip(ends, hosted, strict=True)]
     layout = Layout(
@@ -95,7 +87,7 @@ def _run(name: str, nodes: list[tuple[str, int]], parts: list[list[int]], precis
         warmup_steps=1,
     )
     folders = [FOLDER / "profiles"]
-    inputs = collect_inputs(MODEL, cluster, train, folders)
+    inputs = collect_inputs(MODEL, one_machine(nodes), train, folders)
     place = FOLDER / f"{name} {precision}".replace(" ", "-")
     plan = place.with_suffix(".yaml")
     dump(manual_plan(inputs, LayoutCost(CostModel(inputs), layout)), plan, "A layout of scripts/bench_gpu.py.")
@@ -108,6 +100,18 @@ def _run(name: str, nodes: list[tuple[str, int]], parts: list[list[int]], precis
         "predicted_seconds": timed[0]["predicted_iteration_seconds"],
         "count_wait_seconds": median(line.get("count_wait_seconds", 0.0) for line in timed),
     }
+
+
+def one_machine(devices: list[tuple[str, int]]) -> ClusterSpec:
+    """This machine, with so many devices of each type."""
+    link = Link(bandwidth_gigabytes_per_second=1.0, latency_microseconds=300.0)  # of gloo; times are not judged by it
+    return ClusterSpec(
+        name="this-machine",
+        nodes=[
+            NodeGroup(name=device, machine="this", device=device, devices=count, network=link, interconnect=link)
+            for device, count in devices
+        ],
+    )
 
 
 def _bars(found: dict[str, Any]) -> list[bars.Bar]:

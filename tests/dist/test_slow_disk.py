@@ -64,3 +64,17 @@ def lose_one(rank: int) -> None:
 def test_a_rank_that_dies_meanwhile_is_noticed_at_once() -> None:
     with pytest.raises(AssertionError, match=r"rank 0: [^$]*RuntimeError: lost after [0-9] s\n*rank 1: the process died"):
         run_workers(2, lose_one, timeout=60)
+
+
+def waits(rank: int) -> list[timedelta]:
+    from hetermoe_cli.runtime.mesh import join
+
+    mesh = join(measured_plan().world, "cpu")
+    groups = [mesh.to_experts, mesh.from_experts, *mesh.shared.values()]
+    return [group._get_backend(mesh.device).options._timeout for group in groups]
+
+
+def test_every_group_waits_ten_minutes_for_a_message() -> None:
+    for found in run_workers(2, waits):
+        assert len(found) >= 2
+        assert set(found) == {timedelta(minutes=10)}

@@ -50,14 +50,30 @@ def test_the_first_failure(tmp_path: Path, codes: dict[int, int], code: int, exp
         assert tail == ["more of 1", "last of 1"]
 
 
-WATCHDOG = """terminate called after throwing an instance of 'c10::DistBackendError'
-  what():  [PG ID 0 PG GUID 0 Rank 1] Process group watchdog thread terminated with exception: {cause}
-Exception raised from run at /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:2176 (most recent call first):
-frame #0: c10::Error::Error(c10::SourceLocation, std::string) + 0x80
-frame #1: clone + 0x43
-"""
-LOST = WATCHDOG.format(cause="NCCL error: remote process exited or there was a network error")
-FAULT = WATCHDOG.format(cause="CUDA error: an illegal memory access was encountered")
+def stack(place: str, frames: int) -> str:
+    calls = "".join(f"frame #{n}: c10d::ProcessGroupNCCL::Watchdog::run() + 0x{n:x}\n" for n in range(frames))
+    return f"Exception raised from {place} (most recent call first):\n{calls}\n"
+
+
+def watchdog(cause: str) -> str:
+    """As torch's ends a process: the cause and where, the same again, and where it was thrown on."""
+    told = "Process group watchdog thread terminated with exception:"
+    first = f"{cause}\n\n{stack('c10_cuda_check_implementation at /pytorch/c10/cuda/CUDAException.cpp:43', 10)}"
+    return (
+        f"[rank1]:[E409 ProcessGroupNCCL.cpp:2057] [PG ID 0 PG GUID 0(default_pg) Rank 1] {told} {first}"
+        f"terminate called after throwing an instance of 'c10::DistBackendError'\n"
+        f"  what():  [PG ID 0 PG GUID 0(default_pg) Rank 1] {told} {first}"
+        f"{stack('run at /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:2063', 6)}"
+    )
+
+
+LOST = watchdog("NCCL error: remote process exited or there was a network error")
+FAULT = watchdog(
+    "CUDA error: an illegal memory access was encountered\n"
+    "CUDA kernel errors might be asynchronously reported at some other API call\n"
+    "For debugging consider passing CUDA_LAUNCH_BLOCKING=1\n"
+    "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."
+)
 KILL, ABORT = -signal.SIGKILL, -signal.SIGABRT
 
 

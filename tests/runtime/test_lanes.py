@@ -2,6 +2,8 @@
 calls of a rank in one (NCCL)."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,9 +57,9 @@ def test_a_failure_wakes_who_waits_for_a_turn() -> None:
 class Sender:
     """Rank 0 of two: it sends one dispatch after another; what a carrier would move is kept."""
 
-    def __init__(self, ordered: bool = False) -> None:
+    def __init__(self, ordered: bool = False, device: str = "cpu") -> None:
         self.moved: list[str] = []
-        mesh: Any = SimpleNamespace(rank=0, device=torch.device("cpu"), ordered=ordered)
+        mesh: Any = SimpleNamespace(rank=0, device=torch.device(device), ordered=ordered)
         self.lanes = Lanes(mesh)
         moves = [parse_action(text) for text in ("0DF0", "0DF1", "0DF2")]
         every = dict.fromkeys(moves, (0,)), dict.fromkeys(moves, (1,))
@@ -88,3 +90,25 @@ def test_a_lane_ends_with_what_could_not_be_moved() -> None:
     sender.put("0DF0", rows=0)
     with pytest.raises(ValueError, match="no rows"):
         sender.lanes.finish()
+
+
+def test_the_threads_of_a_rank_on_a_later_card_leave_card_0_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CUDA has it: a thread begins on card 0, and a stream's context goes back to where it came from."""
+    here = threading.local()
+    left: list[int] = []
+
+    @contextmanager
+    def stream(device: int) -> Iterator[None]:
+        before, here.device = getattr(here, "device", 0), device
+        yield
+        here.device = before
+        left.append(before)
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(here, "device", device.index))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device.index)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    sender = Sender(device="cuda:1")
+    for text in ("0DF0", "0DF1", "0DF2"):
+        sender.put(text)
+    sender.lanes.finish()
+    assert left == [1]

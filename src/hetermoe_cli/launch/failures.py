@@ -10,7 +10,7 @@ from hetermoe_cli.launch.ends import PeerFailure
 from hetermoe_cli.runtime.recorder import CHECKPOINTS
 
 _LOG_TAIL_LINES = 15
-_PREFIX = "hetermoe: error: "
+_PREFIX, _FRAME = "hetermoe: error: ", "frame #"
 _FOLLOWING = (ExitCode.WORKER_DIED, -signal.SIGTERM)  # lost a peer, or were ended by the launcher
 _TOLD = (ExitCode.BAD_INPUT, ExitCode.DOES_NOT_FIT)  # in one line
 _TERMINATION_SECONDS = 30  # torch kills workers that have not ended so long after it asked them to
@@ -77,8 +77,10 @@ def _log(logs: Path, local_rank: int) -> Path | None:
 
 
 def _lines(logs: Path, local_rank: int) -> list[str]:
+    """Without the frames of C++ stacks: NCCL's watchdog prints several, of 6 to 10 each, and the cause before them."""
     log = _log(logs, local_rank)
-    return [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log else []
+    lines = log.read_text(errors="replace").splitlines() if log else []
+    return [line for line in lines if line.strip() and not line.startswith(_FRAME)]
 
 
 def _errors(log: Path) -> list[str]:

@@ -102,7 +102,7 @@ class Lanes:
     """
 
     def __init__(self, mesh: Mesh) -> None:
-        self._pool = ThreadPoolExecutor(LANES, thread_name_prefix="lane")
+        self._pool = ThreadPoolExecutor(LANES, "lane", _work_on, (mesh.device,))
         self._streams = [_stream(mesh.device) for _ in range(LANES)]
         self._rank, self._ordered = mesh.rank, mesh.ordered
         self._turns: Turns | None = None
@@ -201,6 +201,13 @@ class Turns:
         with self._changed:
             self._aborted = True
             self._changed.notify_all()
+
+
+def _work_on(device: torch.device) -> None:
+    """In a new thread, whose device is card 0 whatever its process chose: setting that again after a pass would take
+    half a gigabyte there for a context."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _stream(device: torch.device) -> "torch.cuda.Stream | None":

@@ -162,7 +162,7 @@ def _groups(
     """The lanes of this process' copy, and the groups of its shares by their members. All processes make all of them,
     in one order."""
     number, _ = world.seat(process)
-    lanes = [[dist.new_group(list(replica.processes)) for _ in range(2)] for replica in world.replicas][number]
+    lanes = [[_new_group(replica.processes) for _ in range(2)] for replica in world.replicas][number]
     shared = _communicators(world.communicators(), process)
     for lane in lanes:  # NCCL wants all ranks in a group's first call, and a first transfer may leave some out
         dist.all_reduce(torch.zeros(1, device=wire), group=lane)
@@ -171,8 +171,13 @@ def _groups(
 
 def _communicators(members: Iterable[tuple[int, ...]], process: int) -> dict[tuple[int, ...], dist.ProcessGroup]:
     """Of these groups the ones that this process is in. All processes make all of them, in one order."""
-    made = {ranks: dist.new_group(list(ranks)) for ranks in members}
+    made = {ranks: _new_group(ranks) for ranks in members}
     return {ranks: group for ranks, group in made.items() if process in ranks}
+
+
+def _new_group(members: Sequence[int]) -> dist.ProcessGroup:
+    """It would not wait as long as the group of all processes: half an hour with gloo."""
+    return dist.new_group(list(members), timeout=TIMEOUT)  # type: ignore[no-any-return]
 
 
 def regroup(mesh: Mesh, before: World, after: World) -> None:

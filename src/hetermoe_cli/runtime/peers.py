@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(minutes=10)
@@ -18,9 +19,12 @@ class PeerLost(Exception):
 
 @contextmanager
 def peer_errors() -> Iterator[None]:
-    """Around collective or point-to-point calls: their failure means that a peer died."""
+    """Around collective or point-to-point calls: their failure means that a peer died, unless it is this rank's own
+    device's, which tells of kernels that failed before in whatever is called next."""
     try:
         yield
+    except (torch.AcceleratorError, torch.OutOfMemoryError):
+        raise
     except RuntimeError as error:
         raise PeerLost(f"lost a peer: {' '.join(str(error).split())}") from error  # NCCL's cause is on later lines
 
