@@ -1,6 +1,7 @@
 """spec/files.py: strict reading, one-line errors, atomic writing."""
 
 import errno
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,30 @@ def test_a_validators_reason_is_shown_without_pydantic_noise(tmp_path: Path) -> 
 def test_another_schema_version_is_refused(tmp_path: Path, version: str) -> None:
     text = GOOD.replace("schema_version: 1", f"schema_version: {version}")
     assert "this hetermoe reads version 1: regenerate the file" in error_of(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("version", ["0x" + 9000 * "f", "*j"])
+def test_a_schema_version_of_any_size_is_refused_in_a_short_line(tmp_path: Path, version: str) -> None:
+    names = "abcdefghij"
+    bomb = "".join(f"{new}: &{new} [{9 * f'*{old}, '}]\n" for old, new in itertools.pairwise(names))  # 9^9 elements
+    text = GOOD.replace("schema_version: 1", f"a: &a []\n{bomb}schema_version: {version}")
+    assert len(error_of(write(tmp_path, text))) < 150
+
+
+def test_a_field_that_is_written_twice_is_refused(tmp_path: Path) -> None:
+    found = error_of(write(tmp_path, GOOD + "sequence_length: 32\n"))
+    assert found == "line 5: malformed YAML (field sequence_length is written twice: remove one)"
+
+
+def test_a_merged_field_may_be_written_again(tmp_path: Path) -> None:
+    assert read_yaml(write(tmp_path, "a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n"))["b"] == {"x": 3, "y": 2}
+
+
+@pytest.mark.parametrize("field", ["recompute", "dense_state"])
+def test_every_choice_is_told(tmp_path: Path, field: str) -> None:
+    found = error_of(write(tmp_path, GOOD + f"{field}: some\n"))
+    assert found.startswith(f"field {field}: Input should be ")
+    assert "'auto'" in found
 
 
 def test_another_kind_is_refused(tmp_path: Path) -> None:
