@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.spec.files import dump, load, read_text, read_yaml, write_atomic
+from hetermoe_cli.spec.files import check_writable, dump, load, read_text, read_yaml, write_atomic
 from hetermoe_cli.spec.train import TrainSpec
 
 GOOD = "kind: train\nschema_version: 1\nsequence_length: 64\nglobal_batch_sequences: 8\n"
@@ -196,3 +196,18 @@ def test_writing_over_a_folder_or_under_a_file_is_a_user_error(tmp_path: Path) -
     with pytest.raises(UserError, match="cannot be written"):
         write_atomic(tmp_path / "file" / "below", "text")
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_what_cannot_be_written_is_told_before_and_makes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, reason in (
+        (tmp_path, "Is a directory"),
+        (tmp_path / "file" / "plan.yaml", "Not a directory"),
+        (tmp_path / "file" / "sub" / "plan.yaml", "Not a directory"),
+    ):
+        with pytest.raises(UserError) as caught:
+            check_writable(path)
+        assert str(caught.value) == f"{path}: cannot be written ({reason})"
+    check_writable(tmp_path / "file")
+    check_writable(tmp_path / "new" / "folder" / "plan.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

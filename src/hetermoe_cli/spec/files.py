@@ -1,5 +1,6 @@
 """Read and write specs as YAML: strict reading, one-line errors, atomic writing."""
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -80,6 +81,20 @@ def dump(spec: Spec, path: Path, header: str = "") -> None:
     body = yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=120, default_flow_style=None)
     comment = "".join(f"# {line}\n" for line in header.splitlines())
     write_atomic(path, comment + body)
+
+
+def check_writable(path: Path) -> None:
+    """UserError if `path` can be no file that is written; asked before the work that it is for. Writes nothing."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir():
+        reason = errno.EISDIR
+    elif not folder.is_dir():
+        reason = errno.ENOTDIR
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason = errno.EACCES
+    else:
+        return
+    raise UserError(f"{path}: cannot be written ({os.strerror(reason)})")
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
