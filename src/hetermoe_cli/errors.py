@@ -7,6 +7,7 @@ class ExitCode(IntEnum):
     """Process exit codes; the README documents the same table."""
 
     DONE = 0
+    NO_READER = 1  # typer's and rich's code as well
     USAGE = 2
     BAD_INPUT = 3
     DOES_NOT_FIT = 4

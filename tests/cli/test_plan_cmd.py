@@ -23,6 +23,12 @@ def hetermoe(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[s
     return done
 
 
+def test_an_output_that_cannot_be_written_is_told_before_the_search(files: dict[str, Path]) -> None:
+    output = files["cluster"] / "plan.yaml"
+    done = hetermoe(*arguments(files | {"output": output}), "--solver", "none", code=3)  # the search would end with 5
+    assert done.stderr == f"hetermoe: error: {output}: cannot be written (Not a directory)\n"
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
     """Model, cluster, training spec and profiles of a small instance."""

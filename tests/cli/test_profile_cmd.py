@@ -198,7 +198,7 @@ def test_an_unreadable_profile_is_refused_before_measuring(
 def test_an_output_that_is_a_file_is_refused(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("mine")
     code, _, err = cli(*SMALL_RUN, "--output", str(tmp_path / "taken"))
-    assert (code, "is not a folder" in err) == (ExitCode.BAD_INPUT, True)
+    assert (code, "cannot be written (Not a directory)" in err) == (ExitCode.BAD_INPUT, True)
     assert (tmp_path / "taken").read_text() == "mine"
 
 

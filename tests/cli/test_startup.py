@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -68,3 +69,31 @@ def test_an_unknown_command_is_a_usage_error() -> None:
     result = hetermoe("fly")
     assert (result.returncode, result.stdout) == (2, "")
     assert "No such command 'fly'" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("plan", "--help")])
+def test_a_full_disk_behind_stdout_is_told_in_one_line(arguments: tuple[str, ...]) -> None:
+    run = f"import sys; sys.argv = ['hetermoe', *{arguments!r}]; from hetermoe_cli.cli.main import main; main()"
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run([sys.executable, "-c", run], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert result.returncode == 3
+    assert result.stderr == (
+        "hetermoe: error: No space left on device: check the path, its permissions and the space on the disk\n"
+    )
+
+
+def test_a_reader_that_is_gone_is_no_error() -> None:
+    run = "import sys; sys.argv = ['hetermoe', '--help']; from hetermoe_cli.cli.main import main; main()"
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run([sys.executable, "-c", run], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+def test_a_name_that_no_file_can_have_is_told_in_one_line() -> None:
+    name = 300 * "x"
+    result = hetermoe("plan", "--model", name, "--cluster", "c.yaml", "--train", "t.yaml")
+    assert (result.returncode, result.stdout) == (3, "")
+    assert result.stderr.startswith(f"hetermoe: error: {name}: File name too long: check the path")
+    assert result.stderr.count("\n") == 1

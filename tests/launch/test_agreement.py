@@ -8,6 +8,7 @@ from test_meeting import meet
 from builders import make_plan
 from hetermoe_cli.launch import agreement
 from hetermoe_cli.launch.agreement import agreed_run
+from hetermoe_cli.launch.local import claimed
 from hetermoe_cli.spec.run import RunSpec
 
 
@@ -38,3 +39,20 @@ def test_folders_that_are_not_shared_and_other_options(tmp_path: Path, monkeypat
         lambda found: agreed_run(found, lambda: a_run(tmp_path / "a", steps=4)),
     )
     assert "field steps: node 1 was started with another one than node 0" in str(results[1])
+
+
+def test_a_folder_in_which_a_run_is_at_work_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def start() -> list[object]:
+        return meet(
+            lambda found: agreed_run(found, lambda: a_run(folder)),
+            lambda found: agreed_run(found, lambda: a_run(folder)),
+        )
+
+    with claimed(folder):
+        busy = "another `hetermoe train` is at work in it: wait for its end, or name another --run-folder"
+        assert start()[0] == (3, f"{folder}: {busy}")
+        assert not (folder / "run.yaml").exists()
+    assert start() == [a_run(folder)] * 2
+    assert start() == [a_run(folder)] * 2  # a claim ends with its meeting

@@ -20,3 +20,10 @@ def test_steps_that_an_earlier_start_did_are_not_shown_for_this_one(tmp_path: Pa
     metrics.write_text(json.dumps(new) + "\n")
     assert follower._new_lines() == [new]
     assert follower._new_lines() == []
+
+
+def test_a_broken_line_does_not_end_the_follower(tmp_path: Path) -> None:
+    run = RunSpec(plan=make_plan(), folder=str(tmp_path), corpus_sha256="0", precision="fp32", steps=3)
+    step = {"event": "step", "step": 0, "time": time.time() + 60}
+    (tmp_path / "metrics.jsonl").write_text("nonsense\n[1]\n" + json.dumps(step) + "\n")
+    assert Follower(run)._new_lines() == [step]

@@ -261,9 +261,10 @@ def test_loads_of_another_run(tmp_path: Path, steps: int) -> None:
         calibrate(folder)
 
 
-def test_a_broken_load_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"not numpy", b""])
+def test_a_broken_load_file(tmp_path: Path, content: bytes) -> None:
     folder = write_run(tmp_path, measured_plan())
-    load_path(folder, 1).write_bytes(b"not numpy")
+    load_path(folder, 1).write_bytes(content)
     with pytest.raises(UserError, match=r"rank1\.npy: not the expert rows"):
         calibrate(folder)
 

@@ -58,6 +58,9 @@ def test_broken_runs(folder: Path, tmp_path: Path) -> None:
     np.save(path, np.zeros((2, 3), dtype=np.int32))
     with pytest.raises(UserError, match="not the expert rows of this run"):
         read_load(folder)
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="not the expert rows of this run"):
+        read_load(folder)
     path.unlink()
     with pytest.raises(UserError, match=r"rank1\.npy"):
         read_load(folder)

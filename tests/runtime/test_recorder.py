@@ -39,3 +39,19 @@ def test_a_full_disk_is_told_before_the_first_step(tmp_path: Path, monkeypatch: 
         Recorder(a_run(tmp_path, start_step=5), 0)
     assert [path.name for path in load_path(tmp_path, 0).parent.iterdir()] == ["rank0.npy"]
     assert (np.load(load_path(tmp_path, 0))[3] == 7).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"not numpy"])
+def test_loads_that_a_crash_destroyed_do_not_keep_a_run_from_going_on(tmp_path: Path, content: bytes) -> None:
+    path = load_path(tmp_path, 0)
+    path.parent.mkdir()
+    path.write_bytes(content)
+    Recorder(a_run(tmp_path, start_step=1), 0)
+    assert not np.load(path).any()
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"a": 1}'])
+def test_metrics_that_are_none_are_told_with_their_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"event": "step", "step": 0}\n' + line + "\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2: no event of a run: remove the line"):
+        Recorder(a_run(tmp_path, start_step=1), 0)

@@ -83,9 +83,10 @@ def test_the_number_of_devices_is_right(text: str) -> None:
         ("-1 A40,-2 A40", "2 A40 to remove, there are 1"),
         ("-1 T4", "1 T4 to remove, there are 0"),
         ("-2 A40,-12 V100", "no device would be left"),
+        ("+99999999999 A40", "at most 16384 can be planned"),
     ],
 )
-def test_more_removed_than_there_are(text: str, words: str) -> None:
+def test_impossible_changes(text: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         changed_cluster(CLUSTER, parse_change(text))
 

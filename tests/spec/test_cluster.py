@@ -56,6 +56,20 @@ def test_an_unknown_link_name_is_told_with_its_field() -> None:
         devices(spec, {"ethernet": SLOW})
 
 
+def test_wrong_numbers_of_a_link_are_told_and_not_that_it_has_no_name() -> None:
+    with pytest.raises(ValidationError) as caught:
+        group("a", "A40", 1, 1, network={"bandwith_gigabytes_per_second": 1, "latency_microseconds": 1})
+    assert {error["loc"][-1] for error in caught.value.errors()} == {
+        "bandwidth_gigabytes_per_second",
+        "bandwith_gigabytes_per_second",
+    }
+
+
+def test_more_devices_than_can_be_planned_are_refused_at_once() -> None:
+    with pytest.raises(ValidationError, match="at most 16384 can be planned: check count and devices"):
+        cluster(group("a", "A40", 10**30, 1))
+
+
 def test_more_nics_than_devices_are_refused() -> None:
     with pytest.raises(ValidationError, match="nics 3 is larger than devices 2"):
         group("a", "A40", 1, 2, nics=3)

@@ -83,3 +83,8 @@ def test_a_plan_hashes_its_load_and_checks_its_shape(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="2 layers of 3 experts"):
         load(Plan, path)
+
+
+def test_figures_whose_sum_is_no_number_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"layers\.0: the figures are too large to add up: write shares"):
+        ExpertLoad(layers=[[1e308, 1e308]])

@@ -1,6 +1,7 @@
 """spec/files.py: strict reading, one-line errors, atomic writing."""
 
 import errno
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.spec.files import dump, load, read_text, read_yaml, write_atomic
+from hetermoe_cli.spec.files import check_writable, dump, load, read_text, read_yaml, write_atomic
 from hetermoe_cli.spec.train import TrainSpec
 
 GOOD = "kind: train\nschema_version: 1\nsequence_length: 64\nglobal_batch_sequences: 8\n"
@@ -113,6 +114,30 @@ def test_another_schema_version_is_refused(tmp_path: Path, version: str) -> None
     assert "this hetermoe reads version 1: regenerate the file" in error_of(write(tmp_path, text))
 
 
+@pytest.mark.parametrize("version", ["0x" + 9000 * "f", "*j"])
+def test_a_schema_version_of_any_size_is_refused_in_a_short_line(tmp_path: Path, version: str) -> None:
+    names = "abcdefghij"
+    bomb = "".join(f"{new}: &{new} [{9 * f'*{old}, '}]\n" for old, new in itertools.pairwise(names))  # 9^9 elements
+    text = GOOD.replace("schema_version: 1", f"a: &a []\n{bomb}schema_version: {version}")
+    assert len(error_of(write(tmp_path, text))) < 150
+
+
+def test_a_field_that_is_written_twice_is_refused(tmp_path: Path) -> None:
+    found = error_of(write(tmp_path, GOOD + "sequence_length: 32\n"))
+    assert found == "line 5: malformed YAML (field sequence_length is written twice: remove one)"
+
+
+def test_a_merged_field_may_be_written_again(tmp_path: Path) -> None:
+    assert read_yaml(write(tmp_path, "a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n"))["b"] == {"x": 3, "y": 2}
+
+
+@pytest.mark.parametrize("field", ["recompute", "dense_state"])
+def test_every_choice_is_told(tmp_path: Path, field: str) -> None:
+    found = error_of(write(tmp_path, GOOD + f"{field}: some\n"))
+    assert found.startswith(f"field {field}: Input should be ")
+    assert "'auto'" in found
+
+
 def test_another_kind_is_refused(tmp_path: Path) -> None:
     assert error_of(write(tmp_path, GOOD.replace("train", "plan"))) == "field kind: Input should be 'train'"
 
@@ -171,3 +196,18 @@ def test_writing_over_a_folder_or_under_a_file_is_a_user_error(tmp_path: Path) -
     with pytest.raises(UserError, match="cannot be written"):
         write_atomic(tmp_path / "file" / "below", "text")
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_what_cannot_be_written_is_told_before_and_makes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, reason in (
+        (tmp_path, "Is a directory"),
+        (tmp_path / "file" / "plan.yaml", "Not a directory"),
+        (tmp_path / "file" / "sub" / "plan.yaml", "Not a directory"),
+    ):
+        with pytest.raises(UserError) as caught:
+            check_writable(path)
+        assert str(caught.value) == f"{path}: cannot be written ({reason})"
+    check_writable(tmp_path / "file")
+    check_writable(tmp_path / "new" / "folder" / "plan.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -313,7 +313,13 @@ def test_hugging_face_refusals_of_deepseek_v3(tmp_path: Path, changes: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("{\n 'a': 1}", "line 2: malformed JSON"), ("[]", "or 'deepseek_v3', found 'list'")]
+    ("text", "words"),
+    [
+        ("{\n 'a': 1}", "line 2: malformed JSON"),
+        ("[]", "or 'deepseek_v3', found 'list'"),
+        (100_000 * "[", "maximum recursion depth exceeded"),
+        (5_000 * "9", "Exceeds the limit"),
+    ],
 )
 def test_json_that_is_no_config(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "config.json"

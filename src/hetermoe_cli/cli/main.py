@@ -1,7 +1,9 @@
 """The `hetermoe` command: one sub-command a file, errors as one line on stderr, documented exit codes."""
 
+import contextlib
 import os
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -28,9 +30,34 @@ def main() -> None:
     """Entry point of the console script."""
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as machines are described; CUDA's own: fastest first
     try:
-        app()
+        _run()
     except UserError as error:
-        print(f"hetermoe: error: {error}", file=sys.stderr)
-        sys.exit(int(error.code))
+        _fail(str(error), error.code)
+    except BrokenPipeError:
+        sys.exit(int(ExitCode.NO_READER))
+    except OSError as error:  # what no command looks for: a full disk behind stdout, a name that is too long
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}: check the path, its permissions and the space on the disk")
+    except MemoryError as error:
+        _fail(f"this machine's memory is too small for these inputs: {error or 'no more to be had'}")
     except KeyboardInterrupt:
         sys.exit(int(ExitCode.INTERRUPTED))
+
+
+def _run() -> None:
+    """The command; what it printed is written before it counts as done, as nobody sees a failure after that."""
+    try:
+        app()
+    finally:
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:
+            with contextlib.suppress(OSError):  # what is left must not fail again at the interpreter's end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise
+
+
+def _fail(message: str, code: ExitCode = ExitCode.BAD_INPUT) -> NoReturn:
+    print(f"hetermoe: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(int(code))

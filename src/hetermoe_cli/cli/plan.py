@@ -100,10 +100,11 @@ def plan(
     from hetermoe_cli.planner.plan import PlanOptions, make_plan
     from hetermoe_cli.planner.solver import SolverOptions
     from hetermoe_cli.planner.what_if import what_if as plan_variants
-    from hetermoe_cli.spec.files import dump
+    from hetermoe_cli.spec.files import check_writable, dump
 
     variants = _variants(inputs, what_if or [], explain, profiles)
     path = output or Path("plans") / f"{inputs.model.name}-{inputs.cluster.name}.yaml"
+    check_writable(path)
     wanted = Wanted(objective, max_cost, max_groups)
     options = PlanOptions(assignment.value, SolverOptions(solver, time_limit), max_micro_batches, explain, wanted)
     with _progress() as progress:

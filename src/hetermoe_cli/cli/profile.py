@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hetermoe_cli.errors import UserError
-
 if TYPE_CHECKING:
     from hetermoe_cli.profiler.measure import Progress
     from hetermoe_cli.spec.cluster import LinkRecord
@@ -115,12 +113,11 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...]:
 
 
 def _existing(path: Path) -> "Profile | None":
-    """The profile to merge with; UserError before any measuring if it is unreadable or the folder is none."""
-    from hetermoe_cli.spec.files import load
+    """The profile to merge with; UserError before any measuring if it is unreadable or cannot be written."""
+    from hetermoe_cli.spec.files import check_writable, load
     from hetermoe_cli.spec.profile import Profile
 
-    if path.parent.exists() and not path.parent.is_dir():
-        raise UserError(f"{path.parent}: is not a folder; choose another --output")
+    check_writable(path)
     return load(Profile, path) if path.exists() else None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.launch.local import RUN_FILE, write_run
+from hetermoe_cli.launch.local import RUN_FILE, claimed, write_run
 from hetermoe_cli.launch.meeting import Meeting
 from hetermoe_cli.spec.files import load
 from hetermoe_cli.spec.run import RunSpec
@@ -25,6 +25,8 @@ def agreed_run(meeting: Meeting, prepare: Callable[[], RunSpec]) -> RunSpec:
     run = prepare()
     meeting.gather("checked")
     place = meeting.place
+    if place.node == 0:
+        meeting.kept.enter_context(claimed(Path(run.folder)))
     written = write_run(run, uuid.uuid4().hex if place.nodes > 1 else "") if place.node == 0 else None
     digest = meeting.gather("run", _digest(written) if written else "-")
     if not written:

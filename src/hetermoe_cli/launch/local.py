@@ -1,9 +1,12 @@
 """Start the workers of a run on this machine through torch's elastic agent, and tell how they ended."""
 
+import contextlib
+import fcntl
 import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 WORKER = "hetermoe_cli.runtime.worker"
 RUN_FILE = "run.yaml"
+LOCK_FILE = ".lock"
 # glibc gives memory at the top of its heap back and takes it again page by page: as experts' rows change from step to
 # step, that took up to 15 % of a worker's time. Blocks below 1 GiB stay with the process, in huge pages if the system
 # gives them (3 % of a step, 10 to 30 % of what only reads and writes). Who sets these keeps theirs.
@@ -43,6 +47,25 @@ def environment(run: RunSpec) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": str(run.threads_per_rank)}
 
 
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """No other launcher has the folder meanwhile, not on another machine either where the file system locks files.
+
+    UserError if one has it. The kernel lets go of what a killed launcher had.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{folder}: another `hetermoe train` is at work in it: wait for its end, or name another --run-folder"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def write_run(run: RunSpec, start: str = "") -> Path:
     """Write run.yaml into the run's folder, which it makes; `start`: a word in it that no other start has."""
     path = Path(run.folder) / RUN_FILE
@@ -57,7 +80,7 @@ def launch(run: RunSpec) -> None:
     """Write run.yaml and run all workers on this machine to the end; errors are those of `run_workers`."""
     from hetermoe_cli.launch.meeting import Meeting
 
-    with Meeting(Place()) as meeting:
+    with Meeting(Place()) as meeting, claimed(Path(run.folder)):
         write_run(run)
         run_workers(run, meeting)
 

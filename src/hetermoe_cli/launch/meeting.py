@@ -38,6 +38,7 @@ class Meeting:
     def __init__(self, place: Place) -> None:
         """Opens the store: node 0 listens, another node waits for it. UserError if it cannot."""
         self.place = place
+        self.kept = contextlib.ExitStack()  # what this node has until the end
         self.store: TCPStore = open_store(place)
         self._keys = PrefixStore("launchers", self.store)
         self._heard_of: dict[int, tuple[bytes, float]] = {}  # a node's last beat, and when it was first seen
@@ -55,6 +56,7 @@ class Meeting:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        self.kept.close()
         own = end_of(error)
         final = self._conclude(own) if self.place.nodes > 1 else own
         self._over.set()

@@ -1,6 +1,5 @@
 """The progress line of a run: follows metrics.jsonl, so that it shows what is on disk and nothing else."""
 
-import json
 import os
 import threading
 import time
@@ -10,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hetermoe_cli.runtime.recorder import METRICS
+from hetermoe_cli.runtime.recorder import METRICS, event_of
 from hetermoe_cli.spec.run import RunSpec
 
 _POLL_SECONDS = 0.25
@@ -58,7 +57,7 @@ class Follower:
 
     def _new_lines(self) -> list[dict[str, Any]]:
         """Events that have not been shown yet; not those of an earlier start, which the workers drop a little later."""
-        lines = [line for line in self._last_lines() if line["time"] >= self._began]
+        lines = [line for line in self._last_lines() if line.get("time", 0) >= self._began]
         fresh = [line for line in lines if (line["event"], line["step"]) not in self._shown]
         self._shown |= {(line["event"], line["step"]) for line in fresh}
         return fresh
@@ -72,7 +71,8 @@ class Follower:
             file.seek(start)
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1].splitlines()
-        return [json.loads(line) for line in (whole[1:] if start else whole)]
+        events = map(event_of, whole[1:] if start else whole)
+        return [event for event in events if event]  # of a broken line the worker tells
 
 
 class _Bar:

@@ -79,7 +79,7 @@ def recorded_load(run: RunSpec, step: int, copy: int = 0) -> RecordedLoad | None
             return None
         try:
             counts[rank] = np.load(path, mmap_mode="r", allow_pickle=False)[step]
-        except (OSError, ValueError, IndexError) as error:
+        except (OSError, ValueError, EOFError, IndexError) as error:
             raise UserError(f"{path}: not the expert rows of this run's step {step} ({error})") from error
     return RecordedLoad(counts, run.row_scale)
 

@@ -33,7 +33,7 @@ def _of_run(folder: Path) -> ExpertLoad:
             counts = np.load(path, mmap_mode="r", allow_pickle=False)  # [steps, layers, micro-batches, experts]
             own = counts.sum(axis=2, dtype=np.int64)
             rows = own if rows is None else rows + own
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path}: not the expert rows of this run ({error})") from error
     assert rows is not None  # somebody attends
     rows = rows[rows.any(axis=(1, 2))]  # steps that were run

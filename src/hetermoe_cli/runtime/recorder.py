@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,22 @@ def memory_path(folder: Path, rank: int) -> Path:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl; a last line cut off by a crash is left out. UserError if the file cannot be read."""
-    text = read_text(folder / METRICS)
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    path = folder / METRICS
+    text = read_text(path)
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    events = [event_of(line) for line in lines]
+    if None in events:
+        raise UserError(f"{path}: line {events.index(None) + 1}: no event of a run: remove the line")
+    return [event for event in events if event]
+
+
+def event_of(line: str | bytes) -> dict[str, Any] | None:
+    """What a line of metrics.jsonl tells; None if it is no such line."""
+    with suppress(ValueError):
+        data = json.loads(line)
+        if isinstance(data, dict) and {"event", "step"} <= data.keys():
+            return data
+    return None
 
 
 def read_rebalances(folder: Path) -> list[Rebalance]:
@@ -68,6 +82,13 @@ def _allocated(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
     return array
 
 
+def _earlier_loads(path: Path) -> NDArray[np.int32]:
+    """What an earlier start recorded; nothing where a crash left no array: that must not keep a run from going on."""
+    with suppress(OSError, ValueError, EOFError):
+        return np.asanyarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    return np.zeros(0, np.int32)
+
+
 class Recorder:
     """Rank 0 writes metrics and status; every rank its trace and peaks of memory; attending ranks their loads."""
 
@@ -88,7 +109,7 @@ class Recorder:
         path = load_path(self._folder, self._rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         shape = (self._run.steps, layout.layers, layout.micro_batches, layout.experts)
-        old = np.load(path, mmap_mode="r", allow_pickle=False) if path.exists() else np.zeros((0, *shape[1:]))
+        old = _earlier_loads(path)
         fresh = _allocated(path.with_suffix(".new"), shape)
         if old.shape[1:] == shape[1:]:  # earlier steps of the same layout
             kept = min(len(old), self._run.start_step)

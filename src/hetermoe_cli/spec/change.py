@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.spec.cluster import ClusterSpec, NodeGroup
+from hetermoe_cli.spec.cluster import MOST_DEVICES, ClusterSpec, NodeGroup
 
 _PART = re.compile(r"([+-])\s*(\d+)\s+(\S+)")
 
@@ -45,7 +45,12 @@ def changed_cluster(cluster: ClusterSpec, change: Change) -> ClusterSpec:
         nodes = [*nodes, _added(nodes, device, count)] if count > 0 else _removed(nodes, device, -count, change)
     if not nodes:
         raise UserError(f"--what-if {str(change)!r}: no device would be left")
-    return cluster.model_copy(update={"nodes": nodes})
+    changed = cluster.model_copy(update={"nodes": nodes})
+    if changed.world_size > MOST_DEVICES:
+        raise UserError(
+            f"--what-if {str(change)!r}: {changed.world_size} devices, at most {MOST_DEVICES} can be planned"
+        )
+    return changed
 
 
 def _added(nodes: Sequence[NodeGroup], device: str, count: int) -> NodeGroup:

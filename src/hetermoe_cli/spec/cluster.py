@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import date
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.base import ExtendedSpec, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec
+
+MOST_DEVICES = 16384  # the cost model keeps figures of pairs of them
 
 
 class Link(ExtendedSpec):
@@ -27,6 +29,14 @@ class Link(ExtendedSpec):
     def ring_bandwidth(self) -> float:
         """Bytes a second of an all-reduce's ring."""
         return 1e9 * (self.all_reduce_gigabytes_per_second or self.bandwidth_gigabytes_per_second)
+
+
+def _form(value: object) -> str:
+    return "name" if isinstance(value, str) else "numbers"
+
+
+# Told apart by their form, so that an error in the numbers does not say that a name was expected.
+LinkOrName = Annotated[Annotated[str, Tag("name")] | Annotated[Link, Tag("numbers")], Discriminator(_form)]
 
 
 class LinkRecord(Spec):
@@ -58,8 +68,8 @@ class NodeGroup(ExtendedSpec):
     device: str
     devices: PositiveInt
     nics: PositiveInt = 1
-    network: str | Link
-    interconnect: str | Link
+    network: LinkOrName
+    interconnect: LinkOrName
     price_per_hour: PositiveFloat | None = None
     machine: str | None = None
 
@@ -85,6 +95,10 @@ class ClusterSpec(Spec):
         names = [node.name for node in self.nodes]
         if len(set(names)) != len(names):
             raise ValueError(f"node names must differ, found {names}")
+        if self.world_size > MOST_DEVICES:
+            raise ValueError(
+                f"{self.world_size} devices, at most {MOST_DEVICES} can be planned: check count and devices"
+            )
         return self
 
     @property

@@ -1,5 +1,6 @@
 """Read and write specs as YAML: strict reading, one-line errors, atomic writing."""
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -13,8 +14,22 @@ from hetermoe_cli.spec.base import SCHEMA_VERSION, Spec
 
 SpecT = TypeVar("SpecT", bound=Spec)
 
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+class _Loader(_SafeLoader):  # type: ignore[misc]
+    """Refuses a field that is written twice, of which YAML's own would take the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    problem = f"field {key.value} is written twice: remove one"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def read_text(path: Path) -> str:
@@ -31,7 +46,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     text = read_text(path)
     try:
         data = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist, a number of 5,000 digits
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}:" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
@@ -46,7 +61,7 @@ def parse(cls: type[SpecT], data: dict[str, Any], source: str) -> SpecT:
     version = data.get("schema_version", SCHEMA_VERSION)
     if version != SCHEMA_VERSION:
         raise UserError(
-            f"{source}: schema_version is {version!r}, this hetermoe reads version {SCHEMA_VERSION}: "
+            f"{source}: schema_version is {_shown(version)}, this hetermoe reads version {SCHEMA_VERSION}: "
             "regenerate the file with this version"
         )
     try:
@@ -66,6 +81,20 @@ def dump(spec: Spec, path: Path, header: str = "") -> None:
     body = yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=120, default_flow_style=None)
     comment = "".join(f"# {line}\n" for line in header.splitlines())
     write_atomic(path, comment + body)
+
+
+def check_writable(path: Path) -> None:
+    """UserError if `path` can be no file that is written; asked before the work that it is for. Writes nothing."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir():
+        reason = errno.EISDIR
+    elif not folder.is_dir():
+        reason = errno.ENOTDIR
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason = errno.EACCES
+    else:
+        return
+    raise UserError(f"{path}: cannot be written ({os.strerror(reason)})")
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -89,6 +118,13 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             raise
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _shown(value: Any) -> str:
+    """A short text of something that a file may hold any amount of, even by aliases of aliases."""
+    if isinstance(value, int) and abs(value) >= 10**9:
+        return "a huge number"
+    return repr(value)[:40] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -71,6 +71,8 @@ def read_config(path: Path) -> dict[str, Any]:
         data = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno}: malformed JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; lists in lists without end
+        raise UserError(f"{path}: malformed JSON ({error})") from error
     kind = data.get("model_type") if isinstance(data, dict) else type(data).__name__
     if not isinstance(kind, str) or kind not in _ROPE_THETA:
         raise UserError(f"{path}: field model_type: expected 'mixtral' or 'deepseek_v3', found {kind!r}")

@@ -1,5 +1,6 @@
 """ExpertLoad: which share of a layer's rows each expert gets, instead of equal ones, and how that moves."""
 
+from math import isfinite
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -39,6 +40,8 @@ class ExpertLoad(Spec):
                 raise ValueError(f"{field}.{layer}: {len(values)} experts, layers.0 has {len(self.layers[0])}")
             if not sum(values) > 0:
                 raise ValueError(f"{field}.{layer}: no expert gets a row")
+            if not isfinite(sum(values)):
+                raise ValueError(f"{field}.{layer}: the figures are too large to add up: write shares")
 
     @property
     def steps(self) -> list["ExpertLoad"]:

@@ -35,8 +35,8 @@ class TrainSpec(ExtendedSpec):
     global_batch_sequences: PositiveInt
     precision: Precision = "fp16"  # also what rows and gradients of what several ranks share are exchanged in
     device_precision: dict[str, Precision] = Field(default_factory=dict)  # of these device types instead
-    recompute: Recompute | Literal["auto"] = "auto"
-    dense_state: DenseState | Literal["auto"] = "replicated"
+    recompute: Literal[Recompute, "auto"] = "auto"
+    dense_state: Literal[DenseState, "auto"] = "replicated"
     documents: Documents = "joined"
     document_separator: str | None = Field(default=None, min_length=1)
     document_tokens: PositiveInt | None = None
