@@ -1,14 +1,23 @@
-"""What a worker that cannot go on leaves in its log."""
+"""How a worker that cannot go on ends, and what it leaves in its log."""
 
+import contextlib
 import os
+import signal
+import socket
+import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
+from builders import make_plan
 from hetermoe_cli.errors import ExitCode
 from hetermoe_cli.runtime import worker
 from hetermoe_cli.runtime.peers import PeerLost, peer_errors
+from hetermoe_cli.spec.files import dump
+from hetermoe_cli.spec.run import RunSpec
 
 
 def failing_call(*_: object) -> None:
@@ -42,3 +51,30 @@ def test_a_lost_peer_is_told_below_the_call_that_failed(
     assert log.splitlines()[-1] == f"hetermoe: error: lost a peer: {told}"
     assert ("failing_call" in log) == traced
     assert traced or log.count("\n") == 1
+
+
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+def test_an_interrupt_ends_a_worker_that_waits_for_others_to_join(tmp_path: Path) -> None:
+    """The others may have ended by the same Ctrl-C, before they came so far."""
+    plan = make_plan()
+    run = RunSpec(plan=plan, folder=str(tmp_path), corpus_sha256="", precision="fp32", steps=1)
+    dump(run, tmp_path / "run.yaml")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "hetermoe_cli.runtime.worker", str(tmp_path / "run.yaml")]
+    with subprocess.Popen(command, env=os.environ | place, stderr=subprocess.DEVNULL) as process:
+        try:
+            while not listens(port) and process.poll() is None:
+                time.sleep(0.1)
+            time.sleep(0.5)  # it waits for rank 1 by now
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == -signal.SIGINT
+        finally:
+            process.kill()
