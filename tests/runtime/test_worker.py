@@ -1,6 +1,8 @@
 """How a worker that cannot go on ends, and what it leaves in its log."""
 
 import contextlib
+import json
+import math
 import os
 import signal
 import socket
@@ -10,12 +12,15 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import pytest
 
 from builders import make_plan
 from hetermoe_cli.errors import ExitCode
 from hetermoe_cli.runtime import worker
 from hetermoe_cli.runtime.peers import PeerLost, peer_errors
+from hetermoe_cli.runtime.recorder import Recorder, read_metrics
+from hetermoe_cli.runtime.trainer import StepResult
 from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.run import RunSpec
 
@@ -51,6 +56,17 @@ def test_a_lost_peer_is_told_below_the_call_that_failed(
     assert log.splitlines()[-1] == f"hetermoe: error: lost a peer: {told}"
     assert ("failing_call" in log) == traced
     assert traced or log.count("\n") == 1
+
+
+def test_metrics_of_a_skipped_step_are_json(tmp_path: Path) -> None:
+    """Where activations overflow, the router's losses are not finite either."""
+    run = RunSpec(plan=make_plan(), folder=str(tmp_path), corpus_sha256="", precision="fp16", steps=1)
+    rows, nan = np.ones((run.model.layers, run.model.experts)), math.nan
+    result = StepResult(nan, (nan, math.inf), nan, 1e-3, rows, False, 0.0, 2.0**16, True)
+    worker._report(run, Recorder(run, 0), 0, result, 1.0)
+    (line,) = read_metrics(tmp_path)
+    assert [line[name] for name in ("loss", "auxiliary_loss", "z_loss", "gradient_norm")] == [None] * 4
+    json.dumps(line, allow_nan=False)
 
 
 def listens(port: int) -> bool:
