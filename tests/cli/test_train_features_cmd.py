@@ -20,16 +20,17 @@ MODEL = make_model(
 STEPS, LENGTH, BATCH = 6, 32, 4
 
 
-def plan_file(folder: Path, documents: str, sequences: tuple[int, int] = (1, 1)) -> Path:
-    profile = make_profile("cpu", model=MODEL, precision="fp32", source="measured", sequence_lengths=(LENGTH,))
+def plan_file(folder: Path, documents: str, sequences: tuple[int, int] = (1, 1), capacity: float = 0.75) -> Path:
+    model = MODEL.model_copy(update={"router_capacity": capacity})
+    profile = make_profile("cpu", model=model, precision="fp32", source="measured", sequence_lengths=(LENGTH,))
     inputs = make_inputs(
-        (("cpu", 2),), model=MODEL, profiles={"cpu": profile}, sequence_length=LENGTH,
+        (("cpu", 2),), model=model, profiles={"cpu": profile}, sequence_length=LENGTH,
         global_batch_sequences=BATCH, precision="fp32",
     )  # fmt: skip
     changes = {"steps": STEPS, "warmup_steps": 2, "documents": documents, "document_separator": "<|end|>"}
     train = inputs.train.model_copy(update=changes)
     layout = make_layout(sequences, (1, 3), micro_batches=2)
-    path = folder / f"{documents}-{sequences[0]}.yaml"
+    path = folder / f"{documents}-{sequences[0]}-{capacity}.yaml"
     dump(make_plan(inputs.model_copy(update={"train": train}), layout), path)
     return path
 
@@ -69,7 +70,9 @@ def test_masked_documents_and_capacity_resume_bit_exact_and_under_another_layout
     assert loads.max() <= 2 * 12  # two sequences a micro-batch, 0.75 * 32 * 2 / 4 rows each
 
 
-def test_masked_documents_are_another_run_than_joined_ones(text: Path, tmp_path: Path) -> None:
+def test_masked_documents_are_another_run_than_joined_ones_and_a_router_another_model(
+    text: Path, tmp_path: Path
+) -> None:
     masked, joined = plan_file(tmp_path, "masked"), plan_file(tmp_path, "joined")
     train(masked, tmp_path / "masked", text, "--steps", 3)
     train(joined, tmp_path / "joined", text, "--steps", 1)
@@ -77,3 +80,6 @@ def test_masked_documents_are_another_run_than_joined_ones(text: Path, tmp_path:
     refused = resume(joined, tmp_path / "masked", tmp_path / "other", text, code=3)
     assert "field extra.documents: made with masked, this run has joined" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
+    looser = plan_file(tmp_path, "masked", capacity=1.5)
+    refused = resume(looser, tmp_path / "masked", tmp_path / "looser", text, code=3)
+    assert "field model.router_capacity: made with 0.75, this run has 1.5" in refused.stderr

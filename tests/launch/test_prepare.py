@@ -28,6 +28,16 @@ def test_what_died_before_its_first_checkpoint_begins_again_when_it_is_resumed(t
         begin(tmp_path, resume=False)
 
 
+def test_traces_of_an_earlier_start_do_not_stay_beside_another_plan(tmp_path: Path) -> None:
+    """They may be of more ranks than the run has now, and `calibrate` reads all there are."""
+    traces = tmp_path / "run/traces"
+    traces.mkdir(parents=True)
+    (traces / "rank0.json").touch()
+    (traces / "rank7.json").touch()
+    write_run(begin(tmp_path, resume=False))
+    assert not list(traces.iterdir())
+
+
 def test_it_begins_with_the_weights_that_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepared, "_check_weights", lambda *_: None)
     write_run(begin(tmp_path, resume=False, weights=tmp_path / "given"))

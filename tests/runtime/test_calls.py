@@ -50,6 +50,11 @@ def test_the_calls_of_every_plan_fit_together(layout: Layout, of: Callable[[Layo
     assert sum(call.payload == "rows" and call.operation == "send" for mine in calls for call in mine) == len(pairs)
 
 
+def test_a_fully_sharded_copy_sums_replicated_experts_after_windows_of_one() -> None:
+    """Its scatters of the first window and its last sums were taken for the same call."""
+    check(World.of(make_layout((1, 1), (1, 2), replicated=1, schedule="sequential", dense_state="full")), "fp32")
+
+
 @given(layouts(), st.data())
 def test_a_rank_that_swaps_two_transfers_is_refused(layout: Layout, data: st.DataObject) -> None:
     schedule = training_schedule(layout)

@@ -2,8 +2,12 @@
 
 import json
 import os
+import signal
+import socket
+import subprocess
 import sys
-from contextlib import nullcontext
+import time
+from contextlib import nullcontext, suppress
 from math import inf, nan
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +22,7 @@ from hetermoe_cli.runtime import worker
 from hetermoe_cli.runtime.peers import PeerLost, peer_errors
 from hetermoe_cli.runtime.recorder import METRICS, STATUS, Recorder
 from hetermoe_cli.runtime.trainer import StepResult
+from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.run import RunSpec
 
 
@@ -90,3 +95,30 @@ def test_a_run_that_is_interrupted_in_its_last_step_has_finished(
     status = json.loads((tmp_path / STATUS).read_text())
     assert (status["state"], status["saved_step"]) == (state, steps)
     assert status.get("validation_loss") == (2.0 if state == "finished" else None)
+
+
+def listens(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+def test_an_interrupt_ends_a_worker_that_waits_for_others_to_join(tmp_path: Path) -> None:
+    """The others may have ended by the same Ctrl-C, before they came so far."""
+    plan = make_plan()
+    run = RunSpec(plan=plan, folder=str(tmp_path), corpus_sha256="", precision="fp32", steps=1)
+    dump(run, tmp_path / "run.yaml")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "hetermoe_cli.runtime.worker", str(tmp_path / "run.yaml")]
+    with subprocess.Popen(command, env=os.environ | place, stderr=subprocess.DEVNULL) as process:
+        try:
+            while not listens(port) and process.poll() is None:
+                time.sleep(0.1)
+            time.sleep(0.5)  # it waits for rank 1 by now
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == -signal.SIGINT
+        finally:
+            process.kill()

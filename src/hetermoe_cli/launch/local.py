@@ -15,7 +15,7 @@ from hetermoe_cli.launch.ends import PeerFailure
 from hetermoe_cli.launch.failures import failure, interrupted_early, unsaved
 from hetermoe_cli.launch.interfaces import socket_environment
 from hetermoe_cli.launch.place import Place
-from hetermoe_cli.runtime.recorder import STATUS
+from hetermoe_cli.runtime.recorder import STATUS, trace_path
 from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.run import LAUNCHER, RunSpec
 
@@ -67,10 +67,14 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def write_run(run: RunSpec, start: str = "") -> Path:
-    """Write run.yaml into the run's folder, which it makes; `start`: a word in it that no other start has."""
+    """Write run.yaml into the run's folder, which it makes; `start`: a word in it that no other start has.
+
+    Status and traces of an earlier start go: they may be of another plan, with more ranks.
+    """
     path = Path(run.folder) / RUN_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name(STATUS).unlink(missing_ok=True)
+    for old in (path.with_name(STATUS), *trace_path(path.parent, 0).parent.glob("rank*.json")):
+        old.unlink(missing_ok=True)
     header = "Written by `hetermoe train`; workers read this file and nothing else."
     dump(run, path, f"{header}\nStart {start}" if start else header)
     return path

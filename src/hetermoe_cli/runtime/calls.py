@@ -122,7 +122,9 @@ def _collectives(world: World, action: Action, layout: Layout, process: int, exc
     if layout.gathers and (alone or not last):
         yield _of_attending(world, replica)(action, "gradients", "reduce-scatter", dtype=exchange)
     if last:
-        yield from _sums(world, action, process, exchange, dense=not (layout.gathers and alone))
+        # copies may differ in their micro-batches, not in the order of layers; what one copy scatters keeps its name
+        summed = action if alone else action._replace(micro_batch=0)
+        yield from _sums(world, summed, process, exchange, dense=not (layout.gathers and alone))
 
 
 def _of_attending(world: World, replica: Replica | None = None) -> "partial[Call]":
@@ -132,8 +134,7 @@ def _of_attending(world: World, replica: Replica | None = None) -> "partial[Call
 
 
 def _sums(world: World, action: Action, process: int, exchange: str, dense: bool) -> Iterator[Call]:
-    """All-reduces of one layer's gradients. Copies may differ in their micro-batches, not in the order of layers."""
-    action = action._replace(micro_batch=0)
+    """All-reduces of one layer's gradients."""
     for holders in _summed(world, action.layer, process, dense):
         yield Call(share_name(world, holders), action, "gradients", "all-reduce", -1, exchange, members=holders)
 

@@ -84,8 +84,12 @@ def check_resumable(run: RunSpec) -> int:
     assert run.resume_from is not None
     folder = Path(run.resume_from)
     manifest = verify(folder)
-    if manifest.model != run.model:
-        raise UserError(f"{folder}: field model: made with model {manifest.model.name!r} of another shape")
+    for field in type(run.model).model_fields:
+        found, value = getattr(manifest.model, field), getattr(run.model, field)
+        if found != value:
+            raise UserError(
+                f"{folder}: field model.{field}: made with {found}, this run has {value}: plan for that model"
+            )
     if manifest.data_digest != run.corpus_sha256:
         raise UserError(f"{folder}: field data_digest: made with other text: pass the same --data as then")
     for field, value in _identity(run).items():

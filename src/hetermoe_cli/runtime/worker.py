@@ -236,4 +236,7 @@ def _summary(trainer: Trainer) -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    # Until there is a step to finish (_handle_signals), Ctrl-C ends a worker also where it waits in torch for others to
+    # join, which may have ended: Python would raise KeyboardInterrupt after ten minutes only.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     main()
