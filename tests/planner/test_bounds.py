@@ -81,6 +81,35 @@ def slow_messages() -> Inputs:
     )
 
 
+def test_closed_bounds_know_that_both_links_of_a_device_carry_a_part_of_one_transfer() -> None:
+    """The host gets as many rows through its NIC as from its neighbour; all through one link would take twice as long."""
+    cost, choice = CostModel(host_between_two()), Choice(make_schedule("zebra", 4), (1, 0, 1))
+    replay = simulate(LayoutCost(cost, choice.layout([number([0, 2, 0], 0)]))).seconds
+    assert 0.6 * replay < closed_bound(cost, choice, replay * (1 + 1e-6)) < replay * (1 + 1e-6)
+
+
+def host_between_two() -> Inputs:
+    """Two devices that attend, one of them in the node of the only one that is fast at experts, on equal slow links."""
+    link = Link(
+        bandwidth_gigabytes_per_second=1e-4, all_reduce_gigabytes_per_second=1.0, latency_microseconds=0.0
+    )  # fmt: skip
+    model = make_model(layers=1, experts=2, top_k=1)
+    profiles = {
+        "new": make_profile("new", model=model, attention_seconds=1e-6, expert_seconds=1.0),
+        "old": make_profile("old", model=model, attention_seconds=10.0, expert_seconds=1e-9),
+    }
+    inputs = make_inputs(
+        [("new", 1), ("old", 1), ("new", 1)],
+        model=model,
+        profiles=profiles,
+        global_batch_sequences=8,
+        network=link,
+        interconnect=link,
+    )
+    nodes = [node.model_copy(update={"machine": "box"} if i < 2 else {}) for i, node in enumerate(inputs.cluster.nodes)]
+    return inputs.model_copy(update={"cluster": inputs.cluster.model_copy(update={"nodes": nodes})})
+
+
 @pytest.mark.parametrize("dense_layers", [0, 2])
 @pytest.mark.parametrize("seed", range(30))
 def test_bounds_hold_for_every_device_level_placement(seed: int, dense_layers: int) -> None:

@@ -133,7 +133,7 @@ class _Terms:
     def _numbers(self, kind: int, sequences: int) -> dict[str, float]:
         b, r, cost = self.b, self.b.rates(kind, sequences), self.b.cost
         device = cost.devices[b.kinds[kind][0]]
-        alone, fastest = self._alone(device), self._fastest(device)
+        alone, bandwidth = self._alone(device), self._bandwidth(device)
         own, everyone = cost.rows_per_expert(sequences), cost.rows_per_expert(b.total)
         return {
             "first": r.stage(0, 0),
@@ -142,8 +142,8 @@ class _Terms:
             "head": r.head,
             "hosted": sum(r.hosted),
             "copy": sum(r.replicated),
-            "receive": (everyone - own) * cost.row_bytes / fastest,
-            "send": own * cost.row_bytes / fastest if alone else 0.0,
+            "receive": (everyone - own) * cost.row_bytes / bandwidth,
+            "send": own * cost.row_bytes / bandwidth if alone else 0.0,
             "step_base": r.optimizer_base,
             "step": r.optimizer_per_expert,
             "step_copy": r.optimizer_per_copy,
@@ -156,9 +156,9 @@ class _Terms:
         """Whether all of the device's messages leave its node."""
         return sum(other.node == device.node for other in self.b.cost.devices) == 1
 
-    def _fastest(self, device: Device) -> float:
-        """Bytes a second of the fastest link that the device's messages can take."""
-        return max(link.bandwidth_gigabytes_per_second for link in self._links(device)) * 1e9
+    def _bandwidth(self, device: Device) -> float:
+        """Bytes a second of all links that the device's messages can take: of one transfer both may carry a part."""
+        return sum(link.bandwidth_gigabytes_per_second for link in self._links(device)) * 1e9
 
     def _links(self, device: Device) -> list[Link]:
         return [device.network] if self._alone(device) else [device.network, device.interconnect]
