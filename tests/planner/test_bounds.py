@@ -18,6 +18,7 @@ from hetermoe_cli.planner.deal import number
 from hetermoe_cli.planner.master import mixture
 from hetermoe_cli.planner.patterns import Patterns, caps_within
 from hetermoe_cli.planner.prepared import Prepared
+from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.rows import Of, Rows
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.planner.space import kinds
@@ -82,7 +83,7 @@ def slow_messages() -> Inputs:
 
 
 def test_closed_bounds_know_that_both_links_of_a_device_carry_a_part_of_one_transfer() -> None:
-    """The host gets as many rows through its NIC as from its neighbour; all through one link would take twice as long."""
+    """Half of the host's rows come from its neighbour; all of them through its NIC would take twice as long."""
     cost, choice = CostModel(host_between_two()), Choice(make_schedule("zebra", 4), (1, 0, 1))
     replay = simulate(LayoutCost(cost, choice.layout([number([0, 2, 0], 0)]))).seconds
     assert 0.6 * replay < closed_bound(cost, choice, replay * (1 + 1e-6)) < replay * (1 + 1e-6)
@@ -108,6 +109,25 @@ def host_between_two() -> Inputs:
     )
     nodes = [node.model_copy(update={"machine": "box"} if i < 2 else {}) for i, node in enumerate(inputs.cluster.nodes)]
     return inputs.model_copy(update={"cluster": inputs.cluster.model_copy(update={"nodes": nodes})})
+
+
+def test_closed_bounds_know_that_who_hosts_nothing_needs_no_room_to_work_on_experts() -> None:
+    """The attending device's memory ends within what any first expert's working set would take."""
+    model = make_model(layers=1, experts=2, top_k=1)
+    choice = Choice(make_schedule("zebra", 1), (1, 0))
+
+    def cost(memory: int) -> CostModel:
+        new = make_profile("new", model=model, memory_bytes=memory)
+        profiles = {"new": new, "old": make_profile("old", model=model)}
+        inputs = make_inputs([("new", 1), ("old", 1)], model=model, profiles=profiles, global_batch_sequences=1)
+        return CostModel(inputs.model_copy(update={"train": inputs.train.model_copy(update={"memory_headroom": 1.0})}))
+
+    layout = choice.layout([number([0, 2], 0)])
+    needed = LayoutCost(cost(10**10), layout).memory(0).total_bytes
+    tight = LayoutCost(cost(needed + 8), layout)
+    replay = simulate(tight).seconds
+    assert overflow(tight) is None
+    assert closed_bound(tight.cost, choice, replay * (1 + 1e-6)) < replay * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("dense_layers", [0, 2])

@@ -116,6 +116,7 @@ class _Terms:
         self.path_each = repeats * (table["hosted"] + 4 * table["receive"])
         self.lane_each = 2 * count * table["receive"]
         self.send_each = 2 * count * np.where(self.attends, table["send"], 0)
+        self.alone = table["alone"]  # what memory has left without experts
         self.room, self.room_each, self.room_copy = table["room"], table["room_each"], table["room_copy"]
         self.reduce, self.reduce_each = self._all_reduce(cost)
         self.everything = float(layers * bounder.experts)
@@ -147,6 +148,7 @@ class _Terms:
             "step_base": r.optimizer_base,
             "step": r.optimizer_per_expert,
             "step_copy": r.optimizer_per_copy,
+            "alone": r.memory_limit - r.memory_base,
             "room": r.memory_limit - r.memory_base - r.memory_if_any,
             "room_each": r.memory_per_hosted + r.memory_per_share / b.layers,
             "room_copy": r.memory_per_replicated + r.memory_per_copy / b.layers,
@@ -186,7 +188,7 @@ class _Terms:
         left = time[:, None] - self.reduce[:, None] - self.step_base
         spare = left - self.load
         ok = np.where(self.attends, spare >= 0, True).all(1)
-        ok &= np.where(self.attends, self.room >= 0, True).all(1)
+        ok &= np.where(self.attends, self.alone >= 0, True).all(1)
         each = self.hosted + self.step
         limits = [
             (left - self.path) / self.path_each,
