@@ -204,3 +204,24 @@ def test_the_mean_milp_has_room_for_every_device_level_placement(seed: int, apar
         run = ilp.solve(ilp.build(ready.rates, ready.graph, replay * (1 + 1e-6), "mean"), options)
         assert run.status in ("optimal", "feasible")
         assert run.bound <= replay * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("apart", [0, 1, 2, ALL])
+def test_the_mean_milp_does_not_charge_a_nic_with_a_device_apart_and_the_mean_of_those_elsewhere(apart: int) -> None:
+    """One expert in each of two nodes is best: of three devices that are left one hosts, but in the other node."""
+    model = make_model(layers=1, experts=2, top_k=1)
+    profiles = {
+        "new": make_profile("new", model=model, attention_seconds=1e-6, expert_seconds=1.0),
+        "old": make_profile("old", model=model, expert_seconds=1e-9),
+    }
+    fast, slow = (Link(bandwidth_gigabytes_per_second=speed, latency_microseconds=0.0) for speed in (1.0, 1e-4))
+    inputs = make_inputs(
+        [("new", 1), ("old", 2), ("old", 2)], model=model, profiles=profiles, global_batch_sequences=8, network=slow
+    )
+    nodes = [node.model_copy(update={"network": fast} if node.device == "new" else {}) for node in inputs.cluster.nodes]
+    inputs = inputs.model_copy(update={"cluster": inputs.cluster.model_copy(update={"nodes": nodes})})
+    cost, choice = CostModel(inputs), Choice(make_schedule("zebra", 8), (1, 0, 0, 0, 0))
+    replay = simulate(LayoutCost(cost, choice.layout([number([0, 1, 0, 1, 0], 0)]))).seconds
+    ready = Prepared.of(cost, choice, apart)
+    model_of = ilp.build(ready.rates, ready.graph, replay * (1 + 1e-6), "mean")
+    assert ilp.solve(model_of, SolverOptions(time_limit=20.0)).status == "optimal"
