@@ -14,6 +14,7 @@ from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.planner.work import work_bound
+from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.plan import Inputs, Plan
 
 SLOW = 1e-3  # GB/s: rows that leave a node take long
@@ -163,3 +164,22 @@ def test_where_nothing_fits_on_a_node_its_nics_bind() -> None:
     inputs = fleet([("new", 9, 2)], bandwidth=1e-4, memory=3_500_000, dense_state="auto")
     cost = CostModel(inputs)
     assert groups_bound(cost, 16) > 2 * work_bound(cost, 16)
+
+
+def on_slow_network(inputs: Inputs, memory: int, **node: Any) -> Inputs:
+    """With NICs that are slow for all but all-reduces; `node` changes every node group."""
+    link = Link(
+        bandwidth_gigabytes_per_second=1e-5, latency_microseconds=20.0, all_reduce_gigabytes_per_second=10.0
+    )  # fmt: skip
+    nodes = [group.model_copy(update={"network": link, **node}) for group in inputs.cluster.nodes]
+    profiles = {name: p.model_copy(update={"memory_bytes": memory + 10**6}) for name, p in inputs.profiles.items()}
+    cluster = inputs.cluster.model_copy(update={"nodes": nodes})
+    return inputs.model_copy(update={"cluster": cluster, "profiles": profiles})
+
+
+def test_the_bound_of_groups_knows_that_device_types_of_one_machine_need_no_nic() -> None:
+    """No type holds the model alone."""
+    inputs = fleet([("new", 1, 1), ("old", 1, 2)], nics=1, batch=8)
+    inputs = on_slow_network(inputs, int(0.7 * 16 * inputs.model.parameters), machine="box")
+    plan = make_plan(inputs, PlanOptions(solver=SolverOptions(time_limit=2.0)))
+    assert groups_bound(CostModel(inputs), 16) <= plan.predicted.iteration_seconds
