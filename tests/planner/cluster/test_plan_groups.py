@@ -161,7 +161,7 @@ def test_the_bound_of_groups_is_at_least_the_work_bound_and_below_every_plan(nic
 
 
 def test_where_nothing_fits_on_a_node_its_nics_bind() -> None:
-    inputs = fleet([("new", 9, 2)], bandwidth=1e-4, memory=3_500_000, dense_state="auto")
+    inputs = fleet([("new", 9, 2)], bandwidth=1e-4, memory=3_500_000)
     cost = CostModel(inputs)
     assert groups_bound(cost, 16) > 2 * work_bound(cost, 16)
 
@@ -182,4 +182,14 @@ def test_the_bound_of_groups_knows_that_device_types_of_one_machine_need_no_nic(
     inputs = fleet([("new", 1, 1), ("old", 1, 2)], nics=1, batch=8)
     inputs = on_slow_network(inputs, int(0.7 * 16 * inputs.model.parameters), machine="box")
     plan = make_plan(inputs, PlanOptions(solver=SolverOptions(time_limit=2.0)))
+    assert groups_bound(CostModel(inputs), 16) <= plan.predicted.iteration_seconds
+
+
+@pytest.mark.parametrize("dense_state", ["optimizer", "auto"])
+def test_the_bound_of_groups_knows_that_shared_out_states_leave_room_for_copies(dense_state: str) -> None:
+    """Memory holds all experts of a layer with a share of their masters and moments, but not with all of these."""
+    inputs = fleet([("new", 8, 1)], layers=1, experts=16, nics=1, batch=8, dense_state=dense_state)
+    inputs = on_slow_network(inputs, int(0.9 * 16 * inputs.model.parameters))
+    plan = make_plan(inputs, PlanOptions(solver=SolverOptions(time_limit=2.0)))
+    assert len(plan.layout.placement[0].replicated) == 16
     assert groups_bound(CostModel(inputs), 16) <= plan.predicted.iteration_seconds

@@ -66,9 +66,13 @@ def _bandwidth(cost: CostModel, members: Sequence[int]) -> float:
 
 
 def _kept(cost: CostModel, nodes: Sequence[NodeGroup]) -> float:
-    """The largest share of all experts that the memory of one node, of these node groups, holds."""
+    """The largest share of all experts that the memory of one node, of these node groups, holds.
+
+    Masters and moments may be shared out, among all devices at most.
+    """
     types, train = cost.types, cost.train
     rooms = [(types[n.device].memory_bytes * train.memory_headroom - types[n.device].framework_bytes) for n in nodes]
     room = sum(node.devices * max(0.0, each) for node, each in zip(nodes, rooms, strict=True))
-    state = cost.model.expert_parameters * sum(STATE_BYTES[train.precision])
-    return min(1.0, room / (state * cost.model.layers * cost.model.experts))
+    weights, gradients, optimizer = STATE_BYTES[train.precision]
+    state = weights + gradients + optimizer / (1 if train.dense_state == "replicated" else len(cost.devices))
+    return min(1.0, room / (cost.model.expert_parameters * state * cost.model.layers * cost.model.experts))
