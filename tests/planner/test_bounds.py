@@ -18,13 +18,14 @@ from hetermoe_cli.planner.deal import number
 from hetermoe_cli.planner.master import mixture
 from hetermoe_cli.planner.patterns import Patterns, caps_within
 from hetermoe_cli.planner.prepared import Prepared
-from hetermoe_cli.planner.replay import overflow
+from hetermoe_cli.planner.replay import overflow, replay_seconds
 from hetermoe_cli.planner.rows import Of, Rows
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.planner.space import kinds
 from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
+from hetermoe_cli.spec.load import ExpertLoad
 from hetermoe_cli.spec.plan import Inputs
 
 
@@ -109,6 +110,21 @@ def host_between_two() -> Inputs:
     )
     nodes = [node.model_copy(update={"machine": "box"} if i < 2 else {}) for i, node in enumerate(inputs.cluster.nodes)]
     return inputs.model_copy(update={"cluster": inputs.cluster.model_copy(update={"nodes": nodes})})
+
+
+def test_the_work_bound_under_a_load_with_samples_knows_what_hotter_experts_save() -> None:
+    """All rows on one expert or the other: one kernel of twice the rows, whose fixed part is paid once."""
+    model = make_model(layers=1, experts=2, top_k=1)
+    profile = make_profile("new", model=model, attention_seconds=1e-6)
+    [table] = profile.tables
+    points = [point.model_copy(update={"forward_seconds": 1.0 + 1e-3 * point.tokens}) for point in table.expert]
+    profile = profile.model_copy(update={"tables": [table.model_copy(update={"expert": points})]})
+    inputs = make_inputs([("new", 1)], model=model, profiles={"new": profile}, global_batch_sequences=1)
+    load = ExpertLoad(layers=[[1.0, 1.0]], samples=[[[1.0, 0.0]], [[0.0, 1.0]]])
+    cost = CostModel(inputs.model_copy(update={"expert_load": load}))
+    layout = Choice(make_schedule("zebra", 1), (1,)).layout([number([2], 0)])
+    replay = replay_seconds(LayoutCost(cost, layout))
+    assert 0.5 * replay < work_bound(cost, 16) <= replay
 
 
 def test_closed_bounds_know_that_who_hosts_nothing_needs_no_room_to_work_on_experts() -> None:
