@@ -18,13 +18,14 @@ from hetermoe_cli.planner.deal import number
 from hetermoe_cli.planner.master import mixture
 from hetermoe_cli.planner.patterns import Patterns, caps_within
 from hetermoe_cli.planner.prepared import Prepared
-from hetermoe_cli.planner.replay import overflow
+from hetermoe_cli.planner.replay import overflow, replay_seconds
 from hetermoe_cli.planner.rows import Of, Rows
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.planner.space import kinds
 from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
+from hetermoe_cli.spec.load import ExpertLoad
 from hetermoe_cli.spec.plan import Inputs
 
 
@@ -105,6 +106,69 @@ def slow_messages() -> Inputs:
     )
 
 
+def test_closed_bounds_know_that_both_links_of_a_device_carry_a_part_of_one_transfer() -> None:
+    """Half of the host's rows come from its neighbour; all of them through its NIC would take twice as long."""
+    cost, choice = CostModel(host_between_two()), Choice(make_schedule("zebra", 4), (1, 0, 1))
+    replay = simulate(LayoutCost(cost, choice.layout([number([0, 2, 0], 0)]))).seconds
+    assert 0.6 * replay < closed_bound(cost, choice, replay * (1 + 1e-6)) < replay * (1 + 1e-6)
+
+
+def host_between_two() -> Inputs:
+    """Two devices that attend, one of them in the node of the only one that is fast at experts, on equal slow links."""
+    link = Link(
+        bandwidth_gigabytes_per_second=1e-4, all_reduce_gigabytes_per_second=1.0, latency_microseconds=0.0
+    )  # fmt: skip
+    model = make_model(layers=1, experts=2, top_k=1)
+    profiles = {
+        "new": make_profile("new", model=model, attention_seconds=1e-6, expert_seconds=1.0),
+        "old": make_profile("old", model=model, attention_seconds=10.0, expert_seconds=1e-9),
+    }
+    inputs = make_inputs(
+        [("new", 1), ("old", 1), ("new", 1)],
+        model=model,
+        profiles=profiles,
+        global_batch_sequences=8,
+        network=link,
+        interconnect=link,
+    )
+    nodes = [node.model_copy(update={"machine": "box"} if i < 2 else {}) for i, node in enumerate(inputs.cluster.nodes)]
+    return inputs.model_copy(update={"cluster": inputs.cluster.model_copy(update={"nodes": nodes})})
+
+
+def test_the_work_bound_under_a_load_with_samples_knows_what_hotter_experts_save() -> None:
+    """All rows on one expert or the other: one kernel of twice the rows, whose fixed part is paid once."""
+    model = make_model(layers=1, experts=2, top_k=1)
+    profile = make_profile("new", model=model, attention_seconds=1e-6)
+    [table] = profile.tables
+    points = [point.model_copy(update={"forward_seconds": 1.0 + 1e-3 * point.tokens}) for point in table.expert]
+    profile = profile.model_copy(update={"tables": [table.model_copy(update={"expert": points})]})
+    inputs = make_inputs([("new", 1)], model=model, profiles={"new": profile}, global_batch_sequences=1)
+    load = ExpertLoad(layers=[[1.0, 1.0]], samples=[[[1.0, 0.0]], [[0.0, 1.0]]])
+    cost = CostModel(inputs.model_copy(update={"expert_load": load}))
+    layout = Choice(make_schedule("zebra", 1), (1,)).layout([number([2], 0)])
+    replay = replay_seconds(LayoutCost(cost, layout))
+    assert 0.5 * replay < work_bound(cost, 16) <= replay
+
+
+def test_closed_bounds_know_that_who_hosts_nothing_needs_no_room_to_work_on_experts() -> None:
+    """The attending device's memory ends within what any first expert's working set would take."""
+    model = make_model(layers=1, experts=2, top_k=1)
+    choice = Choice(make_schedule("zebra", 1), (1, 0))
+
+    def cost(memory: int) -> CostModel:
+        new = make_profile("new", model=model, memory_bytes=memory)
+        profiles = {"new": new, "old": make_profile("old", model=model)}
+        inputs = make_inputs([("new", 1), ("old", 1)], model=model, profiles=profiles, global_batch_sequences=1)
+        return CostModel(inputs.model_copy(update={"train": inputs.train.model_copy(update={"memory_headroom": 1.0})}))
+
+    layout = choice.layout([number([0, 2], 0)])
+    needed = LayoutCost(cost(10**10), layout).memory(0).total_bytes
+    tight = LayoutCost(cost(needed + 8), layout)
+    replay = simulate(tight).seconds
+    assert overflow(tight) is None
+    assert closed_bound(tight.cost, choice, replay * (1 + 1e-6)) < replay * (1 + 1e-6)
+
+
 @pytest.mark.parametrize("dense_layers", [0, 2])
 @pytest.mark.parametrize("seed", range(30))
 def test_bounds_hold_for_every_device_level_placement(seed: int, dense_layers: int) -> None:
@@ -179,3 +243,24 @@ def test_the_mean_milp_has_room_for_every_device_level_placement(seed: int, apar
         run = ilp.solve(ilp.build(ready.rates, ready.graph, replay * (1 + 1e-6), "mean"), options)
         assert run.status in ("optimal", "feasible")
         assert run.bound <= replay * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("apart", [0, 1, 2, ALL])
+def test_the_mean_milp_does_not_charge_a_nic_with_a_device_apart_and_the_mean_of_those_elsewhere(apart: int) -> None:
+    """One expert in each of two nodes is best: of three devices that are left one hosts, but in the other node."""
+    model = make_model(layers=1, experts=2, top_k=1)
+    profiles = {
+        "new": make_profile("new", model=model, attention_seconds=1e-6, expert_seconds=1.0),
+        "old": make_profile("old", model=model, expert_seconds=1e-9),
+    }
+    fast, slow = (Link(bandwidth_gigabytes_per_second=speed, latency_microseconds=0.0) for speed in (1.0, 1e-4))
+    inputs = make_inputs(
+        [("new", 1), ("old", 2), ("old", 2)], model=model, profiles=profiles, global_batch_sequences=8, network=slow
+    )
+    nodes = [node.model_copy(update={"network": fast} if node.device == "new" else {}) for node in inputs.cluster.nodes]
+    inputs = inputs.model_copy(update={"cluster": inputs.cluster.model_copy(update={"nodes": nodes})})
+    cost, choice = CostModel(inputs), Choice(make_schedule("zebra", 8), (1, 0, 0, 0, 0))
+    replay = simulate(LayoutCost(cost, choice.layout([number([0, 1, 0, 1, 0], 0)]))).seconds
+    ready = Prepared.of(cost, choice, apart)
+    model_of = ilp.build(ready.rates, ready.graph, replay * (1 + 1e-6), "mean")
+    assert ilp.solve(model_of, SolverOptions(time_limit=20.0)).status == "optimal"

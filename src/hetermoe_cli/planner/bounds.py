@@ -116,6 +116,7 @@ class _Terms:
         self.path_each = repeats * (table["hosted"] + 4 * table["receive"])
         self.lane_each = 2 * count * table["receive"]
         self.send_each = 2 * count * np.where(self.attends, table["send"], 0)
+        self.alone = table["alone"]  # what memory has left without experts
         self.room, self.room_each, self.room_copy = table["room"], table["room_each"], table["room_copy"]
         self.reduce, self.reduce_each = self._all_reduce(cost)
         self.everything = float(layers * bounder.experts)
@@ -133,7 +134,7 @@ class _Terms:
     def _numbers(self, kind: int, sequences: int) -> dict[str, float]:
         b, r, cost = self.b, self.b.rates(kind, sequences), self.b.cost
         device = cost.devices[b.kinds[kind][0]]
-        alone, fastest = self._alone(device), self._fastest(device)
+        alone, bandwidth = self._alone(device), self._bandwidth(device)
         own, everyone = cost.rows_per_expert(sequences), cost.rows_per_expert(b.total)
         return {
             "first": r.stage(0, 0),
@@ -142,11 +143,12 @@ class _Terms:
             "head": r.head,
             "hosted": sum(r.hosted),
             "copy": sum(r.replicated),
-            "receive": (everyone - own) * cost.row_bytes / fastest,
-            "send": own * cost.row_bytes / fastest if alone else 0.0,
+            "receive": (everyone - own) * cost.row_bytes / bandwidth,
+            "send": own * cost.row_bytes / bandwidth if alone else 0.0,
             "step_base": r.optimizer_base,
             "step": r.optimizer_per_expert,
             "step_copy": r.optimizer_per_copy,
+            "alone": r.memory_limit - r.memory_base,
             "room": r.memory_limit - r.memory_base - r.memory_if_any,
             "room_each": r.memory_per_hosted + r.memory_per_share / b.layers,
             "room_copy": r.memory_per_replicated + r.memory_per_copy / b.layers,
@@ -156,9 +158,9 @@ class _Terms:
         """Whether all of the device's messages leave its node."""
         return sum(other.node == device.node for other in self.b.cost.devices) == 1
 
-    def _fastest(self, device: Device) -> float:
-        """Bytes a second of the fastest link that the device's messages can take."""
-        return max(link.bandwidth_gigabytes_per_second for link in self._links(device)) * 1e9
+    def _bandwidth(self, device: Device) -> float:
+        """Bytes a second of all links that the device's messages can take: of one transfer both may carry a part."""
+        return sum(link.bandwidth_gigabytes_per_second for link in self._links(device)) * 1e9
 
     def _links(self, device: Device) -> list[Link]:
         return [device.network] if self._alone(device) else [device.network, device.interconnect]
@@ -186,7 +188,7 @@ class _Terms:
         left = time[:, None] - self.reduce[:, None] - self.step_base
         spare = left - self.load
         ok = np.where(self.attends, spare >= 0, True).all(1)
-        ok &= np.where(self.attends, self.room >= 0, True).all(1)
+        ok &= np.where(self.attends, self.alone >= 0, True).all(1)
         each = self.hosted + self.step
         limits = [
             (left - self.path) / self.path_each,

@@ -93,12 +93,12 @@ class Symmetries:
     """Which devices can be said to host at least as much as others, as some renumbering of the cluster makes it so."""
 
     def __init__(self, devices: Sequence[Device], sequences: Sequence[int]) -> None:
-        self._devices, self._keys = devices, symmetry_keys(devices, sequences)
+        self._devices, self.keys = devices, symmetry_keys(devices, sequences)
         self._first: dict[object, int] = {}
         self._mixed: set[object] = set()  # keys of devices in nodes with others
         self._beside = Counter(device.node for device in devices)
         keys_of: dict[int, set[object]] = defaultdict(set)
-        for device, key in zip(devices, self._keys, strict=True):
+        for device, key in zip(devices, self.keys, strict=True):
             self._first.setdefault(key, device.rank)
             keys_of[device.node].add(key)
         for keys in keys_of.values():
@@ -111,8 +111,8 @@ class Symmetries:
         Devices of one NIC can be exchanged freely. So can nodes of a single device; larger ones only as a whole: where
         they hold nothing else, the one with the fullest device of all comes first.
         """
-        key, devices = self._keys[first], self._devices
-        if key != self._keys[other] or first >= other:
+        key, devices = self.keys[first], self._devices
+        if key != self.keys[other] or first >= other:
             return False
         if devices[first].nic == devices[other].nic or self._beside[devices[first].node] == 1:
             return True

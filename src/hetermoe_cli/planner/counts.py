@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from hetermoe_cli.planner.arrays import FloatArray, IntArray, largest
 from hetermoe_cli.planner.graph import Condition, Hosts, Ring, Task, TaskGraph
-from hetermoe_cli.planner.rates import Port, Rates
+from hetermoe_cli.planner.ports import Port
+from hetermoe_cli.planner.rates import Rates
 from hetermoe_cli.schedule.action import Kind, Pass
 
 

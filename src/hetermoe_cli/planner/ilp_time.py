@@ -6,7 +6,7 @@ import pulp
 
 from hetermoe_cli.planner.graph import Edge, Hosts, Ring, Shares, Task
 from hetermoe_cli.planner.ilp import Model
-from hetermoe_cli.planner.rates import Port
+from hetermoe_cli.planner.ports import Port
 from hetermoe_cli.schedule.action import Kind, Pass
 
 
@@ -25,8 +25,9 @@ def variables(model: Model) -> None:
 
 def transfer_lengths(model: Model) -> None:
     """A transfer lasts as long as its slowest port: bytes over bandwidth plus latency, where it is used at all."""
+    ports = model.rates.ports if model.mode == "largest" else model.rates.mean_ports
     for layer in model.layers:
-        for number, port in enumerate(model.rates.ports):
+        for number, port in enumerate(ports):
             load = _load(model, layer, port)
             flags = [model.flag(layer, c) for c in port.users] if port.latency else []
             if not flags:

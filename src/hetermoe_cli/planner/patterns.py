@@ -7,7 +7,8 @@ from functools import cached_property
 import numpy as np
 
 from hetermoe_cli.planner.arrays import BoolArray, FloatArray, IntArray
-from hetermoe_cli.planner.rates import Port, Rates
+from hetermoe_cli.planner.ports import Port
+from hetermoe_cli.planner.rates import Rates
 
 MOST_PATTERNS = 40_000
 
@@ -62,7 +63,7 @@ class Patterns:
     def transfer(self) -> FloatArray:
         """[patterns] seconds of a dispatch or combine."""
         result = np.zeros(len(self.replicated))
-        for port in self.rates.ports:
+        for port in self.rates.mean_ports:
             used = self.hosts[list(port.users)].any(0)
             result = np.maximum(result, used * (self._bytes(port) * port.byte_seconds + port.latency))
         return result

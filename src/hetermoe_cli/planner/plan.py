@@ -14,7 +14,7 @@ from hetermoe_cli.planner.baselines import RIVALS, Rival
 from hetermoe_cli.planner.binding import binding, with_runner_ups
 from hetermoe_cli.planner.cluster.explained import with_other_orders
 from hetermoe_cli.planner.cluster.objective import Wanted, economy
-from hetermoe_cli.planner.cluster.plan_groups import plan_groups, wants_groups
+from hetermoe_cli.planner.cluster.plan_groups import bound_of_groups, plan_groups, wants_groups
 from hetermoe_cli.planner.expert_load import load_notes, under_load
 from hetermoe_cli.planner.explain import does_not_fit, notes
 from hetermoe_cli.planner.replay import replay_seconds, typical
@@ -58,11 +58,17 @@ def make_plan(
     plan = _plan_one_group(cost, options, progress)
     if (wanted.most_groups or 1) == 1 or plan.bound.work_iteration_seconds >= plan.predicted.iteration_seconds:
         return plan
-    groups = several()
-    if groups.predicted.iteration_seconds < plan.predicted.iteration_seconds:
-        return groups
-    gap = max(0.0, 1 - groups.bound.iteration_seconds / plan.predicted.iteration_seconds)
-    return plan.model_copy(update={"max_groups": wanted.most_groups, "bound": groups.bound, "gap": gap})
+    try:
+        groups = several()  # its layouts are fewer, so that none may fit
+    except UserError as error:
+        if error.code is not ExitCode.DOES_NOT_FIT:
+            raise
+    else:
+        if groups.predicted.iteration_seconds < plan.predicted.iteration_seconds:
+            return groups
+    bound = bound_of_groups(cost, options.max_micro_batches, wanted)
+    gap = max(0.0, 1 - bound.iteration_seconds / plan.predicted.iteration_seconds)
+    return plan.model_copy(update={"max_groups": wanted.most_groups, "bound": bound, "gap": gap})
 
 
 def _plan_one_group(cost: CostModel, options: PlanOptions, progress: Callable[[str], None]) -> Plan:

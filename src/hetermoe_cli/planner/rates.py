@@ -1,5 +1,6 @@
 """Rates: every coefficient of one choice, class by class, read from the cost model that simulator and engine use."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -10,7 +11,8 @@ import numpy as np
 from hetermoe_cli.cost.device import STATE_BYTES
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.planner.choice import Choice, DeviceClass, Symmetries
+from hetermoe_cli.planner.choice import Choice, DeviceClass, Symmetries, group
+from hetermoe_cli.planner.ports import Port, on_average
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.spec.layout import ScheduleChoice
 
@@ -56,23 +58,6 @@ class ClassRates:
             optimizer_per_expert=self.optimizer_per_expert / unit,
             optimizer_per_copy=self.optimizer_per_copy / unit,
         )
-
-
-@dataclass(frozen=True)
-class Port:
-    """Load of one NIC or interconnect direction by a transfer towards the experts of one layer.
-
-    Bytes are source_bytes * (experts - replicated) + sum of bytes_per_expert[c] * (hosted experts of class c); the
-    port is used where a class of `users` hosts. A transfer from the experts is the transposed matrix on the same
-    full-duplex links: it lasts as long.
-    """
-
-    source_bytes: float
-    bytes_per_expert: tuple[float, ...]
-    users: tuple[int, ...]
-    byte_seconds: float
-    latency: float
-    devices: int  # hosting devices behind the port; 0 for a source's port
 
 
 def device_rates(
@@ -204,9 +189,10 @@ class Rates:
         """The same with all times in units of `unit` seconds."""
         result = copy(self)
         result.of = [r.scaled(unit) for r in self.of]
-        result.ports = [
-            replace(port, byte_seconds=port.byte_seconds / unit, latency=port.latency / unit) for port in self.ports
-        ]
+        result.ports, result.mean_ports = (
+            [replace(port, byte_seconds=port.byte_seconds / unit, latency=port.latency / unit) for port in ports]
+            for ports in (self.ports, self.mean_ports)
+        )
         result.reduces = [(base / unit, each / unit) for base, each in self.reduces]
         result.gathers = [seconds / unit for seconds in self.gathers]
         result.after_backward = self.after_backward / unit
@@ -231,6 +217,23 @@ class Rates:
     def ports(self) -> list[Port]:
         """Distinct ports that a transfer towards the experts can use."""
         return list(dict.fromkeys(port for pair in self._port_pairs for port in pair if port is not None))
+
+    @cached_property
+    def mean_ports(self) -> list[Port]:
+        """The same with loads that hold on average over the devices of a class, whichever of them host more."""
+        if self.classes == tuple(group(self.cost.devices, self.choice.sequences)):
+            return self.ports  # equal devices are behind equal ports
+        alike: dict[object, list[Port]] = defaultdict(list)
+        for port in (port for pair in self._port_pairs for port in pair if port is not None):
+            alike[self._symmetry(port.number)].append(port)
+        sizes = [c.count for c in self.classes]
+        return list(dict.fromkeys(port for ports in alike.values() for port in on_average(ports, sizes)))
+
+    def _symmetry(self, port: int) -> object:
+        """Equal for ports that some renumbering of the cluster swaps."""
+        number, inside = self.cost.network.owner(port)
+        ranks = [number] if inside else [device.rank for device in self.cost.devices if device.nic == number]
+        return port % 2, inside, frozenset(self._symmetries.keys[rank] for rank in ranks)
 
     @cached_property
     def conflicts(self) -> list[tuple[int, int]]:
@@ -282,8 +285,8 @@ class Rates:
         seconds, latency = self.cost.network.link(port)
         hosts = len({target for _, target in messages})
         if port % 2 or not self._leaves_node(messages):
-            return Port(0.0, tuple(per_class), users, seconds, latency, hosts)
-        return self._uplink(messages, own, users, seconds, latency)
+            return Port(0.0, tuple(per_class), users, seconds, latency, hosts, port)
+        return replace(self._uplink(messages, own, users, seconds, latency), number=port)
 
     def _leaves_node(self, messages: list[tuple[int, int]]) -> bool:
         source, target = messages[0]

@@ -6,6 +6,8 @@ Nothing waits, and nothing travels but the all-reduce of the dense gradients.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from hetermoe_cli.cost.device import DeviceCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.baselines import micro_batch_counts
@@ -96,10 +98,11 @@ def _loaded_row_seconds(cost: CostModel, device: DeviceCost, sequences: int) -> 
     """Least seconds a row over all sizes between the coldest expert's rows of one sequence and the hottest's of all.
 
     Seconds a row are monotone between two points of a curve; forward and backward may have theirs at different sizes.
+    Of a load with samples these are what runs.
     """
-    assert cost.shares is not None
+    shares = np.array([step.shares for step in cost.steps])
     rows = cost.rows_per_expert(1) * cost.model.experts
-    low, high = float(cost.shares[cost.shares > 0].min()) * rows, float(cost.shares.max()) * rows * sequences
+    low, high = float(shares[shares > 0].min()) * rows, float(shares.max()) * rows * sequences
     sizes = [low, high, *(size for size in device.expert.sizes if low < size < high)]
     forward = min(device.expert(size).forward / size for size in sizes)
     backward = min(device.expert(size).backward / size for size in sizes)

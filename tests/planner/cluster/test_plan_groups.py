@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from cluster_builders import fleet
 
-from builders import make_layout, make_profile
+from builders import make_inputs, make_layout, make_model, make_profile
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.cluster.bound import groups_bound
@@ -145,6 +145,19 @@ def test_groups_too_small_for_the_model_do_not_fit() -> None:
     with pytest.raises(UserError, match="model synthetic on cluster synthetic: does not fit: ") as caught:
         planned(fleet([("new", 17, 1)], memory=1_200_000))
     assert caught.value.code == ExitCode.DOES_NOT_FIT
+
+
+def test_the_plan_of_one_group_stands_where_the_search_over_groups_finds_nothing_that_fits() -> None:
+    """As it looks at fewer layouts of a group than the search for one."""
+    model = make_model(layers=1, experts=16, top_k=1)
+    memory = 10**6 + 72 * model.expert_parameters
+    profiles = {"new": make_profile("new", model=model, memory_bytes=memory)}
+    inputs = make_inputs([("new", 1)] * 8, model=model, profiles=profiles, global_batch_sequences=16)
+    inputs = inputs.model_copy(update={"train": inputs.train.model_copy(update={"memory_headroom": 1.0})})
+    one, several = planned(inputs, most_groups=1), planned(inputs, most_groups=2)
+    assert several.predicted.iteration_seconds <= one.predicted.iteration_seconds * (1 + 1e-9)
+    assert several.max_groups == 2
+    assert several.bound.iteration_seconds <= groups_bound(CostModel(inputs), 16) * (1 + 1e-9)
 
 
 def test_other_assignments_have_no_objective() -> None:

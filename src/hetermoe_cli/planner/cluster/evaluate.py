@@ -15,7 +15,8 @@ from hetermoe_cli.planner.cluster.placements import mixture, placements, rows
 from hetermoe_cli.planner.counts import Counts, fits, from_totals, seconds
 from hetermoe_cli.planner.deal import deal
 from hetermoe_cli.planner.graph import TaskGraph, task_graph
-from hetermoe_cli.planner.rates import Port, Rates
+from hetermoe_cli.planner.ports import Port
+from hetermoe_cli.planner.rates import Rates
 from hetermoe_cli.spec.layout import Layout
 
 FULL = 12  # layers that are timed in full

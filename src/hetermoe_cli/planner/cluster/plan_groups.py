@@ -57,7 +57,7 @@ def plan_groups(
     seconds = mean_seconds(cost, found.groups) if load else replayed.seconds
     used = sorted(rank for group in found.groups for ranks in group.replicas for rank in ranks)
     paid = economy(cost, used, seconds, limit)
-    bound = _bound(cost, limit, wanted, paid)
+    bound = bound_of_groups(cost, limit, wanted, paid)
     return Plan(
         date=datetime.date.today(),
         assignment="optimal",
@@ -98,7 +98,7 @@ def _no_slower(found: FoundGroups, rivals: Iterable[EvenGroups]) -> FoundGroups:
     return best
 
 
-def _bound(cost: CostModel, limit: int, wanted: Wanted, paid: Economy | None) -> Bound:
+def bound_of_groups(cost: CostModel, limit: int, wanted: Wanted, paid: Economy | None = None) -> Bound:
     """Seconds that no plan can beat. For the cost objective: at this plan's price, the dollars that none can beat."""
     bound = groups_bound(cost, limit)
     if wanted.most_cost is not None:
