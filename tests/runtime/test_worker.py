@@ -122,3 +122,12 @@ def test_an_interrupt_ends_a_worker_that_waits_for_others_to_join(tmp_path: Path
             assert process.wait(20) == -signal.SIGINT
         finally:
             process.kill()
+
+
+def test_an_interrupt_while_torch_is_imported_is_not_lost(tmp_path: Path) -> None:
+    """Some of what it imports drops KeyboardInterrupt."""
+    lines = ["import os, signal, sys", "try:", "    os.kill(os.getpid(), signal.SIGINT)", "except KeyboardInterrupt:"]
+    (tmp_path / "torch.py").write_text("\n".join([*lines, "    sys.exit(0)"]))
+    path = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-m", "hetermoe_cli.runtime.worker", "run.yaml"]
+    assert subprocess.run(command, env=os.environ | path, timeout=60, check=False).returncode == -signal.SIGINT

@@ -14,6 +14,11 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
+if __name__ == "__main__":
+    # Until there is a step to finish (_handle_signals), Ctrl-C ends a worker at once. Python's KeyboardInterrupt gets
+    # lost while torch is imported, and comes ten minutes late where torch waits for others to join that have ended.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 import torch.distributed as dist
 
@@ -236,7 +241,4 @@ def _summary(trainer: Trainer) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    # Until there is a step to finish (_handle_signals), Ctrl-C ends a worker also where it waits in torch for others to
-    # join, which may have ended: Python would raise KeyboardInterrupt after ten minutes only.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     main()
