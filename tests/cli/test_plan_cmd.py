@@ -29,6 +29,17 @@ def test_an_output_that_cannot_be_written_is_told_before_the_search(files: dict[
     assert done.stderr == f"hetermoe: error: {output}: cannot be written (Not a directory)\n"
 
 
+def test_a_models_organisation_makes_no_folder(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in mistralai/Mixtral-8x7B."""
+    inputs = make_inputs(global_batch_sequences=4)
+    dump(inputs.model.model_copy(update={"name": "lab/model"}), files["model"])
+    monkeypatch.chdir(tmp_path)
+    hetermoe(*arguments({name: path for name, path in files.items() if name != "output"}), "--time-limit", 1)
+    assert [path.name for path in (tmp_path / "plans").iterdir()] == [f"lab-model-{inputs.cluster.name}.yaml"]
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
     """Model, cluster, training spec and profiles of a small instance."""

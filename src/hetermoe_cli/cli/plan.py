@@ -103,7 +103,8 @@ def plan(
     from hetermoe_cli.spec.files import check_writable, dump
 
     variants = _variants(inputs, what_if or [], explain, profiles)
-    path = output or Path("plans") / f"{inputs.model.name}-{inputs.cluster.name}.yaml"
+    name = f"{inputs.model.name}-{inputs.cluster.name}".replace("/", "-")  # as in mistralai/Mixtral-8x7B
+    path = output or Path("plans") / f"{name}.yaml"
     check_writable(path)
     wanted = Wanted(objective, max_cost, max_groups)
     options = PlanOptions(assignment.value, SolverOptions(solver, time_limit), max_micro_batches, explain, wanted)

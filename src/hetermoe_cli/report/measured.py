@@ -83,10 +83,11 @@ def _files(path: Path) -> list[Path]:
 
 
 def _check_ranks(trace: Trace, file: Path, world_size: int) -> None:
-    last = max((span.rank for span in trace.spans), default=-1)
+    if not trace.spans:
+        raise UserError(f"{file}: the traces hold no task: after its warm-up the run had no step left to trace")
+    last = max(span.rank for span in trace.spans)
     if not 0 <= last < world_size:
-        found = f"rank {last}" if trace.spans else "no task"
-        raise UserError(f"{file}: the traces hold {found}, the plan has ranks 0 to {world_size - 1}")
+        raise UserError(f"{file}: the traces hold rank {last}, the plan has ranks 0 to {world_size - 1}")
 
 
 def _run_of(file: Path, plan: Plan) -> "RunSpec | None":
