@@ -91,16 +91,29 @@ def test_closed_bounds_know_that_all_reduces_may_be_faster_than_messages() -> No
 
 def slow_messages() -> Inputs:
     """Two devices that mostly wait for their all-reduce, at a hundred times the messages' bandwidth."""
+    return on_slow_links(["new"] * 2, 1e-3, 0.1, batch=2, new=(1e-9, 1e-12))
+
+
+def on_slow_links(
+    types: list[str], messages: float, all_reduces: float, *, batch: int, **seconds: tuple[float, float]
+) -> Inputs:
+    """A layer of two experts on devices of these types, whose links have so many GB/s for either and no latency.
+
+    `seconds`: of attention and of experts, by type.
+    """
     link = Link(
-        bandwidth_gigabytes_per_second=1e-3, all_reduce_gigabytes_per_second=0.1, latency_microseconds=0.0
+        bandwidth_gigabytes_per_second=messages, all_reduce_gigabytes_per_second=all_reduces, latency_microseconds=0.0
     )  # fmt: skip
     model = make_model(layers=1, experts=2, top_k=1)
-    profile = make_profile("new", model=model, attention_seconds=1e-9, expert_seconds=1e-12)
+    profiles = {
+        name: make_profile(name, model=model, attention_seconds=attention, expert_seconds=expert)
+        for name, (attention, expert) in seconds.items()
+    }
     return make_inputs(
-        [("new", 1)] * 2,
+        [(name, 1) for name in types],
         model=model,
-        profiles={"new": profile},
-        global_batch_sequences=2,
+        profiles=profiles,
+        global_batch_sequences=batch,
         network=link,
         interconnect=link,
     )
@@ -115,22 +128,7 @@ def test_closed_bounds_know_that_both_links_of_a_device_carry_a_part_of_one_tran
 
 def host_between_two() -> Inputs:
     """Two devices that attend, one of them in the node of the only one that is fast at experts, on equal slow links."""
-    link = Link(
-        bandwidth_gigabytes_per_second=1e-4, all_reduce_gigabytes_per_second=1.0, latency_microseconds=0.0
-    )  # fmt: skip
-    model = make_model(layers=1, experts=2, top_k=1)
-    profiles = {
-        "new": make_profile("new", model=model, attention_seconds=1e-6, expert_seconds=1.0),
-        "old": make_profile("old", model=model, attention_seconds=10.0, expert_seconds=1e-9),
-    }
-    inputs = make_inputs(
-        [("new", 1), ("old", 1), ("new", 1)],
-        model=model,
-        profiles=profiles,
-        global_batch_sequences=8,
-        network=link,
-        interconnect=link,
-    )
+    inputs = on_slow_links(["new", "old", "new"], 1e-4, 1.0, batch=8, new=(1e-6, 1.0), old=(10.0, 1e-9))
     nodes = [node.model_copy(update={"machine": "box"} if i < 2 else {}) for i, node in enumerate(inputs.cluster.nodes)]
     return inputs.model_copy(update={"cluster": inputs.cluster.model_copy(update={"nodes": nodes})})
 

@@ -17,7 +17,7 @@ from hetermoe_cli.model.row_blocks import are_compiled
 
 _BLOCK = 128  # queries at a time, of which each sees half a block in vain
 _LONGEST = 2048  # tokens; there FlashAttention takes 1.2 times as long (2 at 512 x 64, 1.3 at 1024 x 128)
-_LARGEST_TILE = 2**20  # scores at a time: 2 MiB, what a core's second-level cache holds
+_LARGEST_TILE = 2**20  # scores at a time, 2 MiB: of more heads than fit, some after others
 
 
 def suits(query: Tensor) -> bool:
