@@ -174,13 +174,13 @@ def head_work(shape: LayerShape, tokens: int) -> Work:
 
 
 def attention_saved_bytes(shape: LayerShape, length: int, sequences: int, element: int) -> int:
-    """What autograd and the stage keep of model/attention.py and combine, `element` bytes each; no parameters.
+    """What autograd and the stage keep of model/attention.py, `element` bytes each; no parameters.
 
-    Leaves hidden, expert outputs and weights; both residuals and both norms' outputs; what the parts keep (fp32
-    log-sum-exp beside it); gate scores, top k and their sum, int64 choices, inverse norms; once: cos and sin.
+    What it reads, the second residual and both norms' outputs; what the parts keep (fp32 log-sum-exp beside it); gate
+    scores, top k and their sum, int64 choices, inverse norms; once: cos and sin.
     """
     k, added = shape.top_k, parts(shape, shared_width(shape))
-    elements = (5 + k) * shape.hidden_size + gate_experts(shape) + 2 * k + 1
+    elements = 4 * shape.hidden_size + gate_experts(shape) + k + 1
     return _stage_saved_bytes(shape, length, sequences, element, added, elements, 8 * k)
 
 
@@ -207,11 +207,11 @@ def _stage_saved_bytes(
 
 
 def expert_saved_bytes(shape: LayerShape, tokens: int, element: int) -> int:
-    """Rows, gate and up."""
-    return tokens * element * (shape.hidden_size + 2 * shape.ffn_size)
+    """Rows, their weights, gate and up."""
+    return tokens * element * (shape.hidden_size + 1 + 2 * shape.ffn_size)
 
 
 def head_saved_bytes(shape: LayerShape, tokens: int, element: int) -> int:
-    """Leaves hidden, expert outputs and weights; residual and its norm; log-probabilities, int64 targets."""
-    per_token = element * ((3 + shape.top_k) * shape.hidden_size + shape.vocab_size + shape.top_k)
+    """What it reads and the norm of that; log-probabilities, int64 targets."""
+    per_token = element * (2 * shape.hidden_size + shape.vocab_size)
     return tokens * (per_token + 8 + 4)

@@ -72,6 +72,22 @@ def test_gradients_are_those_of_autograd(grouped: bool) -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padding", [0, 3, 8])
+def test_weights_scale_outputs_and_get_gradients(dtype: torch.dtype, padding: int) -> None:
+    """Also of rows that lie in wider ones, as messages bring them."""
+    group, counts, tolerance = make(3, dtype), [4, 0, 7], 2 * TOLERANCES[dtype]
+    wide = torch.randn(11, WIDTH + padding, generator=torch.Generator().manual_seed(7)).to(dtype)
+    weights, gradient = torch.rand(11).to(dtype).requires_grad_(), torch.randn(11, WIDTH).to(dtype)
+    rows = wide[:, :WIDTH].detach().requires_grad_()
+    outputs = run_experts(rows, group.gate_up, group.down, counts, True, weights)
+    found = torch.autograd.grad(outputs, [rows, weights, *group.parameters()], gradient)
+    plain = run_experts(rows, group.gate_up, group.down, counts, True) * weights[:, None]
+    expected = torch.autograd.grad(plain, [rows, weights, *group.parameters()], gradient)
+    for one, other in zip([outputs, *found], [plain, *expected], strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @given(counts=st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any))
 def test_one_product_equals_a_loop(dtype: torch.dtype, counts: list[int]) -> None:

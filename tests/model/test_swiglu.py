@@ -19,6 +19,21 @@ def test_equals_autograd(monkeypatch: pytest.MonkeyPatch, block: int, shape: tup
     torch.testing.assert_close(swiglu(joined), functional.silu(gate) * up, rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.parametrize("block", [1, 24, 2**17])
+def test_weighted_equals_autograd(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """The result, and the gradients of gate, up and weights; the result may take the place of the gradient."""
+    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", block)
+    joined, weights, given = (torch.randn(7, width, dtype=torch.float64) for width in (12, 1, 6))
+    leaves = [joined.clone().requires_grad_(), weights.clone().requires_grad_()]
+    gate, up = leaves[0].chunk(2, dim=-1)
+    expected = functional.silu(gate) * up * leaves[1]
+    expected.backward(given)
+    torch.testing.assert_close(module.activated(joined, weights), expected)
+    to_joined, result = torch.empty_like(joined), given.clone()
+    to_weights = module.weighted_backward(joined, weights, result, to_joined, result)
+    torch.testing.assert_close([result, to_joined, to_weights], [expected.detach(), leaves[0].grad, leaves[1].grad])
+
+
 def test_keeps_gate_and_up_only() -> None:
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):

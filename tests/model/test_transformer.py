@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from builders import make_model
 from hetermoe_cli.model.attention import AttentionBlock, DenseBlock
-from hetermoe_cli.model.moe import ExpertGroup, combine
+from hetermoe_cli.model.moe import ExpertGroup
 from hetermoe_cli.model.rope import rope_table, rotate
 from hetermoe_cli.model.transformer import DenseModel, Transformer, initialise, named_tensors, parameter_slices
 from hetermoe_cli.spec.model import ModelConfig
@@ -211,7 +211,7 @@ def test_loss_equals_experts_applied_token_by_token() -> None:
             for choice, expert in enumerate(routed.experts[token].tolist()):
                 gate, up = (group.gate_up[expert] @ row).chunk(2)  # type: ignore[index]
                 outputs[token, choice] = group.down[expert] @ (functional.silu(gate) * up)  # type: ignore[index]
-        hidden = combine(routed.hidden, outputs, routed.weights)
+        hidden = routed.hidden + (outputs * routed.weights[..., None]).sum(dim=1).view_as(hidden)
     assert model(tokens, targets).item() == pytest.approx(model.dense.loss(hidden, targets).item(), abs=1e-10)
 
 

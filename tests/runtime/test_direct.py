@@ -19,7 +19,8 @@ WIDTH = 4
 class Carrier:
     """Of rank 0, which gets two rows in every transfer from each of the others."""
 
-    empty = torch.empty(0, WIDTH)
+    def empty(self, action: Any) -> torch.Tensor:
+        return torch.empty(0, WIDTH)
 
     def incoming(self, action: Any) -> list[int]:
         return [0, 2, 2]

@@ -70,9 +70,12 @@ def test_replicated_experts_never_travel(layout: Layout, seed: int) -> None:
 
 
 @given(layouts())
-def test_backward_rows_follow_the_forward_permutation(layout: Layout) -> None:
+def test_rows_travel_with_their_weights(layout: Layout) -> None:
     top_k = min(2, layout.experts)
     for rank, experts in choices(layout, 0, top_k).items():
         routing = LayerMap(layout, 0, rank).route(experts)
-        outputs = torch.rand(TOKENS, top_k, WIDTH)
-        assert torch.equal(routing.to_tokens(routing.gather_choices(outputs)), outputs)
+        rows, weights = torch.rand(TOKENS, WIDTH), torch.rand(TOKENS, top_k)
+        sent = routing.gather_weighted(rows, weights, torch.empty(TOKENS * top_k, WIDTH + 4))
+        back = routing.to_tokens(sent)
+        assert torch.equal(back[..., :WIDTH], rows[:, None].expand(-1, top_k, -1))
+        assert torch.equal(back[..., WIDTH], weights)

@@ -87,19 +87,15 @@ class MemoryModel:
         return tensors * sequences * self.train.sequence_length * self.row_bytes
 
     def attention_activation_bytes(self, device: DeviceCost, sequences: int, recompute: bool) -> float:
-        """Kept by one attention stage for one micro-batch: with recompute only its inputs (residual, k outputs).
-
-        Else what autograd saved, with the inputs; the residual that it reads is the one that the stage before saved.
-        """
-        if recompute:
-            return self.border_bytes(sequences, 1 + self.model.top_k)
-        return max(0.0, device.attention(sequences).saved_bytes - self.border_bytes(sequences, 1))
+        """Kept by one attention stage for one micro-batch: with recompute only what it reads, else what autograd saved
+        with that."""
+        return self.border_bytes(sequences, 1) if recompute else device.attention(sequences).saved_bytes
 
     def attention_kept_bytes(self, device: DeviceCost, sequences: int, recompute: bool) -> float:
         """Kept by an attending device for one micro-batch, all layers together.
 
-        The first stage has no k outputs to read but the head does; to this comes the gradient of the head's residual,
-        which waits for its attention stage. What dense layers save is kept unless they are computed again.
+        To this comes the gradient of what the head read, which waits for the last stage. What dense layers save is kept
+        unless they are computed again.
         """
         each = self.attention_activation_bytes(device, sequences, recompute)
         dense = 0.0 if recompute else self.dense_cost(device, sequences).saved_bytes
@@ -114,7 +110,7 @@ class MemoryModel:
         """
         if not sequences:
             return 0.0
-        inputs = self.border_bytes(sequences, 1 + self.model.top_k)
+        inputs = self.border_bytes(sequences, 1)
         matrix, narrow = self.model.hidden_size * self.model.vocab_size, self._narrow(device)
         # of the matrix: its new gradient, and in fp32 that and the sum of those before
         head = float(matrix * (self._element_bytes(device) + narrow * 2 * _WIDE_BYTES))

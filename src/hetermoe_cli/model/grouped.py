@@ -36,18 +36,27 @@ def has_grouped_gemm(rows: Tensor, widths: Sequence[int]) -> bool:
 
 
 def run_experts(
-    rows: Tensor, gate_up: nn.Parameter, down: nn.Parameter, counts: Sequence[int], grouped: bool
+    rows: Tensor,
+    gate_up: nn.Parameter,
+    down: nn.Parameter,
+    counts: Sequence[int],
+    grouped: bool,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """rows [M, H], the first counts[0] for the first expert and so on, through gate_up [E, 2 F, H] and down [E, H, F]
-    -> [M, H]; `grouped`: in one call each where the rows allow it, else in a loop.
+    -> [M, H], each row times its combine weight if there are `weights` [M]; `grouped`: in one call each where the rows
+    allow it, else in a loop.
 
     Backward puts gradients of weights into their `grad`, or where there is none yet the place that it was given
     (`give_place`), if that has the rows' precision or, on a CPU, a wider one (`grad_dtype`); others get theirs from
     autograd.
     """
+    if grouped and rows.stride(0) * rows.element_size() % _ALIGNMENT_BYTES:
+        rows = rows.contiguous()
     blocks = Blocks(rows, counts)
     groups = Groups(blocks.sizes, _group_ends(blocks.sizes, rows.device) if grouped else None)
-    return _Experts.apply(rows, gate_up, down, groups, blocks)  # type: ignore[no-any-return, no-untyped-call]
+    column = None if weights is None else weights[:, None]
+    return _Experts.apply(rows, column, gate_up, down, groups, blocks)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _group_ends(counts: Sequence[int], device: torch.device) -> Tensor:
@@ -125,21 +134,32 @@ def _place(weight: Tensor, rows: Tensor) -> Tensor | None:
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, groups: Groups, blocks: Blocks) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, weights: Tensor | None, gate_up: Tensor, down: Tensor, groups: Groups, blocks: Blocks
+    ) -> Tensor:
         joined = groups.times(blocks.pack(rows), gate_up.transpose(1, 2))
-        ctx.save_for_backward(rows, joined, gate_up, down)  # rows as they came: whoever gave them keeps them anyway
+        # rows and weights as they came: whoever gave them keeps them anyway
+        ctx.save_for_backward(rows, weights, joined, gate_up, down)
         ctx.groups, ctx.blocks = groups, blocks
-        return blocks.unpack(groups.times(swiglu.activated(joined), down.transpose(1, 2)))
+        activated = swiglu.activated(joined, None if weights is None else blocks.pack(weights))
+        return blocks.unpack(groups.times(activated, down.transpose(1, 2)))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
-        rows, joined, gate_up, down = ctx.saved_tensors
+    def backward(
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, None, None]:
+        rows, weights, joined, gate_up, down = ctx.saved_tensors
         groups, blocks = ctx.groups, ctx.blocks
         gradient = gradients[0].contiguous()  # grouped_mm refuses expanded ones, as that of a sum
         rows, gradient = blocks.pack(rows), blocks.pack(gradient)
         activated, to_joined = groups.times(gradient, down), torch.empty_like(joined)
-        swiglu.backward(joined, activated, to_joined, activated)  # from its gradient to the activation
+        to_weights = None  # below, from its gradient to the activation
+        if weights is None:
+            swiglu.backward(joined, activated, to_joined, activated)
+        else:
+            packed = blocks.pack(weights)
+            to_weights = blocks.unpack(swiglu.weighted_backward(joined, packed, activated, to_joined, activated))
         to_down = groups.to_weight(down, gradient, activated)
         del activated
         to_gate_up = groups.to_weight(gate_up, to_joined, rows)
-        return blocks.unpack(groups.times(to_joined, gate_up)), to_gate_up, to_down, None, None
+        return blocks.unpack(groups.times(to_joined, gate_up)), to_weights, to_gate_up, to_down, None, None

@@ -11,7 +11,7 @@ from hetermoe_cli.model.attention import AttentionBlock, DenseBlock, Routed
 from hetermoe_cli.model.documents import Documents, find_documents
 from hetermoe_cli.model.embedding import Embedding
 from hetermoe_cli.model.gate import Router
-from hetermoe_cli.model.moe import ExpertGroup, combine
+from hetermoe_cli.model.moe import ExpertGroup
 from hetermoe_cli.model.norm import RMSNorm
 from hetermoe_cli.spec.model import ModelConfig
 
@@ -102,9 +102,8 @@ class Transformer(nn.Module):
             order = chosen.argsort(stable=True)[: int(counts.sum())]  # dropped ones sort last
             outputs = group(routed.rows[order // self.config.top_k], counts.tolist())
             in_token_order = outputs.new_zeros(len(chosen), outputs.shape[-1]).index_copy(0, order, outputs)
-            hidden = combine(
-                routed.hidden, in_token_order.view(len(routed.rows), self.config.top_k, -1), routed.weights
-            )
+            chosen_outputs = in_token_order.view(*routed.weights.shape, -1)
+            hidden = routed.hidden + (chosen_outputs * routed.weights[..., None]).sum(dim=1).view_as(hidden)
             rows.append(counts.double())
             if routed.losses is not None:
                 router_losses = router_losses + routed.losses

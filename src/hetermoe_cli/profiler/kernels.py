@@ -1,7 +1,8 @@
 """Microbenchmarks of the engine's own stages: attention, dense layer, experts, head, optimizer -> KernelTable.
 
 A stage is cut as the engine cuts it: its inputs are detached leaves, its backward is one `autograd.backward` with a
-gradient for every output. Parameters accumulate into existing gradients, as from the second micro-batch on.
+gradient for every output. Rows are put into the order of messages and back (crossing.py). Parameters accumulate into
+existing gradients, as from the second micro-batch on.
 """
 
 import itertools
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.model.grouped import has_grouped_gemm
-from hetermoe_cli.model.moe import ExpertGroup, combine
+from hetermoe_cli.model.moe import ExpertGroup
 from hetermoe_cli.model.transformer import DenseModel, initialise
+from hetermoe_cli.profiler.crossing import ExpertSide, TokenSide
 from hetermoe_cli.profiler.measure import (
     Caches,
     Case,
@@ -139,14 +141,15 @@ class Bench:
 
     def attention(self, length: int, sequences: int) -> Case:
         """Combine of the layer before, then attention, norms, gate and shared experts of this one."""
+        side = TokenSide(sequences * length, self.config.top_k, self.device)
 
         def forward(leaves: list[Tensor]) -> list[Tensor]:
-            routed = self.dense.stage(0, combine(*leaves))
+            routed = self.dense.stage(0, side.arrive(leaves[0]))
             losses = [] if routed.losses is None else [routed.losses]
-            return [routed.hidden, routed.rows, routed.weights, *losses]
+            return [routed.hidden, *side.depart(routed.rows, routed.weights), *losses]
 
         label = f"attention of {sequences} x {length} tokens"
-        return Case(label, lambda: self._stage_inputs(sequences, length), forward)
+        return Case(label, lambda: [self._leaf(sequences, length, self.config.hidden_size)], forward)
 
     def dense_layer(self, length: int, sequences: int) -> Case:
         """One dense layer: attention, norms, SwiGLU network."""
@@ -158,20 +161,28 @@ class Bench:
 
     def expert(self, tokens: int) -> Case:
         """An expert on `tokens` rows: alone, or one of several where the engine runs those of a rank in one product."""
+        count = self.experts * tokens
+        side = ExpertSide(count, self.device)
+
+        def forward(leaves: list[Tensor]) -> list[Tensor]:
+            rows, weights = side.arrive(*leaves)
+            return [side.depart(self.group(rows, [tokens] * self.experts, weights))]
+
         return Case(
             f"{self.experts} x an expert on {tokens} tokens",
-            lambda: [self._leaf(self.experts * tokens, self.config.hidden_size)],
-            lambda leaves: [self.group(leaves[0], [tokens] * self.experts)],
+            lambda: [self._leaf(count, self.config.hidden_size), self._leaf(count)],
+            forward,
             parts=self.experts,
         )
 
     def head(self, tokens: int) -> Case:
         """Combine of the last layer, final norm, head and loss."""
         targets = torch.arange(tokens, device=self.device)[None] % self.config.vocab_size
+        side = TokenSide(tokens, self.config.top_k, self.device)
         return Case(
             f"the head on {tokens} tokens",
-            lambda: self._stage_inputs(1, tokens),
-            lambda leaves: [self.dense.loss(combine(*leaves), targets)],
+            lambda: [self._leaf(1, tokens, self.config.hidden_size)],
+            lambda leaves: [self.dense.loss(side.arrive(leaves[0]), targets)],
         )
 
     def optimizer_seconds(self, effort: Effort) -> float:
@@ -193,15 +204,6 @@ class Bench:
             watch.mark()
             samples += watch.seconds()
         return rounded(statistics.median(samples[1:]) / sum(w.numel() for w in weights))
-
-    def _stage_inputs(self, sequences: int, length: int) -> list[Tensor]:
-        """hidden [B, S, H], expert outputs [B * S, k, H], combine weights [B * S, k]."""
-        config, tokens = self.config, sequences * length
-        return [
-            self._leaf(sequences, length, config.hidden_size),
-            self._leaf(tokens, config.top_k, config.hidden_size),
-            self._leaf(tokens, config.top_k),
-        ]
 
     def _leaf(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=self.dtype, requires_grad=True)

@@ -16,10 +16,10 @@ from hetermoe_cli.model.copies import Fetched, upload
 from hetermoe_cli.runtime.calls import has_counts
 from hetermoe_cli.runtime.clock import Clock
 from hetermoe_cli.runtime.collectives import Collectives
-from hetermoe_cli.runtime.dispatcher import Arrivals, LayerMap, Routing
+from hetermoe_cli.runtime.dispatcher import Arrivals, LayerMap, Routing, tail_size
 from hetermoe_cli.runtime.lanes import Handoff, Parcel, exchange
 from hetermoe_cli.runtime.mesh import Mesh
-from hetermoe_cli.schedule.action import Action
+from hetermoe_cli.schedule.action import Action, Kind
 from hetermoe_cli.schedule.schedule import Schedule
 from hetermoe_cli.spec.layout import Layout
 
@@ -29,8 +29,8 @@ Place = tuple[int, int]  # (layer, micro-batch)
 class Carrier:
     """The sizes of one pass, and the transfers that need them.
 
-    `empty` [0, H] is like the messages: their width and precision. `counts` [layers, micro-batches, experts]: rows that
-    this rank routed.
+    `empty` [0, H] is like the rows in precision and width. `counts` [layers, micro-batches, experts]: rows that this
+    rank routed.
     """
 
     def __init__(
@@ -44,12 +44,17 @@ class Carrier:
         collectives: Collectives,
     ) -> None:
         self._collectives = collectives
-        self._mesh, self._maps, self.empty, self._schedule, self._clock = mesh, maps, empty, schedule, clock
+        self._mesh, self._maps, self._schedule, self._clock = mesh, maps, schedule, clock
+        self._empty = {Kind.COMBINE: empty, Kind.DISPATCH: empty.new_empty(0, empty.shape[1] + tail_size(empty.dtype))}
         places = [(layer, j) for layer in range(layout.layers) for j in range(layout.micro_batches)]
         self._routed: dict[Place, Future[Routing]] = {place: Future() for place in places}
         self._arrivals: dict[Place, Arrivals] = {}
         self._waits: dict[object, float] = {}  # seconds
         self.counts: NDArray[np.int32] = np.zeros((layout.layers, layout.micro_batches, layout.experts), np.int32)
+
+    def empty(self, action: Action) -> Tensor:
+        """[0, width] like what `action` moves."""
+        return self._empty[action.kind]
 
     # Called by the compute thread.
 
@@ -126,17 +131,17 @@ class Carrier:
         if rows is not None and parcel is not None:
             sizes = parcel.sizes
             sends = self._others(mesh.on_wire(rows[: sum(sizes)]), sizes)
-        buffer = self._buffer(0)
+        buffer = self._buffer(action, 0)
         receives: dict[int, Tensor] = {}
         if mesh.rank in self._schedule.receivers[action]:
             sizes = self.incoming(action)
-            buffer = self._buffer(sum(sizes))
+            buffer = self._buffer(action, sum(sizes))
             receives = self._others(buffer, sizes)
         exchange(group, sends, receives)
         return self._carried(action, upload(buffer, mesh.device), began)
 
-    def _buffer(self, rows: int) -> Tensor:
-        wire, empty = self._mesh.wire, self.empty
+    def _buffer(self, action: Action, rows: int) -> Tensor:
+        wire, empty = self._mesh.wire, self.empty(action)
         pinned = wire.type != self._mesh.device.type
         return torch.empty((rows, empty.shape[1]), dtype=empty.dtype, device=wire, pin_memory=pinned)
 

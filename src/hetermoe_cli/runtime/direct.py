@@ -100,7 +100,7 @@ class DirectLane:
         if self._rank in self._schedule.receivers[action]:
             self._began[action] = start
         else:
-            self._clock.transferred(action, Handoff(self._carrier.empty, None, start, end))
+            self._clock.transferred(action, Handoff(self._carrier.empty(action), None, start, end))
 
     def release(self) -> None:
         """Let senders write again where nothing is read any more."""
@@ -118,7 +118,7 @@ class DirectLane:
             self._carrier.came(action, {peer: _counts(message.note) for peer, message in messages.items()})
         began, sent = self._began.pop(action, 0.0), max((message.end for message in messages.values()), default=0.0)
         handoff = Letters(
-            rows=self._carrier.empty,
+            rows=self._carrier.empty(action),
             start=max([began, *(message.start for message in messages.values())]),
             end=max(began, sent if sent < entered else received),  # who waited had to be woken as well
             sizes=self._carrier.incoming(action),

@@ -1,6 +1,7 @@
 """Who gets which rows: the permutations of dispatch and combine, as plain tensors and sizes.
 
 T = tokens of the rank's micro-batch, k = choices a token, H = hidden size. A token travels once per chosen expert.
+What a dispatch carries is a row and a tail: on the way there the choice's combine weight, on the way back its gradient.
 Permutations are computed where the rows are; sizes go to the host on their own, and who needs them waits for them.
 """
 
@@ -18,6 +19,12 @@ from hetermoe_cli.model.copies import Fetched, upload, used_here
 from hetermoe_cli.spec.layout import Layout
 
 CPU = torch.device("cpu")
+_TAIL_BYTES = 16  # as much as keeps rows aligned for grouped products; the first element counts
+
+
+def tail_size(dtype: torch.dtype) -> int:
+    """Elements behind a row of a dispatch."""
+    return _TAIL_BYTES // dtype.itemsize
 
 
 class LayerMap:
@@ -130,9 +137,12 @@ class Routing:
         """rows [T, H] -> [T * k, H] in sending order, in `out` if that is given."""
         return torch.index_select(rows, 0, self.order // self.top_k, out=out)
 
-    def gather_choices(self, outputs: Tensor, out: Tensor | None = None) -> Tensor:
-        """outputs [T, k, H] -> [T * k, H] in sending order, in `out` if that is given."""
-        return torch.index_select(outputs.flatten(0, 1), 0, self.order, out=out)
+    def gather_weighted(self, rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+        """rows [T, H] and weights [T, k] -> [T * k, H + tail] in sending order, in `out`."""
+        width = rows.shape[1]
+        self.gather(rows, out[:, :width])
+        out[:, width] = weights.flatten().index_select(0, self.order)
+        return out
 
     def summed(self, sent: Tensor) -> Tensor:
         """[M, H] in sending order -> [T, H], the sum over a token's choices."""
@@ -192,6 +202,13 @@ class Arrivals:
         if self.grouping is None:
             return rows if out is None else out.copy_(rows)
         return torch.index_select(rows, 0, inverse(self.grouping), out=out)
+
+    def ungroup_weighted(self, rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+        """[M, H] and [M] by expert -> [M, H + tail] by source, in `out`."""
+        width = rows.shape[1]
+        self.ungroup(rows, out[:, :width])
+        self.ungroup(weights, out[:, width])
+        return out
 
 
 def inverse(order: Tensor) -> Tensor:

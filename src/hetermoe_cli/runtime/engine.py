@@ -20,7 +20,7 @@ from hetermoe_cli.runtime.dispatcher import LayerMap
 from hetermoe_cli.runtime.lanes import Lanes, Parcel
 from hetermoe_cli.runtime.mesh import Mesh
 from hetermoe_cli.runtime.parts import Parts
-from hetermoe_cli.runtime.stage import AttentionStage, Border, ExpertStage
+from hetermoe_cli.runtime.stage import AttentionStage, ExpertStage
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.gathers import releases
 from hetermoe_cli.schedule.schedule import Schedule, inputs
@@ -67,7 +67,7 @@ class Engine:
         self._carrier = Carrier(self.layout, self.mesh, self._maps, self._empty, schedule, clock, collectives)
         self._attention: dict[Place, AttentionStage] = {}
         self._documents: dict[int, Documents | None] = {}
-        self._heads: dict[int, Border] = {}
+        self._gradients: dict[Place, Tensor] = {}  # [B, S, H] of what the stage behind a layer read
         self._experts: dict[Place, ExpertStage] = {}
         self._kept: dict[Action, tuple[Tensor, Parcel]] = {}  # rows some of which stay on this rank
         self.loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
@@ -146,7 +146,7 @@ class Engine:
             self.router_losses += routed.losses.detach()
         routing = self._maps[layer].route(routed.experts)
         sending = Action(Kind.DISPATCH, Pass.FORWARD, layer, j)
-        rows = routing.gather(stage.take_rows(), self._room(sending, len(routing.order)))
+        rows = routing.gather_weighted(*stage.take_rows(), self._wide(sending, len(routing.order)))
         self._attention[place] = stage
         self._carrier.routed(place, routing)
         self._clock.counted(layer, j, routing)
@@ -159,7 +159,8 @@ class Engine:
         arrivals = self._carrier.arrivals(place)
         parts = self.parts.experts_of(layer)
         recompute = self.layout.schedule.recompute_experts
-        stage = ExpertStage.forward(parts, arrivals.group(rows), arrivals.counts, recompute)
+        rows, weights = (arrivals.group(part) for part in self._parted(rows))
+        stage = ExpertStage.forward(parts, rows, weights, arrivals.counts, recompute)
         sending = Action(Kind.COMBINE, Pass.FORWARD, layer, j)
         outputs = arrivals.ungroup(stage.take_outputs(), self._room(sending, sum(arrivals.counts)))
         if torch.is_grad_enabled():
@@ -169,28 +170,22 @@ class Engine:
 
     def _head(self, action: Action) -> None:
         last, j = self.layout.layers - 1, action.micro_batch
-        border, arrived = self._border_before(self.layout.layers, j)
-        assert isinstance(border, Border)
-        loss = self._dense().loss(border.combined(), upload(self._batch(j)[1], self.mesh.device))
+        hidden, arrived = self._border_before(self.layout.layers, j)
+        loss = self._dense().loss(hidden, upload(self._batch(j)[1], self.mesh.device))
         self.loss += loss.detach()
         if action.direction is Pass.FORWARD:
             self._clock.compute(action, self._began, arrived)
             return
         (loss * self._loss_scale).backward()  # type: ignore[no-untyped-call]
-        self._heads[j] = border
-        routing = self._carrier.routing((last, j))
-        sending = Action(Kind.COMBINE, Pass.BACKWARD, last, j)
-        rows = routing.gather_choices(border.take_output_gradient(), self._room(sending, len(routing.order)))
-        self._clock.compute(action, self._began, arrived)
-        self._send(sending, rows, routing)
+        self._return((last, j), hidden.grad, action, arrived)
 
     def _expert_backward(self, action: Action) -> None:
         layer, j = place = action.layer, action.micro_batch
         gradient, arrived = self._receive(Action(Kind.COMBINE, Pass.BACKWARD, layer, j))
         arrivals = self._carrier.arrivals(place)
         sending = Action(Kind.DISPATCH, Pass.BACKWARD, layer, j)
-        rows = self._experts.pop(place).backward(arrivals.group(gradient))
-        rows = arrivals.ungroup(rows, self._room(sending, sum(arrivals.counts)))
+        gradients = self._experts.pop(place).backward(arrivals.group(gradient))
+        rows = arrivals.ungroup_weighted(*gradients, self._wide(sending, sum(arrivals.counts)))
         self._clock.compute(action, self._began, arrived, arrivals.counts)
         self._send(sending, rows, arrivals)
 
@@ -199,37 +194,40 @@ class Engine:
         rows, arrived = self._receive(Action(Kind.DISPATCH, Pass.BACKWARD, layer, j))
         routing = self._carrier.routing(place)
         self._carrier.forget(place)
-        if layer == self.layout.layers - 1:
-            following = self._heads.pop(j)
+        _, weights = self._parted(rows)
+        rows, _ = self._parted(routing.summed(rows))  # tails are summed too, for nothing: whole rows are faster read
+        weights = routing.to_tokens(weights[:, None]).squeeze(-1)
+        stage, hidden = self._attention.pop(place), self._gradients.pop(place)
+        gradient = stage.backward(hidden, rows.contiguous(), weights, self._loss_scale)
+        if layer:
+            self._return((layer - 1, j), gradient, action, arrived)
         else:
-            following = self._attention.pop((layer + 1, j)).border
-        hidden, weights = following.gradients()
-        stage, rows = self._attention[place], routing.summed(rows)
-        outputs = stage.backward(hidden, rows, weights, self._loss_scale)
-        if outputs is None:
-            del self._attention[place]
             self._clock.compute(action, self._began, arrived)
-            return
-        before = self._carrier.routing((layer - 1, j))
-        sending = Action(Kind.COMBINE, Pass.BACKWARD, layer - 1, j)
-        gradients = before.gather_choices(outputs, self._room(sending, len(before.order)))
+
+    def _return(self, place: Place, gradient: Tensor | None, action: Action, arrived: float) -> None:
+        """Send the experts of a layer the gradient [B, S, H] of what the stage behind it read, and keep it for the
+        stage before."""
+        assert gradient is not None
+        self._gradients[place] = gradient
+        routing, sending = self._carrier.routing(place), Action(Kind.COMBINE, Pass.BACKWARD, *place)
+        rows = routing.gather(gradient.flatten(0, 1), self._room(sending, len(routing.order)))
         self._clock.compute(action, self._began, arrived)
-        self._send(sending, gradients, before)
+        self._send(sending, rows, routing)
 
     # Rows in and out.
 
-    def _border_before(self, layer: int, j: int) -> tuple[Border | Tensor, float]:
-        """Inputs of the stage after layer - 1, and when they arrived: tokens for the first stage."""
+    def _border_before(self, layer: int, j: int) -> tuple[Tensor, float]:
+        """What the stage after layer - 1 reads, a leaf, and when it arrived: tokens for the first stage."""
         if layer == 0:
             self._began = self._clock.mark()
             return upload(self._batch(j)[0], self.mesh.device), 0.0
         before = layer - 1, j
         rows, arrived = self._receive(Action(Kind.COMBINE, Pass.FORWARD, *before))
-        border = self._attention[before].border_after(self._carrier.routing(before).to_tokens(rows))
+        hidden = self._attention[before].combined(self._carrier.routing(before).summed(rows))
         if not torch.is_grad_enabled():
             del self._attention[before]
             self._carrier.forget(before)
-        return border, arrived
+        return hidden, arrived
 
     def _send(self, action: Action, rows: Tensor, parcel: Parcel) -> None:
         """Hand rows (sorted by target rank, as `parcel` tells) to the lane; this rank's own stay here.
@@ -253,7 +251,19 @@ class Engine:
 
     def _room(self, action: Action, rows: int) -> Tensor | None:
         """[rows, H] to write in what `action` will send, where that saves a copy."""
-        return self._lanes.room(action, rows, self._empty) if self.parts.exchange == self.parts.dtype else None
+        if self.parts.exchange != self.parts.dtype:
+            return None
+        return self._lanes.room(action, rows, self._carrier.empty(action))
+
+    def _wide(self, action: Action, rows: int) -> Tensor:
+        """[rows, H + tail] to write in what a dispatch will send."""
+        room, width = self._room(action, rows), self._carrier.empty(action).shape[1]
+        return self._empty.new_empty(rows, width, dtype=self.parts.dtype) if room is None else room
+
+    def _parted(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What a dispatch brought: rows [M, H], and of each [M] the first element of its tail."""
+        width = self._empty.shape[1]
+        return rows[:, :width], rows[:, width]
 
     def _receive(self, action: Action) -> tuple[Tensor, Any]:
         """Rows of `action` by source rank, this rank's own among them, and when they arrived.

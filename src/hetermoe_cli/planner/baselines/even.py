@@ -84,7 +84,8 @@ def proportional(totals: Sequence[int], speeds: Sequence[float]) -> list[list[in
         owed = [debt + total * speed / everything for debt, speed in zip(owed, speeds, strict=True)]
         share = [max(0, floor(debt + 1e-9)) for debt in owed]
         while sum(share) > total:  # debts of earlier splits fall due together
-            share[max(range(len(share)), key=lambda i: share[i] - owed[i])] -= 1
+            some = (i for i, count in enumerate(share) if count)
+            share[max(some, key=lambda i: share[i] - owed[i])] -= 1
         left = total - sum(share)
         order = sorted(range(len(share)), key=lambda i: (share[i] - owed[i], -speeds[i]))
         for index in order[:left]:
