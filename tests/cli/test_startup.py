@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from hetermoe_cli.spec.files import load
+from hetermoe_cli.spec.plan import Plan
+
 COMMANDS = ("profile", "plan", "simulate", "train", "bench", "calibrate", "export")
 HEAVY = ("torch", "pulp", "highspy", "matplotlib", "numpy", "pydantic", "yaml")
 
@@ -16,10 +19,11 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
 
 
+MAIN = "import sys; sys.argv = ['hetermoe', *{!r}]; from hetermoe_cli.cli.main import main; main()"
+
+
 def hetermoe(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return python(
-        f"import sys; sys.argv = ['hetermoe', *{arguments!r}]; from hetermoe_cli.cli.main import main; main()"
-    )
+    return python(MAIN.format(arguments))
 
 
 def test_importing_the_command_line_imports_nothing_heavy() -> None:
@@ -97,3 +101,15 @@ def test_a_name_that_no_file_can_have_is_told_in_one_line() -> None:
     assert (result.returncode, result.stdout) == (3, "")
     assert result.stderr.startswith(f"hetermoe: error: {name}: File name too long: check the path")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_streams_that_the_caller_closed_are_no_error(tmp_path: Path, closed: tuple[int, ...]) -> None:
+    """Nor is what is written to them found in a file that is opened in their place."""
+    plan = tmp_path / "plan.yaml"
+    arguments = ["plan", "--model", "mixtral-d1", "--cluster", "plans/clusters/o1.yaml", "--time-limit", "0.5"]
+    arguments += ["--train", "plans/train/paper-4k.yaml", "--assignment", "ep", "--output", str(plan)]
+    command = [sys.executable, "-c", MAIN.format(arguments)]
+    code = f"import os; [os.close(number) for number in {closed}]; os.execv({command[0]!r}, {command!r})"
+    assert python(code).returncode == 0
+    assert load(Plan, plan).assignment == "ep"

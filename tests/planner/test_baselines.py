@@ -3,6 +3,8 @@
 from math import inf
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from builders import make_inputs, make_model, make_profile
 from hetermoe_cli.cost import CostModel, LayoutCost
@@ -130,6 +132,19 @@ def test_without_asymmetry_attending_devices_host_nothing() -> None:
     layout = gather_squeeze(CostModel(inputs(2, 2, experts=8, batch=8)), 16, asymmetric=False).layout
     assert layout is not None
     assert not any(p.experts[0] or p.experts[1] for p in layout.placement)
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=60), st.lists(st.floats(0.01, 10), min_size=1, max_size=40))
+def test_proportional_shares_are_whole_and_add_up(totals: list[int], speeds: list[float]) -> None:
+    """Also where devices are many more than experts, so that some are owed less than nothing."""
+    for total, share in zip(totals, proportional(totals, speeds), strict=True):
+        assert sum(share) == total
+        assert min(share) >= 0
+
+
+def test_debts_of_many_slow_devices_never_make_a_share_negative() -> None:
+    speeds = [(1.0, 0.37, 0.05, 1 / 3)[(7 * i) % 4] for i in range(257)]
+    assert min(min(share) for share in proportional([8] * 94, speeds)) == 0
 
 
 def test_proportional_shares_carry_what_they_round_off() -> None:

@@ -13,6 +13,8 @@ from hetermoe_cli.spec.base import sha256
 from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.latent import LatentAttention
 from hetermoe_cli.spec.model import (
+    MOST_EXPERTS,
+    MOST_LAYERS,
     NAMED_MODELS,
     ROUTER_FIELDS,
     LayerShape,
@@ -141,6 +143,16 @@ def test_deepseek_v3_has_its_published_parameter_count() -> None:
     assert model.parameters + gate_biases == 671_026_419_200
     assert (model.layers, model.dense_layers) == (58, 3)
     assert model.dense_parameters == pytest.approx(17.1e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("field", "most"), [("layers", MOST_LAYERS), ("experts", MOST_EXPERTS), ("dense_layers", MOST_LAYERS)]
+)
+def test_models_that_no_plan_can_list_are_refused(field: str, most: int) -> None:
+    more = {"dense_ffn_size": 8} if field == "dense_layers" else {}
+    ModelConfig.model_validate({**make_model().model_dump(), **more, field: most})
+    with pytest.raises(ValidationError, match=f"less than or equal to {most}"):
+        ModelConfig.model_validate({**make_model().model_dump(), **more, field: most + 1})
 
 
 def test_dense_layers_count_every_matrix_once() -> None:

@@ -28,6 +28,7 @@ app.command("calibrate")(calibrate.calibrate)
 
 def main() -> None:
     """Entry point of the console script."""
+    _open_streams()
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as machines are described; CUDA's own: fastest first
     try:
         _run()
@@ -44,14 +45,24 @@ def main() -> None:
         sys.exit(int(ExitCode.INTERRUPTED))
 
 
+def _open_streams() -> None:
+    """Give what the caller has closed (`>&-`) a place: the next file that is opened would be taken for it."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdin, sys.stdout, sys.stderr = (
+        stream or os.fdopen(number, mode)
+        for number, (stream, mode) in enumerate(((sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w")))
+    )
+
+
 def _run() -> None:
     """The command; what it printed is written before it counts as done, as nobody sees a failure after that."""
     try:
         app()
     finally:
         try:
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
         except OSError:
             with contextlib.suppress(OSError):  # what is left must not fail again at the interpreter's end
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -53,7 +53,8 @@ class Follower:
             elif line["event"] in ("drift", "rebalance"):
                 view.note(f"step {line['step'] + 1}: {line['message']}")
             elif line["event"] == "validation":
-                view.note(f"step {line['step'] + 1}: validation loss {line['loss']:.4f} nats a token")
+                loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f} nats a token"
+                view.note(f"step {line['step'] + 1}: validation loss {loss}")
 
     def _new_lines(self) -> list[dict[str, Any]]:
         """Events that have not been shown yet; not those of an earlier start, which the workers drop a little later."""

@@ -172,7 +172,7 @@ def _loop(
         if step < run.steps and not stop:
             balancer.after(step, result)
         if run.validate_every and step % run.validate_every == 0 and step < run.steps and not stop:
-            recorder.event("validation", step - 1, loss=trainer.validate(validation, run.validation_batches))
+            recorder.event("validation", step - 1, loss=_finite(trainer.validate(validation, run.validation_batches)))
         if stop or step == run.steps or (run.checkpoint_every and step % run.checkpoint_every == 0):
             folder = save(balancer.run, trainer, step)
             recorder.event("checkpoint", step - 1, folder=str(folder))
@@ -180,7 +180,7 @@ def _loop(
     recorder.trace(Trace("emulated" if run.emulation else "measured", trainer.clock.spans, trainer.clock.starts))
     values = _summary(trainer) | {"saved_step": saved}
     if not stop:
-        values["validation_loss"] = trainer.validate(validation, run.validation_batches)
+        values["validation_loss"] = _finite(trainer.validate(validation, run.validation_batches))
         recorder.event("validation", step - 1, loss=values["validation_loss"])
     recorder.status("interrupted" if stop else "finished", step, **values)
 
@@ -217,7 +217,7 @@ def _dropped(run: RunSpec, result: StepResult) -> dict[str, object]:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no infinity: of a step that overflowed and was skipped."""
+    """JSON has no infinity: of a step that overflowed and was skipped, or of a validation in fp16."""
     return value if math.isfinite(value) else None
 
 

@@ -10,6 +10,7 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.base import ExtendedSpec, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec
 
 MOST_DEVICES = 16384  # the cost model keeps figures of pairs of them
+LEAST_BANDWIDTH = 1e-6  # gigabytes a second: a modem
 
 
 class Link(ExtendedSpec):
@@ -21,9 +22,9 @@ class Link(ExtendedSpec):
 
     later: ClassVar[frozenset[str]] = frozenset({"all_reduce_gigabytes_per_second"})
 
-    bandwidth_gigabytes_per_second: PositiveFloat
+    bandwidth_gigabytes_per_second: Annotated[PositiveFloat, Field(ge=LEAST_BANDWIDTH)]
     latency_microseconds: NonNegativeFloat
-    all_reduce_gigabytes_per_second: PositiveFloat | None = None
+    all_reduce_gigabytes_per_second: Annotated[PositiveFloat, Field(ge=LEAST_BANDWIDTH)] | None = None
 
     @property
     def ring_bandwidth(self) -> float:

@@ -1,9 +1,9 @@
 """ModelConfig: a decoder of MoE layers, named sizes, and Hugging Face config.json."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.base import ExtendedSpec, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -23,6 +23,7 @@ ROUTER_FIELDS = (
     "router_z_loss",
     "router_capacity",
 )
+MOST_LAYERS, MOST_EXPERTS = 1024, 4096  # plans list every expert of every layer; published models have a tenth of both
 
 
 class LayerShape(ExtendedSpec):
@@ -82,17 +83,17 @@ class ModelConfig(ExtendedSpec):
     kind: Literal["model"] = "model"
     schema_version: Literal[1] = 1
     name: str
-    layers: PositiveInt
+    layers: Annotated[PositiveInt, Field(le=MOST_LAYERS)]
     hidden_size: PositiveInt
     ffn_size: PositiveInt
     attention_heads: PositiveInt
     kv_heads: PositiveInt
     head_size: PositiveInt
-    experts: PositiveInt
+    experts: Annotated[PositiveInt, Field(le=MOST_EXPERTS)]
     top_k: PositiveInt
     vocab_size: PositiveInt
     shared_experts: NonNegativeInt = 0
-    dense_layers: NonNegativeInt = 0
+    dense_layers: Annotated[NonNegativeInt, Field(le=MOST_LAYERS)] = 0
     dense_ffn_size: NonNegativeInt = 0
     latent: LatentAttention | None = None
     router_score: Literal["softmax", "sigmoid"] = "softmax"
