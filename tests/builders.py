@@ -269,14 +269,16 @@ def layouts(
         by_rank = [[e for e, rank in enumerate(hosts) if rank == r] for r in range(world)]
         everywhere = [e for e, rank in enumerate(hosts) if rank == replicated]
         placement.append(LayerPlacement(experts=by_rank, replicated=everywhere))
+    recompute: Recompute = draw(st.sampled_from(get_args(Recompute)))
+    states = [state for state in get_args(DenseState) if (recompute, state) != ("full", "full")]
     return Layout(
         schedule=make_schedule(
             draw(st.sampled_from(schedules)),
             draw(st.integers(1, 4)),
             experts=draw(st.sampled_from(orders)),
             transfers=draw(st.sampled_from(get_args(TransferOrder))),
-            recompute=draw(st.sampled_from(get_args(Recompute))),
-            dense_state=draw(st.sampled_from(get_args(DenseState))),
+            recompute=recompute,
+            dense_state=draw(st.sampled_from(states)),
         ),
         sequences_per_rank=draw(st.lists(st.integers(0, 2), min_size=world, max_size=world).filter(any)),
         placement=placement,

@@ -43,6 +43,31 @@ def test_recompute_adds_a_forward_to_backward(inputs: Inputs) -> None:
     assert cost.seconds(1, action("1EB0")) == pytest.approx(3 * 4 * ROWS * 0.02)
 
 
+def test_full_recompute_runs_the_stage_before_again_and_sends_its_rows(inputs: Inputs) -> None:
+    """The head the last one, the first stage none; each with the gradients for the experts in one message."""
+    plain = LayoutCost(CostModel(inputs), make_layout())
+    cost = LayoutCost(CostModel(inputs), make_layout(recompute="full"))
+    for name, more in (("0AB0", 0.0), ("1AB0", 1.0), ("0HB0", 1.0), ("0AF0", 0.0), ("0EB0", 4 * ROWS * 0.02)):
+        rank = int("E" in name)
+        assert cost.seconds(rank, action(name)) == pytest.approx(plain.seconds(rank, action(name)) + more)
+    for name, trips in (("0DF0", 1), ("0CF0", 1), ("0CB0", 2), ("0DB0", 1)):
+        once = plain.transfer(action(name))
+        assert cost.transfer(action(name)) == (pytest.approx(trips * once.seconds), once.ports)
+
+
+def test_full_recompute_keeps_nothing_of_experts() -> None:
+    """Of attention what it reads, and what ran again for the gradients of a window."""
+    inputs = saving(saved_bytes=200_000, head_saved_bytes=0, precision="fp32")
+    cost = LayoutCost(CostModel(inputs), make_layout(recompute="full"))
+    row, rows = 2 * ROW_BYTES, 4 * ROWS
+    stage = 64 * (200_000 - row)
+    assert cost.memory(0).activations_bytes == 2 * (2 * 64 * row + 64 * row) + (1 + 2) * stage
+    assert cost.memory(1).activations_bytes == ROWS * 200_000 + rows * 200_000
+    whole = LayoutCost(CostModel(inputs), make_layout(recompute="all"))
+    assert cost.memory(1).buffers_bytes - whole.memory(1).buffers_bytes == 2 * rows * row
+    assert cost.memory(0).buffers_bytes - whole.memory(0).buffers_bytes == rows * row
+
+
 def test_seconds_follow_the_sequences_of_the_rank() -> None:
     cost = make_cost(make_layout((3, 1), (2, 2)), model=make_model())
     assert cost.seconds(0, action("0AF0")) == pytest.approx(3.0)

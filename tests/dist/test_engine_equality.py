@@ -87,6 +87,18 @@ CASES = {
     "1+1 R=2": Case([4, 0], hosts([], list(range(6))), 2),
     "1+1 R=4": Case([2, 0], hosts([], list(range(6))), 4),
     "1+1 recompute": Case([4, 0], hosts([], list(range(6))), 2, recompute="all"),
+    "1+1 full recompute": Case([4, 0], hosts([], list(range(6))), 2, recompute="full"),
+    "2+2 mixed, replicated, full recompute": Case([3, 1, 0, 0], MIXED, 2, recompute="full", features=LOSSES),
+    "mixed, windows, between, full recompute": Case(
+        [1, 1, 0, 0], MIXED, 4, schedule="windowed", expert_order="between", recompute="full", features=CAPACITY | BIAS
+    ),
+    "EP 2 interleaved, documents, full recompute": Case(
+        [1, 1], hosts([0, 1, 2], [3, 4, 5]), 4, transfers="interleaved", recompute="full", documents="masked",
+        features=SIGMOID,
+    ),
+    "dense layers, latent, full recompute": Case(
+        [2, 1, 1, 0], MIXED, 2, recompute="full", features=LATENT | DENSE | {"dense_layers": 2}
+    ),
     "1+1 sequential": Case([4, 0], hosts([], list(range(6))), 2, schedule="sequential"),
     "1+1 balanced router": Case([4, 0], hosts([], list(range(6))), 2, router="balanced"),
     "1+1 all replicated": Case([4, 0], hosts([], [], replicated=tuple(range(6))), 2),
@@ -156,6 +168,7 @@ OVER_GLOO = [
     "2+1 uneven sequences",
     "2+2 mixed, replicated, recompute",
     "mixed, windows, between, recompute",
+    "mixed, windows, between, full recompute",
     "EP 2 between, interleaved",
     "left out",
 ]

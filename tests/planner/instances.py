@@ -55,8 +55,9 @@ def random_choice(rng: random.Random, devices: int) -> Choice:
     if not any(sequences):
         sequences[rng.randrange(devices)] = 1
     name = rng.choice(["zebra", "zebra", "windowed", "sequential"])
-    recompute = rng.choice(["none", "none", "none", "attention", "experts", "all"])
-    state = rng.choice(["replicated", "replicated", "optimizer", "full", "full"])
+    recompute = rng.choice(["none", "none", "none", "attention", "experts", "all", "full"])
+    states = ["replicated", "replicated", "optimizer", "full", "full"]
+    state = rng.choice(states[: 3 if recompute == "full" else 5])
     schedule = make_schedule(name, rng.randint(1, 4), recompute=recompute, dense_state=state)
     return Choice(schedule, tuple(sequences))
 

@@ -3,7 +3,6 @@
 import random
 from itertools import product
 from math import inf
-from typing import get_args
 
 import pytest
 from instances import random_inputs
@@ -11,13 +10,13 @@ from instances import random_inputs
 from builders import make_schedule
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.errors import ExitCode, UserError
+from hetermoe_cli.planner.baselines import recompute_choices
 from hetermoe_cli.planner.deal import number
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
 from hetermoe_cli.spec.plan import Inputs
-from hetermoe_cli.spec.train import Recompute
 
 GAP = 1e-5
 
@@ -37,7 +36,7 @@ def brute_force(inputs: Inputs) -> float:
     for count, name in product([r for r in range(1, batch + 1) if batch % r == 0], ("zebra", "sequential")):
         for sequences in compositions(batch // count, world):
             for placement in product(rows, repeat=inputs.model.layers):
-                for recompute in get_args(Recompute):
+                for recompute in recompute_choices(cost):
                     schedule = make_schedule(name, count, recompute=recompute)
                     layout = Layout.model_construct(
                         schedule=schedule, sequences_per_rank=list(sequences), placement=list(placement)

@@ -2,19 +2,18 @@
 
 from collections.abc import Iterator
 from itertools import product
-from typing import get_args
 
 import pytest
 
 from builders import make_inputs, make_model, make_profile, make_schedule
 from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.planner.baselines import recompute_choices
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
 from hetermoe_cli.spec.plan import Inputs
-from hetermoe_cli.spec.train import Recompute
 
 TIGHT = PlanOptions(solver=SolverOptions(relative_gap=1e-5))
 
@@ -44,7 +43,7 @@ def brute_force(inputs: Inputs) -> float:
     cost, model, train = CostModel(inputs), inputs.model, inputs.train
     world, batch = inputs.cluster.world_size, inputs.train.global_batch_sequences
     placements = layer_placements(world, model.experts)
-    recomputes = get_args(Recompute) if train.recompute == "auto" else (train.recompute,)
+    recomputes = recompute_choices(cost)
     best = float("inf")
     for micro_batches in (r for r in range(1, batch + 1) if batch % r == 0):
         for name, recompute in product(("zebra", "sequential"), recomputes):
@@ -100,6 +99,7 @@ def instance(
 PARAMETERS = 16 * make_model(layers=1, experts=4, top_k=1).parameters
 CASES = {
     "1 new + 1 old": instance((("new", 1), ("old", 1)), experts=3, layers=2, batch=4),
+    "1 new + 1 old, full recompute": instance((("new", 1), ("old", 1)), experts=3, batch=4, recompute="full"),
     "1 new + 1 old, recompute": instance((("new", 1), ("old", 1)), experts=3, batch=4, recompute="auto"),
     "1 new + 1 old, latency": instance((("new", 1), ("old", 1)), experts=3, layers=2, batch=2, latency=300.0),
     "2 equal": instance((("new", 1), ("new", 1)), experts=3, layers=2, batch=4),

@@ -45,7 +45,7 @@ def assert_same_curves(found: Calibration, truth: Inputs) -> None:
         assert new.optimizer_seconds_per_parameter == pytest.approx(true.optimizer_seconds_per_parameter, rel=0.01)
 
 
-@pytest.mark.parametrize("recompute", ["none", "attention", "experts", "all"])
+@pytest.mark.parametrize("recompute", ["none", "attention", "experts", "all", "full"])
 @pytest.mark.parametrize("replicated", [0, 1])
 def test_ratios_of_every_kind_are_recovered(tmp_path: Path, recompute: Any, replicated: int) -> None:
     plan = measured_plan(make_layout((2, 1), (1, 2), replicated=replicated, recompute=recompute), TWO_NODES)

@@ -13,7 +13,7 @@ from hetermoe_cli.cost.device import DeviceCost, ExpertRows
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.ports import Matrix, Ranks, TransferCost
 from hetermoe_cli.cost.sharers import Sharers
-from hetermoe_cli.schedule.action import Action, Kind, Pass
+from hetermoe_cli.schedule.action import Action, Kind, Pass, trips
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
 from hetermoe_cli.spec.plan import Memory
 
@@ -168,13 +168,16 @@ class LayoutCost:
 
     def _dense_seconds(self, rank: int, action: Action) -> float:
         device, sequences = self.cost.of(rank), self.layout.sequences_per_rank[rank]
-        if action.kind is Kind.HEAD:
-            head = self.cost.head_cost(device, sequences)
-            return head.forward + (head.backward if action.direction is Pass.BACKWARD else 0.0)
+        schedule, backward = self.layout.schedule, action.direction is Pass.BACKWARD
         attention = self.cost.attention_cost(device, sequences, action.layer)
-        if action.direction is Pass.FORWARD:
+        if action.kind is Kind.HEAD:
+            head, last = self.cost.head_cost(device, sequences), self.cost.attention_cost(device, sequences, 1)
+            return head.forward + backward * (head.backward + schedule.sends_again * last.forward)
+        if not backward:
             return attention.forward
-        return attention.backward + (attention.forward if self.layout.schedule.recompute_attention else 0.0)
+        # where rows are sent again, the stage of the layer before runs again here: as long, but for dense layers
+        again = schedule.recompute_attention and not (schedule.sends_again and action.layer == 0)
+        return attention.backward + again * attention.forward
 
     def transfer(self, action: Action) -> TransferCost:
         """Seconds of a transfer, and the ports that the layout lets it use.
@@ -189,7 +192,8 @@ class LayoutCost:
         if key not in self._transfers:
             ports = self._static_ports(layer, action.towards_experts)
             self._transfers[key] = TransferCost(float(self._port_seconds(layer, micro_batch).max()), ports)
-        return self._transfers[key]
+        seconds, ports = self._transfers[key]
+        return TransferCost(trips(action, self.layout.schedule) * seconds, ports)
 
     def slowest_port(self, action: Action) -> int:
         """The port that decides how long a dispatch or combine takes; the first of equals."""

@@ -77,10 +77,12 @@ class MemoryModel:
             return model.edge_parameters - embedding
         return model.attention_layer_parameters if layer else model.first_stage_parameters + embedding
 
-    def expert_activation_bytes(self, device: DeviceCost, rows: float, recompute: bool) -> float:
+    def expert_activation_bytes(self, device: DeviceCost, rows: float, schedule: ScheduleChoice) -> float:
         """Kept from forward to backward by one expert on `rows` rows of one micro-batch: what autograd saved with the
-        rows themselves, or only these. Its outputs are sent and dropped."""
-        return rows * self.row_bytes if recompute else device.expert(rows).saved_bytes
+        rows themselves, only these, or nothing. Its outputs are sent and dropped."""
+        if schedule.sends_again:
+            return 0.0
+        return rows * self.row_bytes if schedule.recompute_experts else device.expert(rows).saved_bytes
 
     def border_bytes(self, sequences: int, tensors: int) -> float:
         """So many tensors of a micro-batch's tokens, [T, H] each."""
@@ -101,12 +103,13 @@ class MemoryModel:
         dense = 0.0 if recompute else self.dense_cost(device, sequences).saved_bytes
         return self.model.layers * each + dense + self.border_bytes(sequences, 1)
 
-    def transient_bytes(self, device: DeviceCost, sequences: int, recompute: bool) -> float:
+    def transient_bytes(self, device: DeviceCost, sequences: int, schedule: ScheduleChoice) -> float:
         """Largest working set of a single attention or head task of an attending device, beside what is kept.
 
         Head: what it saves without its inputs, and the gradient of its matrix. Attention: what is saved when the first
         stage runs again. Where gradients are narrower than fp32, those of the part at work are in fp32 beside
-        (`Gradients.fold`).
+        (`Gradients.fold`). Where rows are sent again, stages that ran for that wait for their gradients, those of a
+        whole window of one layer.
         """
         if not sequences:
             return 0.0
@@ -116,11 +119,12 @@ class MemoryModel:
         head = float(matrix * (self._element_bytes(device) + narrow * 2 * _WIDE_BYTES))
         head += max(0.0, self.head_cost(device, sequences).saved_bytes - inputs)
         stage = float(narrow * _WIDE_BYTES * self.model.first_stage_parameters)
-        if recompute:
-            stage += max(0.0, self.attention_cost(device, sequences, 0).saved_bytes - inputs)
-        return max(head, stage)
+        again = max(0.0, self.attention_cost(device, sequences, 0).saved_bytes - inputs)
+        if schedule.recompute_attention:
+            stage += again
+        return max(head, stage) + schedule.sends_again * schedule.window * again
 
-    def expert_transient_bytes(self, device: DeviceCost, rows: float, recompute: bool) -> float:
+    def expert_transient_bytes(self, device: DeviceCost, rows: float, schedule: ScheduleChoice) -> float:
         """Working set of one expert of a layer's backward, beside what is kept, for its `rows`; all that a rank holds
         of the layer are at work together. fp32 gradients as in `transient_bytes`.
 
@@ -129,7 +133,7 @@ class MemoryModel:
         of the other experts of the layer: two thirds of it (gate_up) exist twice for a moment.
         """
         saved, size, narrow = device.expert(rows).saved_bytes, self.model.expert_parameters, self._narrow(device)
-        kept, wide = self.expert_activation_bytes(device, rows, recompute), narrow * _WIDE_BYTES * size
+        kept, wide = self.expert_activation_bytes(device, rows, schedule), narrow * _WIDE_BYTES * size
         if device.on_cpu:
             return wide + max(saved, kept) - kept + rows * self.activation_row_bytes(device)
         stacked = self._element_bytes(device) * (1 if narrow else 5 / 3) + narrow * 2 / 3 * _WIDE_BYTES
@@ -155,11 +159,13 @@ class MemoryModel:
         return self._element_bytes(device) < _WIDE_BYTES
 
     def buffer_bytes(
-        self, sequences_per_micro_batch: int, sequences: int, hosted_share: float, window: int = 1
+        self, sequences_per_micro_batch: int, sequences: int, hosted_share: float, schedule: ScheduleChoice
     ) -> float:
         """Messages in flight: rows of the own tokens each way, and rows for a share of all experts. A host's working
-        set is one of them; the gradients of a whole `window` may wait for it, as heads are done before experts."""
-        rows = 2 * sequences + (1 + window) * hosted_share * sequences_per_micro_batch
+        set is one of them; the gradients of a whole window may wait for it, as heads are done before experts, with rows
+        that are sent again."""
+        trips = 1 + schedule.sends_again
+        rows = (1 + trips) * sequences + (1 + trips * schedule.window) * hosted_share * sequences_per_micro_batch
         return rows * self.train.sequence_length * self.model.top_k * self.row_bytes
 
     def memory(
@@ -184,31 +190,30 @@ class MemoryModel:
         dense = self.dense_state_bytes(schedule, attending) if sequences else (0.0, 0.0, 0.0)
         sizes = STATE_BYTES[self.train.precision]
         weights, gradients = (held * self.model.expert_parameters * sizes[kind] + dense[kind] for kind in (0, 1))
-        again = schedule.recompute_experts
         expected, own = self.rows_per_expert(sequences_per_micro_batch), self.rows_per_expert(sequences)
         if rows:
             each = [*rows.hosted, *rows.replicated]
-            kept = sum(self.expert_activation_bytes(device, count, again) for count in each)
+            kept = sum(self.expert_activation_bytes(device, count, schedule) for count in each)
             largest = max((self.expert_task_bytes(device, count) for count in each), default=0.0)
             share = rows.largest_share
             busiest = share * self.model.experts * expected / max([1, *hosted])
         else:
-            kept = sum(hosted) * self.expert_activation_bytes(device, expected, again)
-            kept += sum(replicated) * self.expert_activation_bytes(device, own, again)  # no rows where none attends
+            kept = sum(hosted) * self.expert_activation_bytes(device, expected, schedule)
+            kept += sum(replicated) * self.expert_activation_bytes(device, own, schedule)  # no rows where none attends
             largest = self.expert_task_bytes(device, expected) * bool(held)
             share, busiest = max(hosted, default=0) / self.model.experts, expected
         if sequences:
             kept += self.attention_kept_bytes(device, sequences, schedule.recompute_attention)
-        peak = self.transient_bytes(device, sequences, schedule.recompute_attention) + largest
-        peak += max(hosted, default=0) * self.expert_transient_bytes(device, busiest, again)
+        peak = self.transient_bytes(device, sequences, schedule) + largest
+        peak += max(hosted, default=0) * self.expert_transient_bytes(device, busiest, schedule)
         if sequences:  # as if the layer with most copies were the one that hosts most: linear in both
-            peak += max(replicated, default=0) * self.expert_transient_bytes(device, own, again)
+            peak += max(replicated, default=0) * self.expert_transient_bytes(device, own, schedule)
         return Memory(
             weights_bytes=int(weights),
             gradients_bytes=int(gradients),
             optimizer_bytes=int(stepped * sizes[2]),
             activations_bytes=int(schedule.window * kept + peak),
-            buffers_bytes=int(self.buffer_bytes(sequences_per_micro_batch, sequences, share, schedule.window)),
+            buffers_bytes=int(self.buffer_bytes(sequences_per_micro_batch, sequences, share, schedule)),
             framework_bytes=device.framework_bytes,
             capacity_bytes=device.memory_bytes,
         )

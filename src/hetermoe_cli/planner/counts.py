@@ -10,7 +10,7 @@ from hetermoe_cli.planner.arrays import FloatArray, IntArray, largest
 from hetermoe_cli.planner.graph import Condition, Hosts, Ring, Task, TaskGraph
 from hetermoe_cli.planner.ports import Port
 from hetermoe_cli.planner.rates import Rates
-from hetermoe_cli.schedule.action import Kind, Pass
+from hetermoe_cli.schedule.action import Kind, Pass, trips
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def _length(rates: Rates, task: Task, counts: Counts, transfers: FloatArray) -> 
         base, each = rates.collective(action)
         return np.asarray(base + each * counts.replicated[..., action.layer], dtype=np.float64) if each else base
     if action.is_transfer:
-        return transfers[..., action.layer]
+        length: FloatArray = trips(action, rates.choice.schedule) * transfers[..., action.layer]
+        return length
     r, c, way = rates.of[number], rates.classes[number], int(action.direction is Pass.BACKWARD)
     if action.kind is Kind.HEAD:
         return r.head

@@ -7,7 +7,7 @@ import pulp
 from hetermoe_cli.planner.graph import Edge, Hosts, Ring, Shares, Task
 from hetermoe_cli.planner.ilp import Model
 from hetermoe_cli.planner.ports import Port
-from hetermoe_cli.schedule.action import Kind, Pass
+from hetermoe_cli.schedule.action import Kind, Pass, trips
 
 
 def variables(model: Model) -> None:
@@ -102,7 +102,7 @@ def length(model: Model, task: Task) -> Any:
         base, each = model.rates.collective(action)
         return base + each * model.replicated[action.layer] if each else base
     if action.is_transfer:
-        return model.transfer[action.layer]
+        return trips(action, model.rates.choice.schedule) * model.transfer[action.layer]
     if action.kind is not Kind.EXPERT:
         return fixed_length(model, task)
     r, way = model.rates.of[number], int(action.direction is Pass.BACKWARD)
@@ -153,16 +153,12 @@ def single_tasks(model: Model) -> None:
         if not isinstance(condition, Hosts) or action.is_transfer or model.rates.classes[number].count == 1:
             continue
         partner = Kind.DISPATCH if action.direction is Pass.FORWARD else Kind.COMBINE
-        sent = place[
-            type(model.graph.tasks[before])(
-                -1, type(action)(partner, action.direction, action.layer, action.micro_batch)
-            )
-        ]
+        sent = Task(-1, action._replace(kind=partner))
         seconds = (
             model.hosted[action.layer, number] * model.rates.of[number].hosted[int(action.direction is Pass.BACKWARD)]
         )
         slack = model.horizon - remaining[before] - earliest[after]
-        bound = model.start[sent] + model.transfer[action.layer] + seconds
+        bound = model.start[place[sent]] + length(model, sent) + seconds
         model.problem += model.start[after] >= bound - slack * (1 - model.hosts[action.layer, number])
 
 

@@ -85,8 +85,7 @@ class Named:
     def _bytes(self, rank: int, rows: float, share: float) -> float:
         weights, gradients, optimizer = STATE_BYTES[self.cost.train.precision]
         state = (weights + gradients + share * optimizer) * self.cost.model.expert_parameters
-        again = self.layout.schedule.recompute_experts
-        kept = self.cost.expert_activation_bytes(self.cost.of(rank), rows, again)
+        kept = self.cost.expert_activation_bytes(self.cost.of(rank), rows, self.layout.schedule)
         return state + self.layout.schedule.window * kept
 
     def _counted(self, of_rows: Callable[[int, float, float], float]) -> FloatArray:
@@ -128,11 +127,11 @@ class Named:
             most = max([*held.hosted, *held.replicated], default=0.0)
             device, task = self.cost.of(rank), self.cost.expert_task_bytes
             result[rank] = task(device, hottest) - task(device, most)
-            more, window = max(0.0, share - held.largest_share), self.layout.schedule.window
+            more, schedule = max(0.0, share - held.largest_share), self.layout.schedule
             rows = more * self.experts * self.cost.rows_per_expert(total)
             result[rank] += rows * self.cost.activation_row_bytes(device)
-            result[rank] += self.cost.buffer_bytes(total, sequences, more, window)
-            result[rank] -= self.cost.buffer_bytes(total, sequences, 0.0, window)
+            result[rank] += self.cost.buffer_bytes(total, sequences, more, schedule)
+            result[rank] -= self.cost.buffer_bytes(total, sequences, 0.0, schedule)
         return result
 
     def seconds(self, layer: int) -> FloatArray:

@@ -22,7 +22,7 @@ class ClassRates:
     """Seconds and bytes of one device of a class. Pairs are (forward, backward with its recomputation)."""
 
     attention: tuple[float, float]
-    dense: tuple[float, float]  # what dense layers add to the first attention stage
+    dense: tuple[float, float]  # what dense layers add to the first attention stage, less what it need not run again
     head: float
     hosted: tuple[float, float]  # one hosted expert on the rows of a whole micro-batch
     replicated: tuple[float, float]  # one replicated expert on the device's own rows
@@ -75,7 +75,6 @@ def device_rates(
     layout = Choice(schedule, tuple(counts)).full_layout(1)
     probe = LayoutCost(cost, layout)
     rows, alive = cost.rows_per_expert(total), schedule.window
-    attention_again, experts_again = schedule.recompute_attention, schedule.recompute_experts
 
     def pair(kind: Kind, rows: float | None = None, layer: int = 0) -> tuple[float, float]:
         forward, backward = Action(kind, Pass.FORWARD, layer), Action(kind, Pass.BACKWARD, layer)
@@ -86,16 +85,16 @@ def device_rates(
     attention = dense = 0.0, 0.0
     if sequences:
         first = attention = pair(Kind.ATTENTION)
-        if model.dense_layers:
+        if model.dense_layers or schedule.sends_again:
             attention = pair(Kind.ATTENTION, layer=1)  # the probe has no such layer, but attention asks its number only
         dense = first[0] - attention[0], first[1] - attention[1]
     weights, gradients, optimizer = (size * model.expert_parameters for size in STATE_BYTES[cost.train.precision])
     share, step = cost.state_share(schedule, attending), cost.optimizer_seconds(device, model.expert_parameters)
     state = weights + gradients + optimizer
     copied = weights + gradients + share * optimizer
-    buffers = cost.buffer_bytes(total, sequences, 0.0, alive)
-    kept = cost.attention_kept_bytes(device, sequences, attention_again) if sequences else 0.0
-    per_share = (cost.buffer_bytes(total, sequences, 1.0, alive) - buffers) / model.experts
+    buffers = cost.buffer_bytes(total, sequences, 0.0, schedule)
+    kept = cost.attention_kept_bytes(device, sequences, schedule.recompute_attention) if sequences else 0.0
+    per_share = (cost.buffer_bytes(total, sequences, 1.0, schedule) - buffers) / model.experts
     return ClassRates(
         attention=attention,
         dense=dense,
@@ -107,14 +106,14 @@ def device_rates(
         optimizer_per_copy=share * step if sequences else 0.0,
         memory_base=(sum(cost.dense_state_bytes(schedule, attending)) if sequences else 0)
         + alive * kept
-        + cost.transient_bytes(device, sequences, attention_again)
+        + cost.transient_bytes(device, sequences, schedule)
         + buffers
         + device.framework_bytes,
-        memory_per_hosted=state + alive * cost.expert_activation_bytes(device, rows, experts_again),
-        memory_per_replicated=copied + alive * cost.expert_activation_bytes(device, own, experts_again),
+        memory_per_hosted=state + alive * cost.expert_activation_bytes(device, rows, schedule),
+        memory_per_replicated=copied + alive * cost.expert_activation_bytes(device, own, schedule),
         memory_if_any=cost.expert_task_bytes(device, rows),
-        memory_per_share=per_share + cost.expert_transient_bytes(device, rows, experts_again),
-        memory_per_copy=cost.expert_transient_bytes(device, own, experts_again) if sequences else 0.0,
+        memory_per_share=per_share + cost.expert_transient_bytes(device, rows, schedule),
+        memory_per_copy=cost.expert_transient_bytes(device, own, schedule) if sequences else 0.0,
         memory_limit=device.memory_bytes * cost.train.memory_headroom,
     )
 
@@ -211,7 +210,7 @@ class Rates:
             total += r.optimizer_base + everything * (r.optimizer_per_expert + r.optimizer_per_copy)
         rows = self.experts * self.cost.rows_per_expert(self.choice.micro_batch_sequences) * self.cost.row_bytes
         longest = max((2 * rows * port.byte_seconds + port.latency for port in self.ports), default=0.0)
-        return total + 4 * self.choice.schedule.micro_batches * self.layers * longest
+        return total + 5 * self.choice.schedule.micro_batches * self.layers * longest
 
     @cached_property
     def ports(self) -> list[Port]:

@@ -67,7 +67,7 @@ class CopyTasks:
                 device = cost.cost.of(rank).type
                 for action in order:
                     kind = category(display_name(action))
-                    parts = _parts(action, self.layout.schedule)
+                    parts = _parts(action, self.layout.schedule, self.layout.layers)
                     known = all((step, rank, part) in self.seconds for part in parts)
                     if kind in KINDS and known:
                         predicted = _without(cost.seconds(rank, part) for part in parts)
@@ -161,12 +161,15 @@ def _load(spec: RunSpec, step: int, copy: int) -> RecordedLoad | None:
     return load
 
 
-def _parts(action: Action, schedule: ScheduleChoice) -> list[Action]:
-    """The task, then what to take off it: with recompute a backward holds the forward once more."""
+def _parts(action: Action, schedule: ScheduleChoice, layers: int) -> list[Action]:
+    """The task, then what to take off it: with recompute a backward holds a forward too."""
     again = {Kind.ATTENTION: schedule.recompute_attention, Kind.EXPERT: schedule.recompute_experts}
-    if action.direction is Pass.BACKWARD and again.get(action.kind):
-        return [action, action._replace(direction=Pass.FORWARD)]
-    return [action]
+    if action.direction is Pass.FORWARD:
+        return [action]
+    if schedule.sends_again and action.kind in (Kind.HEAD, Kind.ATTENTION):
+        before = action.layer - 1 if action.kind is Kind.ATTENTION else layers - 1
+        return [action, Action(Kind.ATTENTION, Pass.FORWARD, before, action.micro_batch)] if before >= 0 else [action]
+    return [action, action._replace(direction=Pass.FORWARD)] if again.get(action.kind) else [action]
 
 
 def _without(seconds: Iterator[float]) -> float:

@@ -19,7 +19,7 @@ from hetermoe_cli.runtime.collectives import Collectives
 from hetermoe_cli.runtime.dispatcher import Arrivals, LayerMap, Routing, tail_size
 from hetermoe_cli.runtime.lanes import Handoff, Parcel, exchange
 from hetermoe_cli.runtime.mesh import Mesh
-from hetermoe_cli.schedule.action import Action, Kind
+from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.schedule import Schedule
 from hetermoe_cli.spec.layout import Layout
 
@@ -45,7 +45,17 @@ class Carrier:
     ) -> None:
         self._collectives = collectives
         self._mesh, self._maps, self._schedule, self._clock = mesh, maps, schedule, clock
-        self._empty = {Kind.COMBINE: empty, Kind.DISPATCH: empty.new_empty(0, empty.shape[1] + tail_size(empty.dtype))}
+        width, tail = empty.shape[1], tail_size(empty.dtype)
+        again = layout.schedule.sends_again * (width + tail)
+        self._empty = {
+            (kind, direction): empty.new_empty(0, width + more)
+            for kind, direction, more in (
+                (Kind.DISPATCH, Pass.FORWARD, tail),
+                (Kind.COMBINE, Pass.FORWARD, 0),
+                (Kind.COMBINE, Pass.BACKWARD, again),
+                (Kind.DISPATCH, Pass.BACKWARD, tail),
+            )
+        }
         places = [(layer, j) for layer in range(layout.layers) for j in range(layout.micro_batches)]
         self._routed: dict[Place, Future[Routing]] = {place: Future() for place in places}
         self._arrivals: dict[Place, Arrivals] = {}
@@ -54,7 +64,7 @@ class Carrier:
 
     def empty(self, action: Action) -> Tensor:
         """[0, width] like what `action` moves."""
-        return self._empty[action.kind]
+        return self._empty[action.kind, action.direction]
 
     # Called by the compute thread.
 

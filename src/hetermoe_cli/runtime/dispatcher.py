@@ -2,6 +2,7 @@
 
 T = tokens of the rank's micro-batch, k = choices a token, H = hidden size. A token travels once per chosen expert.
 What a dispatch carries is a row and a tail: on the way there the choice's combine weight, on the way back its gradient.
+Where rows are sent again, they follow the gradients of outputs, with their tails.
 Permutations are computed where the rows are; sizes go to the host on their own, and who needs them waits for them.
 """
 

@@ -158,12 +158,13 @@ class Engine:
         rows, arrived = self._receive(Action(Kind.DISPATCH, Pass.FORWARD, layer, j))
         arrivals = self._carrier.arrivals(place)
         parts = self.parts.experts_of(layer)
-        recompute = self.layout.schedule.recompute_experts
+        schedule, training = self.layout.schedule, torch.is_grad_enabled()
         rows, weights = (arrivals.group(part) for part in self._parted(rows))
-        stage = ExpertStage.forward(parts, rows, weights, arrivals.counts, recompute)
+        with torch.set_grad_enabled(training and not schedule.sends_again):
+            stage = ExpertStage.forward(parts, rows, weights, arrivals.counts, schedule.recompute_experts)
         sending = Action(Kind.COMBINE, Pass.FORWARD, layer, j)
         outputs = arrivals.ungroup(stage.take_outputs(), self._room(sending, sum(arrivals.counts)))
-        if torch.is_grad_enabled():
+        if training and not schedule.sends_again:
             self._experts[place] = stage
         self._clock.compute(action, self._began, arrived, arrivals.counts)
         self._send(sending, outputs, arrivals)
@@ -184,7 +185,13 @@ class Engine:
         gradient, arrived = self._receive(Action(Kind.COMBINE, Pass.BACKWARD, layer, j))
         arrivals = self._carrier.arrivals(place)
         sending = Action(Kind.DISPATCH, Pass.BACKWARD, layer, j)
-        gradients = self._experts.pop(place).backward(arrivals.group(gradient))
+        given, rest = gradient[:, : self._empty.shape[1]], gradient[:, self._empty.shape[1] :]
+        if self.layout.schedule.sends_again:
+            rows, weights = (arrivals.group(part) for part in self._parted(rest))
+            stage = ExpertStage.forward(self.parts.experts_of(layer), rows, weights, arrivals.counts, recompute=False)
+        else:
+            stage = self._experts.pop(place)
+        gradients = stage.backward(arrivals.group(given))
         rows = arrivals.ungroup_weighted(*gradients, self._wide(sending, sum(arrivals.counts)))
         self._clock.compute(action, self._began, arrived, arrivals.counts)
         self._send(sending, rows, arrivals)
@@ -210,7 +217,13 @@ class Engine:
         assert gradient is not None
         self._gradients[place] = gradient
         routing, sending = self._carrier.routing(place), Action(Kind.COMBINE, Pass.BACKWARD, *place)
-        rows = routing.gather(gradient.flatten(0, 1), self._room(sending, len(routing.order)))
+        out, width = self._room(sending, len(routing.order)), self._empty.shape[1]
+        if self.layout.schedule.sends_again:
+            rows = self._wide(sending, len(routing.order)) if out is None else out
+            routing.gather(gradient.flatten(0, 1), rows[:, :width])
+            routing.gather_weighted(*self._attention[place].again(), rows[:, width:])
+        else:
+            rows = routing.gather(gradient.flatten(0, 1), out)
         self._clock.compute(action, self._began, arrived)
         self._send(sending, rows, routing)
 

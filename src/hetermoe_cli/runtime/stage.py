@@ -48,6 +48,11 @@ class AttentionStage:
         assert self.routed is not None
         return self.routed
 
+    def again(self) -> tuple[Tensor, Tensor]:
+        """Run a stage that was not kept once more, for backward; rows [T, H] and weights [T, k] to send again."""
+        self.routed, self.kept = self.run(), True
+        return self.take_rows()
+
     def take_rows(self) -> tuple[Tensor, Tensor]:
         """Rows [T, H] to dispatch and their combine weights [T, k]; not kept where backward does not need them."""
         rows, weights = self.outputs().rows.detach(), self.outputs().weights.detach()

@@ -5,6 +5,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from hetermoe_cli.errors import UserError
+from hetermoe_cli.spec.layout import ScheduleChoice
 
 
 class Kind(StrEnum):
@@ -89,3 +90,8 @@ def parse_action(text: str) -> Action:
         raise UserError(f"schedule: {text!r} is no action; expected the form 3AF1 (layer, kind, pass, micro-batch)")
     layer, kind, direction, micro_batch = match.groups()
     return Action(Kind(kind), Pass(direction), int(layer), int(micro_batch))
+
+
+def trips(action: Action, schedule: ScheduleChoice) -> int:
+    """How many times as long as its dispatch a transfer takes: gradients of outputs may bring rows with them."""
+    return 1 + (schedule.sends_again and (action.kind, action.direction) == (Kind.COMBINE, Pass.BACKWARD))

@@ -18,8 +18,9 @@ class ScheduleChoice(Spec):
     `window` micro-batches are in flight together: all of them is zebra, one is sequential. `experts`: attending ranks
     run their experts after the layer's attention of all micro-batches in the window, or between them. `transfers`: on
     a link that both use, a layer's first message goes after all answers of the layer before, or after two of them.
-    `recompute`: which stages run again in backward instead of keeping their activations. `dense_state`: what attending
-    ranks share of the dense part's state; if anything, holders of an expert share its masters and moments too.
+    `recompute`: which stages run again in backward instead of keeping their activations; with `full` nothing is kept
+    but what attention stages read: rows are sent to the experts once more, with the gradients. `dense_state`: what
+    attending ranks share of the dense part's state; if anything, holders of an expert share its masters and moments.
     """
 
     micro_batches: PositiveInt
@@ -33,6 +34,8 @@ class ScheduleChoice(Spec):
     def _check(self) -> "ScheduleChoice":
         if self.micro_batches % self.window:
             raise ValueError(f"window {self.window} does not divide micro_batches {self.micro_batches}")
+        if self.sends_again and self.dense_state == "full":
+            raise ValueError("recompute full needs the weights of two layers at once: not with dense_state full")
         return self
 
     @classmethod
@@ -65,20 +68,26 @@ class ScheduleChoice(Spec):
     @property
     def recompute_attention(self) -> bool:
         """Whether attention stages run again in backward."""
-        return self.recompute in ("attention", "all")
+        return self.recompute in ("attention", "all", "full")
 
     @property
     def recompute_experts(self) -> bool:
         """Whether expert stages run again in backward."""
-        return self.recompute in ("experts", "all")
+        return self.recompute in ("experts", "all", "full")
+
+    @property
+    def sends_again(self) -> bool:
+        """Whether experts get their rows again in backward. Whoever sends a layer's gradients runs its attention again
+        before: an attention stage's backward that of the layer before, the head the last one's."""
+        return self.recompute == "full"
 
     def __str__(self) -> str:
         parts = [self.name, f"R = {self.micro_batches}"]
         parts += [f"windows of {self.window}"] * (self.name == "windowed")
         parts += ["experts between micro-batches"] * (self.experts == "between")
         parts += ["transfers interleaved"] * (self.transfers == "interleaved")
-        again = {"all": ["recomputation"], "none": []}.get(self.recompute, [f"recomputation of {self.recompute}"])
-        parts += again
+        again = {"all": ["recomputation"], "none": [], "full": ["full recomputation"]}
+        parts += again.get(self.recompute, [f"recomputation of {self.recompute}"])
         shared = {"optimizer": ["optimizer states sharded"], "full": ["dense part fully sharded"]}
         parts += shared.get(self.dense_state, [])
         return ", ".join(parts)

@@ -8,7 +8,7 @@ from hetermoe_cli.spec.base import ExtendedSpec, NonNegativeFloat, NonNegativeIn
 from hetermoe_cli.spec.profile import Precision
 
 # Stages that run again in backward instead of keeping their activations; a head never does.
-Recompute = Literal["none", "attention", "experts", "all"]
+Recompute = Literal["none", "attention", "experts", "all", "full"]  # full: experts do not even keep their rows
 # The dense part's state: whole on every attending rank; its optimizer states (ZeRO-1), or also its weights and
 # gradients, in equal shares over a group's attending ranks, with the weights gathered in every forward and backward.
 DenseState = Literal["replicated", "optimizer", "full"]
@@ -35,7 +35,7 @@ class TrainSpec(ExtendedSpec):
     global_batch_sequences: PositiveInt
     precision: Precision = "fp16"  # also what rows and gradients of what several ranks share are exchanged in
     device_precision: dict[str, Precision] = Field(default_factory=dict)  # of these device types instead
-    recompute: Literal[Recompute, "auto"] = "auto"
+    recompute: Literal[Recompute, "auto"] = "auto"  # auto: full only where several groups are planned
     dense_state: Literal[DenseState, "auto"] = "replicated"
     documents: Documents = "joined"
     document_separator: str | None = Field(default=None, min_length=1)
@@ -63,6 +63,8 @@ class TrainSpec(ExtendedSpec):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainSpec":
+        if self.recompute == "full" and self.dense_state == "full":
+            raise ValueError("recompute full needs the weights of two layers at once: not with dense_state full")
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} is larger than steps {self.steps}")
         if self.document_tokens and self.documents != "masked":

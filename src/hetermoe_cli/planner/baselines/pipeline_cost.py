@@ -75,18 +75,18 @@ class PipelineCost:
         repeated += again.recompute_experts * self.hosted * expert.forward
         buffers = 4 * self.message_bytes  # one message each way, forward and backward
         if self.width > 1:
-            buffers += cost.buffer_bytes(self.sequences, own, self.hosted / cost.model.experts)
+            buffers += cost.buffer_bytes(self.sequences, own, self.hosted / cost.model.experts, again)
         return TypeCost(
             forward=attention.forward + self.hosted * expert.forward,
             backward=attention.backward + self.hosted * expert.backward + repeated,
             dense=(dense.forward, dense.backward + again.recompute_attention * dense.forward),
             head=head.forward + head.backward,
             kept=cost.attention_activation_bytes(device, own, again.recompute_attention)
-            + self.hosted * cost.expert_activation_bytes(device, rows, again.recompute_experts),
+            + self.hosted * cost.expert_activation_bytes(device, rows, again),
             kept_dense=cost.border_bytes(own, 1) if again.recompute_attention else dense.saved_bytes,
             working=attention.saved_bytes + expert.saved_bytes,
             working_dense=again.recompute_attention * dense.saved_bytes,
-            working_head=cost.transient_bytes(device, own, again.recompute_attention) + expert.saved_bytes,
+            working_head=cost.transient_bytes(device, own, again) + expert.saved_bytes,
             usable=device.memory_bytes * cost.train.memory_headroom - device.framework_bytes - buffers,
         )
 
@@ -94,10 +94,10 @@ class PipelineCost:
         """Seconds of a unit."""
         if unit not in self._units:
             kinds = [self.types[name] for name in {self.cost.devices[rank].type for rank in unit}]
-            exchange = 2 * self._exchange_seconds(unit)  # dispatch and combine
+            exchange = self._exchange_seconds(unit)  # twice each way: dispatch and combine
             self._units[unit] = UnitCost(
-                max(kind.forward for kind in kinds) + exchange,
-                max(kind.backward for kind in kinds) + exchange,
+                max(kind.forward for kind in kinds) + 2 * exchange,
+                max(kind.backward for kind in kinds) + (2 + self._again.sends_again) * exchange,
                 max((kind.dense for kind in kinds), key=sum),
                 max(kind.head for kind in kinds),
             )

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.errors import UserError
 from hetermoe_cli.planner.baselines.parts import parted_seconds
 from hetermoe_cli.planner.orders import other_orders
 from hetermoe_cli.planner.replay import Overflow, busy_bound, over_steps, overflow, replay_seconds
@@ -45,15 +46,19 @@ def micro_batch_counts(batch: int, limit: int) -> list[int]:
 
 
 def recompute_choices(cost: CostModel) -> list[Recompute]:
-    """What the training spec allows, cheapest first."""
+    """What the training spec allows, cheapest first; rows are sent again only where it says so."""
     wanted = cost.train.recompute
-    return list(get_args(Recompute)) if wanted == "auto" else [wanted]
+    if wanted == "full" and cost.model.dense_layers:
+        raise UserError("training spec: field recompute: full is not for models with dense_layers: take all or auto")
+    return [each for each in get_args(Recompute) if each != "full"] if wanted == "auto" else [wanted]
 
 
 def state_choices(cost: CostModel) -> list[DenseState]:
     """What the training spec allows; whole optimizer states gain nothing over sharded ones."""
     wanted = cost.train.dense_state
-    return ["optimizer", "full"] if wanted == "auto" else [wanted]
+    if wanted != "auto":
+        return [wanted]
+    return ["optimizer"] if cost.train.recompute == "full" else ["optimizer", "full"]
 
 
 def schedules(cost: CostModel, sizes: Sequence[tuple[int, int]]) -> Iterator[list[ScheduleChoice]]:

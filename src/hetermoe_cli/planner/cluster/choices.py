@@ -50,7 +50,10 @@ def options(part: Part, kernels: Kernels, sequences: int, limit: int) -> list[Op
 def _schedules(part: Part, kernels: Kernels, count: int, window: int, shares: tuple[Share, ...]) -> Iterator[Option]:
     """What to recompute and how to hold the dense part: what saves memory only where memory limits the placement."""
     for state in state_choices(kernels.cost):
-        for recompute in recompute_choices(kernels.cost):
+        again = recompute_choices(kernels.cost)
+        if kernels.cost.train.recompute == "auto" and state != "full" and not kernels.cost.model.dense_layers:
+            again.append("full")
+        for recompute in again:
             schedule = ScheduleChoice(micro_batches=count, window=window, recompute=recompute, dense_state=state)
             found = estimate(part, kernels, schedule, shares)
             if found.seconds < inf:
@@ -183,8 +186,9 @@ def estimate(part: Part, kernels: Kernels, schedule: ScheduleChoice, shares: Seq
     transfer, contended = _transfer_seconds(part, kernels, shares, counts, total)
     slowest = max(b for b, s in zip(base, shares, strict=True) if s.sequences)
     hosting = max((count * e for count, e in zip(counts, each, strict=True)), default=0.0)
-    trip = slowest + hosting + 4 * transfer
-    busy = max(layer, (4 if contended else 2) * transfer, trip / schedule.window)
+    more = int(schedule.sends_again)
+    trip = slowest + hosting + (4 + more) * transfer
+    busy = max(layer, ((4 if contended else 2) + more) * transfer, trip / schedule.window)
     step = max(r.optimizer_base + r.optimizer_per_expert * c * model.layers for r, c in zip(rates, counts, strict=True))
     windows = schedule.micro_batches // schedule.window
     gathers = _gather_seconds(kernels, shares, windows) if schedule.dense_state == "full" else 0.0
