@@ -104,6 +104,15 @@ SHAPES = [
         micro_batches=4,
     ),
     Shape(
+        "sent-again",
+        {"layers": 6, "hidden_size": 384, "ffn_size": 512, "top_k": 4},
+        length=1024,
+        sequences=[1, 1],
+        hosted=[4, 4],
+        schedule={"recompute": "full"},
+        micro_batches=4,
+    ),
+    Shape(
         "windows",
         {"layers": 6, "hidden_size": 384, "ffn_size": 512},
         length=512,

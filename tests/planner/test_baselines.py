@@ -5,11 +5,14 @@ from math import inf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from builders import make_inputs, make_model, make_profile
+from builders import make_inputs, make_layout, make_model, make_profile
 from hetermoe_cli.cost import CostModel, LayoutCost
-from hetermoe_cli.planner.baselines import RIVALS
+from hetermoe_cli.errors import UserError
+from hetermoe_cli.planner.baselines import RIVALS, recompute_choices
 from hetermoe_cli.planner.baselines.even import ep, even_placement, hetero_ep, proportional
+from hetermoe_cli.planner.baselines.rival import kept_choices
 from hetermoe_cli.planner.baselines.roles import (
     Roles,
     chunks_of,
@@ -24,6 +27,7 @@ from hetermoe_cli.report.plan_table import RIVAL_NAMES
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.layout import Layout, ScheduleChoice
 from hetermoe_cli.spec.plan import Inputs
+from hetermoe_cli.spec.train import TrainSpec
 
 
 def inputs(news: int, olds: int, *, experts: int, batch: int, layers: int = 4, attention: float = 1.0) -> Inputs:
@@ -207,3 +211,27 @@ def test_one_type_has_no_roles(rival: object) -> None:
     assert found.layout is None
     assert found.baseline().iteration_seconds is None
     assert "one device type" in found.reason
+
+
+def test_rows_are_sent_again_where_tokens_have_many_choices_or_the_spec_says_so() -> None:
+    few, many = (make_inputs(model=make_model(experts=4, top_k=k)) for k in (2, 3))
+    assert "full" not in recompute_choices(CostModel(few))
+    assert "full" in recompute_choices(CostModel(many))
+    asked = few.model_copy(update={"train": few.train.model_copy(update={"recompute": "full"})})
+    assert recompute_choices(CostModel(asked)) == ["full"]
+    either = many.train.model_copy(update={"dense_state": "auto"})
+    pairs = kept_choices(CostModel(many.model_copy(update={"train": either})))
+    assert {("full", "optimizer"), ("all", "full")} < set(pairs)
+    assert ("full", "full") not in pairs
+
+
+def test_full_recompute_is_refused_with_what_it_does_not_go_with() -> None:
+    dense = make_inputs(model=make_model(experts=4, top_k=3, dense_layers=1, dense_ffn_size=96))
+    assert "full" not in recompute_choices(CostModel(dense))
+    asked = dense.model_copy(update={"train": dense.train.model_copy(update={"recompute": "full"})})
+    with pytest.raises(UserError, match="field recompute: full is not for models with dense_layers"):
+        recompute_choices(CostModel(asked))
+    with pytest.raises(ValidationError, match="not with dense_state full"):
+        TrainSpec.model_validate({**asked.train.model_dump(), "dense_state": "full"})
+    with pytest.raises(ValidationError, match="not with dense_state full"):
+        make_layout(recompute="full", dense_state="full")

@@ -162,10 +162,11 @@ class MemoryModel:
         self, sequences_per_micro_batch: int, sequences: int, hosted_share: float, schedule: ScheduleChoice
     ) -> float:
         """Messages in flight: rows of the own tokens each way, and rows for a share of all experts. A host's working
-        set is one of them; the gradients of a whole window may wait for it, as heads are done before experts, with rows
-        that are sent again."""
-        trips = 1 + schedule.sends_again
-        rows = (1 + trips) * sequences + (1 + trips * schedule.window) * hosted_share * sequences_per_micro_batch
+        set is one of them; the gradients of a whole window may wait for it, as heads are done before experts. Where
+        they bring rows with them, they count where they come from as well."""
+        waiting = (1 + schedule.sends_again) * schedule.window
+        own = waiting if schedule.sends_again else 1
+        rows = (1 + own) * sequences + (1 + waiting) * hosted_share * sequences_per_micro_batch
         return rows * self.train.sequence_length * self.model.top_k * self.row_bytes
 
     def memory(

@@ -18,8 +18,10 @@ class Side:
         of = patterns.rates.of
         schedule = patterns.rates.choice.schedule
         self.patterns, self.way, self.n = patterns, way, schedule.window
-        self.attention = np.array([[r.attention[way]] for r in of])
-        self.dense = np.array([[r.dense[way]] for r in of])  # what the first stage takes longer
+        longer = np.array([[r.dense[way]] for r in of])  # what the first stage takes longer
+        # where it takes less, as it need not run another one again, chains take all stages for as short
+        self.attention = np.array([[r.attention[way]] for r in of]) + np.minimum(longer, 0)
+        self.dense = np.maximum(longer, 0)
         hosted = np.array([[r.hosted[way]] for r in of])
         copy = np.array([[r.replicated[way]] for r in of]) * patterns.attends
         self.copies: FloatArray = patterns.replicated * copy

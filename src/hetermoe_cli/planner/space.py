@@ -9,7 +9,7 @@ import numpy as np
 
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.arrays import FloatArray, IntArray
-from hetermoe_cli.planner.baselines.rival import micro_batch_counts, recompute_choices, state_choices
+from hetermoe_cli.planner.baselines.rival import kept_choices, micro_batch_counts
 from hetermoe_cli.planner.choice import symmetry_keys
 from hetermoe_cli.spec.cluster import Device
 from hetermoe_cli.spec.layout import ScheduleChoice
@@ -32,8 +32,7 @@ def schedules(cost: CostModel, limit: int) -> list[ScheduleChoice]:
         ScheduleChoice(micro_batches=count, window=window, recompute=recompute, dense_state=dense_state)
         for count in micro_batch_counts(cost.train.global_batch_sequences, limit)
         for window in divisors(count)
-        for recompute in recompute_choices(cost)
-        for dense_state in state_choices(cost)
+        for recompute, dense_state in kept_choices(cost)
     ]
 
 

@@ -35,7 +35,7 @@ class TrainSpec(ExtendedSpec):
     global_batch_sequences: PositiveInt
     precision: Precision = "fp16"  # also what rows and gradients of what several ranks share are exchanged in
     device_precision: dict[str, Precision] = Field(default_factory=dict)  # of these device types instead
-    recompute: Literal[Recompute, "auto"] = "auto"  # auto: full only where several groups are planned
+    recompute: Literal[Recompute, "auto"] = "auto"  # auto: full only for models of more than two experts a token
     dense_state: Literal[DenseState, "auto"] = "replicated"
     documents: Documents = "joined"
     document_separator: str | None = Field(default=None, min_length=1)

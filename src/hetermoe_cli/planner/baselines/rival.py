@@ -21,6 +21,8 @@ from hetermoe_cli.spec.train import DenseState, Recompute
 # of other micro-batches.
 Overlap = Literal["none", "parts", "micro_batches"]
 
+FEW_CHOICES = 2  # experts a token
+
 
 @dataclass(frozen=True)
 class Rival:
@@ -46,24 +48,31 @@ def micro_batch_counts(batch: int, limit: int) -> list[int]:
 
 
 def recompute_choices(cost: CostModel) -> list[Recompute]:
-    """What the training spec allows, cheapest first; rows are sent again only where it says so."""
-    wanted = cost.train.recompute
-    if wanted == "full" and cost.model.dense_layers:
+    """What the training spec allows, cheapest first. `auto` sends rows again only of models with many choices a token:
+    where these are few, experts do not keep much more than attention, and all that is searched takes longer."""
+    wanted, dense = cost.train.recompute, cost.model.dense_layers
+    if wanted == "full" and dense:
         raise UserError("training spec: field recompute: full is not for models with dense_layers: take all or auto")
-    return [each for each in get_args(Recompute) if each != "full"] if wanted == "auto" else [wanted]
+    if wanted != "auto":
+        return [wanted]
+    return [each for each in get_args(Recompute) if each != "full" or (cost.model.top_k > FEW_CHOICES and not dense)]
 
 
 def state_choices(cost: CostModel) -> list[DenseState]:
     """What the training spec allows; whole optimizer states gain nothing over sharded ones."""
     wanted = cost.train.dense_state
-    if wanted != "auto":
-        return [wanted]
-    return ["optimizer"] if cost.train.recompute == "full" else ["optimizer", "full"]
+    return ["optimizer", "full"] if wanted == "auto" else [wanted]
+
+
+def kept_choices(cost: CostModel) -> list[tuple[Recompute, DenseState]]:
+    """What is kept of activations and states; full ones exclude each other (ScheduleChoice)."""
+    pairs = product(recompute_choices(cost), state_choices(cost))
+    return [pair for pair in pairs if pair != ("full", "full")]
 
 
 def schedules(cost: CostModel, sizes: Sequence[tuple[int, int]]) -> Iterator[list[ScheduleChoice]]:
     """For every recompute and dense state the schedules of those (R, window)."""
-    for recompute, state in product(recompute_choices(cost), state_choices(cost)):
+    for recompute, state in kept_choices(cost):
         yield [
             ScheduleChoice(micro_batches=count, window=width, recompute=recompute, dense_state=state)
             for count, width in sizes

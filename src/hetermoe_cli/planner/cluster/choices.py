@@ -10,7 +10,7 @@ from itertools import product
 from math import floor, inf
 from typing import NamedTuple
 
-from hetermoe_cli.planner.baselines.rival import micro_batch_counts, recompute_choices, state_choices
+from hetermoe_cli.planner.baselines.rival import kept_choices, micro_batch_counts, state_choices
 from hetermoe_cli.planner.cluster.parts import Kernels, Part
 from hetermoe_cli.planner.rates import ClassRates
 from hetermoe_cli.planner.space import divisors
@@ -50,10 +50,7 @@ def options(part: Part, kernels: Kernels, sequences: int, limit: int) -> list[Op
 def _schedules(part: Part, kernels: Kernels, count: int, window: int, shares: tuple[Share, ...]) -> Iterator[Option]:
     """What to recompute and how to hold the dense part: what saves memory only where memory limits the placement."""
     for state in state_choices(kernels.cost):
-        again = recompute_choices(kernels.cost)
-        if kernels.cost.train.recompute == "auto" and state != "full" and not kernels.cost.model.dense_layers:
-            again.append("full")
-        for recompute in again:
+        for recompute in [again for again, kept in kept_choices(kernels.cost) if kept == state]:
             schedule = ScheduleChoice(micro_batches=count, window=window, recompute=recompute, dense_state=state)
             found = estimate(part, kernels, schedule, shares)
             if found.seconds < inf:
