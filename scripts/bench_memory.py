@@ -87,7 +87,7 @@ class Shape:
 SHAPES = [
     Shape(
         "attention",
-        {"layers": 5, "hidden_size": 256, "ffn_size": 512},
+        {"layers": 7, "hidden_size": 256, "ffn_size": 512},
         length=1024,
         sequences=[2, 0],
         hosted=[0, 8],
