@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from hetermoe_cli.runtime.dispatcher import inverse, tail_size
+from hetermoe_cli.runtime.dispatcher import Arrivals, Slots, tail_size
 
 
 class _Crossing(torch.autograd.Function):
@@ -38,65 +37,52 @@ class TokenSide:
     """Rows of T tokens, k choices each, on a rank that attends."""
 
     def __init__(self, tokens: int, top_k: int, device: torch.device) -> None:
-        order = torch.randperm(tokens * top_k, device=device)
-        self._slots, self._tokens = order, order // top_k
-        self._places = inverse(order).view(tokens, top_k)
+        self._slots = Slots(torch.randperm(tokens * top_k, device=device), top_k)
 
     def arrive(self, hidden: Tensor) -> Tensor:
         """hidden [B, S, H], what a stage reads: sum the outputs that come; spread its gradient."""
-        rows = hidden.flatten(0, 1)
-
-        def forth(_: Tensor) -> None:
-            functional.embedding_bag(self._places, self._scratch(rows), mode="sum").add_(rows)
-
-        return _across(forth, lambda gradient: gradient.flatten(0, 1).index_select(0, self._tokens), hidden)[0]
+        rows, slots = hidden.flatten(0, 1), self._slots
+        return _across(
+            lambda _: slots.summed(self._scratch(rows)).add_(rows),
+            lambda gradient: slots.gather(gradient.flatten(0, 1)),
+            hidden,
+        )[0]
 
     def depart(self, rows: Tensor, weights: Tensor) -> Sequence[Tensor]:
         """rows [T, H] and weights [T, k] to dispatch: spread them; sum the gradients that come."""
-        width = rows.shape[1]
-
-        def forth(rows: Tensor, weights: Tensor) -> None:
-            wide = self._scratch(rows, tail_size(rows.dtype))
-            torch.index_select(rows, 0, self._tokens, out=wide[:, :width])
-            wide[:, width] = weights.flatten().index_select(0, self._slots)
+        width, more, slots = rows.shape[1], tail_size(rows.dtype), self._slots
 
         def back(given: Tensor, _: Tensor) -> None:
-            wide = self._scratch(given, tail_size(given.dtype))
-            functional.embedding_bag(self._places, wide, mode="sum")[:, :width].contiguous()
-            wide[:, width].index_select(0, self._places.flatten())
+            wide = self._scratch(given, more)
+            slots.summed(wide)[:, :width].contiguous()
+            slots.to_tokens(wide[:, width, None])
 
-        return _across(forth, back, rows, weights)
+        return _across(lambda r, w: slots.gather_weighted(r, w, self._scratch(r, more)), back, rows, weights)
 
     def _scratch(self, like: Tensor, more: int = 0) -> Tensor:
-        return like.new_empty(len(self._slots), like.shape[1] + more)
+        return like.new_empty(len(self._slots.order), like.shape[1] + more)
 
 
 class ExpertSide:
     """M rows on a rank that hosts: by source outside, by expert inside."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
-        self._order = torch.randperm(rows, device=device)
+        self._arrivals = Arrivals(torch.randperm(rows, device=device), [rows], [rows])
 
     def arrive(self, rows: Tensor, weights: Tensor) -> Sequence[Tensor]:
         """rows [M, H] and weights [M] are grouped; their gradients ungrouped."""
-        width, more = rows.shape[1], tail_size(rows.dtype)
+        width, arrivals = rows.shape[1], self._arrivals
 
         def forth(rows: Tensor, _: Tensor) -> None:
-            wide = rows.new_empty(len(rows), width + more)
-            wide[:, :width].index_select(0, self._order)
-            wide[:, width].index_select(0, self._order)
+            wide = self._scratch(rows)
+            arrivals.group(wide[:, :width])
+            arrivals.group(wide[:, width])
 
-        def back(to_rows: Tensor, to_weights: Tensor) -> None:
-            wide, places = to_rows.new_empty(len(to_rows), width + more), inverse(self._order)
-            torch.index_select(to_rows, 0, places, out=wide[:, :width])
-            torch.index_select(to_weights, 0, places, out=wide[:, width])
-
-        return _across(forth, back, rows, weights)
+        return _across(forth, lambda r, w: arrivals.ungroup_weighted(r, w, self._scratch(r)), rows, weights)
 
     def depart(self, outputs: Tensor) -> Tensor:
         """outputs [M, H] are ungrouped; their gradient grouped."""
-        return _across(
-            lambda rows: rows.index_select(0, inverse(self._order)),
-            lambda gradient: gradient.index_select(0, self._order),
-            outputs,
-        )[0]
+        return _across(self._arrivals.ungroup, self._arrivals.group, outputs)[0]
+
+    def _scratch(self, like: Tensor) -> Tensor:
+        return like.new_empty(len(like), like.shape[1] + tail_size(like.dtype))

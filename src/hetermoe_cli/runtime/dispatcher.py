@@ -88,16 +88,50 @@ class Sizes(NamedTuple):
     by_expert: list[int]
 
 
-class Routing:
-    """Sending side of one (layer, micro-batch). `order` [T * k]: the (token, choice) slots in sending order.
+class Slots:
+    """The (token, choice) slots of T tokens in sending order: `order` [T * k].
 
     Dropped ones come last; the M others travel. M is known on the host only later, so that what is gathered has T * k
     rows, the first M of which count.
     """
 
+    def __init__(self, order: Tensor, top_k: int) -> None:
+        self.order, self.top_k = order, top_k
+
+    def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """rows [T, H] -> [T * k, H] in sending order, in `out` if that is given."""
+        return torch.index_select(rows, 0, self.order // self.top_k, out=out)
+
+    def gather_weighted(self, rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+        """rows [T, H] and weights [T, k] -> [T * k, H + tail] in sending order, in `out`."""
+        width = rows.shape[1]
+        self.gather(rows, out[:, :width])
+        out[:, width] = weights.flatten().index_select(0, self.order)
+        return out
+
+    def summed(self, sent: Tensor) -> Tensor:
+        """[M, H] in sending order -> [T, H], the sum over a token's choices."""
+        if len(sent) < len(self.order):
+            return self.to_tokens(sent).sum(dim=1)
+        return functional.embedding_bag(inverse(self.order).view(-1, self.top_k), sent, mode="sum")
+
+    def to_tokens(self, sent: Tensor) -> Tensor:
+        """[M, H] in sending order -> [T, k, H], zeros where dropped."""
+        slots, (rows, width) = len(self.order), sent.shape
+        if rows == slots:
+            result = sent.index_select(0, inverse(self.order))
+        else:
+            result = sent.new_zeros(slots, width)
+            result[self.order[:rows]] = sent
+        return result.view(-1, self.top_k, width)
+
+
+class Routing(Slots):
+    """Sending side of one (layer, micro-batch): its slots, and how many go where."""
+
     def __init__(self, order: Tensor, top_k: int, rows: Tensor, layer_map: LayerMap) -> None:
         """rows [slots]: how many go to each expert, in sending order."""
-        self.order, self.top_k = order, top_k
+        super().__init__(order, top_k)
         self._rows, self._map = rows, layer_map
         self._fetched = Fetched(rows)
         self._host: Sizes | None = None
@@ -133,33 +167,6 @@ class Routing:
         """Rows for each expert that another rank hosts, int64, on `device`: for the current stream."""
         rows = used_here(self._rows) if device.type == self._rows.device.type else self._fetched.wait()
         return rows[self._map.bounds[target] : self._map.bounds[target + 1]]
-
-    def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """rows [T, H] -> [T * k, H] in sending order, in `out` if that is given."""
-        return torch.index_select(rows, 0, self.order // self.top_k, out=out)
-
-    def gather_weighted(self, rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
-        """rows [T, H] and weights [T, k] -> [T * k, H + tail] in sending order, in `out`."""
-        width = rows.shape[1]
-        self.gather(rows, out[:, :width])
-        out[:, width] = weights.flatten().index_select(0, self.order)
-        return out
-
-    def summed(self, sent: Tensor) -> Tensor:
-        """[M, H] in sending order -> [T, H], the sum over a token's choices."""
-        if len(sent) < len(self.order):
-            return self.to_tokens(sent).sum(dim=1)
-        return functional.embedding_bag(inverse(self.order).view(-1, self.top_k), sent, mode="sum")
-
-    def to_tokens(self, sent: Tensor) -> Tensor:
-        """[M, H] in sending order -> [T, k, H], zeros where dropped."""
-        slots, (rows, width) = len(self.order), sent.shape
-        if rows == slots:
-            result = sent.index_select(0, inverse(self.order))
-        else:
-            result = sent.new_zeros(slots, width)
-            result[self.order[:rows]] = sent
-        return result.view(-1, self.top_k, width)
 
 
 @dataclass
