@@ -47,9 +47,9 @@ def plan_file(tmp_path: Path) -> Path:
 
 
 def start(
-    plan: Path, folder: Path, text: Path, *options: object, nodes: tuple[int, int] = (0, 1)
+    plan: Path, folder: Path, text: Path, *options: object, nodes: tuple[int, ...] = (0, 1)
 ) -> list[subprocess.Popen[str]]:
-    """The launchers of both nodes, by their numbers in the cluster file."""
+    """The launchers of nodes, by their numbers in the cluster file."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -73,10 +73,10 @@ def ends(launchers: list[subprocess.Popen[str]], seconds: float = 120) -> list[t
     return found
 
 
-def worker(folder: Path, rank: int) -> int:
-    """The process of a rank, once the run has made a step."""
+def worker(folder: Path, rank: int, step: int = 0) -> int:
+    """The process of a rank, once the run has made `step` and one more."""
     deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").exists() or not events(folder, "step"):
+    while not (folder / "metrics.jsonl").exists() or len(events(folder, "step")) <= step:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     found = subprocess.run(["pgrep", "-f", str(folder / "run.yaml")], capture_output=True, text=True).stdout.split()
@@ -114,15 +114,35 @@ def test_a_worker_that_dies_ends_all_nodes_with_its_error(plan_file: Path, text:
     assert not (tmp_path / "run/status.json").exists()
 
 
-def test_all_nodes_begin_again_what_died_before_its_first_checkpoint(
-    plan_file: Path, text: Path, tmp_path: Path
+@pytest.mark.parametrize("checkpoint_every", [0, 20])
+def test_workers_that_died_are_started_again_on_all_nodes(
+    checkpoint_every: int, plan_file: Path, text: Path, tmp_path: Path
 ) -> None:
-    launchers = start(plan_file, tmp_path / "run", text, *ENDLESS)
-    os.kill(worker(tmp_path / "run", 2), signal.SIGKILL)
-    ends(launchers)
-    again = start(plan_file, tmp_path / "run", text, "--resume", "--json")
-    assert [code for code, _, _ in ends(again)] == [0, 0]
-    assert [line["step"] for line in events(tmp_path / "run", "step")] == list(range(6))
+    options = ("--steps", 150, "--drift-every", 0, "--checkpoint-every", checkpoint_every, "--max-restarts", 1)
+    launchers = start(plan_file, tmp_path / "run", text, *options, "--json")
+    os.kill(worker(tmp_path / "run", 2, step=40), signal.SIGKILL)
+    first, second = (launcher.communicate(timeout=120) for launcher in launchers)
+    assert [launcher.returncode for launcher in launchers] == [0, 0]
+    assert json.loads(first[0])["steps"] == 150
+    died = "node 1: worker of rank 2 died (signal SIGKILL)"
+    assert f"hetermoe: {died}" in first[1] and f"hetermoe: {died.removeprefix('node 1: ')}" in second[1]
+    assert all(errors.count("begins again, restarts left: 0") == 1 for _, errors in (first, second))
+    assert [line["step"] for line in events(tmp_path / "run", "step")] == list(range(150))
+    assert (load(RunSpec, tmp_path / "run/run.yaml").start_step >= 40) == bool(checkpoint_every)
+
+
+def test_what_is_left_goes_on_by_a_plan_of_its_own(plan_file: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert [code for code, _, _ in ends(start(plan_file, folder, text))] == [0, 0]
+    options = ("--steps", 9, "--resume", "--max-restarts", 1, "--replan-after", 0.5, "--json")
+    (first,) = start(plan_file, folder, text, *options, nodes=(0,))
+    out, errors = first.communicate(timeout=120)
+    assert (first.returncode, json.loads(out)["steps"]) == (0, 9), errors
+    assert "node 0 of 2: goes on without nodes 1 of the cluster file, by" in errors
+    run = load(RunSpec, folder / "run.yaml")
+    assert (run.start_step, run.world.size, run.plan.inputs.node_numbers) == (6, 2, [0])
+    assert run.plan.notes[0] == "planned again without node1"
+    assert [line["step"] for line in events(folder, "step")] == list(range(9))
 
 
 def test_an_interrupt_on_one_node_stops_and_saves_on_all(plan_file: Path, text: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Launchers of two nodes that meet: what one of them meets with, the other reports."""
 
+import gc
 import socket
 import threading
 import time
@@ -154,3 +155,47 @@ def test_a_node_number_is_given_once() -> None:
             Meeting(found.place).__enter__()
 
     assert meet(again, again) == [None, None]
+
+
+def test_all_that_came_hear_who_did_not() -> None:
+    port = free_port()
+
+    def launcher(node: int) -> list[int]:
+        with Meeting(Place(node, 4, "127.0.0.1", port)) as found:
+            return found.absent(60 if node else 1.5)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(launcher, [0, 2])) == [[1, 3]] * 2
+
+
+def test_a_word_that_cannot_be_said_ends_all() -> None:
+    def speechless() -> str:
+        raise UserError("no words", ExitCode.DOES_NOT_FIT)
+
+    parts: list[Part] = [lambda found: found.word("plan", speechless)] * 2
+    assert meet(*parts) == [(4, "no words"), (4, "node 0: no words")]
+
+
+def test_a_launcher_of_another_plan_does_not_disturb_the_run() -> None:
+    def stranger(found: Meeting) -> None:
+        if found.place.node:
+            other = Place(1, 3, found.place.host, found.place.port)
+            with pytest.raises(UserError, match="has 2 nodes, not 3"):
+                Meeting(other).__enter__()
+
+    assert meet(stranger, stranger) == [None, None]
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_a_launcher_that_returns_waits_for_the_next_meeting(closes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "_LEAVE_SECONDS", 60.0 if closes else 0.3)
+    place = Place(1, 2, "127.0.0.1", free_port())
+    first: list[Meeting] = [Meeting(Place(0, 2, place.host, place.port))]
+    first[0]._check_in()
+    Meeting(place)._check_in()  # it dies without a word
+    if closes:
+        threading.Timer(0.5, lambda: (first.clear(), gc.collect())).start()  # type: ignore[func-returns-value]
+    with pytest.raises(UserError) as caught:
+        Meeting(place, returns=True)._check_in()
+    assert (caught.value.code is ExitCode.WORKER_DIED) == closes
+    assert (GONE if closes else "started twice") in str(caught.value)

@@ -24,11 +24,14 @@ from hetermoe_cli.cli.run_options import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from hetermoe_cli.launch.meeting import Meeting
     from hetermoe_cli.launch.place import PlaceOptions
     from hetermoe_cli.launch.prepare import TrainOptions
+    from hetermoe_cli.launch.restarts import Restarts
     from hetermoe_cli.spec.plan import Plan
+    from hetermoe_cli.spec.run import RunSpec
 
 
 def train(
@@ -53,6 +56,18 @@ def train(
     drift_every: Annotated[
         int, typer.Option(min=0, help="Steps between comparisons of load and speeds with the plan's; 0: never.")
     ] = 20,
+    max_restarts: Annotated[
+        int,
+        typer.Option(min=0, help="Times that workers are started again, from the newest checkpoint, after one died."),
+    ] = 0,
+    replan_after: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Seconds that nodes may take to come, or come back, before a plan is made without them; "
+            "default: the run does not go on without them.",
+        ),
+    ] = None,
     node_rank: Annotated[
         int | None, typer.Option(min=0, help="Of a plan for several nodes: which one this is; default: Slurm's.")
     ] = None,
@@ -73,8 +88,10 @@ def train(
     """Train with the plan's layout: text in, metrics.jsonl, traces and checkpoints out."""
     from hetermoe_cli.launch.place import PlaceOptions
     from hetermoe_cli.launch.prepare import TrainOptions, load_plan, prepare
+    from hetermoe_cli.launch.restarts import Restarts
     from hetermoe_cli.report.run_summary import print_dry_run, what_runs
 
+    restarts = Restarts(max_restarts, replan_after, sys.argv[1:], dict(os.environ))
     options = TrainOptions(
         folder=run_folder or Path("runs") / plan.stem,
         sources=data or [],
@@ -95,10 +112,17 @@ def train(
         here = 0 if len(found.inputs.nodes) == 1 else None  # it may be none of several
         print_dry_run(what_runs(prepare(found, plan, options, here), sys.argv[1:], place), json_output)
         return
-    _train(found, plan, options, place, json_output)
+    _train(found, plan, options, place, restarts, json_output)
 
 
-def _train(plan: "Plan", source: Path, options: "TrainOptions", place_options: "PlaceOptions", as_json: bool) -> None:
+def _train(
+    plan: "Plan",
+    source: Path,
+    options: "TrainOptions",
+    place_options: "PlaceOptions",
+    restarts: "Restarts",
+    as_json: bool,
+) -> None:
     """This node's part of the run; node 0 shows the progress and the summary."""
     from hetermoe_cli.launch.place import find_place
     from hetermoe_cli.launch.prepare import prepare
@@ -118,25 +142,42 @@ def _train(plan: "Plan", source: Path, options: "TrainOptions", place_options: "
         typer.echo(f"{name}: {doing} at {place.host}:{place.port}", err=True)
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its store warns where hosts have no names
 
-    from hetermoe_cli.launch.agreement import agreed_run
-    from hetermoe_cli.launch.local import run_workers
     from hetermoe_cli.launch.meeting import Meeting
-    from hetermoe_cli.launch.progress import Follower
-    from hetermoe_cli.report.run_summary import print_summary
+    from hetermoe_cli.launch.restarts import write_replan
 
-    with Meeting(place) as meeting:
-        run = agreed_run(meeting, lambda: alone or check())
-        if options.resume and place.node == 0:
-            from hetermoe_cli.runtime.saving import resume_note
-
-            if note := resume_note(run):
-                typer.echo(f"hetermoe: note: {note}", err=True)
-        with Follower(run) if place.node == 0 else nullcontext():
-            run_workers(run, meeting)
+    with restarts.after_deaths(source, options.folder), Meeting(place, returns=restarts.left > 0) as meeting:
+        lost = [] if restarts.replan_after is None else meeting.absent(restarts.replan_after)
+        if lost:
+            other = meeting.word("plan", lambda: write_replan(plan, lost, options.folder))
+        else:
+            _run(meeting, lambda: alone or check(), options.resume)
+    if lost:
+        numbers = ", ".join(str(used[node]) for node in lost)
+        typer.echo(f"{name}: goes on without nodes {numbers} of the cluster file, by {other}", err=True)
+        meeting.leave()
+        restarts.with_plan(source, Path(other), options.folder)
     if place.node == 0:
-        print_summary(Path(run.folder), as_json)
+        from hetermoe_cli.report.run_summary import print_summary
+
+        print_summary(options.folder.resolve(), as_json)
     else:
         typer.echo(f"{name}: done; node 0 shows the summary", err=True)
+
+
+def _run(meeting: "Meeting", check: "Callable[[], RunSpec]", resumes: bool) -> None:
+    """All nodes agree on the run, and workers do it."""
+    from hetermoe_cli.launch.agreement import agreed_run
+    from hetermoe_cli.launch.local import run_workers
+    from hetermoe_cli.launch.progress import Follower
+
+    first, run = meeting.place.node == 0, agreed_run(meeting, check)
+    if resumes and first:
+        from hetermoe_cli.runtime.saving import resume_note
+
+        if note := resume_note(run):
+            typer.echo(f"hetermoe: note: {note}", err=True)
+    with Follower(run) if first else nullcontext():
+        run_workers(run, meeting)
 
 
 def _idle_note(used: "Sequence[int]") -> str:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from types import TracebackType
 
@@ -26,18 +26,20 @@ _END_SECONDS = 20.0  # the same once they have come to a good end: the last file
 _VERDICT_SECONDS = 60.0
 _HEARD_SECONDS = 10.0
 _LATE_SECONDS = 5.0  # for nodes that have not come yet, to hear of a failure
+_LEAVE_SECONDS = 60.0  # for a meeting that has ended, or must soon: its node was there before, and fell silent
 
 
 class Meeting:
     """Context manager: the launchers of all nodes, from before their checks to their last word.
 
     However the block ends, the others are told, and node 0 gives the verdict; what is raised may be another node's
-    error. Calls of all nodes go to one store, so each asks for few keys.
+    error. Calls of all nodes go to one store, so each asks for few keys. `returns`: a launcher may be started anew and
+    find the meeting that it fell out of; after a worker's death it leaves this one for a next one.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, *, returns: bool = False) -> None:
         """Opens the store: node 0 listens, another node waits for it. UserError if it cannot."""
-        self.place = place
+        self.place, self._returns = place, returns
         self.kept = contextlib.ExitStack()  # what this node has until the end
         self.store: TCPStore = open_store(place)
         self._keys = PrefixStore("launchers", self.store)
@@ -50,8 +52,7 @@ class Meeting:
     def __enter__(self) -> "Meeting":
         if self.place.nodes > 1:
             with self._node_0():
-                if self._keys.add(self._own("came"), 1) > 1:
-                    raise UserError(f"node {self.place.node} has been started twice: give every node its --node-rank")
+                self._check_in()
             self._beats.start()
         return self
 
@@ -60,9 +61,64 @@ class Meeting:
         own = end_of(error)
         final = self._conclude(own) if self.place.nodes > 1 else own
         self._over.set()
+        if self._returns and final.code == ExitCode.WORKER_DIED:
+            self.leave()
         if final != own and final.code != ExitCode.DONE:
             raise UserError(final.line, ExitCode(final.code)) from error
         return final.code == ExitCode.DONE  # also where the run was at its end when this node was interrupted
+
+    def _check_in(self) -> None:
+        """UserError if this node is no part of this run, or has been started already; what it meets is not told."""
+        node, nodes = self.place.node, self.place.nodes
+        if node == 0:
+            self._keys.set("nodes", str(nodes))
+        elif (found := int(self._keys.get("nodes"))) != nodes:  # waits until node 0 has said so
+            raise UserError(
+                f"node {node}: the run at {self.place.host}:{self.place.port} has {found} nodes, not {nodes}"
+            )
+        if self._keys.add(self._own("came"), 1) > 1:
+            if self._returns and self.leave():
+                raise PeerFailure(f"node 0: {GONE}", ExitCode.WORKER_DIED)
+            raise UserError(f"node {node} has been started twice: give every node its --node-rank")
+
+    def leave(self) -> bool:
+        """Wait until node 0 has closed this meeting, so that the next one is not taken for it; whether it has."""
+        deadline = time.monotonic() + _LEAVE_SECONDS
+        try:
+            while self.place.node > 0 and time.monotonic() < deadline:
+                self._keys.check(["nodes"])
+                time.sleep(_POLL_SECONDS)
+        except RuntimeError:
+            return True
+        return False
+
+    def absent(self, seconds: float) -> list[int]:
+        """The nodes that have not come within `seconds`, as node 0 has seen it."""
+        found: list[int] = json.loads(self.word("absent", lambda: json.dumps(self._late(seconds))))
+        return found
+
+    def word(self, key: str, say: Callable[[], str]) -> str:
+        """What node 0 says, to those that have come; PeerFailure if it has ended or is gone before."""
+        if self.place.node == 0:
+            text = say()
+            with self._node_0():
+                self._keys.set(key, text)
+            return text
+        with self._node_0():
+            while True:
+                ended = self._ended()  # looked up first: who ends between two looks may have said it by the second
+                if self._keys.check([key]):
+                    return str(self._keys.get(key).decode())
+                if ended is not None:
+                    raise ended[1]
+                time.sleep(_POLL_SECONDS)
+
+    def _late(self, seconds: float) -> list[int]:
+        deadline = time.monotonic() + seconds
+        with self._node_0():
+            while len(came := self._came()) < self.place.nodes - 1 and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
+        return [node for node in range(1, self.place.nodes) if node not in came]
 
     def gather(self, key: str, value: str = "-") -> str:
         """Node 0's `value`, once all have come here: after hours where node 0 reads through a large checkpoint.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hetermoe_cli.errors import ExitCode, UserError
+from hetermoe_cli.launch.arguments import without
 
 DEFAULT_PORT = 29500  # torchrun's
 LOOPBACK = "127.0.0.1"
@@ -68,18 +69,8 @@ def find_place(
 
 def command_of_node(arguments: Sequence[str], node: int | str, host: str, port: int | None) -> str:
     """The shell command that starts `node`: this one's `arguments`, with these options instead of its own."""
-    kept: list[str] = []
-    skipped = 0
-    for argument in arguments:
-        name, equals, _ = argument.partition("=")
-        if skipped:
-            skipped -= 1
-        elif name in _OPTIONS:
-            skipped = 0 if equals else _OPTIONS[name]
-        else:
-            kept.append(argument)
     place = ["--node-rank", str(node), "--master-addr", host, *(["--master-port", str(port)] if port else [])]
-    return shlex.join(["hetermoe", *kept, *place])
+    return shlex.join(["hetermoe", *without(arguments, _OPTIONS), *place])
 
 
 def _node(options: PlaceOptions, environment: Mapping[str, str]) -> tuple[int | None, str]:

@@ -1,7 +1,6 @@
 """The devices that a plan uses, as a cluster of their own: a worker is started for each of these and no other."""
 
-from hetermoe_cli.planner.cluster.parts import group_inputs
-from hetermoe_cli.spec.cluster import Origin
+from hetermoe_cli.planner.cluster.parts import part_of
 from hetermoe_cli.spec.plan import Group, Plan
 
 
@@ -15,8 +14,7 @@ def started_plan(plan: Plan) -> Plan:
     if len(ranks) == plan.inputs.cluster.world_size:
         return plan
     place = {rank: number for number, rank in enumerate(ranks)}
-    inputs = group_inputs(plan.inputs, ranks, plan.inputs.train.global_batch_sequences)
-    inputs = inputs.model_copy(update={"origin": Origin(cluster=plan.inputs.cluster, ranks=ranks)})
+    inputs = part_of(plan.inputs, ranks)
     busy = plan.predicted.busy_share_per_rank
     changes = {
         "inputs": inputs,

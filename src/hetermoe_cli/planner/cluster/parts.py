@@ -5,7 +5,7 @@ from functools import cached_property
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.cluster.compositions import Composition, ranks_of
 from hetermoe_cli.planner.rates import ClassRates, device_rates
-from hetermoe_cli.spec.cluster import NodeGroup, subcluster
+from hetermoe_cli.spec.cluster import NodeGroup, Origin, subcluster
 from hetermoe_cli.spec.layout import ScheduleChoice
 from hetermoe_cli.spec.plan import Inputs
 
@@ -14,6 +14,16 @@ def group_inputs(inputs: Inputs, ranks: list[int], sequences: int) -> Inputs:
     """What one group is planned from: its devices and its share of the batch."""
     train = inputs.train.model_copy(update={"global_batch_sequences": sequences})
     return inputs.model_copy(update={"cluster": subcluster(inputs.cluster, ranks), "train": train, "origin": None})
+
+
+def part_of(inputs: Inputs, ranks: list[int]) -> Inputs:
+    """The inputs of the whole training on some of the devices, which know what cluster these are of."""
+    origin = inputs.origin
+    known = Origin(
+        cluster=origin.cluster if origin else inputs.cluster, ranks=[origin.ranks[r] if origin else r for r in ranks]
+    )
+    part = group_inputs(inputs, ranks, inputs.train.global_batch_sequences)
+    return part.model_copy(update={"origin": known})
 
 
 class Kernels:

@@ -1,0 +1,73 @@
+"""Begin again after workers have died, or without nodes that are gone: the launcher becomes the command that a user
+would type then, so that nothing of the start that failed is left in it."""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from hetermoe_cli.errors import ExitCode, UserError
+from hetermoe_cli.launch.arguments import without
+from hetermoe_cli.spec.files import dump
+from hetermoe_cli.spec.plan import Plan
+
+REPLAN_FILE = "replanned.yaml"
+_REPLACED = {"--resume": 0, "--weights": 1, "--run-folder": 1, "--max-restarts": 1}  # with the number of their values
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """Of `--max-restarts` those that are `left`, `--replan-after`, and what a start needs to begin again.
+
+    `replan_after`: seconds that nodes may take to come, or come back, before a plan is made without them; None: the run
+    does not go on without them.
+    """
+
+    left: int
+    replan_after: float | None
+    arguments: Sequence[str]  # of this command
+    environment: Mapping[str, str]  # as this command found it: a run changes it
+
+    @contextmanager
+    def after_deaths(self, plan: Path, folder: Path) -> Iterator[None]:
+        """If the block ends with a worker's death or a lost node: the same start from the newest checkpoint, with one
+        restart less. Any other error, or one too many, goes on."""
+        try:
+            yield
+        except UserError as error:
+            if error.code is not ExitCode.WORKER_DIED or not self.left:
+                raise
+            print(f"hetermoe: {error}; begins again, restarts left: {self.left - 1}", file=sys.stderr)
+            self._become(again(self.arguments, plan, plan, folder, self.left - 1))
+
+    def with_plan(self, old: Path, new: Path, folder: Path) -> NoReturn:
+        """The same start under another plan, from the newest checkpoint."""
+        self._become(again(self.arguments, old, new, folder, self.left))
+
+    def _become(self, arguments: Sequence[str]) -> NoReturn:
+        program = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execve(sys.executable, [*program, *arguments], dict(self.environment))
+
+
+def write_replan(plan: Plan, lost: Sequence[int], folder: Path) -> str:
+    """Write a plan without the nodes `lost` into the run's folder; its path. UserError where nothing fits."""
+    from hetermoe_cli.planner.replan import without_nodes
+
+    path = folder.resolve() / REPLAN_FILE
+    dump(without_nodes(plan, lost), path, "Made by `hetermoe train`, as nodes did not come; predictions are simulated.")
+    return str(path)
+
+
+def again(arguments: Sequence[str], old: Path, new: Path, folder: Path, left: int) -> list[str]:
+    """The arguments of `hetermoe train OLD` as those of a start that goes on in `folder` under the plan `new`.
+
+    Weights to begin with are in the run's checkpoints by then, or its run.yaml names them.
+    """
+    kept = without(arguments, _REPLACED)
+    kept[next(place for place, argument in enumerate(kept) if Path(argument) == old)] = str(new)
+    return [*kept, "--run-folder", str(folder), "--resume", "--max-restarts", str(left)]
