@@ -29,5 +29,5 @@ clean:
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[plot,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[plot,text,dev]'
 	touch $@

@@ -114,7 +114,7 @@ def bench(config: ModelConfig, train: TrainSpec, every: int) -> tuple[list[bars.
     held_out = Batches(corpus.validation, train.sequence_length, VALIDATION_SEQUENCES, train.seed, corpus.source)
     windows = list(validation_windows(held_out, VALIDATION_SEQUENCES))
     tokens, targets = (torch.cat(part).numpy() for part in zip(*windows, strict=True))
-    bigram = bigram_loss(fit_bigram(corpus.train), tokens, targets)
+    bigram = bigram_loss(fit_bigram(corpus.train[0]), tokens, targets)
     print(f"bigram model: {bigram:.3f} nats a byte on {targets.size} validation bytes", file=sys.stderr)
     run = engine(ROOT / "runs" / "bench-learning", train)
     batches = Batches(corpus.train, train.sequence_length, train.global_batch_sequences, train.seed, corpus.source)

@@ -62,7 +62,7 @@ def work(rank: int, run: RunSpec) -> tuple[list[Span], list[np.ndarray], int]:
     trainer = Trainer.build(run.model, world, train, mesh, sequence_length=LENGTH, precision="fp32")
     clock = trainer.clock = EmulatedClock(run, training_schedules(world)[world.seat(rank)[0]], rank)
     tokens = np.random.default_rng(0).integers(0, 256, 4000).astype(np.uint8)
-    batches = Batches(tokens, LENGTH, train.global_batch_sequences, 0)
+    batches = Batches([tokens], LENGTH, train.global_batch_sequences, 0)
     counts = []
     clock.set_zero(common_moment(mesh.wire))
     for step in range(STEPS):

@@ -178,7 +178,7 @@ def batches() -> Batches:
     """Random bytes; one in six ends a document, so that some sequences hold several and some none."""
     tokens = np.random.default_rng(0).integers(0, 256, 4000).astype(np.uint8)
     tokens[np.random.default_rng(1).random(4000) < 1 / 6] = END_OF_TEXT
-    return Batches(tokens, LENGTH, 8, seed=1)
+    return Batches([tokens], LENGTH, 8, seed=1)
 
 
 def starve(parts: torch.nn.Module) -> None:

@@ -60,7 +60,7 @@ def build(case: Case):
 
 
 def batches() -> Batches:
-    return Batches(np.frombuffer(TEXT, np.uint8), LENGTH, BATCH, seed=1)
+    return Batches([np.frombuffer(TEXT, np.uint8)], LENGTH, BATCH, seed=1)
 
 
 def state(trainer) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """Corpus: a stable split without leakage. Batches: a pure function of the step."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,8 +27,8 @@ def write_folder(folder: Path, texts: list[str]) -> Path:
     return folder
 
 
-def texts_of(part: np.ndarray) -> list[str]:
-    return part.tobytes().decode().split("\0")[:-1]
+def texts_of(part: Sequence[np.ndarray]) -> list[str]:
+    return part[0].tobytes().decode().split("\0")[:-1]
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +57,10 @@ def test_one_long_file_is_split_into_blocks(tmp_path: Path) -> None:
     path = tmp_path / "long.txt"
     path.write_text("".join(f"line {number}\n" for number in range(5000)))
     corpus = load_corpus([path], validation_share=0.1)
-    validation = corpus.validation.tobytes().rstrip(b"\0")
+    validation = corpus.validation[0].tobytes().rstrip(b"\0")
     assert len(validation) == path.stat().st_size // 10
     assert validation in path.read_bytes()
-    assert validation not in corpus.train.tobytes()
+    assert validation not in corpus.train[0].tobytes()
 
 
 def test_a_separator_stands_between_documents_of_one_file(tmp_path: Path) -> None:
@@ -74,14 +75,14 @@ def test_a_separator_stands_between_documents_of_one_file(tmp_path: Path) -> Non
 def test_the_end_of_a_document_is_a_byte_that_no_text_holds(tmp_path: Path) -> None:
     corpus = load_corpus([write_folder(tmp_path / "text", documents(40))])
     for part in (corpus.train, corpus.validation):
-        assert (part == END_OF_TEXT).sum() == len(texts_of(part))
+        assert (part[0] == END_OF_TEXT).sum() == len(texts_of(part))
 
 
 def test_split_does_not_depend_on_where_the_text_lies(tmp_path: Path) -> None:
     one = load_corpus([write_folder(tmp_path / "one", documents(50))])
     other = load_corpus([write_folder(tmp_path / "other", documents(50))])
     assert one.digest == other.digest
-    assert np.array_equal(one.validation, other.validation)
+    assert np.array_equal(one.validation[0], other.validation[0])
 
 
 def test_digest_changes_with_one_byte(tmp_path: Path) -> None:
@@ -107,8 +108,8 @@ def test_folder_skips_what_is_not_text_and_hidden_files(tmp_path: Path) -> None:
 
 def test_default_corpus_is_stable_and_large(default_corpus: Corpus) -> None:
     assert load_corpus(None).digest == default_corpus.digest
-    assert len(default_corpus.train) > 3_000_000
-    assert 0.03 < len(default_corpus.validation) / len(default_corpus.train) < 0.06
+    assert len(default_corpus.train[0]) > 3_000_000
+    assert 0.03 < len(default_corpus.validation[0]) / len(default_corpus.train[0]) < 0.06
     documents = set(texts_of(default_corpus.train))
     assert not documents & set(texts_of(default_corpus.validation))
 
@@ -127,9 +128,9 @@ def test_bad_source_is_named(tmp_path: Path, content: bytes | None, problem: str
 
 
 def test_corpus_too_short_for_a_sequence_is_named() -> None:
-    with pytest.raises(UserError, match=r"book\.txt: 64 bytes are too few for one sequence of 64"):
-        Batches(np.zeros(64, np.uint8), 64, 4, seed=0, source="book.txt")
-    assert Batches(np.zeros(65, np.uint8), 64, 4, seed=0).windows == 1
+    with pytest.raises(UserError, match=r"book\.txt: 64 tokens are too few for one sequence of 64"):
+        Batches([np.zeros(64, np.uint8)], 64, 4, seed=0, source="book.txt")
+    assert Batches([np.zeros(65, np.uint8)], 64, 4, seed=0).windows == 1
 
 
 def tokens(length: int) -> np.ndarray:
@@ -139,7 +140,7 @@ def tokens(length: int) -> np.ndarray:
 def test_targets_are_the_next_bytes() -> None:
     # bytes count up, so a target is its token plus one, and the token tells the window
     data = (np.arange(250) % 256).astype(np.uint8)
-    batch, targets = Batches(data, 9, 25, seed=0).sequences(0, 0, 25)
+    batch, targets = Batches([data], 9, 25, seed=0).sequences(0, 0, 25)
     assert batch.dtype == targets.dtype == torch.int64
     assert batch.shape == (25, 9)
     assert torch.equal(targets, batch + 1)
@@ -149,9 +150,9 @@ def test_targets_are_the_next_bytes() -> None:
 @given(windows=st.integers(1, 20), batch=st.integers(1, 25), step=st.integers(0, 10), cuts=st.lists(st.integers(0, 25)))
 def test_a_batch_does_not_depend_on_how_it_is_cut(windows: int, batch: int, step: int, cuts: list[int]) -> None:
     data = tokens(windows * 5)
-    whole, targets = Batches(data, 4, batch, seed=3).sequences(step, 0, batch)
+    whole, targets = Batches([data], 4, batch, seed=3).sequences(step, 0, batch)
     borders = [0, *sorted(min(cut, batch) for cut in cuts), batch]
-    one_reader = Batches(data, 4, batch, seed=3)
+    one_reader = Batches([data], 4, batch, seed=3)
     one_reader.sequences(step + 1, 0, batch)  # what was read before must not matter
     parts = [one_reader.sequences(step, a, b) for a, b in pairwise(borders)]
     assert torch.equal(torch.cat([part[0] for part in parts]), whole)
@@ -160,7 +161,7 @@ def test_a_batch_does_not_depend_on_how_it_is_cut(windows: int, batch: int, step
 
 @given(windows=st.integers(1, 30), batch=st.integers(1, 12))
 def test_every_epoch_shows_every_window_once(windows: int, batch: int) -> None:
-    batches = Batches(np.arange(windows * 2).astype(np.uint8), 1, batch, seed=5)
+    batches = Batches([np.arange(windows * 2).astype(np.uint8)], 1, batch, seed=5)
     steps = -(-3 * windows // batch)
     order = [int(row) for step in range(steps) for row in batches.sequences(step, 0, batch)[0][:, 0]]
     for epoch in range(3):
@@ -169,7 +170,7 @@ def test_every_epoch_shows_every_window_once(windows: int, batch: int) -> None:
 
 def test_epochs_and_seeds_are_shuffled_differently() -> None:
     def order(seed: int, epoch: int) -> list[list[int]]:
-        return Batches(tokens(500), 4, 100, seed).sequences(epoch, 0, 100)[0].tolist()
+        return Batches([tokens(500)], 4, 100, seed).sequences(epoch, 0, 100)[0].tolist()
 
     assert order(0, 0) == order(0, 0)
     assert order(0, 0) != order(0, 1)
@@ -178,7 +179,7 @@ def test_epochs_and_seeds_are_shuffled_differently() -> None:
 
 def test_sequences_outside_the_batch_are_refused() -> None:
     with pytest.raises(ValueError, match="not in a global batch of 4"):
-        Batches(tokens(500), 4, 4, seed=0).sequences(0, 2, 5)
+        Batches([tokens(500)], 4, 4, seed=0).sequences(0, 2, 5)
 
 
 def test_bigram_by_hand() -> None:
@@ -195,7 +196,7 @@ def test_bigram_by_hand() -> None:
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=30))
 def test_the_average_token_s_document_is_counted_as_masks_cut_it(sizes: list[int]) -> None:
     tokens = np.frombuffer(b"".join(b"x" * size + b"\0" for size in sizes) + b"x" * 9, np.uint8)
-    batches = Batches(tokens, 8, batch := len(tokens) // 9, seed=0)
+    batches = Batches([tokens], 8, batch := len(tokens) // 9, seed=0)
     lengths = find_documents(batches.sequences(0, 0, batch)[0], END_OF_TEXT, torch.device("cpu")).lengths
     mean = sum(length**2 for length in lengths) / sum(lengths)
-    assert batches.document_tokens == max(1, round(mean))
+    assert batches.document_tokens() == max(1, round(mean))

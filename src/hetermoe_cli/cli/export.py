@@ -23,5 +23,6 @@ def export(
         raise UserError(f"{source}: neither a checkpoint nor a run folder with one")
     manifest = read_manifest(folder)
     tensors = load_tensors(folder, weight_names(manifest.model))
-    write(output, manifest.model, tensors, int(manifest.extra["sequence_length"]))
+    extra = manifest.extra
+    write(output, manifest.model, tensors, int(extra["sequence_length"]), int(extra.get("document_end", 0)))
     typer.echo(f"hetermoe: wrote step {manifest.step} of {folder} to {output}", err=True)

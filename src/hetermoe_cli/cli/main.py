@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from hetermoe_cli.cli import bench, calibrate, export, plan, profile, simulate, train
+from hetermoe_cli.cli import bench, calibrate, export, plan, profile, simulate, tokenize, train
 from hetermoe_cli.errors import ExitCode, UserError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("profile")(profile.profile)
 app.command("plan")(plan.plan)
 app.command("simulate")(simulate.simulate)
+app.command("tokenize")(tokenize.tokenize)
 app.command("train")(train.train)
 app.command("bench")(bench.bench)
 app.command("export")(export.export)

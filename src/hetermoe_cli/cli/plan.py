@@ -43,7 +43,9 @@ def plan(
     ] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="Text file or folder: plan for its documents' length (documents: masked); repeatable."),
+        typer.Option(
+            help="Text file or folder, or token file: plan for its documents' length (documents: masked); repeatable."
+        ),
     ] = None,
     assignment: Annotated[AssignmentChoice, typer.Option(help="Method.")] = AssignmentChoice.optimal,
     solver: Annotated[str, typer.Option(help="highs, cbc, or another solver that PuLP finds.")] = "highs",
@@ -155,7 +157,7 @@ def _with_documents(inputs: "Inputs", sources: list[Path]) -> "Inputs":
         raise UserError("--data: the length of documents matters to a training spec with documents: masked only")
     corpus = load_corpus(sources, separator=train.document_separator)
     size = (train.sequence_length, train.global_batch_sequences, train.seed)
-    found = Batches(corpus.train, *size, corpus.source).document_tokens
+    found = Batches(corpus.train, *size, corpus.source).document_tokens(train.document_end)
     return inputs.model_copy(update={"train": train.model_copy(update={"document_tokens": found})})
 
 

@@ -9,7 +9,10 @@ import typer
 if TYPE_CHECKING:
     from hetermoe_cli.launch.prepare import EmulateOptions
 
-Data = Annotated[list[Path] | None, typer.Option(help="Text file or folder; repeatable. Default: Python's own.")]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option(help="Text file or folder, or token files (.npy, .bin); repeatable. Default: Python's own."),
+]
 Router = Annotated[Literal["learned", "balanced"], typer.Option(help="balanced: forced equal loads, for timing.")]
 TraceSteps = Annotated[int, typer.Option(min=0, help="Steps that every rank traces, after two of warm-up.")]
 Emulate = Annotated[bool, typer.Option("--emulate", help="Emulate the plan's devices and links on this machine.")]

@@ -8,7 +8,7 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.launch.local import RUN_FILE
 from hetermoe_cli.launch.preflight import check_devices, check_measured, check_nodes
 from hetermoe_cli.launch.started import started_plan
-from hetermoe_cli.model.data import VOCAB_SIZE, Batches, Corpus, load_corpus
+from hetermoe_cli.model.data import END_OF_TEXT, VOCAB_SIZE, Batches, Corpus, load_corpus
 from hetermoe_cli.planner.cluster.replayed import group_cost
 from hetermoe_cli.runtime.calls import check
 from hetermoe_cli.runtime.recorder import CHECKPOINTS, METRICS
@@ -119,12 +119,17 @@ def _check_groups(plan: Plan, source: Path) -> None:
 
 
 def _check_text(run: RunSpec, corpus: Corpus) -> None:
-    if run.model.vocab_size < VOCAB_SIZE:
+    model, train = run.model, run.plan.inputs.train
+    if corpus.is_text and model.vocab_size < VOCAB_SIZE:
+        raise UserError(f"model {model.name}: field vocab_size: bytes need {VOCAB_SIZE}, found {model.vocab_size}")
+    if corpus.is_text and train.document_end != END_OF_TEXT:
         raise UserError(
-            f"model {run.model.name}: field vocab_size: bytes need {VOCAB_SIZE}, found {run.model.vocab_size}"
+            f"{corpus.source}: text is read as bytes, of which {END_OF_TEXT} ends a document: leave document_end out "
+            "of the training spec, or train on token files"
         )
     for part in (corpus.train, corpus.validation):
-        Batches(part, run.sequence_length, run.plan.inputs.train.global_batch_sequences, 0, corpus.source)
+        size = (run.sequence_length, train.global_batch_sequences, train.seed, corpus.source, model.vocab_size)
+        Batches(part, *size).check(0)
 
 
 def _check_weights(run: RunSpec, folder: Path) -> None:

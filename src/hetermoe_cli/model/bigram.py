@@ -5,12 +5,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hetermoe_cli.model.data import VOCAB_SIZE, Bytes
+from hetermoe_cli.model.data import VOCAB_SIZE
+from hetermoe_cli.model.token_files import Tokens
 
 LogTable = npt.NDArray[np.float64]
 
 
-def fit_bigram(tokens: Bytes) -> LogTable:
+def fit_bigram(tokens: Tokens) -> LogTable:
     """log P(next byte | byte), [256, 256], counted on `tokens` with one added to every pair."""
     pairs = tokens[:-1].astype(np.int64) * VOCAB_SIZE + tokens[1:]
     counts = np.bincount(pairs, minlength=VOCAB_SIZE**2).reshape(VOCAB_SIZE, VOCAB_SIZE) + 1.0

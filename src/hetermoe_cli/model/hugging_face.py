@@ -24,12 +24,19 @@ _FREE = {"name", "initializer_range", "router_balance", "router_auxiliary_loss",
 _FREE |= {"router_z_loss", "router_capacity"}
 
 
-def export(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor], sequence_length: int) -> None:
-    """Write `tensors` (all weights and selection biases by our names) and config.json to the new `folder`.
+def export(
+    folder: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    sequence_length: int,
+    document_end: int = END_OF_TEXT,
+) -> None:
+    """Write `tensors` (all weights and selection biases by our names) and config.json to the new `folder`. The token
+    `document_end` stands between documents, so it begins and ends a text.
 
     UserError if Hugging Face has no such model, the folder holds something or the disk refuses.
     """
-    fields = config_fields(config, sequence_length) | {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}
+    fields = config_fields(config, sequence_length) | {"bos_token_id": document_end, "eos_token_id": document_end}
     fields["dtype"] = str(tensors["norm.weight"].dtype).removeprefix("torch.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists already: name a new --output")

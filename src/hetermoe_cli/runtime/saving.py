@@ -22,7 +22,7 @@ from hetermoe_cli.spec.files import parse
 from hetermoe_cli.spec.rebalance import Rebalance
 from hetermoe_cli.spec.run import RunSpec
 
-_LATER_FIELDS = {"documents": "joined"}  # of checkpoints that were made before these fields existed
+_LATER_FIELDS = {"documents": "joined", "document_end": 0}  # of checkpoints that were made before these fields existed
 
 
 def save(run: RunSpec, trainer: Trainer, step: int) -> Path:
@@ -152,4 +152,5 @@ def _identity(run: RunSpec) -> dict[str, object]:
         "precision": run.precision,
         "router": run.router,
         "documents": train.documents,
+        "document_end": train.document_end,
     }

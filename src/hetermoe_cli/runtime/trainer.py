@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.model.copies import upload
-from hetermoe_cli.model.data import END_OF_TEXT, Batches
+from hetermoe_cli.model.data import Batches
 from hetermoe_cli.model.gate import Router
 from hetermoe_cli.model.grouped import give_place
 from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
@@ -124,7 +124,7 @@ class Trainer:
         """
         world = World.of(layout)
         precisions = Precisions(precision, rank_precisions)
-        document_end = END_OF_TEXT if train.documents == "masked" else None
+        document_end = train.document_end if train.documents == "masked" else None
         parts = build_parts(model, world, mesh, precisions, train.seed, router, document_end)
         engine = Engine(world.replica_of(mesh.process).layout, mesh, parts, model.hidden_size)
         return cls(world, train, mesh, parts, engine, sequence_length, precisions.scaled)

@@ -136,8 +136,8 @@ def _batches(run: RunSpec) -> tuple[Batches, Batches]:
         raise UserError(
             f"{corpus.source}: field corpus_sha256: the text differs from the one this run was prepared for"
         )
-    size = (run.sequence_length, train.global_batch_sequences, train.seed)
-    return Batches(corpus.train, *size, corpus.source), Batches(corpus.validation, *size, corpus.source)
+    size = (run.sequence_length, train.global_batch_sequences, train.seed, corpus.source, run.model.vocab_size)
+    return Batches(corpus.train, *size), Batches(corpus.validation, *size)
 
 
 def _handle_signals(trainer: Trainer) -> None:

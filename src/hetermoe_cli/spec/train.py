@@ -21,12 +21,13 @@ class TrainSpec(ExtendedSpec):
     """Batch, precision, text and optimizer of a run. The learning rate warms up linearly, then follows a cosine.
 
     Every text file is a document, or several where `document_separator` (such as <|endoftext|>) stands between them.
+    In token files the id `document_end` ends a document (of text, 0 is a byte that no text holds).
     `document_tokens`: how many tokens the document of an average token has, for predictions of masked documents;
     without it they take a sequence as one document, which is an upper bound.
     """
 
     later: ClassVar[frozenset[str]] = frozenset(
-        {"dense_state", "device_precision", "documents", "document_separator", "document_tokens"}
+        {"dense_state", "device_precision", "documents", "document_separator", "document_tokens", "document_end"}
     )
 
     kind: Literal["train"] = "train"
@@ -40,6 +41,7 @@ class TrainSpec(ExtendedSpec):
     documents: Documents = "joined"
     document_separator: str | None = Field(default=None, min_length=1)
     document_tokens: PositiveInt | None = None
+    document_end: NonNegativeInt = 0
     steps: PositiveInt = 100
     learning_rate: PositiveFloat = 1e-3
     minimum_learning_rate_ratio: NonNegativeFloat = Field(default=0.1, le=1)
