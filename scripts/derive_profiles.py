@@ -78,7 +78,7 @@ PAPER = Grid(  # W1 has W2's shape, D1 that of D2 and D3; the paper trains in fp
     powers=range(6, 18),
 )
 LARGE = Grid(  # with many experts a single one gets few rows
-    models=("qwen3-235b", "deepseek-v3"),
+    models=("qwen3-30b-a3b", "qwen3-235b", "deepseek-v3"),
     precisions=("fp16", "bf16"),
     kilotokens=(2, 4, 8, 16, 32),
     sequences=(1, 2, 4, 8),

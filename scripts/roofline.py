@@ -24,6 +24,7 @@ LAUNCH_SECONDS = 5e-6  # one kernel launch, typical of CUDA drivers
 ATTENTION_KERNELS, EXPERT_KERNELS, HEAD_KERNELS = 20, 4, 8  # launches of a forward, counted in model/*.py
 DENSE_KERNELS = 12  # of a dense layer without its SwiGLU network: no combine, no gate
 LATENT_KERNELS = 8  # more than ATTENTION_KERNELS: three projections, two norms, copies that join the parts of a head
+QK_NORM_KERNELS = 2  # norms of queries and keys
 BACKWARD = 2.0
 
 
@@ -73,14 +74,20 @@ class Part:
 
 
 def grouped(shape: LayerShape) -> Part:
-    """GQA: projections, RoPE, keys and values repeated for their queries.
+    """GQA: projections, RoPE, keys and values repeated for their queries; norms of query and key where there are any.
 
-    Saved: rotated query, repeated key and value, attention output and its copy in token order. Groups are assumed
-    (without them the whole qkv stays alive as value).
+    Saved: rotated query, repeated key and value, attention output and its copy in token order; for the norms the whole
+    qkv and inverse norms in fp32. Groups are assumed (without them the whole qkv stays alive as value).
     """
     query, key = shape.attention_heads * shape.head_size, shape.kv_heads * shape.head_size
     rope = repeat = 2 * (query + key)
-    return Part(weights=2 * shape.hidden_size * (query + key), moved=rope + repeat, saved=5 * query)
+    return Part(
+        weights=2 * shape.hidden_size * (query + key),
+        moved=rope + repeat + shape.qk_norm * 2 * (query + key),
+        saved=5 * query + shape.qk_norm * (query + 2 * key),
+        saved_bytes=shape.qk_norm * 4 * (shape.attention_heads + shape.kv_heads),
+        kernels=shape.qk_norm * QK_NORM_KERNELS,
+    )
 
 
 def latent(shape: LayerShape, sizes: LatentAttention) -> Part:

@@ -148,6 +148,9 @@ CASES = {
         [1, 1, 0, 0], MIXED, 4, schedule="windowed", documents="masked", features=DENSE | {"dense_layers": 2} | LOSSES
     ),
     "documents": Case([4, 0], hosts([], list(range(6))), 2, documents="masked"),
+    "norms of queries and keys, mixed, recompute, documents": Case(
+        [2, 1, 1, 0], MIXED, 2, recompute="all", documents="masked", features={"qk_norm": True} | DENSE
+    ),
     "documents, mixed, windows, recompute, rope scaling": Case(
         [1, 1, 0, 0], MIXED, 4, schedule="windowed", recompute="all", documents="masked", features=ROPE | LOSSES
     ),

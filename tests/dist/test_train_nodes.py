@@ -114,35 +114,30 @@ def test_a_worker_that_dies_ends_all_nodes_with_its_error(plan_file: Path, text:
     assert not (tmp_path / "run/status.json").exists()
 
 
-@pytest.mark.parametrize("checkpoint_every", [0, 20])
-def test_workers_that_died_are_started_again_on_all_nodes(
-    checkpoint_every: int, plan_file: Path, text: Path, tmp_path: Path
-) -> None:
-    options = ("--steps", 150, "--drift-every", 0, "--checkpoint-every", checkpoint_every, "--max-restarts", 1)
-    launchers = start(plan_file, tmp_path / "run", text, *options, "--json")
-    os.kill(worker(tmp_path / "run", 2, step=40), signal.SIGKILL)
+def test_workers_that_died_are_started_again_on_all_nodes(plan_file: Path, text: Path, tmp_path: Path) -> None:
+    options = ("--steps", 60, "--drift-every", 0, "--checkpoint-every", 10, "--max-restarts", 1, "--json")
+    launchers = start(plan_file, tmp_path / "run", text, *options)
+    os.kill(worker(tmp_path / "run", 2, step=25), signal.SIGKILL)
     first, second = (launcher.communicate(timeout=120) for launcher in launchers)
     assert [launcher.returncode for launcher in launchers] == [0, 0]
-    assert json.loads(first[0])["steps"] == 150
-    died = "node 1: worker of rank 2 died (signal SIGKILL)"
-    assert f"hetermoe: {died}" in first[1] and f"hetermoe: {died.removeprefix('node 1: ')}" in second[1]
+    assert json.loads(first[0])["steps"] == 60
+    died = "worker of rank 2 died (signal SIGKILL)"
+    assert f"hetermoe: node 1: {died}" in first[1]
+    assert f"hetermoe: {died}" in second[1]
     assert all(errors.count("begins again, restarts left: 0") == 1 for _, errors in (first, second))
-    assert [line["step"] for line in events(tmp_path / "run", "step")] == list(range(150))
-    assert (load(RunSpec, tmp_path / "run/run.yaml").start_step >= 40) == bool(checkpoint_every)
+    assert [line["step"] for line in events(tmp_path / "run", "step")] == list(range(60))
+    assert load(RunSpec, tmp_path / "run/run.yaml").start_step >= 20
 
 
-def test_what_is_left_goes_on_by_a_plan_of_its_own(plan_file: Path, text: Path, tmp_path: Path) -> None:
+def test_what_is_left_trains_by_a_plan_of_its_own(plan_file: Path, text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    assert [code for code, _, _ in ends(start(plan_file, folder, text))] == [0, 0]
-    options = ("--steps", 9, "--resume", "--max-restarts", 1, "--replan-after", 0.5, "--json")
-    (first,) = start(plan_file, folder, text, *options, nodes=(0,))
+    (first,) = start(plan_file, folder, text, "--replan-after", 0.2, "--json", nodes=(0,))
     out, errors = first.communicate(timeout=120)
-    assert (first.returncode, json.loads(out)["steps"]) == (0, 9), errors
+    assert (first.returncode, json.loads(out)["steps"]) == (0, 6), errors
     assert "node 0 of 2: goes on without nodes 1 of the cluster file, by" in errors
     run = load(RunSpec, folder / "run.yaml")
-    assert (run.start_step, run.world.size, run.plan.inputs.node_numbers) == (6, 2, [0])
+    assert (run.world.size, run.plan.inputs.node_numbers) == (2, [0])
     assert run.plan.notes[0] == "planned again without node1"
-    assert [line["step"] for line in events(folder, "step")] == list(range(9))
 
 
 def test_an_interrupt_on_one_node_stops_and_saves_on_all(plan_file: Path, text: Path, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_every_profile_says_that_it_is_modelled(profiles: dict[str, Profile]) ->
 
 def test_every_named_shape_is_there_in_the_precisions_of_the_device(profiles: dict[str, Profile]) -> None:
     paper = {m.shape for name, m in NAMED_MODELS.items() if name.startswith("mixtral")}
-    large = {NAMED_MODELS["qwen3-235b"].shape, DEEPSEEK}
+    large = {NAMED_MODELS[name].shape for name in ("qwen3-30b-a3b", "qwen3-235b")} | {DEEPSEEK}
     for name, profile in profiles.items():
         by_precision = {p: {t.shape for t in profile.tables if t.precision == p} for p in ("fp16", "bf16")}
         assert len(profile.tables) == sum(map(len, by_precision.values()))
@@ -229,7 +229,12 @@ GROUPED = {"attention_heads": 6, "head_size": 8}
 
 @pytest.mark.parametrize(
     ("attends", "shared_experts", "dense_layers"),
-    [(GROUPED, 0, 0), (GROUPED, 2, 1), ({"kv_heads": 4, "latent": LATENT}, 2, 1)],
+    [
+        (GROUPED, 0, 0),
+        (GROUPED, 2, 1),
+        (GROUPED | {"qk_norm": True}, 0, 1),
+        ({"kv_heads": 4, "latent": LATENT}, 2, 1),
+    ],
 )
 def test_saved_bytes_formulas_match_the_measurement(
     attends: dict[str, Any], shared_experts: int, dense_layers: int

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from builders import make_model
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.base import sha256
-from hetermoe_cli.spec.files import dump
+from hetermoe_cli.spec.files import dump, parse
 from hetermoe_cli.spec.latent import LatentAttention
 from hetermoe_cli.spec.model import (
     MOST_EXPERTS,
@@ -89,6 +89,36 @@ DEEPSEEK: dict[str, Any] = {
     "v_head_dim": 128,
     "vocab_size": 129280,
 }
+# As published for Qwen3-30B-A3B.
+QWEN = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096, "beta_fast": 16.0}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -132,8 +162,8 @@ def test_mixtral_8x7b_has_its_published_parameter_count() -> None:
 
 def test_qwen3_235b_has_its_published_parameter_count() -> None:
     model = load_model("qwen3-235b")
-    query_and_key_norms = 94 * 2 * 128  # not in our layer
-    assert model.parameters + query_and_key_norms == 235_093_634_560
+    assert model.parameters == 235_093_634_560
+    assert load_model("qwen3-30b-a3b").parameters == 30_532_122_624
     assert model.dense_parameters == pytest.approx(8.0e9, rel=0.01)
 
 
@@ -261,8 +291,11 @@ def test_hugging_face_key_value_heads_of_null_are_the_attention_heads(tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "llama"}, "field model_type: expected 'mixtral' or 'deepseek_v3', found 'llama'"),
-        ({"model_type": ["mixtral"]}, "field model_type: expected 'mixtral' or 'deepseek_v3', found ['mixtral']"),
+        ({"model_type": "llama"}, "field model_type: expected 'mixtral', 'qwen3_moe' or 'deepseek_v3', found 'llama'"),
+        (
+            {"model_type": ["mixtral"]},
+            "field model_type: expected 'mixtral', 'qwen3_moe' or 'deepseek_v3', found ['mixtral']",
+        ),
         ({"rope_parameters": ..., "rope_scaling": "linear"}, "field rope_scaling: expected an object with a rope_type"),
         ({"rope_parameters": [1]}, "field rope_parameters: expected an object with a rope_type, or null, found [1]"),
         ({"num_key_value_heads": ...}, "field kv_heads: Field required"),
@@ -285,6 +318,46 @@ def test_hugging_face_refusals(tmp_path: Path, changes: dict[str, Any], words: s
         load_model(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert words in str(caught.value)
+
+
+def qwen_file(folder: Path, **changes: Any) -> str:
+    path = folder / "config.json"
+    path.write_text(json.dumps({name: value for name, value in {**QWEN, **changes}.items() if value is not ...}))
+    return str(path)
+
+
+def test_hugging_face_config_of_qwen3_moe(tmp_path: Path) -> None:
+    named = NAMED_MODELS["qwen3-30b-a3b"]
+    assert load_model(qwen_file(tmp_path)).model_copy(update={"name": named.name}) == named
+    assert not load_model(qwen_file(tmp_path, norm_topk_prob=...)).router_renormalise  # transformers' default
+    assert load_model(qwen_file(tmp_path, sliding_window=4096)).layers == 48  # it is not in use
+    assert load_model(qwen_file(tmp_path, num_experts=..., num_local_experts=64)).experts == 64  # transformers 5's
+    dense = load_model(qwen_file(tmp_path, mlp_only_layers=[0, 1]))
+    assert (dense.layers, dense.dense_layers, dense.dense_ffn_size) == (46, 2, 6144)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mlp_only_layers": [3]}, "field mlp_only_layers: expected the first layers only, such as [0, 1], found [3]"),
+        ({"mlp_only_layers": 3}, "field mlp_only_layers: expected the first layers only"),
+        ({"mlp_only_layers": list(range(48))}, "field mlp_only_layers: expected 0 to 47 dense layers of 48"),
+        ({"decoder_sparse_step": 2}, "field decoder_sparse_step: the value 2 is not supported"),
+        ({"use_sliding_window": True, "sliding_window": 4096}, "field sliding_window: the value 4096"),
+        ({"num_experts": ...}, "experts"),
+    ],
+)
+def test_hugging_face_refusals_of_qwen3_moe(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    path = qwen_file(tmp_path, **changes)
+    with pytest.raises(UserError) as caught:
+        load_model(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert words in str(caught.value)
+
+
+def test_norms_of_heads_and_of_latents_exclude_each_other() -> None:
+    with pytest.raises(UserError, match="qk_norm goes with GQA"):
+        parse(ModelConfig, NAMED_MODELS["deepseek-v3"].model_dump() | {"qk_norm": True}, "model.yaml")
 
 
 def deepseek_file(folder: Path, **changes: Any) -> str:

@@ -12,7 +12,7 @@ def export(
     source: Annotated[Path, typer.Argument(help="Run folder (its newest checkpoint), or one checkpoint's folder.")],
     output: Annotated[Path, typer.Option(help="New folder of config.json and safetensors.")],
 ) -> None:
-    """Write the weights of a Mixtral or a DeepSeek-V3 as transformers reads them, and `train --weights`."""
+    """Write the weights of a Mixtral, Qwen3-MoE or DeepSeek-V3 as transformers reads them, and `train --weights`."""
     from hetermoe_cli.model.checkpoint import MANIFEST, find_latest, load_tensors, read_manifest
     from hetermoe_cli.model.hugging_face import export as write
     from hetermoe_cli.model.training_state import weight_names

@@ -41,6 +41,9 @@ class Attention(nn.Module):
         if self.latent is None:
             widths = (config.attention_heads + 2 * config.kv_heads) * config.head_size
             self.qkv = nn.Linear(config.hidden_size, widths, bias=False)
+        if config.qk_norm:
+            self.query_norm = RMSNorm(config.head_size, eps=config.norm_epsilon)
+            self.key_norm = RMSNorm(config.head_size, eps=config.norm_epsilon)
         self.scale = softmax_scale(config) if config.latent else None
         self.out = nn.Linear(config.attention_heads * config.value_size, config.hidden_size, bias=False)
 
@@ -63,6 +66,8 @@ class Attention(nn.Module):
         c = self.config
         heads = self.qkv(x).view(*x.shape[:-1], -1, c.head_size).transpose(1, 2)
         query, key, value = torch.split(heads, [c.attention_heads, c.kv_heads, c.kv_heads], dim=1)
+        if c.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         groups = c.attention_heads // c.kv_heads
         if groups > 1:

@@ -1,4 +1,4 @@
-"""Which of Hugging Face's tensors make up each of ours, for Mixtral and DeepSeek-V3 in their on-disk form.
+"""Which of Hugging Face's tensors make up each of ours, for Mixtral, Qwen3-MoE and DeepSeek-V3 in their on-disk form.
 
 Every tensor of ours is some of theirs on top of each other. Of latent attention, theirs hold the dimensions that RoPE
 turns together next to each other (`rope_interleave`), ours have them half a part away from each other.
@@ -64,6 +64,9 @@ def _attention(config: ModelConfig, interleaved: bool) -> Pieces:
         return common | _latent(config.latent, config.attention_heads, interleaved)
     query, key = config.attention_heads * config.head_size, config.kv_heads * config.head_size
     names = [f"self_attn.{name}_proj.weight" for name in "qkv"]
+    if config.qk_norm:
+        norms = {"query_norm": "q_norm", "key_norm": "k_norm"}
+        common |= {f"{ours}.weight": [Piece(f"self_attn.{theirs}.weight")] for ours, theirs in norms.items()}
     return common | {"qkv.weight": _on_top(dict(zip(names, (query, key, key), strict=True)))}
 
 
@@ -90,17 +93,17 @@ def _interleaved(rows: Tensor, rope: int) -> Tensor:
 
 
 def _moe(config: ModelConfig) -> Pieces:
-    deepseek = model_type(config) == "deepseek_v3"
-    block = "mlp." if deepseek else "block_sparse_moe."
+    kind = model_type(config)
+    block = "block_sparse_moe." if kind == "mixtral" else "mlp."
     result = {
         "expert_norm.weight": [Piece("post_attention_layernorm.weight")],
         "gate.weight": [Piece(f"{block}gate.weight")],
     }
-    names = ("gate_proj", "up_proj", "down_proj") if deepseek else ("w1", "w3", "w2")
+    names = ("w1", "w3", "w2") if kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     for expert in range(config.experts):
         ours, theirs = f"experts.{expert}.", f"{block}experts.{expert}."
         result |= _swiglu(ours + "gate_up", ours + "down", theirs, config.ffn_size, names)
-    if deepseek:
+    if kind == "deepseek_v3":
         width = config.shared_experts * config.ffn_size
         result |= _swiglu("shared.gate_up.weight", "shared.down.weight", "mlp.shared_experts.", width)
         result[BIAS] = [Piece("mlp.gate.e_score_correction_bias")]

@@ -1,4 +1,4 @@
-"""Hugging Face's config.json of a Mixtral or a DeepSeek-V3: its fields under our names, and ours under its names."""
+"""Hugging Face's config.json of a Mixtral, Qwen3-MoE or DeepSeek-V3: its fields under our names, and the other way."""
 
 import json
 from pathlib import Path
@@ -22,6 +22,12 @@ _COMMON_FIELDS = {
     "initializer_range": "initializer_range",
 }
 _MIXTRAL_FIELDS = {"intermediate_size": "ffn_size", "head_dim": "head_size", "num_local_experts": "experts"}
+_QWEN_FIELDS = {
+    "moe_intermediate_size": "ffn_size",
+    "head_dim": "head_size",
+    "num_experts": "experts",
+    "norm_topk_prob": "router_renormalise",
+}
 _DEEPSEEK_FIELDS = {
     "moe_intermediate_size": "ffn_size",
     "n_routed_experts": "experts",
@@ -39,7 +45,7 @@ _LATENT_FIELDS = {
     "v_head_dim": "value_size",
 }
 # Where the file is silent: the defaults of transformers' configuration classes.
-_ROPE_THETA = {"mixtral": 1e6, "deepseek_v3": 1e4}
+_ROPE_THETA = {"mixtral": 1e6, "qwen3_moe": 1e4, "deepseek_v3": 1e4}
 
 
 def hugging_face_fields(path: Path) -> dict[str, Any]:
@@ -54,7 +60,7 @@ def hugging_face_fields(path: Path) -> dict[str, Any]:
     values = _renamed(data, _COMMON_FIELDS)
     if "kv_heads" not in values and "num_key_value_heads" in data:  # null: as many as attention heads
         values |= _renamed(data, {"num_attention_heads": "kv_heads"})
-    values |= _deepseek(path, data) if kind == "deepseek_v3" else _renamed(data, _MIXTRAL_FIELDS)
+    values |= {"mixtral": _mixtral, "qwen3_moe": _qwen, "deepseek_v3": _deepseek}[kind](path, data)
     values.setdefault("rope_theta", rope.pop("rope_theta", _ROPE_THETA[kind]))
     if rope.get("rope_type", "default") != "default":
         values["rope_scaling"] = {name: value for name, value in rope.items() if value is not None}
@@ -75,7 +81,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: malformed JSON ({error})") from error
     kind = data.get("model_type") if isinstance(data, dict) else type(data).__name__
     if not isinstance(kind, str) or kind not in _ROPE_THETA:
-        raise UserError(f"{path}: field model_type: expected 'mixtral' or 'deepseek_v3', found {kind!r}")
+        raise UserError(f"{path}: field model_type: expected 'mixtral', 'qwen3_moe' or 'deepseek_v3', found {kind!r}")
     return dict(data)
 
 
@@ -84,15 +90,15 @@ def model_type(model: "ModelConfig") -> str:
 
     Losses that balance the router and its capacity belong to training and are no part of it.
     """
-    kind = "deepseek_v3" if model.latent else "mixtral"
+    kind = "deepseek_v3" if model.latent else "qwen3_moe" if model.qk_norm else "mixtral"
     if model.latent:
         needed = {"router_score": model.router_score == "sigmoid", "shared_experts": model.shared_experts > 0}
     else:
         needed = {
-            "dense_layers": not model.dense_layers,
+            "dense_layers": model.qk_norm or not model.dense_layers,
             "shared_experts": not model.shared_experts,
             "router_score": model.router_score == "softmax",
-            "router_renormalise": model.router_renormalise,
+            "router_renormalise": model.qk_norm or model.router_renormalise,
             "router_scale": model.router_scale == 1.0,
             "router_balance": model.router_balance != "bias",
         }
@@ -114,6 +120,10 @@ def config_fields(model: "ModelConfig", sequence_length: int) -> dict[str, Any]:
         result |= {"architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "rope_interleave": True}
         result |= {"n_group": 1, "topk_group": 1, "intermediate_size": model.dense_ffn_size or model.ffn_size}
         result |= _given(model, _DEEPSEEK_FIELDS) | _given(model.latent, _LATENT_FIELDS)
+    elif model.qk_norm:
+        result |= {"architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "use_sliding_window": False}
+        result |= {"decoder_sparse_step": 1, "mlp_only_layers": list(range(model.dense_layers))}
+        result |= {"intermediate_size": model.dense_ffn_size or model.ffn_size, **_given(model, _QWEN_FIELDS)}
     else:
         result |= {"architectures": ["MixtralForCausalLM"], "sliding_window": None, **_given(model, _MIXTRAL_FIELDS)}
     rope = scaling.model_dump(mode="json", exclude_none=True) if scaling else {"rope_type": "default"}
@@ -133,20 +143,40 @@ def _renamed(data: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     return {ours: data[theirs] for theirs, ours in names.items() if data.get(theirs) is not None}
 
 
-def _deepseek(path: Path, data: dict[str, Any]) -> dict[str, Any]:
-    """What DeepSeek-V3 has of its own: dense layers first, latent attention, its gate."""
-    layers, dense = data.get("num_hidden_layers"), data.get("first_k_dense_replace") or 0
-    values = {"router_score": "sigmoid", **_renamed(data, _DEEPSEEK_FIELDS)}
-    values["latent"] = latent = _renamed(data, _LATENT_FIELDS)
+def _mixtral(path: Path, data: dict[str, Any]) -> dict[str, Any]:
+    return _renamed(data, _MIXTRAL_FIELDS)
+
+
+def _qwen(path: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """What Qwen3-MoE has of its own: norms of queries and keys, dense layers by number, which must be the first."""
+    dense = data.get("mlp_only_layers") or []
+    if dense != list(range(len(dense) if isinstance(dense, list) else 0)):
+        raise UserError(
+            f"{path}: field mlp_only_layers: expected the first layers only, such as [0, 1], found {dense!r}"
+        )
+    values = _renamed(data, {"num_local_experts": "experts"})  # what transformers 5 writes for num_experts
+    values |= {"qk_norm": True, "router_renormalise": False, **_renamed(data, _QWEN_FIELDS)}
+    return values | _dense_first(path, data, "mlp_only_layers", len(dense))
+
+
+def _dense_first(path: Path, data: dict[str, Any], field: str, dense: Any) -> dict[str, Any]:
+    """Layers of a model whose first `dense`, by its `field`, have no experts."""
+    layers, values = data.get("num_hidden_layers"), {"dense_layers": dense} if dense else {}
     if isinstance(layers, int):
         if not isinstance(dense, int) or not 0 <= dense < layers:
             raise UserError(
-                f"{path}: field first_k_dense_replace: expected 0 to {layers - 1} dense layers of {layers}, so that a "
-                f"MoE layer follows, found {dense!r}"
+                f"{path}: field {field}: expected 0 to {layers - 1} dense layers of {layers}, so that a MoE layer "
+                f"follows, found {dense!r}"
             )
         values["layers"] = layers - dense
-    if dense:
-        values |= _renamed(data, {"intermediate_size": "dense_ffn_size"})
+    return values | (_renamed(data, {"intermediate_size": "dense_ffn_size"}) if dense else {})
+
+
+def _deepseek(path: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """What DeepSeek-V3 has of its own: dense layers first, latent attention, its gate."""
+    values = {"router_score": "sigmoid", **_renamed(data, _DEEPSEEK_FIELDS)}
+    values |= _dense_first(path, data, "first_k_dense_replace", data.get("first_k_dense_replace") or 0)
+    values["latent"] = latent = _renamed(data, _LATENT_FIELDS)
     if isinstance(nope := latent.get("nope_size"), int) and isinstance(rope := latent.get("rope_size"), int):
         values["head_size"] = nope + rope
     return values
@@ -169,7 +199,8 @@ def _rope(path: Path, data: dict[str, Any]) -> dict[str, Any]:
 def _refuse_unsupported(path: Path, data: dict[str, Any]) -> None:
     unsupported = {
         "hidden_act": data.get("hidden_act", "silu") != "silu",
-        "sliding_window": data.get("sliding_window") is not None,
+        "sliding_window": data.get("sliding_window") is not None and data.get("use_sliding_window", True),
+        "decoder_sparse_step": data.get("decoder_sparse_step", 1) != 1,
         "tie_word_embeddings": bool(data.get("tie_word_embeddings", False)),
         "attention_bias": bool(data.get("attention_bias", False)),
         "moe_layer_freq": data.get("moe_layer_freq", 1) != 1,

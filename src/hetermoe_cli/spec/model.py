@@ -34,7 +34,7 @@ class LayerShape(ExtendedSpec):
     attention stage's flops.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"shared_experts", "latent", "dense_ffn_size"})
+    later: ClassVar[frozenset[str]] = frozenset({"shared_experts", "qk_norm", "latent", "dense_ffn_size"})
 
     hidden_size: PositiveInt
     ffn_size: PositiveInt
@@ -44,6 +44,7 @@ class LayerShape(ExtendedSpec):
     top_k: PositiveInt
     vocab_size: PositiveInt
     shared_experts: NonNegativeInt = 0
+    qk_norm: bool = False
     latent: LatentAttention | None = None
     dense_ffn_size: NonNegativeInt = 0
 
@@ -52,9 +53,10 @@ class LayerShape(ExtendedSpec):
         shared = f", {self.shared_experts} shared" if self.shared_experts else ""
         ranks = f", latent {self.latent.query_rank}/{self.latent.key_value_rank}" if self.latent else ""
         dense = f", dense ffn {self.dense_ffn_size}" if self.dense_ffn_size else ""
+        norms = " normalised" if self.qk_norm else ""
         return (
             f"hidden {self.hidden_size}, ffn {self.ffn_size}{shared}{dense}, "
-            f"heads {self.attention_heads}/{self.kv_heads}x{self.head_size}{ranks}, "
+            f"heads {self.attention_heads}/{self.kv_heads}x{self.head_size}{norms}{ranks}, "
             f"top-{self.top_k}, vocab {self.vocab_size}"
         )
 
@@ -73,11 +75,12 @@ class ModelConfig(ExtendedSpec):
     With `router_capacity` an expert takes at most so many times its even share of a sequence's rows, the first ones in
     token order; the rest are dropped: neither sent nor combined, the other choices of their token keep their weights.
     `shared_experts` of width ffn_size are visited by every token; the attending device runs them on its own tokens in
-    the attention stage. `latent` attention takes the place of GQA; head_size is then that of queries and keys.
+    the attention stage. With `qk_norm` every head's query and key pass an RMSNorm before RoPE, as in Qwen3. `latent`
+    attention takes the place of GQA; head_size is then that of queries and keys.
     """
 
     later: ClassVar[frozenset[str]] = frozenset(
-        {"shared_experts", "dense_layers", "dense_ffn_size", "latent", "rope_scaling", *ROUTER_FIELDS}
+        {"shared_experts", "dense_layers", "dense_ffn_size", "qk_norm", "latent", "rope_scaling", *ROUTER_FIELDS}
     )
 
     kind: Literal["model"] = "model"
@@ -95,6 +98,7 @@ class ModelConfig(ExtendedSpec):
     shared_experts: NonNegativeInt = 0
     dense_layers: Annotated[NonNegativeInt, Field(le=MOST_LAYERS)] = 0
     dense_ffn_size: NonNegativeInt = 0
+    qk_norm: bool = False
     latent: LatentAttention | None = None
     router_score: Literal["softmax", "sigmoid"] = "softmax"
     router_renormalise: bool = True
@@ -151,6 +155,8 @@ class ModelConfig(ExtendedSpec):
             raise ValueError(
                 f"kv_heads {self.kv_heads} must be attention_heads {self.attention_heads} with latent attention"
             )
+        if self.qk_norm:
+            raise ValueError("qk_norm goes with GQA: latent attention has norms of its own")
 
     @property
     def shape(self) -> LayerShape:
@@ -190,11 +196,12 @@ class ModelConfig(ExtendedSpec):
 
     @property
     def _attention_parameters(self) -> int:
-        """Projections, and the norms of the latents where there are any."""
+        """Projections, and the norms of latents or of heads where there are any."""
         if self.latent:
             matrices = self.latent.matrix_parameters(self.hidden_size, self.attention_heads)
             return matrices + self.latent.query_rank + self.latent.key_value_rank
-        return 2 * self.hidden_size * self.head_size * (self.attention_heads + self.kv_heads)
+        norms = 2 * self.head_size if self.qk_norm else 0
+        return 2 * self.hidden_size * self.head_size * (self.attention_heads + self.kv_heads) + norms
 
     @property
     def edge_parameters(self) -> int:
@@ -227,21 +234,23 @@ def _mixtral(name: str, layers: int, hidden: int, experts: int, **other: Any) ->
     return ModelConfig(name=name, layers=layers, hidden_size=hidden, experts=experts, **fields)
 
 
-# Qwen3-235B-A22B; its norms of queries and keys (256 parameters a layer) are not counted.
-_QWEN3_235B = ModelConfig(
-    name="qwen3-235b",
-    layers=94,
-    hidden_size=4096,
-    ffn_size=1536,
-    attention_heads=64,
-    kv_heads=4,
-    head_size=128,
-    experts=128,
-    top_k=8,
-    vocab_size=151936,
-    rope_theta=1e6,
-    norm_epsilon=1e-6,
-)
+def _qwen3(name: str, layers: int, hidden: int, ffn: int, heads: int) -> ModelConfig:
+    return ModelConfig(
+        name=name,
+        layers=layers,
+        hidden_size=hidden,
+        ffn_size=ffn,
+        attention_heads=heads,
+        kv_heads=4,
+        head_size=128,
+        experts=128,
+        top_k=8,
+        vocab_size=151936,
+        qk_norm=True,
+        rope_theta=1e6,
+        norm_epsilon=1e-6,
+    )
+
 
 # DeepSeek-V3: 61 layers, the first three dense. The groups of experts in its gate and multi-token prediction are not
 # modelled.
@@ -280,14 +289,15 @@ NAMED_MODELS: dict[str, ModelConfig] = {
         _mixtral("mixtral-8x7b", 32, 4096, 8, rope_theta=1e6),
         _mixtral("tiny", 2, 64, 4, attention_heads=4, kv_heads=2, head_size=16, vocab_size=256, ffn_size=224),
         _mixtral("small", 4, 128, 8, attention_heads=4, kv_heads=2, head_size=32, vocab_size=256, ffn_size=256),
-        _QWEN3_235B,
+        _qwen3("qwen3-30b-a3b", 48, 2048, 768, 32),
+        _qwen3("qwen3-235b", 94, 4096, 1536, 64),
         _DEEPSEEK_V3,
     )
 }
 
 
 def load_model(name_or_path: str) -> ModelConfig:
-    """A named size, a YAML ModelConfig, or a Hugging Face config.json (model_type mixtral or deepseek_v3)."""
+    """A named size, a YAML ModelConfig, or Hugging Face's config.json (mixtral, qwen3_moe or deepseek_v3)."""
     if name_or_path in NAMED_MODELS:
         return NAMED_MODELS[name_or_path]
     path = Path(name_or_path)
