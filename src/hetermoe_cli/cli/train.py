@@ -112,6 +112,8 @@ def train(
         here = 0 if len(found.inputs.nodes) == 1 else None  # it may be none of several
         print_dry_run(what_runs(prepare(found, plan, options, here), sys.argv[1:], place), json_output)
         return
+    if max_restarts and not checkpoint_every:
+        typer.echo("hetermoe: note: without --checkpoint-every a restart begins at step 0", err=True)
     _train(found, plan, options, place, restarts, json_output)
 
 

@@ -31,12 +31,19 @@ class Curve:
             _monotone([p.backward_seconds for p in points]),
             _monotone([float(p.saved_bytes) for p in points]),
         ]
+        self._known: dict[float, Cost] = {}  # a search asks for few sizes, again and again
 
     def covers(self, size: float) -> bool:
         """Whether `size` is interpolated rather than extended."""
         return self.sizes[0] <= size <= self.sizes[-1]
 
     def __call__(self, size: float) -> Cost:
+        found = self._known.get(size)
+        if found is None:
+            found = self._known[size] = self._at(size)
+        return found
+
+    def _at(self, size: float) -> Cost:
         if size <= 0:
             return Cost(0.0, 0.0, 0.0)
         if len(self.sizes) == 1:
@@ -50,6 +57,7 @@ class Curve:
     def slowed(self, factor: float) -> "Curve":
         """The same with all seconds multiplied."""
         result = copy(self)
+        result._known = {}
         forward, backward, saved = self._columns
         result._columns = [[factor * value for value in forward], [factor * value for value in backward], saved]
         return result
@@ -78,12 +86,19 @@ class AttentionCurve:
         self._curves = [(near, _curve(by_length[near])) for near in (lower, upper)]
         self._share = 0.0 if upper == lower else (length - lower) / (upper - lower)
         self._length, self._documents = length, documents
+        self._known: dict[float, Cost] = {}
 
     def covers(self, sequences: float) -> bool:
         """Whether `sequences` is interpolated rather than extended."""
         return all(curve.covers(sequences * self._documents) for _, curve in self._curves)
 
     def __call__(self, sequences: float) -> Cost:
+        found = self._known.get(sequences)
+        if found is None:
+            found = self._known[sequences] = self._at(sequences)
+        return found
+
+    def _at(self, sequences: float) -> Cost:
         (low, below), (high, above) = self._curves
         count = sequences * self._documents
         first, second = below(count), above(count)
@@ -97,6 +112,7 @@ class AttentionCurve:
     def slowed(self, factor: float) -> "AttentionCurve":
         """The same with all seconds multiplied."""
         result = copy(self)
+        result._known = {}
         result._curves = [(length, curve.slowed(factor)) for length, curve in self._curves]
         return result
 

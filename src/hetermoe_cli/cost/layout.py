@@ -249,12 +249,14 @@ class LayoutCost:
             local = [self.layout.local_experts(layer, rank) for layer in range(model.layers)]
             parts = [(1 / counts[held]).sum() for counts, held in zip(self.sharers.experts, local, strict=True)]
             return dense + model.expert_parameters * float(sum(parts))
-        hosted = sum([len(placement.experts[rank]) for placement in self.layout.placement]) * model.expert_parameters
+        cost, schedule, attending = self.cost, self.layout.schedule, len(self._attending)
+        hosted = sum([len(placement.experts[rank]) for placement in self.layout.placement])
+        result = hosted * cost.state_share(schedule, 1) * model.expert_parameters
         if not self.layout.sequences_per_rank[rank]:
-            return hosted
+            return result
         copies = sum([len(placement.replicated) for placement in self.layout.placement])
-        share = self.cost.state_share(self.layout.schedule, len(self._attending))
-        return hosted + share * (model.dense_parameters + copies * model.expert_parameters)
+        result += copies * cost.state_share(schedule, attending) * model.expert_parameters
+        return result + cost.dense_share(schedule, attending) * model.dense_parameters
 
     def memory(self, rank: int) -> Memory:
         """Bytes of `rank` by kind, under the inputs' expert load."""

@@ -1,5 +1,6 @@
 """MemoryModel: bytes that a rank holds at the turn from forward to backward, when a window's activations are alive."""
 
+from functools import cached_property
 from itertools import pairwise
 
 from hetermoe_cli.cost.curves import Cost
@@ -20,6 +21,7 @@ class MemoryModel:
     model: ModelConfig
     train: TrainSpec
     row_bytes: int  # of a token's row
+    groups: int = 1  # that train side by side, as far as is known, and share out their states if this one does
 
     def rows_per_expert(self, sequences: float) -> float:
         """Rows that each expert gets from `sequences` sequences under a balanced router."""
@@ -47,9 +49,13 @@ class MemoryModel:
         stages = self.model.layers * sum(device.attention(sequences)[:2]) + sum(self.dense_cost(device, sequences)[:2])
         return stages + sum(self.head_cost(device, sequences)[:2])
 
-    def state_share(self, schedule: ScheduleChoice, attending: int) -> float:
-        """Of the parameters that all of `attending` ranks hold, what each of them steps, with masters and moments."""
-        return 1 / attending if schedule.shares_states else 1.0
+    def state_share(self, schedule: ScheduleChoice, holders: int) -> float:
+        """Of experts that `holders` ranks of a group hold, what each of them steps, with masters and moments."""
+        return 1 / (holders * self.groups) if schedule.shares_states else 1.0
+
+    def dense_share(self, schedule: ScheduleChoice, attending: int) -> float:
+        """The same of the dense part, of which a fully sharded one is shared out within its group."""
+        return 1 / attending if schedule.dense_state == "full" else self.state_share(schedule, attending)
 
     def dense_state_bytes(self, schedule: ScheduleChoice, attending: int) -> tuple[float, float, float]:
         """Bytes (weights, gradients, optimizer) of the dense part on each of `attending` ranks.
@@ -60,14 +66,17 @@ class MemoryModel:
         """
         state, dense, sizes = schedule.dense_state, self.model.dense_parameters, STATE_BYTES[self.train.precision]
         weights, gradients, optimizer = (dense * size for size in sizes)
-        if state == "replicated" or attending == 1:
-            return weights, gradients, optimizer
-        if state == "optimizer":
-            return weights, gradients, optimizer * self.state_share(schedule, attending)
-        segments = [self.segment_parameters(layer) for layer in range(self.model.layers + 1)]
-        whole = max(map(sum, pairwise(segments)))
+        if state != "full" or attending == 1:
+            return weights, gradients, optimizer * self.dense_share(schedule, attending)
+        whole = self._largest_neighbours
         own = weights / attending if sizes[0] >= _WIDE_BYTES else 0.0
         return own + whole * sizes[0], gradients / attending + whole * sizes[1], optimizer / attending
+
+    @cached_property
+    def _largest_neighbours(self) -> int:
+        """Parameters of the largest segment and its neighbour."""
+        segments = [self.segment_parameters(layer) for layer in range(self.model.layers + 1)]
+        return max(map(sum, pairwise(segments)))
 
     def segment_parameters(self, layer: int) -> int:
         """Shared dense parameters whose gradients the layer's last backward completes; model.layers: the head's."""

@@ -19,11 +19,12 @@ from hetermoe_cli.spec.profile import BYTES_PER_ELEMENT, AttentionPoint
 class CostModel(MemoryModel):
     """Costs of one model and training spec on the devices of one cluster. All methods are pure.
 
-    T = tokens; row = one token copy on its way to one expert (a token travels once per chosen expert).
+    T = tokens; row = one token copy on its way to one expert (a token travels once per chosen expert). `groups` as of
+    MemoryModel.
     """
 
-    def __init__(self, inputs: Inputs) -> None:
-        self.inputs, self.model, self.train = inputs, inputs.model, inputs.train
+    def __init__(self, inputs: Inputs, groups: int = 1) -> None:
+        self.inputs, self.model, self.train, self.groups = inputs, inputs.model, inputs.train, groups
         self.devices = inputs.devices()
         self.network = Network(self.devices)
         self.row_bytes = self.model.hidden_size * BYTES_PER_ELEMENT[self.train.precision]
@@ -71,7 +72,7 @@ class CostModel(MemoryModel):
         """The same with a balanced router."""
         if self.inputs.expert_load is None:
             return self
-        return CostModel(self.inputs.model_copy(update={"expert_load": None}))
+        return CostModel(self.inputs.model_copy(update={"expert_load": None}), self.groups)
 
     @cached_property
     def steps(self) -> list["CostModel"]:
@@ -79,7 +80,7 @@ class CostModel(MemoryModel):
         load = self.inputs.expert_load
         if load is None or not load.samples:
             return [self]
-        return [CostModel(self.inputs.model_copy(update={"expert_load": step})) for step in load.steps]
+        return [CostModel(self.inputs.model_copy(update={"expert_load": step}), self.groups) for step in load.steps]
 
     def expert_rows(self, sequences: float, layer: int, experts: Sequence[int]) -> list[float]:
         """Rows that each of `experts` gets from `sequences` sequences under the inputs' expert load."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -60,21 +61,23 @@ class ClassRates:
         )
 
 
-def device_rates(
-    cost: CostModel, rank: int, sequences: int, schedule: ScheduleChoice, total: int, attending: int | None = None
-) -> ClassRates:
-    """Rates of `rank` attending to `sequences` of a micro-batch of `total` sequences.
+class Times(NamedTuple):
+    """Seconds of a device's tasks, named as in ClassRates."""
 
-    What is sharded is shared by `attending` ranks; without it by as many as there can be, which bounds them all.
-    """
-    attending = attending or min(len(cost.devices), total)
-    model, device, own = cost.model, cost.of(rank), cost.rows_per_expert(sequences)
+    attention: tuple[float, float]
+    dense: tuple[float, float]
+    head: float
+    hosted: tuple[float, float]
+    replicated: tuple[float, float]
+
+
+def device_times(cost: CostModel, rank: int, sequences: int, schedule: ScheduleChoice, total: int) -> Times:
+    """Times of `rank` attending to `sequences` of a micro-batch of `total` sequences; of the schedule only what is
+    recomputed matters."""
     counts = [0] * len(cost.devices)
     counts[rank] = sequences
     counts[rank - 1] += total - sequences  # somebody attends to the others
-    layout = Choice(schedule, tuple(counts)).full_layout(1)
-    probe = LayoutCost(cost, layout)
-    rows, alive = cost.rows_per_expert(total), schedule.window
+    probe = LayoutCost(cost, Choice(schedule, tuple(counts)).full_layout(1))
 
     def pair(kind: Kind, rows: float | None = None, layer: int = 0) -> tuple[float, float]:
         forward, backward = Action(kind, Pass.FORWARD, layer), Action(kind, Pass.BACKWARD, layer)
@@ -85,32 +88,60 @@ def device_rates(
     attention = dense = 0.0, 0.0
     if sequences:
         first = attention = pair(Kind.ATTENTION)
-        if model.dense_layers or schedule.sends_again:
+        if cost.model.dense_layers or schedule.sends_again:
             attention = pair(Kind.ATTENTION, layer=1)  # the probe has no such layer, but attention asks its number only
         dense = first[0] - attention[0], first[1] - attention[1]
+    return Times(
+        attention=attention,
+        dense=dense,
+        head=pair(Kind.HEAD)[1] if sequences else 0.0,
+        hosted=pair(Kind.EXPERT, cost.rows_per_expert(total)),
+        replicated=pair(Kind.EXPERT, cost.rows_per_expert(sequences)) if sequences else (0.0, 0.0),
+    )
+
+
+def device_rates(
+    cost: CostModel,
+    rank: int,
+    sequences: int,
+    schedule: ScheduleChoice,
+    total: int,
+    attending: int | None = None,
+    times: Times | None = None,
+) -> ClassRates:
+    """Rates of `rank` attending to `sequences` of a micro-batch of `total` sequences; `times`: its device_times.
+
+    What is sharded is shared by `attending` ranks; without it by as many as there can be, which bounds them all.
+    """
+    attending = attending or min(len(cost.devices), total)
+    times = times or device_times(cost, rank, sequences, schedule, total)
+    model, device, own = cost.model, cost.of(rank), cost.rows_per_expert(sequences)
+    rows, alive = cost.rows_per_expert(total), schedule.window
     weights, gradients, optimizer = (size * model.expert_parameters for size in STATE_BYTES[cost.train.precision])
-    share, step = cost.state_share(schedule, attending), cost.optimizer_seconds(device, model.expert_parameters)
-    state = weights + gradients + optimizer
-    copied = weights + gradients + share * optimizer
+    own_share, share = cost.state_share(schedule, 1), cost.state_share(schedule, attending)
+    step = cost.optimizer_seconds(device, model.expert_parameters)
+    stepped = cost.dense_share(schedule, attending) * model.dense_parameters if sequences else 0.0
     buffers = cost.buffer_bytes(total, sequences, 0.0, schedule)
     kept = cost.attention_kept_bytes(device, sequences, schedule.recompute_attention) if sequences else 0.0
     per_share = (cost.buffer_bytes(total, sequences, 1.0, schedule) - buffers) / model.experts
     return ClassRates(
-        attention=attention,
-        dense=dense,
-        head=pair(Kind.HEAD)[1] if sequences else 0.0,
-        hosted=pair(Kind.EXPERT, rows),
-        replicated=pair(Kind.EXPERT, own) if sequences else (0.0, 0.0),
-        optimizer_base=cost.optimizer_seconds(device, share * model.dense_parameters) if sequences else 0.0,
-        optimizer_per_expert=step,
+        **times._asdict(),
+        optimizer_base=cost.optimizer_seconds(device, stepped),
+        optimizer_per_expert=own_share * step,
         optimizer_per_copy=share * step if sequences else 0.0,
         memory_base=(sum(cost.dense_state_bytes(schedule, attending)) if sequences else 0)
         + alive * kept
         + cost.transient_bytes(device, sequences, schedule)
         + buffers
         + device.framework_bytes,
-        memory_per_hosted=state + alive * cost.expert_activation_bytes(device, rows, schedule),
-        memory_per_replicated=copied + alive * cost.expert_activation_bytes(device, own, schedule),
+        memory_per_hosted=weights
+        + gradients
+        + own_share * optimizer
+        + alive * cost.expert_activation_bytes(device, rows, schedule),
+        memory_per_replicated=weights
+        + gradients
+        + share * optimizer
+        + alive * cost.expert_activation_bytes(device, own, schedule),
         memory_if_any=cost.expert_task_bytes(device, rows),
         memory_per_share=per_share + cost.expert_transient_bytes(device, rows, schedule),
         memory_per_copy=cost.expert_transient_bytes(device, own, schedule) if sequences else 0.0,

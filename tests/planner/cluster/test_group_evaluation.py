@@ -4,6 +4,7 @@ import pytest
 from cluster_builders import fleet
 
 from hetermoe_cli.cost import LayoutCost
+from hetermoe_cli.planner.baselines.rival import micro_batch_counts
 from hetermoe_cli.planner.cluster.choices import Share, estimate, options
 from hetermoe_cli.planner.cluster.curves import Curves
 from hetermoe_cli.planner.cluster.evaluate import FULL, evaluate
@@ -31,8 +32,8 @@ def test_layouts_fit_and_replay_no_slower_than_evaluated(
     inputs: Inputs, composition: tuple[int, ...], share: int
 ) -> None:
     curves = Curves(inputs, 16, None)
-    part = curves.part(composition)
-    ranked = options(part, curves.kernels, share, 16)
+    part = curves.part(composition, 1)
+    ranked = options(part, curves.kernels, share, micro_batch_counts(share, 16))
     assert ranked
     assert ranked == sorted(ranked, key=lambda option: option.seconds)
     checked = 0
@@ -79,7 +80,7 @@ def test_gathers_of_a_sharded_dense_part_take_the_bandwidth_of_all_reduces() -> 
         nodes = [group.model_copy(update={"network": link}) for group in inputs.cluster.nodes]
         inputs = inputs.model_copy(update={"cluster": inputs.cluster.model_copy(update={"nodes": nodes})})
         curves, shares = Curves(inputs, 16, None), [Share(0, 4, 2), Share(1, 4, 2)]
-        part = curves.part((4, 4))
+        part = curves.part((4, 4), 1)
         whole, sharded = (
             estimate(part, curves.kernels, ScheduleChoice(micro_batches=1, window=1, dense_state=state), shares).seconds
             for state in ("optimizer", "full")

@@ -4,13 +4,13 @@ The estimate only says which choices are worth evaluating: a layer lasts as long
 (whole experts levelled over the devices), transfers, and one micro-batch's round trip shared by its window.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import floor, inf
 from typing import NamedTuple
 
-from hetermoe_cli.planner.baselines.rival import kept_choices, micro_batch_counts, state_choices
+from hetermoe_cli.planner.baselines.rival import kept_choices, state_choices
 from hetermoe_cli.planner.cluster.parts import Kernels, Part
 from hetermoe_cli.planner.rates import ClassRates
 from hetermoe_cli.planner.space import divisors
@@ -36,10 +36,10 @@ class Option:
     shares: tuple[Share, ...]
 
 
-def options(part: Part, kernels: Kernels, sequences: int, limit: int) -> list[Option]:
-    """All options that memory allows, the best estimate first."""
+def options(part: Part, kernels: Kernels, sequences: int, counts: Iterable[int]) -> list[Option]:
+    """All options of so many micro-batches that memory allows, the best estimate first."""
     found: list[Option] = []
-    for count in micro_batch_counts(sequences, limit):
+    for count in counts:
         total = sequences // count
         ways = list(sequence_shares(part, kernels, total))
         for window, shares in product(divisors(count), ways):
@@ -65,7 +65,7 @@ def sequence_shares(part: Part, kernels: Kernels, total: int) -> Iterator[tuple[
     attention, expert = {}, {}
     for kind in part.kinds:
         usual = max(1, total // part.world_size)
-        rates = kernels.rates(kind, usual, schedule, max(total, usual), 1)
+        rates = kernels.rates(kind, usual, schedule, max(total, usual), 1, part.groups)
         attention[kind] = rates.attending(kernels.cost.model.layers) / usual
         expert[kind] = kernels.cost.model.layers * sum(rates.hosted)
     order = sorted(part.kinds, key=lambda kind: attention[kind] / expert[kind])
@@ -161,7 +161,7 @@ def estimate(part: Part, kernels: Kernels, schedule: ScheduleChoice, shares: Seq
     model = kernels.cost.model
     total = sum(share.devices * share.sequences for share in shares)
     attending = sum(share.devices for share in shares if share.sequences)
-    rates = [kernels.rates(s.kind, s.sequences, schedule, total, attending) for s in shares]
+    rates = [kernels.rates(s.kind, s.sequences, schedule, total, attending, part.groups) for s in shares]
     rooms = [_room(r, model.layers) for r in rates]
     if any(room < 0 and share.sequences for room, share in zip(rooms, shares, strict=True)):
         return Estimate(inf, True)

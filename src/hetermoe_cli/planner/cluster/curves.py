@@ -4,6 +4,7 @@ from bisect import bisect_right
 from dataclasses import dataclass, replace
 from math import inf
 
+from hetermoe_cli.planner.baselines.rival import micro_batch_counts
 from hetermoe_cli.planner.cluster.choices import options
 from hetermoe_cli.planner.cluster.compositions import Composition
 from hetermoe_cli.planner.cluster.evaluate import Evaluated, evaluate
@@ -11,15 +12,17 @@ from hetermoe_cli.planner.cluster.parts import Kernels, Part
 from hetermoe_cli.planner.cluster.synchronise import expected_seconds
 from hetermoe_cli.spec.plan import Inputs
 
+USUAL = 6  # micro-batches of a group, about
 TRIES = 4  # options that are evaluated at a point, if their estimates are better than what was found
 
 
 @dataclass(frozen=True)
 class Point:
-    """The best that was found for a share: seconds with the group's part of synchronising."""
+    """The best that was found for a share, as one of so many groups: seconds with its part of synchronising."""
 
     seconds: float
     found: Evaluated
+    groups: int
 
 
 class Curves:
@@ -30,25 +33,26 @@ class Curves:
         self.kernels = Kernels(inputs)
         self.points: dict[Composition, dict[int, Point | None]] = {}
         self.evaluated = 0
-        self._parts: dict[Composition, Part] = {}
+        self._parts: dict[tuple[Composition, int], Part] = {}
 
-    def part(self, composition: Composition) -> Part:
-        """The composition made ready."""
-        if composition not in self._parts:
-            self._parts[composition] = Part(self.inputs, composition)
-        return self._parts[composition]
+    def part(self, composition: Composition, groups: int) -> Part:
+        """The composition made ready, as one of `groups`."""
+        if (composition, groups) not in self._parts:
+            self._parts[composition, groups] = Part(self.inputs, composition, groups)
+        return self._parts[composition, groups]
 
     def point(self, composition: Composition, sequences: int) -> Point | None:
         """The point at `sequences`; None where no layout fits."""
         known = self.points.setdefault(composition, {})
         if sequences not in known:
-            known[sequences] = self._best(composition, sequences)
+            known[sequences] = self._best(composition, sequences, self.alike(composition))
         return known[sequences]
 
-    def _best(self, composition: Composition, sequences: int) -> Point | None:
-        part, best = self.part(composition), None
+    def _best(self, composition: Composition, sequences: int, alike: int) -> Point | None:
+        part, best = self.part(composition, alike), None
         groups = self._groups(composition)
-        for option in options(part, self.kernels, sequences, self.limit)[:TRIES]:
+        counts = micro_batch_counts(sequences, self.limit)
+        for option in options(part, self.kernels, sequences, counts)[:TRIES]:
             if best and option.seconds >= best.seconds:
                 break
             found = evaluate(part, self.kernels, option)
@@ -56,8 +60,21 @@ class Curves:
             if found:
                 seconds = found.compute + found.optimizer + expected_seconds(part, found, groups)
                 if best is None or seconds < best.seconds:
-                    best = Point(seconds, found)
+                    best = Point(seconds, found, alike)
         return best
+
+    def promise(self, composition: Composition, sequences: int) -> float:
+        """An estimate of a point's seconds, of two numbers of micro-batches only; infinite where none of these fits."""
+        part = self.part(composition, self.alike(composition))
+        counts = sorted(micro_batch_counts(sequences, self.limit), key=lambda count: abs(count - USUAL))[:2]
+        found = options(part, self.kernels, sequences, counts)
+        return found[0].seconds if found else inf
+
+    def alike(self, composition: Composition) -> int:
+        """How many such groups the cluster has devices for."""
+        sizes = [node.count * node.devices for node in self.inputs.cluster.nodes]
+        most = min(size // count for size, count in zip(sizes, composition, strict=True) if count)
+        return min(most, self.most_groups or most)
 
     def _groups(self, composition: Composition) -> int:
         """About how many groups there are if they are like this one."""
@@ -71,12 +88,16 @@ class Curves:
         assert point is not None
         error = abs(compute / point.found.compute - 1)
         found = replace(point.found, compute=compute)
-        self.points[composition][sequences] = Point(point.seconds + compute - point.found.compute, found)
+        self.points[composition][sequences] = replace(
+            point, seconds=point.seconds + compute - point.found.compute, found=found
+        )
         return error
 
-    def refuse(self, composition: Composition, sequences: int) -> None:
-        """The layout did not hold what the point promised."""
-        self.points[composition][sequences] = None
+    def refuse(self, composition: Composition, sequences: int, groups: int) -> None:
+        """The layout did not fit as one of `groups`; if the point took them for more, it is looked for again."""
+        point = self.points[composition][sequences]
+        fewer = point is not None and groups < point.groups
+        self.points[composition][sequences] = self._best(composition, sequences, groups) if fewer else None
 
     def refused(self) -> set[tuple[Composition, int]]:
         """Where no layout fits."""

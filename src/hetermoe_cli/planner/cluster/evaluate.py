@@ -34,7 +34,8 @@ class GroupRates(Rates):
         self.class_of = {rank: index for index, c in enumerate(self.classes) for rank in c.ranks}
         attending, total = sum(c.count for c in classes if c.attends), choice.micro_batch_sequences
         self.of = [
-            kernels.rates(part.kind_of[c.ranks[0]], c.sequences, choice.schedule, total, attending) for c in classes
+            kernels.rates(part.kind_of[c.ranks[0]], c.sequences, choice.schedule, total, attending, part.groups)
+            for c in classes
         ]
 
     @property

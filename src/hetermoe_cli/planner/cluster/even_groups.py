@@ -51,7 +51,7 @@ def _best(cost: CostModel, limit: int, most_groups: int | None, method: Method, 
             break
         replicas = ranks_of(cost.inputs.cluster, [(composition, number)])[0]
         share = cost.train.global_batch_sequences // number
-        rival = method(CostModel(group_inputs(cost.inputs, replicas[0], share)), limit)
+        rival = method(CostModel(group_inputs(cost.inputs, replicas[0], share), number), limit)
         if rival.layout is None:
             why = f"{number} equal groups: {rival.reason}"
             continue

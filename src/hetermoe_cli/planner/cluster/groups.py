@@ -1,34 +1,34 @@
 """The planner of groups: explore compositions, pack them, look again at what was chosen, replay, keep the best.
 
-1. Every composition that can hold the model gets a point at its fair share of the batch, most promising first, until
-   half of the time is gone; the most efficient ones get more points.
+1. Every composition that can hold the model gets a point at its fair share of the batch, most promising first, by a
+   quick estimate, until half of the time is gone; the most efficient ones get more points.
 2. An integer program packs them (packing.py); the points that it interpolated are computed, and it packs again.
 3. What it settles on is replayed group by group in the simulator, with memory checked rank by rank.
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd, inf
 
 from hetermoe_cli.cost.device import STATE_BYTES
-from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.cluster.compositions import Composition, compositions, ranks_of
 from hetermoe_cli.planner.cluster.curves import Curves
 from hetermoe_cli.planner.cluster.objective import HOUR, Wanted, known_prices, prices
 from hetermoe_cli.planner.cluster.packing import Limits, Packer, Packing
-from hetermoe_cli.planner.cluster.replayed import Replayed, group_cost, joined, replay_group
+from hetermoe_cli.planner.cluster.replayed import Replayed, joined, replay_group
 from hetermoe_cli.planner.cluster.trim import trimmed
 from hetermoe_cli.planner.remedies import lacking_states
-from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.spec.plan import Group, Inputs
 
 ROUNDS = 10  # of packing and computing or replaying what was chosen
 LAST_ROUND = 100  # if not one packing could be replayed before
 CLOSE = 0.01  # relative error of estimates that makes another round pointless
+ESTIMATING = 0.15  # of the time limit
 MORE = 12  # compositions that get more points
 PATIENCE = 4.0  # times the time limit, if nothing could be packed within it
 FINEST = 128  # parts of the batch that shares are multiples of
@@ -76,7 +76,7 @@ class GroupSearch:
 
         Until half of the time is gone and some can be packed; if `patient` until PATIENCE times the limit are gone.
         """
-        found = [c for c in compositions(self.cluster) if self._holds(c) and self._affordable(c)]
+        found = [c for c in compositions(self.cluster) if self.holds(c) and self._affordable(c)]
         if not found:
             return
         speed = self._speeds()
@@ -86,7 +86,7 @@ class GroupSearch:
         self.limits = Limits(**{**vars(self.limits), "quantum": quantum})
         for c in found:
             self.fair[c] = min(self.batch, max(quantum, round(shares[c] / quantum) * quantum))
-        for c in sorted(found, key=self._promise):
+        for c in self._in_turn(sorted(found, key=self._promise)):
             if self.past(PATIENCE if patient else 0.5) and (patient or self._pack() is not None):
                 break
             self.curves.point(c, self.fair[c])
@@ -95,12 +95,23 @@ class GroupSearch:
                 self.curves.point(c, self.batch // groups)
         self._widen()
 
+    def _in_turn(self, found: list[Composition]) -> list[Composition]:
+        """First those with a quick estimate, as many as a share of the time limit allows: of every set of node groups
+        the most efficient, then of each the second, and so on, as groups of different sets go together."""
+        known: dict[tuple[bool, ...], list[tuple[float, Composition]]] = defaultdict(list)
+        for c in found:
+            if self.past(ESTIMATING):
+                break
+            efficiency = self.fair[c] / self._value(c) / self.curves.promise(c, self.fair[c])
+            known[tuple(count > 0 for count in c)].append((-efficiency, c))
+        ranked = [(place, one) for several in known.values() for place, one in enumerate(sorted(several))]
+        first = [c for _, (_, c) in sorted(ranked)]
+        return [*first, *found[len(first) :]]
+
     def _most(self, c: Composition) -> int:
         """How many such groups the cluster has devices for, and the limit on cost dollars."""
-        most = min(devices // count for count, devices in zip(c, self.limits.devices, strict=True) if count)
-        if self.wanted.most_cost is not None:
-            most = min(most, int(self.wanted.most_cost / self.limits.price(c)))
-        return min(most, self.wanted.most_groups or most)
+        most = self.curves.alike(c)
+        return most if self.wanted.most_cost is None else min(most, int(self.wanted.most_cost / self.limits.price(c)))
 
     def _widen(self) -> None:
         def efficiency(c: Composition) -> float:
@@ -154,14 +165,17 @@ class GroupSearch:
         rest = any(most % count for count, most in zip(c, self.limits.devices, strict=True) if count)
         return rank, rest, -sum(c)
 
-    def _holds(self, c: Composition) -> bool:
-        """Whether the devices' memory holds one copy of all states."""
+    def holds(self, c: Composition) -> bool:
+        """Whether the devices' memory holds one copy of all states; of optimizer states what as many such groups as
+        there can be leave to each, where they may share them out."""
+        weights, gradients, optimizer = STATE_BYTES[self.cost.train.precision]
+        sharing = 1 if self.cost.train.dense_state == "replicated" else self.curves.alike(c)
         held = sum(
             count * (device.memory_bytes * self.cost.train.memory_headroom - device.framework_bytes)
             for count, node in zip(c, self.cluster.nodes, strict=True)
             for device in [self.cost.types[node.device]]
         )
-        return held >= self.cost.model.parameters * sum(STATE_BYTES[self.cost.train.precision])
+        return held >= self.cost.model.parameters * (weights + gradients + optimizer / sharing)
 
     def _affordable(self, c: Composition) -> bool:
         return self.wanted.most_cost is None or self.limits.price(c) <= self.wanted.most_cost
@@ -206,12 +220,15 @@ class GroupSearch:
             point = self.curves.point(c, share)
             assert point is not None
             group = Group.of(*trimmed(point.found.layout(), ranks, self.cost.devices))
-            if overflow(LayoutCost(group_cost(self.inputs, group), group.layout)):
-                self.curves.refuse(c, share)
-                return inf
             done.append(replay_group(self.inputs, group))
             errors.append(self.curves.correct(c, share, done[-1].computed))
-        replayed = joined(done, self.cost)
+        replayed, refused = joined(done, self.cost), False
+        for (c, share, _), g in zip(chosen, replayed.groups, strict=True):
+            if not g.fits:
+                self.curves.refuse(c, share, len(replayed.copies))
+                refused = True
+        if refused:
+            return inf
         merit = self._merit([g.group for g in done], replayed.seconds)
         if merit < self._least:
             groups = [g.group for g in done]
@@ -259,4 +276,4 @@ def _none(inputs: Inputs, wanted: Wanted, state: GroupSearch) -> UserError:
 
 
 def _holding(state: GroupSearch) -> list[Composition]:
-    return [c for c in compositions(state.cluster) if state._holds(c)]
+    return [c for c in compositions(state.cluster) if state.holds(c)]

@@ -4,7 +4,7 @@ from functools import cached_property
 
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.cluster.compositions import Composition, ranks_of
-from hetermoe_cli.planner.rates import ClassRates, device_rates
+from hetermoe_cli.planner.rates import ClassRates, Times, device_rates, device_times
 from hetermoe_cli.spec.cluster import NodeGroup, Origin, subcluster
 from hetermoe_cli.spec.layout import ScheduleChoice
 from hetermoe_cli.spec.plan import Inputs
@@ -33,23 +33,39 @@ class Kernels:
         apart = {"count": 2, "devices": 1, "nics": 1, "machine": None}
         nodes = [node.model_copy(update=apart) for node in inputs.cluster.nodes]
         cluster = inputs.cluster.model_copy(update={"nodes": nodes})
-        self.cost = CostModel(inputs.model_copy(update={"cluster": cluster}))
+        self._inputs = inputs.model_copy(update={"cluster": cluster})
+        self.cost = CostModel(self._inputs)
+        self._among = {1: self.cost}  # costs by number of groups
         self._known: dict[tuple[object, ...], ClassRates] = {}
+        self._known_times: dict[tuple[object, ...], Times] = {}
 
-    def rates(self, kind: int, sequences: int, schedule: ScheduleChoice, total: int, attending: int) -> ClassRates:
-        """Rates of a device of node group `kind` that attends to `sequences` of `total`, as one of `attending`."""
-        shared = attending if sequences and schedule.dense_state != "replicated" else 1
-        key = (kind, sequences, total, shared, schedule.window, schedule.recompute, schedule.dense_state)
+    def rates(
+        self, kind: int, sequences: int, schedule: ScheduleChoice, total: int, attending: int, groups: int
+    ) -> ClassRates:
+        """Rates of a device of node group `kind` that attends to `sequences` of `total`, as one of `attending` in one
+        of `groups`."""
+        shared = attending if sequences and schedule.shares_states else 1
+        key = (kind, sequences, total, shared, groups, schedule.window, schedule.recompute, schedule.dense_state)
         if key not in self._known:
-            self._known[key] = device_rates(self.cost, 2 * kind, sequences, schedule, total, shared)
+            if groups not in self._among:
+                self._among[groups] = CostModel(self._inputs, groups)
+            times = self._times(kind, sequences, schedule, total)
+            self._known[key] = device_rates(self._among[groups], 2 * kind, sequences, schedule, total, shared, times)
         return self._known[key]
+
+    def _times(self, kind: int, sequences: int, schedule: ScheduleChoice, total: int) -> Times:
+        key = kind, sequences, total, schedule.recompute
+        if key not in self._known_times:
+            self._known_times[key] = device_times(self.cost, 2 * kind, sequences, schedule, total)
+        return self._known_times[key]
 
 
 class Part:
-    """One composition made ready: its ranks (of the first group that has it), costs and kinds of devices."""
+    """One composition made ready: its ranks (of the first group that has it), costs and kinds of devices. `groups`: how
+    many there are in all, as far as is known, so among how many states may be shared out."""
 
-    def __init__(self, inputs: Inputs, composition: Composition) -> None:
-        self.inputs, self.composition = inputs, composition
+    def __init__(self, inputs: Inputs, composition: Composition, groups: int) -> None:
+        self.inputs, self.composition, self.groups = inputs, composition, groups
         self.kinds = [kind for kind, count in enumerate(composition) if count]
 
     @cached_property

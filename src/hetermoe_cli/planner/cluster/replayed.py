@@ -69,6 +69,12 @@ class ReplayedGroup:
     reduced: float = 0.0  # when its last gradient is summed
     sharers: Sharers | None = None
 
+    @property
+    def fits(self) -> bool:
+        """Whether memory holds it."""
+        headroom = self.cost.train.memory_headroom
+        return all(memory.total_bytes <= headroom * memory.capacity_bytes for memory in self.memory)
+
 
 @dataclass(frozen=True)
 class Replayed:
