@@ -88,6 +88,31 @@ def first_loss(path: Path, seed: int, document_end: int) -> float:
         return model.run(tokens, targets).loss.item() / targets.numel()
 
 
+def test_what_a_tokenizer_says_of_batches_does_not_cut_or_fill_documents(
+    hetermoe: Hetermoe, texts: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    found = tokenizers.Tokenizer.from_file(str(tokenizer))
+    found.enable_truncation(16)
+    found.enable_padding(length=9)
+    found.save(str(tmp_path / "batches.json"))
+    for name, path in (("plain", tokenizer), ("batches", tmp_path / "batches.json")):
+        arguments = ("--tokenizer", path, "--end-token", END, "--output", tmp_path / f"{name}.npy")
+        assert hetermoe("tokenize", texts, *arguments).code == 0
+    assert (tmp_path / "plain.npy").read_bytes() == (tmp_path / "batches.npy").read_bytes()
+
+
+def test_ids_may_leave_gaps_and_text_may_be_unknown(hetermoe: Hetermoe, texts: Path, tmp_path: Path) -> None:
+    words = {END: 0, "fox": 70000}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words)).save(str(tmp_path / "words.json"))
+    (tmp_path / "fox.txt").write_text("fox")
+    arguments = ("--tokenizer", tmp_path / "words.json", "--end-token", END, "--output", tmp_path / "ids.npy")
+    assert json.loads(hetermoe("tokenize", tmp_path / "fox.txt", *arguments, "--json").out)["vocab_size"] == 70001
+    assert np.load(tmp_path / "ids.npy").tolist() == [70000, 0]
+    refused = hetermoe("tokenize", texts, *arguments)
+    assert (refused.code, refused.err.count("\n")) == (3, 1)
+    assert "cannot encode this text" in refused.err
+
+
 def test_what_cannot_be_tokenized_is_told(hetermoe: Hetermoe, texts: Path, tokenizer: Path, tmp_path: Path) -> None:
     def told(source: Path, path: Path, end: str = END) -> str:
         arguments = ("tokenize", source, "--tokenizer", path, "--end-token", end, "--output", tmp_path / "ids.npy")

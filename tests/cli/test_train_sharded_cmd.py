@@ -36,10 +36,11 @@ def plan(hetermoe: Hetermoe, folder: Path, precision: Precision, state: DenseSta
     return folder / "plan.yaml"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_trains_and_resumes_bit_exactly_and_under_a_plan_that_shards_nothing(
-    hetermoe: Hetermoe, text: Path, tmp_path: Path, precision: Precision
+    hetermoe: Hetermoe, text: Path, tmp_path: Path
 ) -> None:
+    """In bf16, whose masters are sharded too; tests/dist has fp64, and other plans to go on under."""
+    precision: Precision = "bf16"
     full = plan(hetermoe, tmp_path / "full", precision, "full")
     layout = load(Plan, full).layout
     assert layout.gathers
@@ -57,4 +58,4 @@ def test_trains_and_resumes_bit_exactly_and_under_a_plan_that_shards_nothing(
     assert losses[-1] < losses[0]
     assert resume(full, tmp_path / "half") == losses[3:]
     plain = plan(hetermoe, tmp_path / "plain", precision, "replicated")
-    assert resume(plain, tmp_path / "other") == pytest.approx(losses[3:], rel=1e-5 if precision == "fp32" else 1e-2)
+    assert resume(plain, tmp_path / "other") == pytest.approx(losses[3:], rel=1e-2)

@@ -11,7 +11,7 @@ import pytest
 
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.launch import meeting
-from hetermoe_cli.launch.ends import GONE, PeerFailure
+from hetermoe_cli.launch.ends import GONE, OtherPlan, PeerFailure
 from hetermoe_cli.launch.meeting import Meeting
 from hetermoe_cli.launch.place import Place
 
@@ -30,7 +30,7 @@ def meet(*parts: Part) -> list[object]:
 
     def launcher(node: int) -> object:
         try:
-            with Meeting(Place(node, len(parts), "127.0.0.1", port)) as found:
+            with Meeting(Place(node, len(parts), "127.0.0.1", port), "plan") as found:
                 found.gather("here")  # a node that is still to come would wait for one that has ended
                 return parts[node](found)
         except UserError as error:
@@ -162,10 +162,28 @@ def test_all_that_came_hear_who_did_not() -> None:
 
     def launcher(node: int) -> list[int]:
         with Meeting(Place(node, 4, "127.0.0.1", port)) as found:
-            return found.absent(60 if node else 1.5)
+            return found.absent(None if node else 1.5)  # node 0 decides for all
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(launcher, [0, 2])) == [[1, 3]] * 2
+
+
+def test_nobody_waits_for_a_decision_that_node_0_does_not_take() -> None:
+    assert meet(lambda found: found.absent(None), lambda found: found.absent(5.0)) == [[], []]
+
+
+def test_who_comes_while_a_plan_without_it_is_made_hears_of_it_and_disturbs_nobody() -> None:
+    port, late = free_port(), threading.Event()
+
+    def launcher(node: int) -> object:
+        assert node < 2 or late.wait(60)
+        with Meeting(Place(node, 3, "127.0.0.1", port)) as found:
+            lost = found.absent(1.0)
+            late.set()
+            return lost, found.word("plan", lambda: "short" if time.sleep(3) is None else "")
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(launcher, [0, 1, 2])) == [([2], "short")] * 3
 
 
 def test_a_word_that_cannot_be_said_ends_all() -> None:
@@ -180,8 +198,9 @@ def test_a_launcher_of_another_plan_does_not_disturb_the_run() -> None:
     def stranger(found: Meeting) -> None:
         if found.place.node:
             other = Place(1, 3, found.place.host, found.place.port)
-            with pytest.raises(UserError, match="has 2 nodes, not 3"):
+            with pytest.raises(OtherPlan, match="has 2 nodes, not 3") as caught:
                 Meeting(other).__enter__()
+            assert caught.value.plan == "plan"
 
     assert meet(stranger, stranger) == [None, None]
 

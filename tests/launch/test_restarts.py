@@ -10,18 +10,27 @@ from hetermoe_cli.launch.restarts import Restarts, again
 OLD, NEW, FOLDER = Path("plans/a.yaml"), Path("/runs/x/replanned.yaml"), Path("runs/x")
 
 
+GOES_ON = "train --run-folder runs/x --resume --max-restarts 4"
+
+
 @pytest.mark.parametrize(
     ("arguments", "kept"),
     [
-        ("train plans/a.yaml --steps 3", "train {} --steps 3"),
-        ("train --max-restarts 5 ./plans/a.yaml --resume", "train {}"),
-        ("train --weights W --run-folder=runs/x plans/a.yaml --max-restarts=5 --data T", "train {} --data T"),
+        ("train plans/a.yaml --steps 3", "{} --steps 3"),
+        ("train --max-restarts 5 ./plans/a.yaml --resume", "{}"),
+        ("train --weights W --run-folder=runs/x plans/a.yaml --max-restarts=5 --data T", "--weights W {} --data T"),
+        ("train --data plans/a.yaml plans/a.yaml", "--data plans/a.yaml {}"),
+        ("train plans/a.yaml --data plans/a.yaml", "{} --data plans/a.yaml"),
+        ("train --steps 3 -- plans/a.yaml", "--steps 3 -- {}"),
     ],
 )
 @pytest.mark.parametrize("new", [OLD, NEW])
 def test_the_same_start_goes_on_with_what_was_saved(arguments: str, kept: str, new: Path) -> None:
-    expected = f"{kept.format(new)} --run-folder runs/x --resume --max-restarts 4"
-    assert again(arguments.split(), OLD, new, FOLDER, 4) == expected.split()
+    assert again(arguments.split(), OLD, new, FOLDER, 4) == f"{GOES_ON} {kept.format(new)}".split()
+
+
+def test_a_plan_may_be_called_as_the_command_is() -> None:
+    assert again(["train", "train"], Path("train"), NEW, FOLDER, 4) == [*GOES_ON.split(), str(NEW)]
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,9 @@ def test_bad_source_is_named(tmp_path: Path, content: bytes | None, problem: str
 
 
 def test_corpus_too_short_for_a_sequence_is_named() -> None:
-    with pytest.raises(UserError, match=r"book\.txt: 64 tokens are too few for one sequence of 64"):
+    with pytest.raises(
+        UserError, match=r"book\.txt: 64 tokens to train or to validate on are too few for one sequence of 64"
+    ):
         Batches([np.zeros(64, np.uint8)], 64, 4, seed=0, source="book.txt")
     assert Batches([np.zeros(65, np.uint8)], 64, 4, seed=0).windows == 1
 

@@ -81,6 +81,15 @@ def test_ids_beyond_the_vocabulary_are_named(tmp_path: Path) -> None:
         Batches(corpus.train, 32, 4, 0, corpus.source, 256).sequences(0, 0, 1)
 
 
+def test_files_too_short_for_a_sequence_are_told(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.npy" for number in range(3)]
+    for path in paths:
+        np.save(path, IDS[:20])
+    corpus = load_corpus(paths)
+    with pytest.raises(UserError, match="pieces of at most 19 tokens to train or to validate on are too few"):
+        Batches(corpus.train, 32, 4, 0, corpus.source)
+
+
 def test_documents_of_token_files_are_measured(tmp_path: Path) -> None:
     ids = np.tile([*range(100, 109), 7], 300)
     batches = Batches(load_corpus([write("numpy-uint16", tmp_path, ids)]).train, 39, 4, 0)
@@ -92,7 +101,10 @@ def test_documents_of_token_files_are_measured(tmp_path: Path) -> None:
     [
         ("a.npy", b"not an array", "is no array that numpy saved"),
         ("a.npy", None, "cannot be read"),
-        ("a.bin", b"123", "3 bytes are no whole number of uint16"),
+        ("a.npy", b"", "is no array that numpy saved"),
+        ("a.npy", b"PK\x03\x04", "is no array that numpy saved"),
+        ("a.npy", b"\x93NUMPY\x01\x00\x08\x00{'a': (\n", "is no array that numpy saved"),
+        ("a.bin", b"123", "3 bytes are not 1 ids in uint16"),
     ],
 )
 def test_a_damaged_file_is_named(name: str, content: bytes | None, problem: str, tmp_path: Path) -> None:
@@ -107,7 +119,13 @@ def test_what_is_no_row_of_ids_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros((3, 4), np.float32))
     with pytest.raises(UserError, match=r"holds float32 of shape \[3, 4\]: token ids are one row of integers"):
         load_corpus([tmp_path / "a.npy"])
+    np.save(tmp_path / "b.npy", np.zeros(9, "m8[s]"))
+    with pytest.raises(UserError, match=r"holds timedelta64"):
+        load_corpus([tmp_path / "b.npy"])
     path = write("megatron", tmp_path)
+    path.write_bytes(path.read_bytes()[:4000])
+    with pytest.raises(UserError, match=r"megatron\.bin: 4000 bytes are not 3000 ids in uint16: copy the file again"):
+        load_corpus([path])
     path.with_suffix(".idx").write_bytes(b"TNTIDX\x00\x00" + bytes(40))
     with pytest.raises(UserError, match=r"megatron\.idx: is no index of token ids"):
         load_corpus([path])

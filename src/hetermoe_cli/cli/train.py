@@ -22,6 +22,7 @@ from hetermoe_cli.cli.run_options import (
     TimeScale,
     TraceSteps,
 )
+from hetermoe_cli.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -147,12 +148,18 @@ def _train(
     from hetermoe_cli.launch.meeting import Meeting
     from hetermoe_cli.launch.restarts import write_replan
 
-    with restarts.after_deaths(source, options.folder), Meeting(place, returns=restarts.left > 0) as meeting:
-        lost = [] if restarts.replan_after is None else meeting.absent(restarts.replan_after)
+    returns = restarts.left > 0
+    with (
+        restarts.after_deaths(source, options.folder),
+        Meeting(place, str(source.resolve()), returns=returns) as meeting,
+    ):
+        lost = meeting.absent(restarts.replan_after)
         if lost:
-            other = meeting.word("plan", lambda: write_replan(plan, lost, options.folder))
+            other = meeting.word("plan", lambda: write_replan(plan, lost, options.folder, check))
         else:
             _run(meeting, lambda: alone or check(), options.resume)
+    if place.node in lost:
+        raise UserError(f"node {used[place.node]} came too late: the others go on without it")
     if lost:
         numbers = ", ".join(str(used[node]) for node in lost)
         typer.echo(f"{name}: goes on without nodes {numbers} of the cluster file, by {other}", err=True)

@@ -12,6 +12,14 @@ class PeerFailure(UserError):
     """What ended here did so only because something failed on another node, or another worker did."""
 
 
+class OtherPlan(UserError):
+    """Node 0 was started with another plan, which this names."""
+
+    def __init__(self, message: str, plan: str) -> None:
+        super().__init__(message)
+        self.plan = plan
+
+
 @dataclass(frozen=True)
 class End:
     """How a node's part of a run ended: exit code, line for the user, whether it only followed another's failure."""

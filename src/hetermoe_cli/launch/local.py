@@ -15,8 +15,8 @@ from hetermoe_cli.launch.ends import PeerFailure
 from hetermoe_cli.launch.failures import failure, interrupted_early, unsaved
 from hetermoe_cli.launch.interfaces import socket_environment
 from hetermoe_cli.launch.place import Place
-from hetermoe_cli.runtime.recorder import STATUS, trace_path
-from hetermoe_cli.spec.files import dump
+from hetermoe_cli.runtime.recorder import STATUS, load_path, trace_path
+from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.run import LAUNCHER, RunSpec
 
 if TYPE_CHECKING:
@@ -69,15 +69,24 @@ def claimed(folder: Path) -> Iterator[None]:
 def write_run(run: RunSpec, start: str = "") -> Path:
     """Write run.yaml into the run's folder, which it makes; `start`: a word in it that no other start has.
 
-    Status and traces of an earlier start go: they may be of another plan, with more ranks.
+    Status and traces of an earlier start go: they may be of another plan, with more ranks. So do its loads if it was of
+    another: a rank that attended to half of a batch then may now attend to all.
     """
     path = Path(run.folder) / RUN_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    for old in (path.with_name(STATUS), *trace_path(path.parent, 0).parent.glob("rank*.json")):
+    loads = [] if _same_groups(run, path) else load_path(path.parent, 0).parent.glob("rank*.npy")
+    for old in (path.with_name(STATUS), *trace_path(path.parent, 0).parent.glob("rank*.json"), *loads):
         old.unlink(missing_ok=True)
     header = "Written by `hetermoe train`; workers read this file and nothing else."
     dump(run, path, f"{header}\nStart {start}" if start else header)
     return path
+
+
+def _same_groups(run: RunSpec, path: Path) -> bool:
+    """Whether the start that wrote `path` was of a plan with the same layouts, if any was."""
+    with contextlib.suppress(UserError):
+        return load(RunSpec, path).plan.groups == run.plan.groups
+    return False
 
 
 def launch(run: RunSpec) -> None:

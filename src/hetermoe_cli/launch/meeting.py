@@ -11,7 +11,7 @@ from types import TracebackType
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.launch.ends import GONE, End, PeerFailure, end_of, explains, verdict
+from hetermoe_cli.launch.ends import GONE, End, OtherPlan, PeerFailure, end_of, explains, verdict
 from hetermoe_cli.launch.place import Place
 from hetermoe_cli.launch.rendezvous import open_store
 
@@ -37,9 +37,9 @@ class Meeting:
     find the meeting that it fell out of; after a worker's death it leaves this one for a next one.
     """
 
-    def __init__(self, place: Place, *, returns: bool = False) -> None:
-        """Opens the store: node 0 listens, another node waits for it. UserError if it cannot."""
-        self.place, self._returns = place, returns
+    def __init__(self, place: Place, plan: str = "", *, returns: bool = False) -> None:
+        """Opens the store: node 0 listens, another node waits for it. UserError if it cannot. `plan`: the file."""
+        self.place, self._plan, self._returns = place, plan, returns
         self.kept = contextlib.ExitStack()  # what this node has until the end
         self.store: TCPStore = open_store(place)
         self._keys = PrefixStore("launchers", self.store)
@@ -68,14 +68,15 @@ class Meeting:
         return final.code == ExitCode.DONE  # also where the run was at its end when this node was interrupted
 
     def _check_in(self) -> None:
-        """UserError if this node is no part of this run, or has been started already; what it meets is not told."""
+        """UserError if this node has been started already, OtherPlan if its plan has another number of nodes; those
+        that it meets do not hear of it."""
         node, nodes = self.place.node, self.place.nodes
         if node == 0:
-            self._keys.set("nodes", str(nodes))
-        elif (found := int(self._keys.get("nodes"))) != nodes:  # waits until node 0 has said so
-            raise UserError(
-                f"node {node}: the run at {self.place.host}:{self.place.port} has {found} nodes, not {nodes}"
-            )
+            self._keys.set("nodes", json.dumps([nodes, self._plan]))
+        found, plan = json.loads(self._keys.get("nodes"))  # waits until node 0 has said so
+        if found != nodes:
+            where = f"{self.place.host}:{self.place.port}"
+            raise OtherPlan(f"node {node}: the run at {where} has {found} nodes, not {nodes}", plan)
         if self._keys.add(self._own("came"), 1) > 1:
             if self._returns and self.leave():
                 raise PeerFailure(f"node 0: {GONE}", ExitCode.WORKER_DIED)
@@ -92,9 +93,12 @@ class Meeting:
             return True
         return False
 
-    def absent(self, seconds: float) -> list[int]:
-        """The nodes that have not come within `seconds`, as node 0 has seen it."""
-        found: list[int] = json.loads(self.word("absent", lambda: json.dumps(self._late(seconds))))
+    def absent(self, seconds: float | None) -> list[int]:
+        """The nodes that have not come within `seconds`, as node 0 has seen it; none where it waits for all (None).
+        This one may be among them."""
+        found: list[int] = json.loads(
+            self.word("absent", lambda: json.dumps([] if seconds is None else self._late(seconds)))
+        )
         return found
 
     def word(self, key: str, say: Callable[[], str]) -> str:
@@ -164,7 +168,8 @@ class Meeting:
         came = self._came()
         if absent := [str(node) for node in range(1, self.place.nodes) if node not in came]:
             raise UserError(
-                f"no word from node {', '.join(absent)} in {_PATIENCE_SECONDS:.0f} s: run the same command there"
+                f"no word from node {', '.join(absent)} in {_PATIENCE_SECONDS:.0f} s: run the same command there",
+                ExitCode.WORKER_DIED if self._returns else ExitCode.BAD_INPUT,
             )
 
     def _ended(self) -> tuple[bool, PeerFailure] | None:

@@ -78,7 +78,7 @@ def prepare(plan: Plan, source: Path, options: TrainOptions, node: int | None = 
             check_devices(plan, node)
     corpus = load_corpus(options.sources or None, separator=plan.inputs.train.document_separator)
     resume_from = _resume_point(options)
-    weights = options.weights or (_earlier_weights(options.folder) if options.resume and not resume_from else None)
+    weights = None if resume_from else options.weights or (_earlier_weights(options.folder) if options.resume else None)
     run = RunSpec(
         plan=plan,
         folder=str(options.folder.resolve()),
@@ -127,14 +127,17 @@ def _check_text(run: RunSpec, corpus: Corpus) -> None:
             f"{corpus.source}: text is read as bytes, of which {END_OF_TEXT} ends a document: leave document_end out "
             "of the training spec, or train on token files"
         )
+    if train.documents == "masked" and train.document_end >= model.vocab_size:
+        raise UserError(
+            f"training spec: field document_end: {train.document_end} is no token of model {model.name}, whose "
+            f"vocab_size is {model.vocab_size}"
+        )
     for part in (corpus.train, corpus.validation):
         size = (run.sequence_length, train.global_batch_sequences, train.seed, corpus.source, model.vocab_size)
         Batches(part, *size).check(0)
 
 
 def _check_weights(run: RunSpec, folder: Path) -> None:
-    if run.resume_from:
-        raise UserError(f"{folder}: --weights are for a new run, a resumed one has its checkpoint's: leave one out")
     from hetermoe_cli.model.hugging_face import Weights  # loads torch
 
     Weights(folder, run.model)

@@ -14,6 +14,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 from hetermoe_cli.errors import ExitCode, UserError
+from hetermoe_cli.launch.ends import GONE, PeerFailure
 from hetermoe_cli.launch.interfaces import resolve
 from hetermoe_cli.launch.place import Place
 
@@ -76,7 +77,10 @@ def open_store(place: Place) -> TCPStore:
         port = int(listener.getsockname()[1])
         return TCPStore(address, port, None, True, _TIMEOUT, wait_for_workers=False, master_listen_fd=listener.detach())
     _await_listener(place, address)
-    return TCPStore(address, place.port, None, False, _TIMEOUT, wait_for_workers=False)
+    try:
+        return TCPStore(address, place.port, None, False, _TIMEOUT, wait_for_workers=False)
+    except RuntimeError as error:  # it has closed since
+        raise PeerFailure(f"node 0: {GONE}", ExitCode.WORKER_DIED) from error
 
 
 def _listen(place: Place, address: str) -> socket.socket:

@@ -3,7 +3,7 @@ would type then, so that nothing of the start that failed is left in it."""
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +11,14 @@ from typing import NoReturn
 
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.launch.arguments import without
+from hetermoe_cli.launch.ends import OtherPlan
+from hetermoe_cli.launch.local import claimed
 from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.plan import Plan
 
 REPLAN_FILE = "replanned.yaml"
-_REPLACED = {"--resume": 0, "--weights": 1, "--run-folder": 1, "--max-restarts": 1}  # with the number of their values
+_TAKES_A_PATH = {"--data", "--weights", "--executed"}
+_REPLACED = {"--resume": 0, "--run-folder": 1, "--max-restarts": 1}  # with the number of their values
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,11 @@ class Restarts:
         restart less. Any other error, or one too many, goes on."""
         try:
             yield
+        except OtherPlan as error:
+            if not self.left:
+                raise
+            print(f"hetermoe: {error}; goes on by {error.plan}", file=sys.stderr)
+            self.with_plan(plan, Path(error.plan), folder)
         except UserError as error:
             if error.code is not ExitCode.WORKER_DIED or not self.left:
                 raise
@@ -54,20 +62,24 @@ class Restarts:
         os.execve(sys.executable, [*program, *arguments], dict(self.environment))
 
 
-def write_replan(plan: Plan, lost: Sequence[int], folder: Path) -> str:
-    """Write a plan without the nodes `lost` into the run's folder; its path. UserError where nothing fits."""
+def write_replan(plan: Plan, lost: Sequence[int], folder: Path, check: Callable[[], object]) -> str:
+    """Write a plan without the nodes `lost` into the run's folder; its path.
+
+    UserError where nothing fits, another run has the folder, or the run's own `check` finds something.
+    """
     from hetermoe_cli.planner.replan import without_nodes
 
-    path = folder.resolve() / REPLAN_FILE
-    dump(without_nodes(plan, lost), path, "Made by `hetermoe train`, as nodes did not come; predictions are simulated.")
+    check()
+    found, path = without_nodes(plan, lost), folder.resolve() / REPLAN_FILE
+    with claimed(path.parent):
+        dump(found, path, "Made by `hetermoe train`, as nodes did not come; predictions are simulated.")
     return str(path)
 
 
 def again(arguments: Sequence[str], old: Path, new: Path, folder: Path, left: int) -> list[str]:
-    """The arguments of `hetermoe train OLD` as those of a start that goes on in `folder` under the plan `new`.
-
-    Weights to begin with are in the run's checkpoints by then, or its run.yaml names them.
-    """
-    kept = without(arguments, _REPLACED)
-    kept[next(place for place, argument in enumerate(kept) if Path(argument) == old)] = str(new)
-    return [*kept, "--run-folder", str(folder), "--resume", "--max-restarts", str(left)]
+    """The arguments of `hetermoe train OLD` as those of a start that goes on in `folder` under the plan `new`."""
+    command, *rest = without(arguments, _REPLACED)
+    places = [place for place, argument in enumerate(rest) if Path(argument) == old]
+    alone = [place for place in places if place == 0 or rest[place - 1] not in _TAKES_A_PATH]  # not an option's value
+    rest[(alone or places)[-1]] = str(new)
+    return [command, "--run-folder", str(folder), "--resume", "--max-restarts", str(left), *rest]

@@ -104,8 +104,8 @@ class Batches:
         self.windows = int(self._ends[-1])
         if not self.windows:
             raise UserError(
-                f"{source}: {sum(map(len, pieces))} tokens are too few for one sequence of {sequence_length}: "
-                "add text or shorten sequence_length"
+                f"{source}: {_amount(pieces)} tokens to train or to validate on are too few for one sequence of "
+                f"{sequence_length}: add text or shorten sequence_length"
             )
         self.sequence_length = sequence_length
         self._source, self._vocab_size = source, vocab_size
@@ -170,6 +170,10 @@ class Batches:
             self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1}
             self._permutations[epoch] = np.random.default_rng([self._seed, epoch]).permutation(self.windows)
         return int(self._permutations[epoch][index])
+
+
+def _amount(pieces: Sequence[Tokens]) -> str:
+    return f"{sum(map(len, pieces))}" if len(pieces) == 1 else f"pieces of at most {max(map(len, pieces), default=0)}"
 
 
 def _split(texts: list[bytes], validation_share: float) -> tuple[bytes, bytes]:

@@ -7,6 +7,7 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,8 @@ Tokens = npt.NDArray[np.integer]
 
 SUFFIXES = {".npy", ".bin"}
 _MAGIC, _VERSION = b"MMIDIDX\x00\x00", 1
-_HEADER = struct.Struct("<9sQB")  # of an .idx: magic, version, code of the type
+# Of an .idx: magic, version, code of the type, sequences, documents; then the sequences' lengths (int32).
+_HEADER = struct.Struct("<9sQBQQ")
 _TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # numpy's names of its integers
 _MOST_VALIDATION = 2**26  # tokens that are held out at most: whole corpora may have 10^12
 _SAMPLES, _SAMPLE = 1024, 1024  # blocks of a file that its digest reads, tokens in each
@@ -35,35 +37,38 @@ def open_tokens(path: Path) -> Tokens:
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"{path}: cannot be read ({reason}): check the path and its permissions") from error
-    if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
+    if found.ndim != 1 or found.dtype.kind not in "iu":
         raise UserError(f"{path}: holds {found.dtype} of shape {list(found.shape)}: token ids are one row of integers")
     return found
 
 
 def _numpy(path: Path) -> Tokens:
     try:
-        found: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+        found: Tokens = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, TypeError, EOFError, OverflowError, SyntaxError, TokenError) as error:
         raise UserError(f"{path}: is no array that numpy saved ({error}): write it with numpy.save") from error
     return found
 
 
 def _raw(path: Path) -> Tokens:
-    index = path.with_suffix(".idx")
-    dtype = np.dtype(_indexed_type(index) if index.exists() else "<u2")
-    size = path.stat().st_size
-    if size % dtype.itemsize:
-        raise UserError(f"{path}: {size} bytes are no whole number of {dtype.name}: copy the file again")
+    index, size = path.with_suffix(".idx"), path.stat().st_size
+    dtype, count = _indexed(index) if index.exists() else (np.dtype("<u2"), size // 2)
+    if size != count * dtype.itemsize:
+        raise UserError(f"{path}: {size} bytes are not {count} ids in {dtype.name}: copy the file again")
     return np.memmap(path, dtype, mode="r") if size else np.zeros(0, dtype)
 
 
-def _indexed_type(path: Path) -> str:
+def _indexed(path: Path) -> "tuple[np.dtype[np.integer], int]":
+    """Type and number of the ids that an .idx stands for."""
     with path.open("rb") as file:
         header = file.read(_HEADER.size)
-    magic, version, code = _HEADER.unpack(header) if len(header) == _HEADER.size else (b"", 0, 0)
-    if magic != _MAGIC or version != _VERSION or code not in _TYPES:
+        magic, version, code, sequences, _ = (
+            _HEADER.unpack(header) if len(header) == _HEADER.size else (b"", 0, 0, 0, 0)
+        )
+        lengths = np.frombuffer(file.read(4 * min(sequences, path.stat().st_size)), "<i4")
+    if magic != _MAGIC or version != _VERSION or code not in _TYPES or len(lengths) != sequences:
         raise UserError(f"{path}: is no index of token ids as Megatron-LM writes them: make it again, or remove it")
-    return _TYPES[code]
+    return np.dtype(_TYPES[code]), int(lengths.sum(dtype=np.int64))
 
 
 def held_out(tokens: Sequence[Tokens], share: float) -> tuple[list[Tokens], list[Tokens]]:

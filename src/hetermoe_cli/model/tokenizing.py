@@ -14,7 +14,7 @@ from hetermoe_cli.model.token_files import Tokens
 from hetermoe_cli.spec.files import write_atomic
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 _AT_ONCE = 256  # documents that are encoded in parallel
 
@@ -51,12 +51,12 @@ def encode(
         raise UserError(f"{tokenizer}: has no token {end!r}: name one of its own that ends a document as --end-token")
     if not texts:
         raise UserError(f"{', '.join(map(str, sources))}: no text: name files or folders that hold UTF-8 text")
-    vocab_size = found.get_vocab_size(with_added_tokens=True)
+    vocab_size = 1 + max(found.get_vocab(with_added_tokens=True).values())  # ids may leave gaps
     dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
     parts: list[Tokens] = []
     for start in range(0, len(texts), _AT_ONCE):
         several = [text.decode() for text in texts[start : start + _AT_ONCE]]
-        for one in found.encode_batch(several, add_special_tokens=False):
+        for one in _encoded(found, several, tokenizer):
             parts += [np.array(one.ids, dtype), np.array([document_end], dtype)]
         if progress:
             progress(min(start + _AT_ONCE, len(texts)), len(texts))
@@ -71,6 +71,16 @@ def _load(path: Path) -> "Tokenizer":
     if not path.is_file():
         raise UserError(f"{path}: no such file: name a tokenizer.json")
     try:
-        return Tokenizer.from_file(str(path))
+        found = Tokenizer.from_file(str(path))
     except Exception as error:  # the library's errors have no type of their own
         raise UserError(f"{path}: is no tokenizer.json of Hugging Face's tokenizers ({error})") from error
+    found.no_truncation()  # published files ask for both, which are for batches of sentences
+    found.no_padding()
+    return found
+
+
+def _encoded(found: "Tokenizer", texts: list[str], path: Path) -> "list[Encoding]":
+    try:
+        return list(found.encode_batch(texts, add_special_tokens=False))
+    except Exception as error:
+        raise UserError(f"{path}: cannot encode this text ({error}): take a tokenizer that knows every byte") from error

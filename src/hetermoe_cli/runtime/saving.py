@@ -1,5 +1,6 @@
 """Checkpoints of a distributed run: who saves what, the phases with barriers between, and the way back."""
 
+import json
 from pathlib import Path
 
 from hetermoe_cli.errors import UserError
@@ -16,7 +17,7 @@ from hetermoe_cli.model.checkpoint import (
 from hetermoe_cli.model.hugging_face import Weights
 from hetermoe_cli.model.training_state import begin_with, restore_training, training_names, training_tensors
 from hetermoe_cli.model.transformer import named_state, parameter_slices
-from hetermoe_cli.runtime.recorder import CHECKPOINTS
+from hetermoe_cli.runtime.recorder import CHECKPOINTS, STATUS
 from hetermoe_cli.runtime.trainer import Trainer
 from hetermoe_cli.spec.files import parse
 from hetermoe_cli.spec.rebalance import Rebalance
@@ -96,9 +97,15 @@ def check_resumable(run: RunSpec) -> int:
         found = manifest.extra.get(field, _LATER_FIELDS.get(field))
         if found != value:
             raise UserError(f"{folder}: field extra.{field}: made with {found}, this run has {value}")
-    if manifest.step >= run.steps:
+    if manifest.step > run.steps or (manifest.step == run.steps and _finished(run)):
         raise UserError(f"{folder}: already at step {manifest.step} of {run.steps}: raise --steps to go on")
     return manifest.step
+
+
+def _finished(run: RunSpec) -> bool:
+    """Whether the run came to its end: after the last checkpoint it is still validated."""
+    path = Path(run.folder) / STATUS
+    return path.exists() and json.loads(path.read_text())["state"] == "finished"
 
 
 def resumed_placement(run: RunSpec) -> Rebalance | None:

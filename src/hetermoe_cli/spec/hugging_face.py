@@ -46,6 +46,7 @@ _LATENT_FIELDS = {
 }
 # Where the file is silent: the defaults of transformers' configuration classes.
 _ROPE_THETA = {"mixtral": 1e6, "qwen3_moe": 1e4, "deepseek_v3": 1e4}
+_NORM_EPSILON = {"mixtral": 1e-5, "qwen3_moe": 1e-6, "deepseek_v3": 1e-6}
 
 
 def hugging_face_fields(path: Path) -> dict[str, Any]:
@@ -61,6 +62,7 @@ def hugging_face_fields(path: Path) -> dict[str, Any]:
     if "kv_heads" not in values and "num_key_value_heads" in data:  # null: as many as attention heads
         values |= _renamed(data, {"num_attention_heads": "kv_heads"})
     values |= {"mixtral": _mixtral, "qwen3_moe": _qwen, "deepseek_v3": _deepseek}[kind](path, data)
+    values.setdefault("norm_epsilon", _NORM_EPSILON[kind])
     values.setdefault("rope_theta", rope.pop("rope_theta", _ROPE_THETA[kind]))
     if rope.get("rope_type", "default") != "default":
         values["rope_scaling"] = {name: value for name, value in rope.items() if value is not None}
