@@ -3,17 +3,21 @@
 import pytest
 from cluster_builders import fleet
 
-from hetermoe_cli.cost import LayoutCost
+from builders import make_layout
+from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.planner.baselines.rival import micro_batch_counts
 from hetermoe_cli.planner.cluster.choices import Share, estimate, options
 from hetermoe_cli.planner.cluster.curves import Curves
 from hetermoe_cli.planner.cluster.evaluate import FULL, evaluate
-from hetermoe_cli.planner.cluster.replayed import group_cost, replay_group
+from hetermoe_cli.planner.cluster.parts import group_inputs
+from hetermoe_cli.planner.cluster.replayed import group_cost, replay_group, replay_groups
 from hetermoe_cli.planner.replay import overflow
+from hetermoe_cli.schedule.zebra import OPTIMIZER
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.layout import ScheduleChoice
 from hetermoe_cli.spec.plan import Group, Inputs
+from hetermoe_cli.spec.train import DenseState
 
 
 def cases() -> list[tuple[Inputs, tuple[int, ...], int]]:
@@ -91,3 +95,33 @@ def test_gathers_of_a_sharded_dense_part_take_the_bandwidth_of_all_reduces() -> 
     faster = usual.model_copy(update={"all_reduce_gigabytes_per_second": 4.0})
     assert gathered(usual) > 0
     assert gathered(faster) == pytest.approx(gathered(usual) / 4)
+
+
+@pytest.mark.parametrize("state", ["optimizer", "full", "replicated"])
+def test_costs_of_one_of_several_groups_know_what_the_others_hold(state: DenseState) -> None:
+    """Memory and optimizer step are those of the replay of all groups, if they are alike."""
+    inputs = fleet([("new", 4, 2)], batch=16, dense_state=state)
+    layout = make_layout((1, 1), (3, 4), replicated=1, micro_batches=2, dense_state=state)
+    group = Group.of(layout, [[0, 1], [2, 3], [4, 5], [6, 7]])
+    (replayed,) = replay_groups(inputs, [group]).groups
+    among = LayoutCost(CostModel(group_inputs(inputs, [0, 1], 4), 4), layout)
+    assert [among.memory(rank) for rank in range(2)] == replayed.memory
+    assert max(among.seconds(rank, OPTIMIZER) for rank in range(2)) == pytest.approx(replayed.optimizer)
+    assert replayed.fits
+    alone = LayoutCost(CostModel(group_inputs(inputs, [0, 1], 4)), layout)
+    more = alone.memory(0).optimizer_bytes / among.memory(0).optimizer_bytes
+    assert more == 1 if state == "replicated" else more > 2
+
+
+def test_a_point_that_took_groups_for_more_than_there_are_is_looked_for_again() -> None:
+    inputs = fleet([("new", 4, 2)], batch=32, dense_state="optimizer")
+    curves = Curves(inputs, 16, 8)
+    point = curves.point((2,), 8)
+    assert point is not None
+    assert point.groups == 4
+    curves.refuse((2,), 8, 2)
+    again = curves.point((2,), 8)
+    assert again is not None
+    assert again.groups == 2
+    curves.refuse((2,), 8, 2)
+    assert curves.point((2,), 8) is None
