@@ -17,6 +17,7 @@ from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.cluster.compositions import Composition, compositions, ranks_of
 from hetermoe_cli.planner.cluster.curves import Curves
+from hetermoe_cli.planner.cluster.evaluate import FULL
 from hetermoe_cli.planner.cluster.objective import HOUR, Wanted, known_prices, prices
 from hetermoe_cli.planner.cluster.packing import Limits, Packer, Packing
 from hetermoe_cli.planner.cluster.replayed import Replayed, joined, replay_group
@@ -100,7 +101,7 @@ class GroupSearch:
         the most efficient, then of each the second, and so on, as groups of different sets go together."""
         known: dict[tuple[bool, ...], list[tuple[float, Composition]]] = defaultdict(list)
         for c in found:
-            if self.past(ESTIMATING):
+            if self.cost.model.layers <= FULL or self.past(ESTIMATING):  # short models are placed as fast as estimated
                 break
             efficiency = self.fair[c] / self._value(c) / self.curves.promise(c, self.fair[c])
             known[tuple(count > 0 for count in c)].append((-efficiency, c))
