@@ -320,6 +320,14 @@ def test_hugging_face_refusals(tmp_path: Path, changes: dict[str, Any], words: s
     assert words in str(caught.value)
 
 
+def refused(path: str, words: str) -> None:
+    """The file is named, and what is wrong with it."""
+    with pytest.raises(UserError) as caught:
+        load_model(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert words in str(caught.value)
+
+
 def qwen_file(folder: Path, **changes: Any) -> str:
     path = folder / "config.json"
     path.write_text(json.dumps({name: value for name, value in {**QWEN, **changes}.items() if value is not ...}))
@@ -348,11 +356,7 @@ def test_hugging_face_config_of_qwen3_moe(tmp_path: Path) -> None:
     ],
 )
 def test_hugging_face_refusals_of_qwen3_moe(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
-    path = qwen_file(tmp_path, **changes)
-    with pytest.raises(UserError) as caught:
-        load_model(path)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert words in str(caught.value)
+    refused(qwen_file(tmp_path, **changes), words)
 
 
 def test_norms_of_heads_and_of_latents_exclude_each_other() -> None:
@@ -390,11 +394,7 @@ def test_hugging_face_deepseek_without_dense_layers(tmp_path: Path) -> None:
     ],
 )
 def test_hugging_face_refusals_of_deepseek_v3(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
-    path = deepseek_file(tmp_path, **changes)
-    with pytest.raises(UserError) as caught:
-        load_model(path)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert words in str(caught.value)
+    refused(deepseek_file(tmp_path, **changes), words)
 
 
 @pytest.mark.parametrize(

@@ -150,14 +150,12 @@ def _with_load(inputs: "Inputs", path: Path) -> "Inputs":
 
 def _with_documents(inputs: "Inputs", sources: list[Path]) -> "Inputs":
     """`document_tokens` as `train` will cut this text. UserError where attention does not stay inside documents."""
-    from hetermoe_cli.model.data import END_OF_TEXT, Batches, load_corpus
+    from hetermoe_cli.model.data import Batches, corpus_of
 
     train = inputs.train
     if train.documents != "masked":
         raise UserError("--data: the length of documents matters to a training spec with documents: masked only")
-    corpus = load_corpus(sources, separator=train.document_separator)
-    if corpus.is_text and train.document_end != END_OF_TEXT:
-        raise UserError(f"{corpus.source}: text is read as bytes: leave document_end out of the training spec")
+    corpus = corpus_of(sources, train)
     size = (train.sequence_length, train.global_batch_sequences, train.seed)
     found = Batches(corpus.train, *size, corpus.source).document_tokens(train.document_end)
     return inputs.model_copy(update={"train": train.model_copy(update={"document_tokens": found})})

@@ -1,16 +1,15 @@
 """`hetermoe profile`: measure this machine's kernels and links into profile files."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hetermoe_cli.cli.progress_bar import progress_bar
+
 if TYPE_CHECKING:
-    from hetermoe_cli.profiler.measure import Progress
     from hetermoe_cli.spec.cluster import LinkRecord
     from hetermoe_cli.spec.profile import Profile, Timing
 
@@ -87,7 +86,7 @@ def profile(
     sizes = Sizes(*(numbers or default for numbers, default in zip(given, _SIZES[target.type, quick], strict=True)))
     effort = QUICK if quick else Effort()
     element = precision or _PRECISION[target.type]
-    with _progress(f"profiling {name}") as progress:
+    with progress_bar(f"profiling {name}") as progress:
         measured = profile_device(models, target, name, element.value, sizes, effort, threads, progress)
     merged, note = merge(old, measured)
     dump(merged, path, "Measured by `hetermoe profile`; seconds are medians, spread is IQR / median.")
@@ -129,18 +128,6 @@ def _link(accelerator: str, quick: bool) -> "LinkRecord":
 
     pair = accelerator == "cuda" and torch.cuda.device_count() > 1
     return measure_link("nccl" if pair else "gloo", QUICK_SIZES if quick else SIZES)
-
-
-@contextmanager
-def _progress(title: str) -> "Iterator[Progress]":
-    """A bar on stderr, nothing where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _print_json(measured: "Profile", link: "LinkRecord | None", path: Path, note: str) -> None:

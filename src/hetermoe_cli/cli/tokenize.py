@@ -1,17 +1,13 @@
 """`hetermoe tokenize`: text into a file of token ids that `train --data` reads."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from hetermoe_cli.cli.progress_bar import progress_bar
 from hetermoe_cli.cli.run_options import Json
-
-if TYPE_CHECKING:
-    from hetermoe_cli.model.tokenizing import Progress
 
 
 def tokenize(
@@ -31,7 +27,7 @@ def tokenize(
     if output.suffix != ".npy":
         raise typer.BadParameter(f"{output}: must end in .npy", param_hint="--output")
     check_writable(output)
-    with _progress() as progress:
+    with progress_bar("documents") as progress:
         found = encode(sources, tokenizer, end_token, separator, progress)
     found.write(output)
     figures = {
@@ -48,18 +44,3 @@ def tokenize(
         f"{output}: {len(found.ids):,} tokens of {found.documents:,} documents; the model needs a vocab_size of "
         f"{found.vocab_size} or more; document_end: {found.document_end} in the training spec tells documents apart"
     )
-
-
-@contextmanager
-def _progress() -> "Iterator[Progress | None]":
-    """A bar over documents on stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    with Bar(console=console) as bar:
-        task = bar.add_task("documents", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -8,7 +8,7 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.launch.local import RUN_FILE
 from hetermoe_cli.launch.preflight import check_devices, check_measured, check_nodes
 from hetermoe_cli.launch.started import started_plan
-from hetermoe_cli.model.data import END_OF_TEXT, VOCAB_SIZE, Batches, Corpus, load_corpus
+from hetermoe_cli.model.data import VOCAB_SIZE, Batches, Corpus, corpus_of
 from hetermoe_cli.planner.cluster.replayed import group_cost
 from hetermoe_cli.runtime.calls import check
 from hetermoe_cli.runtime.recorder import CHECKPOINTS, METRICS
@@ -76,7 +76,7 @@ def prepare(plan: Plan, source: Path, options: TrainOptions, node: int | None = 
         check_nodes(plan)
         if node is not None:
             check_devices(plan, node)
-    corpus = load_corpus(options.sources or None, separator=plan.inputs.train.document_separator)
+    corpus = corpus_of(options.sources, plan.inputs.train)
     resume_from = _resume_point(options)
     weights = None if resume_from else options.weights or (_earlier_weights(options.folder) if options.resume else None)
     run = RunSpec(
@@ -122,11 +122,6 @@ def _check_text(run: RunSpec, corpus: Corpus) -> None:
     model, train = run.model, run.plan.inputs.train
     if corpus.is_text and model.vocab_size < VOCAB_SIZE:
         raise UserError(f"model {model.name}: field vocab_size: bytes need {VOCAB_SIZE}, found {model.vocab_size}")
-    if corpus.is_text and train.document_end != END_OF_TEXT:
-        raise UserError(
-            f"{corpus.source}: text is read as bytes, of which {END_OF_TEXT} ends a document: leave document_end out "
-            "of the training spec, or train on token files"
-        )
     if train.documents == "masked" and train.document_end >= model.vocab_size:
         raise UserError(
             f"training spec: field document_end: {train.document_end} is no token of model {model.name}, whose "

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.model.token_files import Tokens, digest_of, held_out, is_token_file, open_tokens
+from hetermoe_cli.spec.train import TrainSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +61,18 @@ def load_corpus(sources: list[Path] | None, validation_share: float = 0.05, sepa
         raise UserError(f"{name}: no text to train on: name files or folders that hold UTF-8 text")
     digest = hashlib.sha256(b"%d:%b%b" % (len(train), train, validation)).hexdigest()
     return Corpus([np.frombuffer(train, np.uint8)], [np.frombuffer(validation, np.uint8)], digest, name, is_text=True)
+
+
+def corpus_of(sources: list[Path], train: TrainSpec, validation_share: float = 0.05) -> Corpus:
+    """What a training spec trains on; without sources the default. UserError as of `load_corpus`, or if text is to end
+    documents with another token than it has for that."""
+    corpus = load_corpus(sources or None, validation_share, train.document_separator)
+    if corpus.is_text and train.document_end != END_OF_TEXT:
+        raise UserError(
+            f"{corpus.source}: text is read as bytes, of which {END_OF_TEXT} ends a document: leave document_end out "
+            "of the training spec, or train on token files"
+        )
+    return corpus
 
 
 def read_texts(sources: Sequence[Path], separator: str | None = None) -> list[bytes]:

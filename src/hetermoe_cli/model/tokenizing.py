@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 256  # documents that are encoded in parallel
 
-Progress = Callable[[int, int], None]
-"""Called with (documents done, documents in all)."""
-
 
 @dataclass(frozen=True)
 class Encoded:
@@ -39,9 +36,10 @@ class Encoded:
 
 
 def encode(
-    sources: Sequence[Path], tokenizer: Path, end: str, separator: str | None = None, progress: Progress | None = None
+    sources: Sequence[Path], tokenizer: Path, end: str, separator: str | None, progress: Callable[[int, int], None]
 ) -> Encoded:
-    """The ids of text in files and folders; ids of 16 bits where the vocabulary allows it.
+    """The ids of text in files and folders, of 16 bits where the vocabulary allows it. `progress` is called with
+    (documents done, documents in all).
 
     UserError if there is no such tokenizer, it does not know `end`, or there is no text.
     """
@@ -58,8 +56,7 @@ def encode(
         several = [text.decode() for text in texts[start : start + _AT_ONCE]]
         for one in _encoded(found, several, tokenizer):
             parts += [np.array(one.ids, dtype), np.array([document_end], dtype)]
-        if progress:
-            progress(min(start + _AT_ONCE, len(texts)), len(texts))
+        progress(min(start + _AT_ONCE, len(texts)), len(texts))
     return Encoded(np.concatenate(parts), len(texts), document_end, vocab_size)
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.model.data import Batches, load_corpus
+from hetermoe_cli.model.data import Batches, corpus_of
 from hetermoe_cli.model.warm_up import warm_up
 from hetermoe_cli.runtime.balancer import Balancer
 from hetermoe_cli.runtime.calls import check_agreement, digest
@@ -130,8 +130,7 @@ def _join(run: RunSpec) -> Mesh:
 
 def _batches(run: RunSpec) -> tuple[Batches, Batches]:
     train = run.plan.inputs.train
-    sources = [Path(source) for source in run.sources]
-    corpus = load_corpus(sources or None, run.validation_share, train.document_separator)
+    corpus = corpus_of([Path(source) for source in run.sources], train, run.validation_share)
     if corpus.digest != run.corpus_sha256:
         raise UserError(
             f"{corpus.source}: field corpus_sha256: the text differs from the one this run was prepared for"
