@@ -28,7 +28,7 @@ from hetermoe_cli.spec.profile import (
     Precision,
     Profile,
 )
-from hetermoe_cli.spec.train import DenseState, Recompute, TrainSpec
+from hetermoe_cli.spec.train import DenseState, Dispatch, Recompute, TrainSpec
 
 DAY = date(2026, 11, 24)
 BACKWARD = 2.0  # every backward takes this many forwards
@@ -116,6 +116,7 @@ def make_inputs(
     network: Link | None = None,
     interconnect: Link | None = None,
     nics: int = 1,
+    dispatch: Dispatch = "per_expert",
 ) -> Inputs:
     """Inputs of a cluster of `nodes` (device type, devices). Links are 1 GB/s without latency unless given.
 
@@ -150,7 +151,10 @@ def make_inputs(
             for name in cluster.device_types
         }
     train = TrainSpec(
-        sequence_length=sequence_length, global_batch_sequences=global_batch_sequences, precision=precision
+        sequence_length=sequence_length,
+        global_batch_sequences=global_batch_sequences,
+        precision=precision,
+        dispatch=dispatch,
     )
     return Inputs(model=model, cluster=cluster, links={}, profiles=dict(profiles), train=train)
 
@@ -163,6 +167,7 @@ def make_schedule(
     transfers: TransferOrder = "layered",
     recompute: Recompute = "none",
     dense_state: DenseState = "replicated",
+    dispatch: Dispatch = "per_expert",
 ) -> ScheduleChoice:
     """A schedule by name; windows of the largest size that leaves several."""
     widths = {"zebra": micro_batches, "sequential": 1}
@@ -174,6 +179,7 @@ def make_schedule(
         transfers=transfers,
         recompute=recompute,
         dense_state=dense_state,
+        dispatch=dispatch,
     )
 
 

@@ -1,5 +1,6 @@
 """Emulated time is the cost model's time for the rows really sent; it can be longer (overruns), never shorter."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +9,14 @@ from workers import run_workers
 
 from builders import make_inputs, make_layout, make_model, make_plan, make_profile
 from hetermoe_cli.cost import CostModel, LayoutCost
-from hetermoe_cli.cost.layout import RecordedLoad
+from hetermoe_cli.cost.layout import CountedLoad, RecordedLoad
 from hetermoe_cli.model.data import Batches
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.planner.cluster.replayed import Replayed, replay_groups
 from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.spec.plan import Group, Plan
 from hetermoe_cli.spec.run import Emulation, RunSpec
-from hetermoe_cli.spec.train import DenseState
+from hetermoe_cli.spec.train import DenseState, Dispatch
 from hetermoe_cli.trace import LANES, Span, Trace, display_name
 
 NOMINAL = make_model(layers=2, experts=4)
@@ -24,7 +25,11 @@ STEPS, LENGTH, SCALE = 2, 32, 12.0
 
 
 def make_run(
-    folder: Path, sequences: tuple[int, ...], hosted: tuple[int, ...], state: DenseState = "replicated"
+    folder: Path,
+    sequences: tuple[int, ...],
+    hosted: tuple[int, ...],
+    state: DenseState = "replicated",
+    dispatch: Dispatch = "per_expert",
 ) -> RunSpec:
     """Tasks of 12 ms and more, so that their small real work fits."""
     profiles = {
@@ -33,11 +38,14 @@ def make_run(
         for name, slow in (("new", 1), ("old", 2))
     }  # fmt: skip
     layout = make_layout(sequences, hosted, replicated=4 - sum(hosted), dense_state=state)
+    schedule = layout.schedule.model_copy(update={"dispatch": dispatch})
+    layout = layout.model_copy(update={"schedule": schedule})
     inputs = make_inputs(
         (("new", len(sequences) // 2), ("old", len(sequences) - len(sequences) // 2)),
         model=NOMINAL,
         profiles=profiles,
         global_batch_sequences=sum(sequences) * 2,
+        dispatch=dispatch,
     )
     return RunSpec(
         plan=make_plan(inputs, layout),
@@ -49,7 +57,11 @@ def make_run(
     )
 
 
-def work(rank: int, run: RunSpec) -> tuple[list[Span], list[np.ndarray], int]:
+Sent = dict[tuple[int, int, int], list[int]]  # (step, layer, micro-batch): rows to every rank
+
+
+def work(rank: int, run: RunSpec) -> tuple[list[Span], list[np.ndarray], int, Sent]:
+    from hetermoe_cli.runtime.dispatcher import Routing
     from hetermoe_cli.runtime.emulator import EmulatedClock
     from hetermoe_cli.runtime.mesh import join
     from hetermoe_cli.runtime.moment import common_moment
@@ -63,36 +75,49 @@ def work(rank: int, run: RunSpec) -> tuple[list[Span], list[np.ndarray], int]:
     clock = trainer.clock = EmulatedClock(run, training_schedules(world)[world.seat(rank)[0]], rank)
     tokens = np.random.default_rng(0).integers(0, 256, 4000).astype(np.uint8)
     batches = Batches([tokens], LENGTH, train.global_batch_sequences, 0)
-    counts = []
+    counts, sent, told = [], {}, clock.counted
+
+    def counted(layer: int, micro_batch: int, routing: Routing) -> None:
+        sent[len(counts), layer, micro_batch] = routing.sizes
+        told(layer, micro_batch, routing)
+
+    clock.counted = counted  # type: ignore[method-assign]
     clock.set_zero(common_moment(mesh.wire))
     for step in range(STEPS):
         trainer.step(batches, step, record=True)
         counts.append(trainer.engine.counts.copy())
-    return clock.spans, counts, clock.overruns
+    return clock.spans, counts, clock.overruns, sent
+
+
+def rows_by_rank(sent: list[Sent], step: int, scale: float, layer: int, micro_batch: int) -> np.ndarray:
+    """rows [world, world]."""
+    return np.array([own.get((step, layer, micro_batch), [0] * len(sent)) for own in sent]) * scale
 
 
 @pytest.mark.parametrize(
-    ("sequences", "hosted", "state"),
+    ("sequences", "hosted", "state", "dispatch"),
     [
-        ((1, 0), (0, 4), "replicated"),
-        ((2, 1), (1, 2), "replicated"),
-        ((1, 1, 0, 0), (0, 0, 2, 2), "replicated"),
-        ((2, 1), (1, 2), "full"),
-        ((1, 1, 0), (0, 0, 4), "full"),
+        ((1, 0), (0, 4), "replicated", "per_expert"),
+        ((2, 1), (1, 2), "replicated", "per_expert"),
+        ((1, 1, 0, 0), (0, 0, 2, 2), "replicated", "per_expert"),
+        ((1, 1, 0, 0), (1, 0, 1, 2), "replicated", "per_device"),
+        ((2, 1), (1, 2), "full", "per_device"),
+        ((1, 1, 0), (0, 0, 4), "full", "per_expert"),
     ],
     ids=str,
 )
 def test_emulated_tasks_take_the_cost_of_their_rows(
-    tmp_path: Path, sequences: tuple[int, ...], hosted: tuple[int, ...], state: DenseState
+    tmp_path: Path, sequences: tuple[int, ...], hosted: tuple[int, ...], state: DenseState, dispatch: Dispatch
 ) -> None:
-    run = make_run(tmp_path, sequences, hosted, state)
+    run = make_run(tmp_path, sequences, hosted, state, dispatch)
     ranks = run_workers(len(sequences), work, run)
-    emulated = Trace("emulated", [span for spans, _, _ in ranks for span in spans])
-    overruns = sum(count for _, _, count in ranks)
+    emulated = Trace("emulated", [span for spans, *_ in ranks for span in spans])
+    overruns = sum(count for _, _, count, _ in ranks)
     cost = CostModel(run.plan.inputs)
     exact = total = 0
     for step in range(STEPS):
-        load = RecordedLoad(np.stack([counts[step] for _, counts, _ in ranks]), run.row_scale)
+        by_expert = RecordedLoad(np.stack([counts[step] for _, counts, *_ in ranks]), run.row_scale)
+        load = CountedLoad(by_expert, partial(rows_by_rank, [sent for *_, sent in ranks], step, run.row_scale))
         simulated = simulate(LayoutCost(cost, run.plan.layout, load))
         wanted = {(s.rank, s.lane, s.name): (s.end - s.start) * SCALE for s in simulated.spans}
         found = {(s.rank, s.lane, s.name): s.end - s.start for s in emulated.spans if s.step == step}
@@ -128,7 +153,7 @@ def test_groups_sum_their_gradients_when_the_last_of_them_is_ready(tmp_path: Pat
     run, replayed = grouped(run, groups)
     ranks = run_workers(3, work, run)
     schedules = training_schedules(run.world)
-    assert [len({span.rank for span in spans}) for spans, _, _ in ranks] == [1, 1, 1]
+    assert [len({span.rank for span in spans}) for spans, *_ in ranks] == [1, 1, 1]
     overruns = sum(count for _, _, count in ranks)
     for step in range(STEPS):
         ends: dict[str, set[float]] = {}
@@ -143,7 +168,7 @@ def test_groups_sum_their_gradients_when_the_last_of_them_is_ready(tmp_path: Pat
                     ends.setdefault(span.name, set()).add(round(span.end, 9))
         assert len(ends) == 3  # two layers and the head
         assert all(len(found) == 1 for found in ends.values()), ends
-    seconds = Trace("emulated", [span for spans, _, _ in ranks for span in spans]).step_seconds()[0]
+    seconds = Trace("emulated", [span for spans, *_ in ranks for span in spans]).step_seconds()[0]
     if not overruns:  # the pair is the last one throughout, so that its replay is right
         slow, fast = (g.computed for g in replayed.groups)
         assert slow > fast

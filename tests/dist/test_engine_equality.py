@@ -15,7 +15,7 @@ from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
 from hetermoe_cli.model.transformer import Transformer, initialise, named_state, named_tensors, parameter_slices
 from hetermoe_cli.spec.layout import ExpertOrder, LayerPlacement, Layout, ScheduleName, TransferOrder
 from hetermoe_cli.spec.model import ModelConfig
-from hetermoe_cli.spec.train import Documents, Recompute, TrainSpec
+from hetermoe_cli.spec.train import Dispatch, Documents, Recompute, TrainSpec
 
 STEPS, LENGTH = 3, 12
 MODEL = ModelConfig(
@@ -37,6 +37,7 @@ class Case:
     recompute: Recompute = "none"
     router: str = "learned"
     documents: Documents = "joined"
+    dispatch: Dispatch = "per_expert"
     features: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -55,6 +56,7 @@ class Case:
             experts=self.expert_order,
             transfers=self.transfers,
             recompute=self.recompute,
+            dispatch=self.dispatch,
         )
         return Layout(schedule=choice, sequences_per_rank=self.sequences, placement=self.placement)
 
@@ -98,6 +100,17 @@ CASES = {
     ),
     "dense layers, latent, full recompute": Case(
         [2, 1, 1, 0], MIXED, 2, recompute="full", features=LATENT | DENSE | {"dense_layers": 2}
+    ),
+    "1+1 once per device": Case([4, 0], hosts([], list(range(6))), 2, dispatch="per_device", features={"top_k": 3}),
+    "EP 2 once per device, loop over experts": Case(
+        [2, 2], hosts([0, 1, 2], [3, 4, 5]), 2, dispatch="per_device", features=SIGMOID | {"ffn_size": 25}
+    ),
+    "2+2 mixed, replicated, once per device, full recompute": Case(
+        [3, 1, 0, 0], MIXED, 2, recompute="full", dispatch="per_device", features=LOSSES | {"top_k": 4}
+    ),
+    "mixed, windows, between, once per device": Case(
+        [1, 1, 0, 0], MIXED, 4, schedule="windowed", expert_order="between", dispatch="per_device",
+        features=CAPACITY | BIAS | {"top_k": 3},
     ),
     "1+1 sequential": Case([4, 0], hosts([], list(range(6))), 2, schedule="sequential"),
     "1+1 balanced router": Case([4, 0], hosts([], list(range(6))), 2, router="balanced"),
@@ -172,6 +185,7 @@ OVER_GLOO = [
     "2+2 mixed, replicated, recompute",
     "mixed, windows, between, recompute",
     "mixed, windows, between, full recompute",
+    "mixed, windows, between, once per device",
     "EP 2 between, interleaved",
     "left out",
 ]
@@ -267,11 +281,11 @@ def test_equals_single_device_reference(name: str) -> None:
 
 def loads_compiler(rank: int, case: Case) -> bool:
     work(rank, case)
-    return "torch._dynamo" in sys.modules
+    return bool({"torch._dynamo", "sympy"} & sys.modules.keys())
 
 
 def test_no_rank_loads_torchs_compiler() -> None:
-    """A second and 55 MB of every worker."""
+    """A second and 55 MB of every worker, and as long for sympy."""
     assert run_workers(2, loads_compiler, CASES["1+1 R=2"]) == [False, False]
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_engine_equality import CASES, LENGTH, TRAIN, Case, batches
 from test_groups_equality import CASES as GROUPS
 from test_groups_equality import SHARDED
@@ -13,8 +14,11 @@ from test_sharded_states import in_state
 from workers import run_workers
 
 from hetermoe_cli.runtime.calls import COMMUNICATORS, WIDEST, Call, calls_of, lane_name, share_name
+from hetermoe_cli.runtime.slots import tail_size
+from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.world import World
 
 Recorded = tuple[str, str, int, str, int]  # communicator, operation, peer, dtype, elements
@@ -24,6 +28,8 @@ NAMES = [
     "2+2 mixed, replicated, recompute",
     "mixed, windows, between, recompute",
     "EP 2 between, interleaved",
+    "1+1 once per device",
+    "1+1 full recompute",
     "replicated on ranks that host nothing",
     "left out",
 ]
@@ -68,8 +74,18 @@ def work(rank: int, case: Case, layout: Layout | World, ordered: bool) -> tuple[
     return found, trainer.engine.counts, loss
 
 
-def expected(calls: list[Call], world: World, rank: int, counts: list[np.ndarray], width: int) -> list[Call]:
-    """The derived calls with the sizes of the rows really routed, less empty messages."""
+def width(action: Action, layout: Layout, model: ModelConfig) -> int:
+    """Elements of a row: its tail is there in dispatches, and where rows are sent again with gradients."""
+    tail = tail_size(torch.float64, 2 * model.top_k if layout.schedule.dispatch == "per_device" else 1)
+    if action.kind is Kind.DISPATCH:
+        return model.hidden_size + tail
+    again = action.direction is Pass.BACKWARD and layout.schedule.sends_again
+    return model.hidden_size + again * (model.hidden_size + tail)
+
+
+def expected(calls: list[Call], world: World, rank: int, counts: list[np.ndarray], model: ModelConfig) -> list[Call]:
+    """The derived calls with the sizes of the rows really routed, less empty messages. Where they go once per device,
+    one hosts all experts."""
     result, replica = [], world.replica_of(rank)
     for call in calls:
         size = call.size
@@ -77,7 +93,10 @@ def expected(calls: list[Call], world: World, rank: int, counts: list[np.ndarray
             ends = (rank, call.peer) if call.operation == "send" else (call.peer, rank)
             source, host = ends if call.action.towards_experts else ends[::-1]
             experts = replica.layout.placement[call.action.layer].experts[replica.processes.index(host)]
-            size = width * int(counts[source][call.action.layer, call.action.micro_batch, experts].sum())
+            rows = int(counts[source][call.action.layer, call.action.micro_batch, experts].sum())
+            if replica.layout.schedule.dispatch == "per_device":
+                rows //= model.top_k
+            size = width(call.action, replica.layout, model) * rows
         if size != 0:
             result.append(call._replace(size=size))
     return result
@@ -106,7 +125,7 @@ def test_groups_gather_among_their_own(name: str, ordered: bool) -> None:
 
 def check_calls(case: Case, layout: Layout | World, ordered: bool) -> None:
     """One step of all workers, each against its derived list."""
-    world, width = World.of(layout), case.model.hidden_size
+    world = World.of(layout)
     ranks = run_workers(world.size, work, case, layout, ordered)
     schedules = training_schedules(world)
     reduced: dict[object, set[int]] = {}
@@ -117,7 +136,7 @@ def check_calls(case: Case, layout: Layout | World, ordered: bool) -> None:
             world,
             rank,
             [counts for _, counts, _ in ranks],
-            width,
+            case.model,
         )
         if not ordered:  # lanes call when they can: each in its own order
             found = sorted(found, key=lambda call: call[0])

@@ -1,25 +1,28 @@
-"""Start real gloo processes for a test: forked from a server that has torch loaded, joined over loopback."""
+"""Start real gloo processes for a test: forked from a server that has torch loaded, joined over loopback.
+
+They find each other through a store that is there before them, as torchrun's: who comes before a store tries again only
+after half a second.
+"""
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+from torch.distributed import TCPStore
+
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["hetermoe_cli.runtime.balancer"])
+_context.set_forkserver_preload(["hetermoe_cli.runtime.balancer", "test_engine_equality"])
 
 
 def run_workers(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 90) -> list[Any]:
     """function(rank, *args) in `world_size` processes; their results by rank. A failure fails the test."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes, processes = [], []
     for rank in range(world_size):
         mine, theirs = _context.Pipe()
-        process = _context.Process(target=_work, args=(theirs, rank, world_size, port, function, args), daemon=True)
+        process = _context.Process(target=_work, args=(theirs, rank, world_size, store.port, function, args), daemon=True)
         process.start()
         theirs.close()
         pipes.append(mine)
@@ -43,6 +46,7 @@ def _work(pipe: Any, rank: int, world_size: int, port: int, function: Callable[.
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     import torch
 

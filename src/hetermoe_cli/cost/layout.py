@@ -12,6 +12,7 @@ from hetermoe_cli.cost.curves import Cost
 from hetermoe_cli.cost.device import DeviceCost, ExpertRows
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.ports import Matrix, Ranks, TransferCost
+from hetermoe_cli.cost.shared_rows import once_per_device
 from hetermoe_cli.cost.sharers import Sharers
 from hetermoe_cli.schedule.action import Action, Kind, Pass, trips
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
@@ -53,6 +54,17 @@ class RecordedLoad:
     def __call__(self, layer: int, micro_batch: int) -> Matrix:
         scaled: Matrix = self._counts[:, layer, micro_batch, :].astype(np.float64) * self._scale
         return scaled
+
+
+class CountedLoad(NamedTuple):
+    """A load of which it is also known how many rows go to each rank where they go once per device."""
+
+    by_expert: Load
+    by_rank: Load  # rows [world, world]
+
+    def __call__(self, layer: int, micro_batch: int) -> Matrix:
+        """rows [world, experts]."""
+        return self.by_expert(layer, micro_batch)
 
 
 class _Hosts(NamedTuple):
@@ -202,11 +214,20 @@ class LayoutCost:
 
     def _port_seconds(self, layer: int, micro_batch: int) -> Matrix:
         """[ports] seconds that each is busy with a transfer towards the experts."""
-        key, hosts = self._shape(layer, micro_batch), self._hosts[layer]
+        key = self._shape(layer, micro_batch)
         if key not in self._busy:
-            sent = self._rows_of(layer, micro_batch)[:, hosts.experts] * self.cost.row_bytes
-            self._busy[key] = self.cost.network.busy(sent, hosts.ranks)
+            rows, targets = self._messages(layer, micro_batch)
+            self._busy[key] = self.cost.network.busy(rows * self.cost.row_bytes, targets)
         return self._busy[key]
+
+    def _messages(self, layer: int, micro_batch: int) -> tuple[Matrix, Ranks]:
+        """rows [world, messages] of a dispatch, and the rank that each message goes to."""
+        hosts, rows = self._hosts[layer], self._rows_of(layer, micro_batch)
+        if self.layout.schedule.dispatch == "per_expert":
+            return rows[:, hosts.experts], hosts.ranks
+        if isinstance(self._load, CountedLoad):
+            return self._load.by_rank(layer, micro_batch), np.arange(self.layout.world_size)
+        return once_per_device(rows, *hosts, self.cost.model.top_k)
 
     def _static_ports(self, layer: int, towards_experts: bool) -> tuple[int, ...]:
         key = self._shapes[layer][0], towards_experts

@@ -10,6 +10,7 @@ from hetermoe_cli.cost.curves import AttentionCurve, Curve
 from hetermoe_cli.cost.device import STATE_BYTES, DeviceCost, find_table
 from hetermoe_cli.cost.memory import MemoryModel
 from hetermoe_cli.cost.ports import Network
+from hetermoe_cli.cost.shared_rows import reached
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.layout import ScheduleChoice
 from hetermoe_cli.spec.plan import Inputs
@@ -51,6 +52,18 @@ class CostModel(MemoryModel):
             framework_bytes=profile.framework_bytes,
             on_cpu=profile.accelerator == "cpu",
         )
+
+    @property
+    def least_row_bytes(self) -> float:
+        """What every row for an expert adds to what travels, at least: all of a token's may go to one device."""
+        return self.row_bytes / (self.model.top_k if self.train.dispatch == "per_device" else 1)
+
+    def travelling_share(self, hosted: float) -> float:
+        """Of the rows for so many experts of one device, those that travel under a balanced router, as expected."""
+        if self.train.dispatch == "per_expert" or hosted <= 0:
+            return 1.0
+        share = min(hosted / self.model.experts, 1.0)
+        return float(reached(np.array(share), self.model.experts, self.model.top_k)) / (self.model.top_k * share)
 
     @property
     def documents_per_sequence(self) -> float:

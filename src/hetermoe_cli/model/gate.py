@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -64,8 +65,7 @@ class Gate(nn.Module):
         """Scores and indices of the chosen experts, [B, S, k]. `balanced` forces equal loads and keeps the scores."""
         batch, length, count = scores.shape
         if self.router == "balanced":
-            slots = torch.arange(length * self.config.top_k, device=scores.device) % count
-            experts = slots.view(length, -1).expand(batch, -1, -1)
+            experts = balanced_choices(length, self.config.top_k, count, scores.device).expand(batch, -1, -1)
         elif self.selection_bias is not None:
             experts = (scores + self.selection_bias).topk(self.config.top_k, dim=-1).indices
         else:
@@ -109,6 +109,16 @@ class Gate(nn.Module):
         if self.selection_bias is not None:
             step = torch.sign(rows.mean() - rows).to(self.selection_bias)
             self.selection_bias.add_(step, alpha=self.config.router_bias_rate)
+
+
+@cache
+def balanced_choices(length: int, top_k: int, count: int, device: torch.device) -> Tensor:
+    """[S, k] choices of equal loads: of E in a row each expert is one, in an order of their own, so that those of a
+    token are no more often on one device than if they were drawn."""
+    slots, once = length * top_k, math.lcm(count, top_k)
+    rounds = -(-slots // once)
+    orders = torch.rand(rounds, count, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+    return orders.repeat(1, once // count).flatten()[:slots].view(length, top_k).to(device)
 
 
 def balance_loss(probabilities: Tensor, experts: Tensor) -> Tensor:

@@ -143,8 +143,8 @@ class _Terms:
             "head": r.head,
             "hosted": sum(r.hosted),
             "copy": sum(r.replicated),
-            "receive": (everyone - own) * cost.row_bytes / bandwidth,
-            "send": own * cost.row_bytes / bandwidth if alone else 0.0,
+            "receive": (everyone - own) * cost.least_row_bytes / bandwidth,
+            "send": own * cost.least_row_bytes / bandwidth if alone else 0.0,
             "step_base": r.optimizer_base,
             "step": r.optimizer_per_expert,
             "step_copy": r.optimizer_per_copy,
@@ -232,7 +232,7 @@ class _Terms:
                 device = self.b.cost.devices[ranks[0]]
                 room = time * nodes * device.network.bandwidth_gigabytes_per_second * 1e9 / (2 * self.b.count)
                 own, top = self._sequences(slots, len(ranks) // nodes)
-                each = self.b.cost.rows_per_expert(1) * self.b.cost.row_bytes
+                each = self.b.cost.rows_per_expert(1) * self.b.cost.least_row_bytes
                 others = np.maximum((self.b.total - top) * each, TINY)
                 hosted = np.minimum(hosted, room / others)
                 kept = hosted * top / np.maximum(own, 1) + copies

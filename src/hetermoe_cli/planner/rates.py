@@ -307,7 +307,7 @@ class Rates:
     def _port(self, port: int, messages: list[tuple[int, int]] | None) -> Port | None:
         if not messages:
             return None
-        own = [self.cost.rows_per_expert(s) * self.cost.row_bytes for s in self.choice.sequences]
+        own = [self.cost.rows_per_expert(s) * self.cost.least_row_bytes for s in self.choice.sequences]
         per_class = [0.0] * len(self.classes)
         for source, target in messages:
             per_class[self.class_of[target]] += own[source]

@@ -29,7 +29,7 @@ def kinds(devices: Sequence[Device]) -> list[list[int]]:
 def schedules(cost: CostModel, limit: int) -> list[ScheduleChoice]:
     """Every R, window, recompute and dense state, in the default order of experts and transfers."""
     return [
-        ScheduleChoice(micro_batches=count, window=window, recompute=recompute, dense_state=dense_state)
+        cost.schedule(count, window, recompute, dense_state)
         for count in micro_batch_counts(cost.train.global_batch_sequences, limit)
         for window in divisors(count)
         for recompute, dense_state in kept_choices(cost)

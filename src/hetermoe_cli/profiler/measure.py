@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hetermoe_cli.errors import ExitCode, UserError
+from hetermoe_cli.model.seed import Seed
 
 _OTHER_BYTES = 2**28  # several times a card's caches; of a server's last cache less leaves half a layer warm
 
@@ -124,7 +125,7 @@ def _visit(case: Case, caches: Caches, effort: Effort, samples: Samples) -> None
     leaves = case.leaves()
     outputs = case.forward(leaves)
     gradients = [torch.ones_like(output) for output in outputs]
-    torch.autograd.backward(outputs, gradients)
+    Seed(outputs).backward(gradients)
     del outputs
     spent = 0.0
     for _ in range(effort.visit_runs):
@@ -137,7 +138,7 @@ def _visit(case: Case, caches: Caches, effort: Effort, samples: Samples) -> None
         watch.mark()
         caches.empty()
         watch.mark()
-        torch.autograd.backward(outputs, gradients)
+        Seed(outputs).backward(gradients)
         watch.mark()
         del outputs
         forward, _, backward = watch.seconds()

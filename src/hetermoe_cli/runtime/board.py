@@ -23,7 +23,8 @@ _BANKS = 2
 
 
 class Board:
-    """Stamps [bank, task, world] in seconds and counts [bank, layer, micro-batch, world, experts] in real rows.
+    """Stamps [bank, task, world] in seconds and counts [bank, layer, micro-batch, world, experts + world] in real
+    rows: for every expert, and to every rank of the copy.
 
     Ranks are processes; `tasks` hold all that some rank posts.
     """
@@ -34,7 +35,7 @@ class Board:
         self._task = {task: index for index, task in enumerate(dict.fromkeys(tasks))}
         stamps = (_BANKS, len(self._task), world.size)
         micro_batches = max(replica.layout.micro_batches for replica in world.replicas)
-        counts = (_BANKS, world.layers, micro_batches, world.size, world.experts)
+        counts = (_BANKS, world.layers, micro_batches, world.size, world.experts + world.size)
         sizes = [8 * int(np.prod(stamps)), 8 * int(np.prod(stamps)), 8 * int(np.prod(counts))]
         if rank == 0:
             path.write_bytes(bytes(sum(sizes)))
@@ -76,11 +77,12 @@ class Board:
             except ProcessLookupError as error:
                 raise PeerLost(f"lost a peer: rank {rank} is gone") from error
 
-    def post_counts(self, step: int, layer: int, micro_batch: int, counts: Sequence[int]) -> None:
-        """This rank's rows per expert; must precede the post of the dispatch."""
-        self._counts[step % _BANKS, layer, micro_batch, self._rank] = counts
+    def post_counts(self, step: int, layer: int, micro_batch: int, experts: list[int], ranks: list[int]) -> None:
+        """This rank's rows for every expert and to every rank of its copy; must precede the post of the dispatch."""
+        counts = [*experts, *ranks]
+        self._counts[step % _BANKS, layer, micro_batch, self._rank, : len(counts)] = counts
 
     def counts(self, step: int, layer: int, micro_batch: int) -> NDArray[np.float64]:
-        """[world, experts] real rows."""
+        """[world, experts + world] real rows, the latter by rank within each copy."""
         found: NDArray[np.float64] = self._counts[step % _BANKS, layer, micro_batch].astype(np.float64)
         return found

@@ -173,7 +173,7 @@ def _messages(
     counted: Layout | None = None,
 ) -> Iterator[Call]:
     """Sends by peer, then receives by peer, of a process in its world. `counted`: count vectors, one number for each
-    expert of the receiver."""
+    expert of the receiver, and where rows go once per device how many these are."""
     world, process = seat
     number, rank = world.seat(process)
     name, processes = lane_name(world, number, action.lane), world.replicas[number].processes
@@ -186,7 +186,7 @@ def _messages(
         for peer in sorted(others) if rank in own else ():
             if peer != rank:
                 host = peer if operation == "send" else rank
-                size = len(counted.placement[action.layer].experts[host]) if counted else None
+                size = counted.numbers_ahead(action.layer, host) if counted else None
                 yield Call(name, action, payload, operation, processes[peer], dtype, size)
 
 

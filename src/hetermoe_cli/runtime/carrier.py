@@ -16,9 +16,10 @@ from hetermoe_cli.model.copies import Fetched, upload
 from hetermoe_cli.runtime.calls import has_counts
 from hetermoe_cli.runtime.clock import Clock
 from hetermoe_cli.runtime.collectives import Collectives
-from hetermoe_cli.runtime.dispatcher import Arrivals, LayerMap, Routing, tail_size
+from hetermoe_cli.runtime.dispatcher import Arrivals, LayerMap, Routing
 from hetermoe_cli.runtime.lanes import Handoff, Parcel, exchange
 from hetermoe_cli.runtime.mesh import Mesh
+from hetermoe_cli.runtime.slots import tail_size
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.schedule import Schedule
 from hetermoe_cli.spec.layout import Layout
@@ -45,7 +46,7 @@ class Carrier:
     ) -> None:
         self._collectives = collectives
         self._mesh, self._maps, self._schedule, self._clock = mesh, maps, schedule, clock
-        width, tail = empty.shape[1], tail_size(empty.dtype)
+        width, tail = empty.shape[1], tail_size(empty.dtype, maps[0].tail)
         again = layout.schedule.sends_again * (width + tail)
         self._empty = {
             (kind, direction): empty.new_empty(0, width + more)
@@ -92,7 +93,7 @@ class Carrier:
         if place not in self._arrivals:
             routing = self.routing(place)
             self._note(place, routing)
-            own = {self._mesh.rank: routing.counts[self._mesh.rank]}
+            own = {self._mesh.rank: routing.told(self._mesh.rank)}
             self._arrivals[place] = self._maps[place[0]].arrivals(own, self._mesh.device)
 
     def incoming(self, action: Action) -> list[int]:
@@ -100,18 +101,18 @@ class Carrier:
         place = action.layer, action.micro_batch
         return self._arrivals[place].sizes if action.towards_experts else self.routing(place).sizes
 
-    def departing(self, action: Action) -> list[list[int]]:
-        """What goes ahead of a dispatch: [target][local expert there] rows."""
+    def departing(self, action: Action) -> Routing:
+        """Of a dispatch: what tells the numbers that go ahead of it."""
         place = action.layer, action.micro_batch
         routing = self.routing(place)
         self._note(place, routing)
-        return routing.counts
+        return routing
 
     def came(self, action: Action, table: dict[int, list[int]]) -> None:
-        """Plan for rows of a dispatch: `table[source]`, of other ranks, has how many come for each expert here."""
+        """Plan for rows of a dispatch: `table[source]`, of other ranks, has the numbers that went ahead of them."""
         place = action.layer, action.micro_batch
         if self._mesh.rank in self._schedule.senders[action]:
-            table[self._mesh.rank] = self.routing(place).counts[self._mesh.rank]
+            table[self._mesh.rank] = self.routing(place).told(self._mesh.rank)
         self._arrivals[place] = self._maps[action.layer].arrivals(table, self._mesh.device)
 
     def abort(self, error: BaseException) -> None:
@@ -174,11 +175,11 @@ class Carrier:
         senders, receivers = self._schedule.senders[action], self._schedule.receivers[action]
         if mesh.rank in senders:
             routing = self.routing(place)
-            sends = {peer: routing.count_vector(peer, mesh.wire) for peer in receivers if peer != mesh.rank}
+            sends = {peer: routing.told_vector(peer, mesh.wire) for peer in receivers if peer != mesh.rank}
         if mesh.rank in receivers:
-            experts = len(self._maps[action.layer].hosted[mesh.rank])
+            told = self._maps[action.layer].told
             receives = {
-                peer: torch.empty(experts, dtype=torch.int64, device=mesh.wire) for peer in senders if peer != mesh.rank
+                peer: torch.empty(told, dtype=torch.int64, device=mesh.wire) for peer in senders if peer != mesh.rank
             }
         exchange(mesh.to_experts, sends, receives)
         if mesh.rank in senders:

@@ -92,9 +92,10 @@ class DirectLane:
             room = outbox.room(sum(sizes) * row_bytes).view(rows.dtype).view(-1, rows.shape[1])
             place = outbox.place(room.copy_(rows[: sum(sizes)]))
         end = self._clock.mark()
-        counts = self._carrier.departing(action) if has_counts(action) else None
+        routing = self._carrier.departing(action) if has_counts(action) else None
         for peer in peers:
-            note = struct.pack(f"={len(counts[peer])}q", *counts[peer]) if counts else b""
+            told = routing.told(peer) if routing else []
+            note = struct.pack(f"={len(told)}q", *told)
             there = place and place._replace(offset=place.offset + sum(sizes[:peer]) * row_bytes)
             outbox.send(peer, there, sizes[peer] * row_bytes, note, start, end)
         if self._rank in self._schedule.receivers[action]:

@@ -1,6 +1,7 @@
 """Who gets which rows: the permutations of dispatch and combine, as plain tensors and sizes.
 
-T = tokens of the rank's micro-batch, k = choices a token, H = hidden size. A token travels once per chosen expert.
+T = tokens of the rank's micro-batch, k = choices a token, H = hidden size. A token travels once per chosen expert, or
+once per device that hosts some of them (runtime/shared_rows.py).
 What a dispatch carries is a row and a tail: on the way there the choice's combine weight, on the way back its gradient.
 Where rows are sent again, they follow the gradients of outputs, with their tails.
 Permutations are computed where the rows are; sizes go to the host on their own, and who needs them waits for them.
@@ -14,18 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from hetermoe_cli.model.copies import Fetched, upload, used_here
+from hetermoe_cli.runtime.slots import Slots, inverse
 from hetermoe_cli.spec.layout import Layout
 
 CPU = torch.device("cpu")
-_TAIL_BYTES = 16  # as much as keeps rows aligned for grouped products; the first element counts
-
-
-def tail_size(dtype: torch.dtype) -> int:
-    """Elements behind a row of a dispatch."""
-    return _TAIL_BYTES // dtype.itemsize
 
 
 class LayerMap:
@@ -37,11 +32,17 @@ class LayerMap:
         self.replicated = layout.placement[layer].replicated
         self.attends = bool(layout.sequences_per_rank[rank])
         self.local = layout.local_experts(layer, rank)
+        self.told = layout.numbers_ahead(layer, rank)
         self.attending = layout.attending
         self.bounds = list(accumulate((self.slots(target) for target in range(self.world_size)), initial=0))
         self.keys = self._send_keys(layout.experts)
         self._key = torch.tensor(self.keys, device=device)
         self._marks = torch.arange(self.bounds[-1] + 1, device=device)
+
+    @property
+    def tail(self) -> int:
+        """Elements that count behind a row of a dispatch."""
+        return 1
 
     def slots(self, target: int) -> int:
         """How many experts this rank's rows can go to on `target`."""
@@ -71,13 +72,14 @@ class LayerMap:
         rows = torch.searchsorted(keys, self._marks).diff()
         return Routing(order, experts.shape[1], rows, self)
 
-    def arrivals(self, counts_by_source: Mapping[int, list[int]], device: torch.device = CPU) -> "Arrivals":
+    def arrivals(self, told_by_source: Mapping[int, list[int]], device: torch.device = CPU) -> "Arrivals":
         """Plan the grouping by expert of rows that come source by source."""
-        table = [
-            (counts + [0] * (len(self.local) - len(counts)))
-            for counts in (counts_by_source.get(source, []) for source in range(self.world_size))
-        ]
-        return Arrivals.of(table, len(self.local), device)
+        return Arrivals.of(self.table(told_by_source), len(self.local), device)
+
+    def table(self, counts_by_source: Mapping[int, list[int]]) -> list[list[int]]:
+        """[source][local expert] rows; what is not told is 0."""
+        found = (counts_by_source.get(source, []) for source in range(self.world_size))
+        return [counts + [0] * (len(self.local) - len(counts)) for counts in found]
 
 
 class Sizes(NamedTuple):
@@ -88,49 +90,11 @@ class Sizes(NamedTuple):
     by_expert: list[int]
 
 
-class Slots:
-    """The (token, choice) slots of T tokens in sending order: `order` [T * k].
-
-    Dropped ones come last; the M others travel. M is known on the host only later, so that what is gathered has T * k
-    rows, the first M of which count.
-    """
-
-    def __init__(self, order: Tensor, top_k: int) -> None:
-        self.order, self.top_k = order, top_k
-
-    def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """rows [T, H] -> [T * k, H] in sending order, in `out` if that is given."""
-        return torch.index_select(rows, 0, self.order // self.top_k, out=out)
-
-    def gather_weighted(self, rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
-        """rows [T, H] and weights [T, k] -> [T * k, H + tail] in sending order, in `out`."""
-        width = rows.shape[1]
-        self.gather(rows, out[:, :width])
-        out[:, width] = weights.flatten().index_select(0, self.order)
-        return out
-
-    def summed(self, sent: Tensor) -> Tensor:
-        """[M, H] in sending order -> [T, H], the sum over a token's choices."""
-        if len(sent) < len(self.order):
-            return self.to_tokens(sent).sum(dim=1)
-        return functional.embedding_bag(inverse(self.order).view(-1, self.top_k), sent, mode="sum")
-
-    def to_tokens(self, sent: Tensor) -> Tensor:
-        """[M, H] in sending order -> [T, k, H], zeros where dropped."""
-        slots, (rows, width) = len(self.order), sent.shape
-        if rows == slots:
-            result = sent.index_select(0, inverse(self.order))
-        else:
-            result = sent.new_zeros(slots, width)
-            result[self.order[:rows]] = sent
-        return result.view(-1, self.top_k, width)
-
-
 class Routing(Slots):
     """Sending side of one (layer, micro-batch): its slots, and how many go where."""
 
     def __init__(self, order: Tensor, top_k: int, rows: Tensor, layer_map: LayerMap) -> None:
-        """rows [slots]: how many go to each expert, in sending order."""
+        """rows [slots]: how many choices go to each expert, in sending order."""
         super().__init__(order, top_k)
         self._rows, self._map = rows, layer_map
         self._fetched = Fetched(rows)
@@ -163,10 +127,22 @@ class Routing(Slots):
         """Seconds that a thread waited for these sizes."""
         return self._fetched.waited
 
-    def count_vector(self, target: int, device: torch.device) -> Tensor:
-        """Rows for each expert that another rank hosts, int64, on `device`: for the current stream."""
-        rows = used_here(self._rows) if device.type == self._rows.device.type else self._fetched.wait()
-        return rows[self._map.bounds[target] : self._map.bounds[target + 1]]
+    def told(self, target: int) -> list[int]:
+        """What goes ahead of the rows for `target`: how many for each expert there."""
+        return self.counts[target]
+
+    def told_vector(self, target: int, device: torch.device) -> Tensor:
+        """The same to another rank, int64, on `device`: for the current stream."""
+        return self._vector(device)[self._map.bounds[target] : self._map.bounds[target + 1]]
+
+    def _vector(self, device: torch.device) -> Tensor:
+        """All that is fetched."""
+        return used_here(self._rows) if device.type == self._rows.device.type else self._fetched.wait()
+
+    def gradients(self, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """[M, H + tail] in sending order -> gradients of rows [T, H] and of weights [T, k]."""
+        weights = self.to_tokens(rows[:, width, None]).squeeze(-1)
+        return self.summed(rows)[:, :width], weights  # tails are summed too, for nothing: whole rows are faster read
 
 
 @dataclass
@@ -201,6 +177,15 @@ class Arrivals:
             used_here(self.grouping)
         return self
 
+    @property
+    def rows(self) -> int:
+        """How many come."""
+        return sum(self.sizes)
+
+    def group_weighted(self, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """[M, H + tail] by source -> rows [M, H] and weights [M] by expert."""
+        return self.group(rows[:, :width]), self.group(rows[:, width])
+
     def group(self, rows: Tensor) -> Tensor:
         """[M, H] by source -> by expert; the same tensor if that is one order."""
         return rows if self.grouping is None else rows.index_select(0, self.grouping)
@@ -217,8 +202,3 @@ class Arrivals:
         self.ungroup(rows, out[:, :width])
         self.ungroup(weights, out[:, width])
         return out
-
-
-def inverse(order: Tensor) -> Tensor:
-    """Of a permutation [n]. Reading rows by it is several times faster on a CPU than writing them by `order`."""
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from hetermoe_cli.cost import LayoutCost
-from hetermoe_cli.cost.layout import Load
+from hetermoe_cli.cost.layout import CountedLoad, Load
 from hetermoe_cli.cost.ports import Matrix
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.runtime.board import Board
@@ -77,12 +77,17 @@ class EmulatedClock(Clock):
         now = time.monotonic()
         if now > self._now + TOLERANCE_SECONDS:  # first step, or the run did something else in between
             self._now = now
-        self._cost, self._ends = self._cost_of(self._load), {}
+        self._cost, self._ends = self._cost_of(CountedLoad(self._by_expert, self._by_rank)), {}
         return self._now
 
-    def _load(self, layer: int, micro_batch: int) -> Matrix:
-        counts = self._board.counts(self._step, layer, micro_batch)[self._processes]
-        scaled: Matrix = counts * self._row_scale
+    def _by_expert(self, layer: int, micro_batch: int) -> Matrix:
+        return self._counted(layer, micro_batch)[:, : self._world.experts]
+
+    def _by_rank(self, layer: int, micro_batch: int) -> Matrix:
+        return self._counted(layer, micro_batch)[:, self._world.experts :][:, : len(self._processes)]
+
+    def _counted(self, layer: int, micro_batch: int) -> Matrix:
+        scaled: Matrix = self._board.counts(self._step, layer, micro_batch)[self._processes] * self._row_scale
         return scaled
 
     def compute(self, action: Action, began: float, arrived: float, rows: list[int] | None = None) -> None:
@@ -110,7 +115,7 @@ class EmulatedClock(Clock):
         self._span(action, start, target)
 
     def counted(self, layer: int, micro_batch: int, routing: Routing) -> None:
-        self._board.post_counts(self._step, layer, micro_batch, routing.by_expert)
+        self._board.post_counts(self._step, layer, micro_batch, routing.by_expert, routing.sizes)
 
     def sent(self, action: Action) -> None:
         if action in self._sends:

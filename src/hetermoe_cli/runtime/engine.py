@@ -16,15 +16,16 @@ from hetermoe_cli.runtime.carrier import Carrier, Place
 from hetermoe_cli.runtime.clock import Clock
 from hetermoe_cli.runtime.collectives import Collectives
 from hetermoe_cli.runtime.direct import DirectLane
-from hetermoe_cli.runtime.dispatcher import LayerMap
 from hetermoe_cli.runtime.lanes import Lanes, Parcel
 from hetermoe_cli.runtime.mesh import Mesh
 from hetermoe_cli.runtime.parts import Parts
+from hetermoe_cli.runtime.shared_rows import layer_map
 from hetermoe_cli.runtime.stage import AttentionStage, ExpertStage
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.gathers import releases
 from hetermoe_cli.schedule.schedule import Schedule, inputs
 from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.model import ModelConfig
 
 MOST_AHEAD = 32  # micro-batches sent before a rank reads: a socket's queue holds 49 messages with counts of 256 experts
 Batch = Callable[[int], tuple[Tensor, Tensor]]  # micro-batch -> this rank's tokens and targets, both [B, S]
@@ -38,10 +39,10 @@ class Engine:
     messages. It waits with them for rows that experts here compute, as a loop over experts needs their numbers.
     """
 
-    def __init__(self, layout: Layout, mesh: Mesh, parts: Parts, hidden_size: int) -> None:
+    def __init__(self, layout: Layout, mesh: Mesh, parts: Parts, model: ModelConfig) -> None:
         self.layout, self.mesh, self.parts = layout, mesh, parts
-        self._maps = [LayerMap(layout, layer, mesh.rank, mesh.device) for layer in range(layout.layers)]
-        self._empty = torch.empty((0, hidden_size), dtype=parts.exchange, device=mesh.device)
+        self._maps = [layer_map(layout, layer, mesh.rank, model.top_k, mesh.device) for layer in range(layout.layers)]
+        self._empty = torch.empty((0, model.hidden_size), dtype=parts.exchange, device=mesh.device)
         self._lanes = Lanes(mesh)
         self._handlers: dict[tuple[Kind, Pass], Callable[[Action], None]] = {
             (Kind.ATTENTION, Pass.FORWARD): self._attention_forward,
@@ -146,7 +147,7 @@ class Engine:
             self.router_losses += routed.losses.detach()
         routing = self._maps[layer].route(routed.experts)
         sending = Action(Kind.DISPATCH, Pass.FORWARD, layer, j)
-        rows = routing.gather_weighted(*stage.take_rows(), self._wide(sending, len(routing.order)))
+        rows = routing.gather_weighted(*stage.take_rows(), self._wide(sending, routing.most))
         self._attention[place] = stage
         self._carrier.routed(place, routing)
         self._clock.counted(layer, j, routing)
@@ -159,11 +160,11 @@ class Engine:
         arrivals = self._carrier.arrivals(place)
         parts = self.parts.experts_of(layer)
         schedule, training = self.layout.schedule, torch.is_grad_enabled()
-        rows, weights = (arrivals.group(part) for part in self._parted(rows))
+        rows, weights = arrivals.group_weighted(rows, self._empty.shape[1])
         with torch.set_grad_enabled(training and not schedule.sends_again):
             stage = ExpertStage.forward(parts, rows, weights, arrivals.counts, schedule.recompute_experts)
         sending = Action(Kind.COMBINE, Pass.FORWARD, layer, j)
-        outputs = arrivals.ungroup(stage.take_outputs(), self._room(sending, sum(arrivals.counts)))
+        outputs = arrivals.ungroup(stage.take_outputs(), self._room(sending, arrivals.rows))
         if training and not schedule.sends_again:
             self._experts[place] = stage
         self._clock.compute(action, self._began, arrived, arrivals.counts)
@@ -187,12 +188,12 @@ class Engine:
         sending = Action(Kind.DISPATCH, Pass.BACKWARD, layer, j)
         given, rest = gradient[:, : self._empty.shape[1]], gradient[:, self._empty.shape[1] :]
         if self.layout.schedule.sends_again:
-            rows, weights = (arrivals.group(part) for part in self._parted(rest))
+            rows, weights = arrivals.group_weighted(rest, self._empty.shape[1])
             stage = ExpertStage.forward(self.parts.experts_of(layer), rows, weights, arrivals.counts, recompute=False)
         else:
             stage = self._experts.pop(place)
         gradients = stage.backward(arrivals.group(given))
-        rows = arrivals.ungroup_weighted(*gradients, self._wide(sending, sum(arrivals.counts)))
+        rows = arrivals.ungroup_weighted(*gradients, self._wide(sending, arrivals.rows))
         self._clock.compute(action, self._began, arrived, arrivals.counts)
         self._send(sending, rows, arrivals)
 
@@ -201,9 +202,7 @@ class Engine:
         rows, arrived = self._receive(Action(Kind.DISPATCH, Pass.BACKWARD, layer, j))
         routing = self._carrier.routing(place)
         self._carrier.forget(place)
-        _, weights = self._parted(rows)
-        rows, _ = self._parted(routing.summed(rows))  # tails are summed too, for nothing: whole rows are faster read
-        weights = routing.to_tokens(weights[:, None]).squeeze(-1)
+        rows, weights = routing.gradients(rows, self._empty.shape[1])
         stage, hidden = self._attention.pop(place), self._gradients.pop(place)
         gradient = stage.backward(hidden, rows.contiguous(), weights, self._loss_scale)
         if layer:
@@ -217,9 +216,9 @@ class Engine:
         assert gradient is not None
         self._gradients[place] = gradient
         routing, sending = self._carrier.routing(place), Action(Kind.COMBINE, Pass.BACKWARD, *place)
-        out, width = self._room(sending, len(routing.order)), self._empty.shape[1]
+        out, width = self._room(sending, routing.most), self._empty.shape[1]
         if self.layout.schedule.sends_again:
-            rows = self._wide(sending, len(routing.order)) if out is None else out
+            rows = self._wide(sending, routing.most) if out is None else out
             routing.gather(gradient.flatten(0, 1), rows[:, :width])
             routing.gather_weighted(*self._attention[place].again(), rows[:, width:])
         else:
@@ -272,11 +271,6 @@ class Engine:
         """[rows, H + tail] to write in what a dispatch will send."""
         room, width = self._room(action, rows), self._carrier.empty(action).shape[1]
         return self._empty.new_empty(rows, width, dtype=self.parts.dtype) if room is None else room
-
-    def _parted(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """What a dispatch brought: rows [M, H], and of each [M] the first element of its tail."""
-        width = self._empty.shape[1]
-        return rows[:, :width], rows[:, width]
 
     def _receive(self, action: Action) -> tuple[Tensor, Any]:
         """Rows of `action` by source rank, this rank's own among them, and when they arrived.

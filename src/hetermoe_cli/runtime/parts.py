@@ -157,11 +157,17 @@ class Parts(nn.Module):
 
     def empty(self, device: torch.device, initialise: Callable[[str, Tensor], None]) -> None:
         """Put modules that were made on the meta device on this one, without memory; `initialise` will fill them, by
-        name."""
+        name.
+
+        Module.to_empty would load sympy for a tensor's strides: more than a second of every worker's start.
+        """
         for module in self.modules():
-            module.to_empty(device=device, recurse=False)
-            for parameter in module.parameters(recurse=False):
-                parameter.untyped_storage().resize_(0)
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                values.untyped_storage().resize_(0)
+                setattr(module, name, nn.Parameter(values))
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, buffer.to(device))
         self._initialise, self._empty = initialise, {parameter: [] for parameter in self.parameters()}
         for name, (parameter, index) in parameter_slices(self).items():
             self._empty[parameter].append((name, index))

@@ -62,7 +62,7 @@ def move_experts(trainer: Trainer, model: ModelConfig, world: Layout | World, st
         if shards:
             shards.cut(layer, world, trainer.optimizer, steps_taken)
     regroup(trainer.mesh, trainer.world, world)
-    trainer.lay_out(world, Engine(layout, trainer.mesh, trainer.parts, model.hidden_size))
+    trainer.lay_out(world, Engine(layout, trainer.mesh, trainer.parts, model))
 
 
 def _shared_places(world: World, layer: int) -> list[object]:

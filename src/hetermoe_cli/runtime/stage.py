@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from hetermoe_cli.model.attention import Routed
 from hetermoe_cli.model.documents import Documents
 from hetermoe_cli.model.moe import ExpertGroup
+from hetermoe_cli.model.seed import Seed
 from hetermoe_cli.model.transformer import DenseModel
 
 
@@ -79,7 +79,7 @@ class AttentionStage:
         if routed.losses is not None:
             outputs.append(routed.losses)
             gradients.append(torch.full_like(routed.losses, loss_scale))
-        torch.autograd.backward(outputs, gradients)
+        Seed(outputs).backward(gradients)
         return self.inputs.grad
 
 
@@ -108,7 +108,7 @@ class ExpertStage:
     weights: Tensor
     outputs: Tensor | None
     run: Callable[[], Tensor]
-    end: GradientEdge | None
+    end: Seed | None
 
     @classmethod
     def forward(
@@ -123,7 +123,7 @@ class ExpertStage:
         kept = torch.is_grad_enabled() and not recompute
         with torch.set_grad_enabled(kept):
             outputs = run()
-        end = get_gradient_edge(outputs) if kept and len(rows) else None
+        end = Seed([outputs]) if kept and len(rows) else None
         return cls(rows, weights, outputs.detach(), run, end)
 
     def take_outputs(self) -> Tensor:
@@ -136,7 +136,7 @@ class ExpertStage:
         """Gradient of the outputs [M, H] -> gradients of rows [M, H] and weights [M]."""
         if not len(self.rows):
             return gradient, self.weights
-        torch.autograd.backward(self.end or self.run(), gradient)
+        (self.end or Seed([self.run()])).backward([gradient])
         assert self.rows.grad is not None
         assert self.weights.grad is not None
         return self.rows.grad, self.weights.grad

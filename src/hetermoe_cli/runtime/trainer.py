@@ -126,7 +126,7 @@ class Trainer:
         precisions = Precisions(precision, rank_precisions)
         document_end = train.document_end if train.documents == "masked" else None
         parts = build_parts(model, world, mesh, precisions, train.seed, router, document_end)
-        engine = Engine(world.replica_of(mesh.process).layout, mesh, parts, model.hidden_size)
+        engine = Engine(world.replica_of(mesh.process).layout, mesh, parts, model)
         return cls(world, train, mesh, parts, engine, sequence_length, precisions.scaled)
 
     def step(self, batches: Batches | None, step: int, record: bool = False) -> StepResult:

@@ -13,6 +13,7 @@ import time
 import traceback
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     # Until there is a step to finish (_handle_signals), Ctrl-C ends a worker at once. Python's KeyboardInterrupt gets
@@ -25,10 +26,8 @@ import torch.distributed as dist
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.model.data import Batches, corpus_of
 from hetermoe_cli.model.warm_up import warm_up
-from hetermoe_cli.runtime.balancer import Balancer
 from hetermoe_cli.runtime.calls import check_agreement, digest
 from hetermoe_cli.runtime.cores import bind
-from hetermoe_cli.runtime.emulator import EmulatedClock
 from hetermoe_cli.runtime.memory import MemoryMeter
 from hetermoe_cli.runtime.mesh import Mesh, join
 from hetermoe_cli.runtime.moment import common_moment
@@ -41,6 +40,9 @@ from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.spec.files import load
 from hetermoe_cli.spec.run import LAUNCHER, RunSpec
 from hetermoe_cli.trace import Trace
+
+if TYPE_CHECKING:
+    from hetermoe_cli.runtime.balancer import Balancer
 
 WARM_UP_STEPS = 2  # not traced
 SHARED_MEMORY = "HETERMOE_SHARED_MEMORY"  # 0: messages between CPUs of one machine go over gloo, as between machines
@@ -108,6 +110,8 @@ def train(run: RunSpec) -> None:
         take_weights(run, trainer)
     recorder = Recorder(run, mesh.process)
     if run.emulation:
+        from hetermoe_cli.runtime.emulator import EmulatedClock  # loads the planner
+
         copy, _ = world.seat(mesh.process)
         trainer.clock = EmulatedClock(run, training_schedules(world)[copy], mesh.process)
     _handle_signals(trainer)
@@ -158,30 +162,41 @@ def _loop(
 ) -> None:
     (training, validation), start = batches, run.start_step
     traced = range(start + WARM_UP_STEPS, start + WARM_UP_STEPS + run.trace_steps)
-    saved, step, stop = start, start, False
-    balancer = Balancer(run, trainer, recorder)
+    saved, step, stop, now = start, start, False, run  # now: with experts where they are
+    balancer = _balancer(run, trainer, recorder)
     while step < run.steps and not stop:
         began = time.monotonic()
         with meter.step():
-            result = trainer.step(training, step, record=step in traced and balancer.run is run)
+            result = trainer.step(training, step, record=step in traced and now is run)
         recorder.load(step, trainer.engine.counts)
-        _report(balancer.run, recorder, step, result, time.monotonic() - began)
+        _report(now, recorder, step, result, time.monotonic() - began)
         step += 1
         stop = result.stop and step < run.steps  # nothing is left to go on with after the last one
-        if step < run.steps and not stop:
+        if balancer and step < run.steps and not stop:
             balancer.after(step, result)
+            now = balancer.run
         if run.validate_every and step % run.validate_every == 0 and step < run.steps and not stop:
             recorder.event("validation", step - 1, loss=_finite(trainer.validate(validation, run.validation_batches)))
         if stop or step == run.steps or (run.checkpoint_every and step % run.checkpoint_every == 0):
-            folder = save(balancer.run, trainer, step)
+            folder = save(now, trainer, step)
             recorder.event("checkpoint", step - 1, folder=str(folder))
             saved = step
     recorder.trace(Trace("emulated" if run.emulation else "measured", trainer.clock.spans, trainer.clock.starts))
-    values = _summary(trainer) | {"saved_step": saved}
+    values = _summary(run, trainer) | {"saved_step": saved}
     if not stop:
         values["validation_loss"] = _finite(trainer.validate(validation, run.validation_batches))
         recorder.event("validation", step - 1, loss=values["validation_loss"])
     recorder.status("interrupted" if stop else "finished", step, **values)
+
+
+def _balancer(run: RunSpec, trainer: Trainer, recorder: Recorder) -> "Balancer | None":
+    """None where the run ends before a comparison: then the planner need not be loaded."""
+    every = run.drift_every
+    if not every or (run.steps - 1) // every == run.start_step // every:
+        return None
+    from hetermoe_cli.runtime.balancer import Balancer
+
+    return Balancer(run, trainer, recorder)
 
 
 def _report(run: RunSpec, recorder: Recorder, step: int, result: StepResult, seconds: float) -> None:
@@ -220,11 +235,14 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _summary(trainer: Trainer) -> dict[str, object]:
+def _summary(run: RunSpec, trainer: Trainer) -> dict[str, object]:
     """Overruns of all ranks: an emulated run whose real work does not keep up with its targets is invalid."""
-    if not isinstance(trainer.clock, EmulatedClock):
+    if not run.emulation:
         return {}
+    from hetermoe_cli.runtime.emulator import EmulatedClock
+
     clock = trainer.clock
+    assert isinstance(clock, EmulatedClock)
     figures = torch.tensor(
         [clock.tasks, clock.overruns, clock.overrun_seconds, clock.stretched_seconds], dtype=torch.float64
     )

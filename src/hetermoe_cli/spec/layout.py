@@ -1,18 +1,18 @@
 """Layout: all that the schedule, the simulator and the engine need to know of a plan."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from hetermoe_cli.spec.base import NonNegativeInt, PositiveInt, Spec
-from hetermoe_cli.spec.train import DenseState, Recompute
+from hetermoe_cli.spec.base import ExtendedSpec, NonNegativeInt, PositiveInt, Spec
+from hetermoe_cli.spec.train import DenseState, Dispatch, Recompute
 
 ScheduleName = Literal["zebra", "windowed", "sequential"]
 ExpertOrder = Literal["after", "between"]
 TransferOrder = Literal["layered", "interleaved"]
 
 
-class ScheduleChoice(Spec):
+class ScheduleChoice(ExtendedSpec):
     """Which order to run: R micro-batches in windows that go forward and backward one after another.
 
     `window` micro-batches are in flight together: all of them is zebra, one is sequential. `experts`: attending ranks
@@ -21,7 +21,10 @@ class ScheduleChoice(Spec):
     `recompute`: which stages run again in backward instead of keeping their activations; with `full` nothing is kept
     but what attention stages read: rows are sent to the experts once more, with the gradients. `dense_state`: what
     attending ranks share of the dense part's state; if anything, holders of an expert share its masters and moments.
+    `dispatch`: whether a token's row goes once to every expert that it chose, or to every rank that hosts some of them.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"dispatch"})
 
     micro_batches: PositiveInt
     window: PositiveInt
@@ -29,6 +32,7 @@ class ScheduleChoice(Spec):
     transfers: TransferOrder = "layered"
     recompute: Recompute = "none"
     dense_state: DenseState = "replicated"
+    dispatch: Dispatch = "per_expert"
 
     @model_validator(mode="after")
     def _check(self) -> "ScheduleChoice":
@@ -90,6 +94,7 @@ class ScheduleChoice(Spec):
         parts += again.get(self.recompute, [f"recomputation of {self.recompute}"])
         shared = {"optimizer": ["optimizer states sharded"], "full": ["dense part fully sharded"]}
         parts += shared.get(self.dense_state, [])
+        parts += ["rows once per device"] * (self.dispatch == "per_device")
         return ", ".join(parts)
 
 
@@ -164,6 +169,11 @@ class Layout(Spec):
     def hosting(self, layer: int) -> list[int]:
         """Ranks that host at least one expert of `layer` (replicated ones not counted)."""
         return [rank for rank, experts in enumerate(self.placement[layer].experts) if experts]
+
+    def numbers_ahead(self, layer: int, rank: int) -> int:
+        """Numbers that go ahead of a dispatch to `rank`: rows for each expert that it hosts; where a row may be for
+        several of them, how many rows these are."""
+        return len(self.placement[layer].experts[rank]) + (self.schedule.dispatch == "per_device")
 
     def local_experts(self, layer: int, rank: int) -> list[int]:
         """Experts of `layer` that `rank` computes: hosted, then (if it attends) replicated."""

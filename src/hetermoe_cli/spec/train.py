@@ -12,6 +12,8 @@ Recompute = Literal["none", "attention", "experts", "all", "full"]  # full: expe
 # The dense part's state: whole on every attending rank; its optimizer states (ZeRO-1), or also its weights and
 # gradients, in equal shares over a group's attending ranks, with the weights gathered in every forward and backward.
 DenseState = Literal["replicated", "optimizer", "full"]
+# How a token's row travels: to every expert that it chose, or once to every device that hosts some of them.
+Dispatch = Literal["per_expert", "per_device"]
 # Text is packed into sequences without gaps, whatever its documents' lengths. "joined": attention crosses from one
 # document to the next; "masked": it does not, and positions start again in each.
 Documents = Literal["joined", "masked"]
@@ -27,7 +29,8 @@ class TrainSpec(ExtendedSpec):
     """
 
     later: ClassVar[frozenset[str]] = frozenset(
-        {"dense_state", "device_precision", "documents", "document_separator", "document_tokens", "document_end"}
+        {"dense_state", "dispatch", "device_precision"}
+        | {"documents", "document_separator", "document_tokens", "document_end"}
     )
 
     kind: Literal["train"] = "train"
@@ -38,6 +41,7 @@ class TrainSpec(ExtendedSpec):
     device_precision: dict[str, Precision] = Field(default_factory=dict)  # of these device types instead
     recompute: Literal[Recompute, "auto"] = "auto"  # auto: full only for models of more than two experts a token
     dense_state: Literal[DenseState, "auto"] = "replicated"
+    dispatch: Dispatch = "per_expert"
     documents: Documents = "joined"
     document_separator: str | None = Field(default=None, min_length=1)
     document_tokens: PositiveInt | None = None

@@ -115,7 +115,7 @@ class PipelineCost:
             return 0.0
         rows = self.cost.rows_per_expert(self.sequences // self.width) * self.hosted
         sent = np.zeros((len(self.cost.devices), len(unit)))
-        sent[list(unit)] = rows * self.cost.row_bytes
+        sent[list(unit)] = rows * self.cost.travelling_share(self.hosted) * self.cost.row_bytes
         return self.cost.network.seconds(sent, np.array(unit))
 
     @cached_property

@@ -73,10 +73,7 @@ def kept_choices(cost: CostModel) -> list[tuple[Recompute, DenseState]]:
 def schedules(cost: CostModel, sizes: Sequence[tuple[int, int]]) -> Iterator[list[ScheduleChoice]]:
     """For every recompute and dense state the schedules of those (R, window)."""
     for recompute, state in kept_choices(cost):
-        yield [
-            ScheduleChoice(micro_batches=count, window=width, recompute=recompute, dense_state=state)
-            for count, width in sizes
-        ]
+        yield [cost.schedule(count, width, recompute, state) for count, width in sizes]
 
 
 def windows(cost: CostModel, counts: Iterable[int]) -> Iterator[list[ScheduleChoice]]:

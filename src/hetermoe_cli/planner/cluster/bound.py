@@ -43,7 +43,7 @@ def groups_bound(cost: CostModel, limit: int) -> float:
     bandwidths = _bandwidths(cost)
     for kinds in _kinds_of_nodes(nodes):
         a, c = (pulp.lpSum(shares[kind] for kind in kinds) for shares in (attended, computed))
-        moved = 2 * rows * cost.row_bytes / (sum(bandwidths[kind] for kind in kinds) * work)
+        moved = 2 * rows * cost.least_row_bytes / (sum(bandwidths[kind] for kind in kinds) * work)
         kept = _kept(cost, [nodes[kind] for kind in kinds])
         problem.addConstraint((a * (1 - 2 * kept) + c) * moved <= time)
         problem.addConstraint((a - c) * moved <= time)

@@ -51,7 +51,7 @@ def _schedules(part: Part, kernels: Kernels, count: int, window: int, shares: tu
     """What to recompute and how to hold the dense part: what saves memory only where memory limits the placement."""
     for state in state_choices(kernels.cost):
         for recompute in [again for again, kept in kept_choices(kernels.cost) if kept == state]:
-            schedule = ScheduleChoice(micro_batches=count, window=window, recompute=recompute, dense_state=state)
+            schedule = kernels.cost.schedule(count, window, recompute, state)
             found = estimate(part, kernels, schedule, shares)
             if found.seconds < inf:
                 yield Option(found.seconds, schedule, shares)
@@ -230,7 +230,8 @@ def _moved_seconds(part: Part, kernels: Kernels, share: Share, total: int) -> fl
     """Seconds in which all rows for one expert on each device reach its node."""
     if part.world_size == min(part.node(share.kind).devices, part.composition[share.kind]):
         return 0.0
-    rows = kernels.cost.rows_per_expert(total) * kernels.cost.row_bytes
+    usual = kernels.cost.travelling_share(kernels.cost.model.experts / part.world_size)
+    rows = kernels.cost.rows_per_expert(total) * kernels.cost.row_bytes * usual
     device = kernels.cost.devices[2 * share.kind]
     return rows * _behind(part, share.kind) / device.network.bandwidth_gigabytes_per_second / 1e9
 
@@ -248,10 +249,13 @@ def _transfer_seconds(
     """Seconds of a dispatch, and whether some device both sends and receives in it."""
     cost, longest, contended = kernels.cost, 0.0, False
     rows = cost.rows_per_expert(1) * cost.row_bytes
+    hosts = sum(share.devices for share, count in zip(shares, counts, strict=True) if count)
+    usual = cost.travelling_share(cost.model.experts / max(hosts, 1))
     outside = 1 - max(part.node(kind).devices for kind in part.kinds) / part.world_size
     for share, count in zip(shares, counts, strict=True):
         device, behind = cost.devices[2 * share.kind], _behind(part, share.kind)
-        moved = max(count * total, share.sequences * cost.model.experts) * rows * behind
+        here, away = cost.travelling_share(count) * count * total, usual * share.sequences * cost.model.experts
+        moved = max(here, away) * rows * behind
         outer = max(0.0, outside) * moved / device.network.bandwidth_gigabytes_per_second
         inner = (1 - max(0.0, outside)) * moved / behind / device.interconnect.bandwidth_gigabytes_per_second
         longest = max(longest, max(outer, inner) / 1e9 + device.network.latency_microseconds * 1e-6)
