@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,8 +10,8 @@ import pytest
 
 from builders import make_inputs, make_layout, make_model, make_plan, make_profile
 from hetermoe_cli.spec.files import dump
+from train_command import HETERMOE, run
 
-HETERMOE = [str(Path(sys.executable).parent / "hetermoe")]
 MODEL = make_model(layers=2, experts=4, hidden_size=16, ffn_size=24, head_size=4)
 
 
@@ -32,7 +31,7 @@ def plans(tmp_path: Path) -> list[Path]:
 
 
 def hetermoe(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*HETERMOE, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False)
+    done = run(*arguments)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done

@@ -1,7 +1,6 @@
 """A model whose first layer is dense, from YAML: profile, plan, train, and how a profile without it is refused."""
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,8 @@ from builders import make_inputs, make_model
 from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.spec.profile import Profile
-from train_command import HETERMOE, events, train
+from train_command import events, train
+from train_command import run as hetermoe
 
 LENGTH, STEPS = 16, 8
 MODEL = make_model(
@@ -36,8 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*arguments: object, code: int = 0) -> str:
     """stdout and stderr of a command that must leave with `code`."""
-    command = [*HETERMOE, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = hetermoe(*arguments)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

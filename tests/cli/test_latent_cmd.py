@@ -1,7 +1,6 @@
 """Latent attention from YAML: profile, plan, train; export its weights and begin another run with them."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,8 @@ from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.model import load_model
 from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.spec.profile import Profile
-from train_command import HETERMOE, events, train
+from train_command import events, train
+from train_command import run as hetermoe
 
 MODEL_FILE = Path(__file__).resolve().parents[2] / "plans/models/latent.yaml"
 MODEL = load_model(str(MODEL_FILE))
@@ -25,8 +25,7 @@ LENGTH, STEPS, BATCH = 32, 12, 4
 
 def run(*arguments: object, code: int = 0) -> str:
     """stdout and stderr of a command that must leave with `code`."""
-    command = [*HETERMOE, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = hetermoe(*arguments)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,7 @@ from builders import make_inputs, make_profile
 from hetermoe_cli.spec.cluster import ClusterSpec
 from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.plan import Plan
-
-HETERMOE = str(Path(sys.executable).parent / "hetermoe")
+from train_command import run as hetermoe
 
 
 @pytest.fixture
@@ -29,8 +27,7 @@ def arguments(tmp_path: Path) -> list[object]:
 
 
 def run(arguments: list[object], *more: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [HETERMOE, *map(str, [*arguments, *more])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = hetermoe(*arguments, *more)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 

@@ -17,8 +17,8 @@ from builders import make_inputs, make_layout, make_model, make_plan, make_profi
 from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.plan import Plan
+from train_command import HETERMOE, run
 
-HETERMOE = [str(Path(sys.executable).parent / "hetermoe")]
 MODEL = make_model(layers=2, experts=4, hidden_size=16, ffn_size=24, head_size=4)
 BALANCED = MODEL.model_copy(
     update={
@@ -46,7 +46,7 @@ def plan_file(tmp_path: Path) -> Path:
 
 
 def hetermoe(*arguments: object, check: int | None = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*HETERMOE, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    done = run(*arguments)
     if check is not None:
         assert done.returncode == check, done.stdout + done.stderr
         assert "Traceback" not in done.stderr

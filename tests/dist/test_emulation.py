@@ -154,10 +154,10 @@ def test_groups_sum_their_gradients_when_the_last_of_them_is_ready(tmp_path: Pat
     ranks = run_workers(3, work, run)
     schedules = training_schedules(run.world)
     assert [len({span.rank for span in spans}) for spans, *_ in ranks] == [1, 1, 1]
-    overruns = sum(count for _, _, count in ranks)
+    overruns = sum(count for _, _, count, _ in ranks)
     for step in range(STEPS):
         ends: dict[str, set[float]] = {}
-        for rank, (spans, _, _) in enumerate(ranks):
+        for rank, (spans, *_) in enumerate(ranks):
             mine = [span for span in spans if span.step == step]
             schedule = schedules[run.world.seat(rank)[0]]
             local = run.world.replica_of(rank).processes.index(rank)
