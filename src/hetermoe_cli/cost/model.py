@@ -58,12 +58,16 @@ class CostModel(MemoryModel):
         """What every row for an expert adds to what travels, at least: all of a token's may go to one device."""
         return self.row_bytes / (self.model.top_k if self.train.dispatch == "per_device" else 1)
 
+    def travelling(self, hosted: NDArray[np.float64] | NDArray[np.int64]) -> NDArray[np.float64]:
+        """Experts whose rows are as many as go to a device that hosts so many: under a balanced router, as expected."""
+        if self.train.dispatch == "per_expert":
+            return np.asarray(hosted, dtype=np.float64)
+        experts, k = self.model.experts, self.model.top_k
+        return reached(np.clip(hosted / experts, 0, 1), experts, k) * (experts / k)
+
     def travelling_share(self, hosted: float) -> float:
-        """Of the rows for so many experts of one device, those that travel under a balanced router, as expected."""
-        if self.train.dispatch == "per_expert" or hosted <= 0:
-            return 1.0
-        share = min(hosted / self.model.experts, 1.0)
-        return float(reached(np.array(share), self.model.experts, self.model.top_k)) / (self.model.top_k * share)
+        """Of the rows for so many experts of one device, those that travel."""
+        return float(self.travelling(np.array(hosted))) / hosted if hosted > 0 else 1.0
 
     @property
     def documents_per_sequence(self) -> float:

@@ -80,10 +80,19 @@ def transfer_seconds(rates: Rates, counts: Counts) -> FloatArray:
 
 
 def _port_bytes(rates: Rates, port: Port, counts: Counts) -> FloatArray:
-    weights = np.array(port.bytes_per_expert)
-    least = counts.hosted - (counts.spare > 0)
-    load: FloatArray = counts.hosted @ np.maximum(weights, 0) + least @ np.minimum(weights, 0)
-    return load + port.source_bytes * (rates.experts - counts.replicated)
+    weights, travelling = np.array(port.bytes_per_expert), rates.cost.travelling
+    most, least = travelling(counts.hosted), travelling(counts.hosted - (counts.spare > 0))
+    load: FloatArray = most @ np.maximum(weights, 0) + least @ np.minimum(weights, 0)
+    return load + port.source_bytes * _travelling(rates, counts, most, least) if port.source_bytes else load
+
+
+def _travelling(rates: Rates, counts: Counts, most: FloatArray, least: FloatArray) -> FloatArray:
+    """[..., layers] experts whose rows are as many as travel: those that are hosted, or fewer."""
+    if rates.choice.schedule.dispatch == "per_expert":
+        return np.asarray(rates.experts - counts.replicated, dtype=np.float64)
+    sizes = np.array([c.count for c in rates.classes])
+    result: FloatArray = (most * (sizes - counts.spare) + least * counts.spare).sum(-1)
+    return result
 
 
 def _holds(rates: Rates, hosts: NDArray[np.bool_], condition: Condition) -> NDArray[np.bool_]:

@@ -25,7 +25,7 @@ def variables(model: Model) -> None:
 
 def transfer_lengths(model: Model) -> None:
     """A transfer lasts as long as its slowest port: bytes over bandwidth plus latency, where it is used at all."""
-    ports = model.rates.ports if model.mode == "largest" else model.rates.mean_ports
+    ports = model.rates.least_ports if model.mode == "largest" else model.rates.mean_ports
     for layer in model.layers:
         for number, port in enumerate(ports):
             load = _load(model, layer, port)

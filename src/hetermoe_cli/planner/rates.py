@@ -1,7 +1,7 @@
 """Rates: every coefficient of one choice, class by class, read from the cost model that simulator and engine use."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -219,9 +219,9 @@ class Rates:
         """The same with all times in units of `unit` seconds."""
         result = copy(self)
         result.of = [r.scaled(unit) for r in self.of]
-        result.ports, result.mean_ports = (
+        result.ports, result.least_ports, result.mean_ports = (
             [replace(port, byte_seconds=port.byte_seconds / unit, latency=port.latency / unit) for port in ports]
-            for ports in (self.ports, self.mean_ports)
+            for ports in (self.ports, self.least_ports, self.mean_ports)
         )
         result.reduces = [(base / unit, each / unit) for base, each in self.reduces]
         result.gathers = [seconds / unit for seconds in self.gathers]
@@ -249,12 +249,21 @@ class Rates:
         return list(dict.fromkeys(port for pair in self._port_pairs for port in pair if port is not None))
 
     @cached_property
+    def least_ports(self) -> list[Port]:
+        """The same with what they carry at least, whatever is chosen together."""
+        return self._at_least(self.ports)
+
+    def _at_least(self, ports: Iterable[Port]) -> list[Port]:
+        share = self.cost.least_row_bytes / self.cost.row_bytes
+        return [replace(port, byte_seconds=port.byte_seconds * share) for port in ports]
+
+    @cached_property
     def mean_ports(self) -> list[Port]:
-        """The same with loads that hold on average over the devices of a class, whichever of them host more."""
+        """These with loads that hold on average over the devices of a class, whichever of them host more."""
         if self.classes == tuple(group(self.cost.devices, self.choice.sequences)):
-            return self.ports  # equal devices are behind equal ports
+            return self.least_ports  # equal devices are behind equal ports
         alike: dict[object, list[Port]] = defaultdict(list)
-        for port in (port for pair in self._port_pairs for port in pair if port is not None):
+        for port in self._at_least(port for pair in self._port_pairs for port in pair if port is not None):
             alike[self._symmetry(port.number)].append(port)
         sizes = [c.count for c in self.classes]
         return list(dict.fromkeys(port for ports in alike.values() for port in on_average(ports, sizes)))
@@ -307,7 +316,7 @@ class Rates:
     def _port(self, port: int, messages: list[tuple[int, int]] | None) -> Port | None:
         if not messages:
             return None
-        own = [self.cost.rows_per_expert(s) * self.cost.least_row_bytes for s in self.choice.sequences]
+        own = [self.cost.rows_per_expert(s) * self.cost.row_bytes for s in self.choice.sequences]
         per_class = [0.0] * len(self.classes)
         for source, target in messages:
             per_class[self.class_of[target]] += own[source]

@@ -63,7 +63,8 @@ def _loads(rates: Rates) -> list[Load]:
         max((port.bytes_per_expert[c] * port.byte_seconds for port in rates.ports if port.devices), default=0.0)
         for c in range(len(each))
     ]
-    return [(base, each), (base, np.maximum(each, 2 * np.array(moved)))]
+    usual = rates.cost.travelling_share(rates.experts / sum(c.count for c in rates.classes))
+    return [(base, each), (base, np.maximum(each, 2 * usual * np.array(moved)))]
 
 
 def _levelled(rates: Rates, load: Load, allowed: list[bool]) -> FloatArray:
