@@ -6,15 +6,16 @@ from builders import make_inputs, make_model, make_profile, make_schedule
 from hetermoe_cli.planner.choice import Choice
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.plan import Inputs
+from hetermoe_cli.spec.train import Dispatch
 
 
 def random_inputs(
     rng: random.Random, *, devices: int, layers: int, experts: int, batch: int, flat: bool = False, tight: bool = False,
-    dense_layers: int = 0,
+    dense_layers: int = 0, top_k: int = 1, dispatch: Dispatch = "per_expert",
 ) -> Inputs:  # fmt: skip
     """Up to three device types on nodes of up to three devices (one each if `flat`); `tight` memory may bind."""
     dense = {"dense_layers": dense_layers, "dense_ffn_size": 96} if dense_layers else {}
-    model = make_model(layers=layers, experts=experts, top_k=1, **dense)
+    model = make_model(layers=layers, experts=experts, top_k=top_k, **dense)
     types = rng.sample(["new", "old", "older"], rng.choice([1, 2, 3]))
     nodes: list[tuple[str, int]] = []
     while (left := devices - sum(count for _, count in nodes)) > 0:
@@ -46,6 +47,7 @@ def random_inputs(
         network=link(),
         interconnect=link(),
         nics=rng.choice([1, 2]),
+        dispatch=dispatch,
     )
 
 

@@ -37,7 +37,7 @@ def brute_force(inputs: Inputs) -> float:
         for sequences in compositions(batch // count, world):
             for placement in product(rows, repeat=inputs.model.layers):
                 for recompute in recompute_choices(cost):
-                    schedule = make_schedule(name, count, recompute=recompute)
+                    schedule = make_schedule(name, count, recompute=recompute, dispatch=inputs.train.dispatch)
                     layout = Layout.model_construct(
                         schedule=schedule, sequences_per_rank=list(sequences), placement=list(placement)
                     )
@@ -69,6 +69,23 @@ def test_equals_brute_force_on_random_instances(seed: int) -> None:
     assert best * (1 - 1e-9) <= plan.predicted.iteration_seconds <= best * (1 + 2 * GAP)
     assert plan.bound.iteration_seconds <= best * (1 + 1e-9)
     assert plan.bound.exact_over == "devices"
+
+
+@pytest.mark.parametrize("seed", range(200, 212))
+def test_rows_once_per_device(seed: int) -> None:
+    """No bound is above what brute force finds, and plans come close: they count such rows where they compare."""
+    rng = random.Random(seed)
+    inputs = random_inputs(
+        rng, devices=rng.choice([2, 3]), layers=1, experts=4, batch=rng.choice([2, 3]), top_k=rng.choice([2, 3]),
+        dispatch="per_device",
+    )  # fmt: skip
+    best, plan = brute_force(inputs), make_plan(inputs, PlanOptions(solver=SolverOptions(relative_gap=GAP)))
+    assert plan.layout.schedule.dispatch == "per_device"
+    assert best * (1 - 1e-9) <= plan.predicted.iteration_seconds <= 1.05 * best
+    assert plan.predicted.iteration_seconds == pytest.approx(
+        simulate(LayoutCost(CostModel(inputs), plan.layout)).seconds
+    )
+    assert plan.bound.iteration_seconds <= best * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("seed", range(100, 108))
