@@ -85,8 +85,8 @@ def test_groups_never_make_the_plan_slower() -> None:
 
 
 def test_the_cost_objective_uses_the_devices_that_pay() -> None:
-    cheap_old = planned(fleet(**{**PRICED, "prices": [30.0, 1.0]}), objective="cost")
-    cheap_new = planned(fleet(**{**PRICED, "prices": [1.0, 30.0]}), objective="cost")
+    cheap_old = planned(fleet(**{**PRICED, "prices": [30.0, 1.0]}), time_limit=4.0, objective="cost")
+    cheap_new = planned(fleet(**{**PRICED, "prices": [1.0, 30.0]}), time_limit=4.0, objective="cost")
     kinds = fleet(**PRICED).cluster.group_of_rank
     used = [
         {kinds[rank] for group in plan.groups for ranks in group.replicas for rank in ranks}
@@ -103,7 +103,7 @@ def test_the_cost_objective_uses_the_devices_that_pay() -> None:
 
 
 def test_cost_is_no_worse_than_that_of_the_fastest_plan() -> None:
-    fastest, cheapest = planned(fleet(**PRICED)), planned(fleet(**PRICED), objective="cost")
+    fastest, cheapest = planned(fleet(**PRICED)), planned(fleet(**PRICED), 4.0, objective="cost")
     assert fastest.economy is not None
     assert cheapest.economy is not None
     assert cheapest.economy.tokens_per_dollar >= fastest.economy.tokens_per_dollar * (1 - 1e-9)
@@ -112,7 +112,7 @@ def test_cost_is_no_worse_than_that_of_the_fastest_plan() -> None:
 
 @pytest.mark.parametrize("most", [3.0, 8.0, 11.0])
 def test_a_limit_on_cost_is_kept(most: float) -> None:
-    plan = planned(fleet(**PRICED), most_cost=most)
+    plan = planned(fleet(**PRICED), 4.0, most_cost=most)
     assert plan.economy is not None
     assert plan.economy.dollars_per_hour <= most
 
