@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from builders import layouts
-from hetermoe_cli.runtime.shared_rows import DeviceArrivals, DeviceMap, DeviceRouting
+from builders import layouts, make_layout
+from hetermoe_cli.runtime.shared_rows import DeviceMap, DeviceRouting
 from hetermoe_cli.runtime.slots import tail_size
 from hetermoe_cli.spec.layout import Layout
 
@@ -91,13 +91,30 @@ def test_a_token_goes_once_to_every_rank_that_hosts_some_of_its_experts(layout: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_experts_survive_narrow_rows(dtype: torch.dtype) -> None:
-    """Numbers of up to 256 experts of a device travel in the precision of rows."""
-    arrivals = DeviceArrivals([0] * 255 + [2], [2], 1)
-    rows = torch.zeros(2, WIDTH + tail_size(dtype, 2), dtype=dtype)
-    rows[:, WIDTH], rows[:, WIDTH + 1] = torch.tensor([0.5, 0.25]), 255
-    _, weights = arrivals.group_weighted(rows, WIDTH)
-    assert weights.tolist() == [0.5, 0.25]
+@pytest.mark.parametrize("experts", [256, 257, 1000])
+def test_experts_survive_narrow_rows(dtype: torch.dtype, experts: int) -> None:
+    """Their numbers travel in the precision of rows, which in bf16 holds no odd one above 256."""
+    schedule = {"micro_batches": 1, "window": 1, "dispatch": "per_device"}
+    placement = [{"experts": [[], list(range(experts))]}]
+    layout = Layout.model_validate({"schedule": schedule, "sequences_per_rank": [1, 0], "placement": placement})
+    sender, host = (DeviceMap(layout, 0, rank, 2) for rank in range(2))
+    first = torch.arange(experts)
+    routing = sender.route(torch.stack([first, (first + 7) % experts], dim=1))
+    weights = torch.stack([first % 4, (first + 7) % experts % 4], dim=1).to(dtype)  # what tells the expert
+    out = torch.empty(routing.most, WIDTH + tail_size(dtype, sender.tail), dtype=dtype)
+    rows = routing.gather_weighted(torch.zeros(experts, WIDTH, dtype=dtype), weights, out)
+    _, grouped = host.arrivals({0: routing.told(1)}).group_weighted(rows, WIDTH)
+    assert grouped.tolist() == (first % 4).repeat_interleave(2).tolist()
+
+
+def test_sizes_are_those_of_rows_whoever_asks_first() -> None:
+    """Lanes and the compute thread may ask at once."""
+    layout = make_layout((1, 0), (0, 4))
+    routing = DeviceMap(layout, 0, 0, 2).route(torch.tensor([[0, 1], [2, 3]]))
+    routing._host = None
+    assert routing._sizes_of(routing._fetched.wait().tolist()).per_target == [0, 2]
+    assert routing._host is None  # nothing is told before all is known
+    assert routing.sizes == [0, 2]
 
 
 def test_rows_for_one_rank_are_those_of_its_tokens() -> None:

@@ -20,8 +20,8 @@ from hetermoe_cli.spec.profile import BYTES_PER_ELEMENT, AttentionPoint
 class CostModel(MemoryModel):
     """Costs of one model and training spec on the devices of one cluster. All methods are pure.
 
-    T = tokens; row = one token copy on its way to one expert (a token travels once per chosen expert). `groups` as of
-    MemoryModel.
+    T = tokens; row = one token copy for one expert. It travels, unless a token goes once per device (shared_rows.py).
+    `groups` as of MemoryModel.
     """
 
     def __init__(self, inputs: Inputs, groups: int = 1) -> None:

@@ -19,7 +19,7 @@ class Seed:
         self._end: Tensor = _Sown.apply(self._given, *outputs)  # type: ignore[no-untyped-call]
 
     def backward(self, gradients: Sequence[Tensor]) -> None:
-        """Propagate the gradients of the outputs."""
+        """Propagate the gradients of the outputs, which have their shapes; nothing checks that."""
         self._given += gradients
         self._end.backward()  # type: ignore[no-untyped-call]
 

@@ -3,7 +3,8 @@
 Classes share variables. Of an uneven class the `largest` model charges every device as the one with most experts: its
 makespan is never below the simulator's replay. The `mean` model charges the class's mean where several devices add
 up and the largest where one device decides: it is never above any placement's replay, so it gives lower bounds.
-Where every class is even, or has one device, both are exact.
+Where every class is even, or has one device, both are exact. Where rows go once per device, both take a transfer to
+carry as little as it may (`Rates.least_ports`): bounds hold, and what `largest` finds is replayed anyway.
 """
 
 from dataclasses import dataclass, field, replace

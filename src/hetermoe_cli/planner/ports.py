@@ -15,7 +15,7 @@ class Port:
 
     Bytes are source_bytes * (experts - replicated) + sum of bytes_per_expert[c] * (hosted experts of class c); the
     port is used where a class of `users` hosts. A transfer from the experts is the transposed matrix on the same
-    full-duplex links: it lasts as long.
+    full-duplex links: it lasts as long. Where rows go once per device that is what they are at most (`counts.py`).
     """
 
     source_bytes: float

@@ -1,7 +1,7 @@
 """Microbenchmarks of the engine's own stages: attention, dense layer, experts, head, optimizer -> KernelTable.
 
-A stage is cut as the engine cuts it: its inputs are detached leaves, its backward is one `autograd.backward` with a
-gradient for every output. Rows are put into the order of messages and back (crossing.py). Parameters accumulate into
+A stage is cut as the engine cuts it: its inputs are detached leaves, its backward begins with a gradient
+for every output. Rows are put into the order of messages and back (crossing.py). Parameters accumulate into
 existing gradients, as from the second micro-batch on.
 """
 

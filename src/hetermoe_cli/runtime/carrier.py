@@ -85,6 +85,10 @@ class Carrier:
         """The plan of what this rank's experts get, for the current stream; known once the dispatch has come."""
         return self._arrivals[place].take()
 
+    def computed(self, place: Place) -> None:
+        """This rank's experts will not be asked for `place` again."""
+        del self._arrivals[place]
+
     def stays(self, place: Place) -> None:
         """A dispatch that brings this rank's experts no rows of others: plan for its own.
 

@@ -102,10 +102,12 @@ class Routing(Slots):
 
     def _sizes(self) -> Sizes:
         if self._host is None:  # two threads may both work it out
-            rows = self._fetched.wait().tolist()
-            counts = [rows[low:high] for low, high in pairwise(self._map.bounds)]
-            self._host = Sizes(counts, [sum(part) for part in counts], [rows[key] for key in self._map.keys[:-1]])
+            self._host = self._sizes_of(self._fetched.wait().tolist())
         return self._host
+
+    def _sizes_of(self, rows: list[int]) -> Sizes:
+        counts = [rows[low:high] for low, high in pairwise(self._map.bounds)]
+        return Sizes(counts, [sum(part) for part in counts], [rows[key] for key in self._map.keys[:-1]])
 
     @property
     def counts(self) -> list[list[int]]:

@@ -168,6 +168,8 @@ class Engine:
         if training and not schedule.sends_again:
             self._experts[place] = stage
         self._clock.compute(action, self._began, arrived, arrivals.counts)
+        if not training:
+            self._carrier.computed(place)
         self._send(sending, outputs, arrivals)
 
     def _head(self, action: Action) -> None:
@@ -195,6 +197,7 @@ class Engine:
         gradients = stage.backward(arrivals.group(given))
         rows = arrivals.ungroup_weighted(*gradients, self._wide(sending, arrivals.rows))
         self._clock.compute(action, self._began, arrived, arrivals.counts)
+        self._carrier.computed(place)
         self._send(sending, rows, arrivals)
 
     def _attention_backward(self, action: Action) -> None:

@@ -3,8 +3,8 @@ summed there (as DeepSeek's DeepEP does it between nodes).
 
 Fewer rows travel, the more experts a rank hosts; in return hosts copy every row once for each of its experts, which
 they need not where rows of one source come sorted by expert. A row's tail has k combine weights and k experts, as
-numbered at the rank that it goes to, or -1: each choice has its place, so that the sum over ranks of what comes back is
-the gradient of all weights.
+numbered at the rank that it goes to: each choice has its place, so that the sum over ranks of what comes back is the
+gradient of all weights. Numbers count from 1 (0: another rank's), in digits that every precision holds.
 """
 
 from bisect import bisect_right
@@ -17,7 +17,7 @@ from hetermoe_cli.runtime.dispatcher import CPU, Arrivals, LayerMap, Routing, Si
 from hetermoe_cli.runtime.slots import Slots
 from hetermoe_cli.spec.layout import Layout
 
-_ELSEWHERE = -1
+_DIGIT = 256  # bf16 holds integers up to here
 
 
 class DeviceMap(LayerMap):
@@ -26,49 +26,50 @@ class DeviceMap(LayerMap):
     def __init__(self, layout: Layout, layer: int, rank: int, top_k: int, device: torch.device = CPU) -> None:
         super().__init__(layout, layer, rank, device)
         self.top_k = top_k
+        most = max(
+            len(layout.local_experts(layer, each)) for layer in range(layout.layers) for each in range(self.world_size)
+        )
+        self.digits = 1 if most <= _DIGIT else 2
         targets = [bisect_right(self.bounds, key) - 1 for key in self.keys]
         local = [key - self.bounds[target] for key, target in zip(self.keys, targets, strict=True)]
-        self._target = torch.tensor([*targets[:-1], self.world_size], device=device)
-        self._local = torch.tensor([*local[:-1], _ELSEWHERE], device=device)
+        self._target = torch.tensor([*targets[:-1], self.world_size], dtype=torch.int32, device=device)
+        self._number = torch.tensor([*(1 + place for place in local[:-1]), 0], dtype=torch.int32, device=device)
         self._ranks = torch.arange(self.world_size + 1, device=device)
 
     @property
     def tail(self) -> int:
-        """Weights and experts."""
-        return 2 * self.top_k
+        """Weights, and digits of experts."""
+        return (1 + self.digits) * self.top_k
 
     def route(self, experts: Tensor) -> "DeviceRouting":
         """Plan the sending: of a token's choices on one rank the first stands for all."""
-        targets, local = self._target[experts], self._local[experts]
+        targets, numbers = self._target[experts], self._number[experts]
         earlier = (targets[:, :, None] == targets[:, None, :]).tril(-1).any(dim=-1)
         ranks, order = targets.masked_fill(earlier, self.world_size).flatten().sort(stable=True)
         keys = self._key[experts.flatten()].sort().values
         rows = (torch.searchsorted(found, marks).diff() for found, marks in ((keys, self._marks), (ranks, self._ranks)))
-        return DeviceRouting(order, targets, local, torch.cat([*rows]), self)
+        return DeviceRouting(order, targets, numbers, torch.cat([*rows]), self)
 
     def arrivals(self, told_by_source: Mapping[int, list[int]], device: torch.device = CPU) -> "DeviceArrivals":
         """Plan the grouping; the rows themselves tell which experts they are for."""
         table = self.table({source: told[:-1] for source, told in told_by_source.items()})
         sizes = [told_by_source.get(source, [0])[-1] for source in range(self.world_size)]
-        return DeviceArrivals([sum(column) for column in zip(*table, strict=True)], sizes, self.top_k)
+        return DeviceArrivals([sum(column) for column in zip(*table, strict=True)], sizes, self.top_k, self.digits)
 
 
 class DeviceRouting(Routing):
     """Sending side: a slot stands for all choices of its token that go where it goes."""
 
-    def __init__(self, order: Tensor, targets: Tensor, local: Tensor, rows: Tensor, layer_map: DeviceMap) -> None:
-        """targets and local [T, k]: every choice's rank and number there; rows: how many choices go to each expert,
+    def __init__(self, order: Tensor, targets: Tensor, numbers: Tensor, rows: Tensor, layer_map: DeviceMap) -> None:
+        """targets and numbers [T, k]: every choice's rank and number there; rows: how many choices go to each expert,
         in sending order, then how many rows to each rank."""
         super().__init__(order, targets.shape[1], rows, layer_map)
-        self._targets, self._local = targets, local
+        self._targets, self._numbers, self._digits = targets, numbers, layer_map.digits
         if order.device.type == "cpu":
             self.most = sum(self.sizes)  # elsewhere the host does not know it yet
 
-    def _sizes(self) -> Sizes:
-        if self._host is None:
-            ranks = self._fetched.wait()[-self._map.world_size :].tolist()
-            self._host = super()._sizes()._replace(per_target=ranks)
-        return self._host
+    def _sizes_of(self, rows: list[int]) -> Sizes:
+        return super()._sizes_of(rows)._replace(per_target=rows[-self._map.world_size :])
 
     def told(self, target: int) -> list[int]:
         """Rows for every expert there, and all rows."""
@@ -83,11 +84,13 @@ class DeviceRouting(Routing):
     def gather_weighted(self, rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
         """rows [T, H] and weights [T, k] -> [most, H + tail] in sending order, in `out`."""
         width, k = rows.shape[1], self.top_k
-        self.gather(rows, out[:, :width])
-        targets = self._targets[self.tokens]
-        elsewhere = targets != self._targets.flatten()[self.order[: self.most], None]
-        out[:, width : width + k] = weights[self.tokens].masked_fill_(elsewhere, 0)
-        out[:, width + k : width + 2 * k] = self._local[self.tokens].masked_fill_(elsewhere, _ELSEWHERE)
+        tokens = self.tokens()
+        torch.index_select(rows, 0, tokens, out=out[:, :width])
+        elsewhere = self._targets[tokens] != self._targets.flatten()[self.order[: self.most], None]
+        numbers = self._numbers[tokens].masked_fill_(elsewhere, 0)
+        digits = [numbers] if self._digits == 1 else [numbers % _DIGIT, numbers // _DIGIT]
+        for place, part in enumerate([weights[tokens].masked_fill_(elsewhere, 0), *digits]):
+            out[:, width + place * k : width + (place + 1) * k] = part
         return out
 
     def gradients(self, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -104,9 +107,9 @@ class DeviceArrivals(Arrivals):
 
     slots: Slots
 
-    def __init__(self, counts: list[int], sizes: list[int], top_k: int) -> None:
+    def __init__(self, counts: list[int], sizes: list[int], top_k: int, digits: int = 1) -> None:
         super().__init__(None, counts, sizes)
-        self._top_k, self._sorted = top_k, False
+        self._top_k, self._digits, self._sorted = top_k, digits, False
 
     def take(self) -> "DeviceArrivals":
         """Use it on the current stream, the one that sorts."""
@@ -116,8 +119,10 @@ class DeviceArrivals(Arrivals):
         """[D, H + tail] by source -> rows [M, H] and weights [M] by expert."""
         k = self._top_k
         if not self._sorted:
-            experts = rows[:, width + k : width + 2 * k].flatten().int()
-            order = experts.masked_fill_(experts == _ELSEWHERE, len(self.counts)).sort(stable=True).indices
+            numbers = rows[:, width + k : width + 2 * k].flatten().int()
+            if self._digits > 1:
+                numbers += _DIGIT * rows[:, width + 2 * k : width + 3 * k].flatten().int()
+            order = numbers.masked_fill_(numbers == 0, 1 + len(self.counts)).sort(stable=True).indices
             self.slots, self._sorted = Slots(order, k, sum(self.counts)), True
         weights = rows[:, width : width + k].flatten().index_select(0, self.slots.order[: self.slots.most])
         return self.group(rows[:, :width]), weights

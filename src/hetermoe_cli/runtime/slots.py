@@ -3,8 +3,6 @@
 T = tokens or rows that came, k = choices of each, H = hidden size.
 """
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -28,14 +26,13 @@ class Slots:
         self.order, self.top_k = order, top_k
         self.most = len(order) if most is None else most
 
-    @cached_property
     def tokens(self) -> Tensor:
         """[most] whose row is copied."""
         return self.order[: self.most] // self.top_k
 
     def gather(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """rows [T, H] -> [most, H] in sending order, in `out` if that is given."""
-        return torch.index_select(rows, 0, self.tokens, out=out)
+        return torch.index_select(rows, 0, self.tokens(), out=out)
 
     def gather_weighted(self, rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
         """rows [T, H] and weights [T, k] -> [most, H + tail] in sending order, each with its weight, in `out`."""
