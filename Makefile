@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal $(addprefix --deselect ,$(ALONE))
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(addprefix --deselect ,$(ALONE))
 	$(BIN)/python -m pytest $(ALONE)
 
 lint: $(VENV)/installed
