@@ -8,14 +8,17 @@ ALONE := tests/dist/test_balancer.py tests/dist/test_common_moment.py tests/dist
 	test_an_interrupt_on_one_node_stops_and_saves_on_all) \
 	tests/cli/test_train_cmd.py::test_dead_worker_ends_the_run_with_its_error
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-long lint bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(addprefix --deselect ,$(ALONE))
-	$(BIN)/python -m pytest $(ALONE)
+	$(BIN)/python -m pytest -m "not long" --numprocesses 2 --dist worksteal $(addprefix --deselect ,$(ALONE))
+	$(BIN)/python -m pytest -m "not long" $(ALONE)
+
+test-long: $(VENV)/installed
+	$(BIN)/python -m pytest -m long --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check

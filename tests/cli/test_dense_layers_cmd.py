@@ -69,6 +69,7 @@ def test_it_is_profiled_planned_and_trained(folder: Path, tmp_path: Path) -> Non
     assert [line["loss"] for line in events(tmp_path / "half", "step")] == losses[STEPS // 2 :]
 
 
+@pytest.mark.long
 def test_it_is_emulated(folder: Path, tmp_path: Path) -> None:
     plan(folder, folder / "profiles", tmp_path / "plan.yaml")
     given = ("--run-folder", tmp_path / "run", "--data", folder / "corpus.txt", "--emulate", "--steps", 2)
@@ -77,6 +78,7 @@ def test_it_is_emulated(folder: Path, tmp_path: Path) -> None:
     assert "dense_layers: 1" in (tmp_path / "run/run.yaml").read_text().split("executed:")[1]
 
 
+@pytest.mark.long
 def test_a_profile_of_the_model_without_it_is_refused(folder: Path, tmp_path: Path) -> None:
     dump(MODEL.model_copy(update={"dense_layers": 0, "dense_ffn_size": 0}), tmp_path / "plain.yaml")
     profile(tmp_path / "plain.yaml", tmp_path / "profiles")

@@ -96,6 +96,7 @@ def test_the_precision_is_that_of_a_training_spec_or_a_cpu(
     assert TrainSpec(sequence_length=1, global_batch_sequences=1).precision == "fp16"
 
 
+@pytest.mark.long
 def test_other_shapes_are_kept_and_the_same_shape_is_replaced(cli: Cli, tmp_path: Path) -> None:
     arguments = [*SMALL_RUN, "--no-network", "--output", str(tmp_path)]
     assert cli(*arguments)[0] == 0

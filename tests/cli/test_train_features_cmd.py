@@ -71,6 +71,7 @@ def test_masked_documents_and_capacity_resume_bit_exact_and_under_another_layout
     assert loads.max() <= 2 * 12  # two sequences a micro-batch, 0.75 * 32 * 2 / 4 rows each
 
 
+@pytest.mark.long
 def test_masked_documents_are_another_run_than_joined_ones_and_a_router_another_model(
     text: Path, tmp_path: Path
 ) -> None:

@@ -106,6 +106,7 @@ def resumed(plan_file: Path, source: Path, folder: Path, text: Path) -> list[flo
     return losses(folder)
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_several_groups_goes_on_in_one_and_back(text: Path, tmp_path: Path) -> None:
     """Groups of other layouts, with an expert that one of them replicates; losses do not depend on the plan."""
     plans = {
@@ -208,7 +209,7 @@ def test_bench_compares_groups_with_one(hetermoe: Hetermoe, text: Path, tmp_path
     assert groups["measured_seconds"] > 0
 
 
-@pytest.mark.parametrize("pair", [PAIR, SHARED], ids=["replicated", "full"])
+@pytest.mark.parametrize("pair", [pytest.param(PAIR, marks=pytest.mark.long), SHARED], ids=["replicated", "full"])
 def test_groups_are_emulated(text: Path, tmp_path: Path, pair: Layout) -> None:
     """Also where one shards all of its dense part and the other keeps it."""
     link = Link(bandwidth_gigabytes_per_second=1e-4, latency_microseconds=1e2)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 import train_command
@@ -65,6 +66,7 @@ def test_bf16_trains_without_a_loss_scale(tmp_path: Path, text: Path) -> None:
     assert "loss_scale" not in read_manifest(tmp_path / f"run/checkpoints/step-{STEPS:08d}").extra
 
 
+@pytest.mark.long
 def test_fp16_resumes_bit_exactly_with_its_loss_scale(tmp_path: Path, text: Path) -> None:
     plan, whole, half = plan_file(tmp_path, "fp16"), tmp_path / "whole", tmp_path / "half"
     train(plan, whole, text, "--checkpoint-every", 4)

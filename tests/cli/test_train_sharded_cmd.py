@@ -36,6 +36,7 @@ def plan(hetermoe: Hetermoe, folder: Path, precision: Precision, state: DenseSta
     return folder / "plan.yaml"
 
 
+@pytest.mark.long
 def test_trains_and_resumes_bit_exactly_and_under_a_plan_that_shards_nothing(
     hetermoe: Hetermoe, text: Path, tmp_path: Path
 ) -> None:

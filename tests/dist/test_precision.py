@@ -117,6 +117,7 @@ def test_attention_and_expert_rank_learn_as_one_process(single: dict[str, np.nda
             assert np.array_equal(losses, single[name])
 
 
+@pytest.mark.long
 def test_attending_ranks_of_several_precisions_keep_equal_masters(single: dict[str, np.ndarray]) -> None:
     cases = [Case("fp16", ranks=("fp16", "bf16"), **BOTH), Case("bf16", ranks=("fp32", "fp16"), **BOTH)]
     first, second = run_workers(2, curves, cases)

@@ -55,7 +55,10 @@ GROUP_CASES = {
         [SPREAD, hosts(ALL)],
     ),
 }
-GROUP_STATES = [(name, state) for name in GROUP_CASES for state in ("replicated", "optimizer", "full")]
+GROUP_STATES = [
+    *((name, state) for name in GROUP_CASES for state in ("replicated", "full")),
+    *(pytest.param(name, "optimizer", marks=pytest.mark.long) for name in GROUP_CASES),
+]
 MOVED_AFTER = 1  # steps
 
 

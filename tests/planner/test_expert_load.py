@@ -79,6 +79,7 @@ def test_memory_is_never_exceeded(seed: int) -> None:
 
 @settings(max_examples=5)
 @given(st.integers(0, 10**6))
+@pytest.mark.long
 def test_an_even_load_changes_nothing(seed: int) -> None:
     inputs = instance(seed).model_copy(update={"expert_load": None})
     even = with_load(inputs, [[7.0] * inputs.model.experts] * inputs.model.layers)

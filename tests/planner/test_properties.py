@@ -105,6 +105,7 @@ def test_memory_is_never_exceeded(instance: dict[str, float], megabytes: int) ->
 
 @settings(max_examples=6)
 @given(instances, st.sampled_from([0.1, 7.0]))
+@pytest.mark.long
 def test_scaling_all_costs_scales_the_time(instance: dict[str, float], scale: float) -> None:
     plan, scaled = make_plan(build(**instance), OPTIONS), make_plan(build(**instance, scale=scale), OPTIONS)  # type: ignore[arg-type]
     allowed = GAP + plan.gap + scaled.gap
@@ -121,6 +122,7 @@ def test_the_order_of_the_devices_does_not_matter(instance: dict[str, float]) ->
 
 @settings(max_examples=6)
 @given(instances, st.sampled_from(["news", "olds"]))
+@pytest.mark.long
 def test_one_more_device_is_never_slower(instance: dict[str, float], more: str) -> None:
     """Up to 8 devices the search is over single devices, and leaving one out is legal."""
     plan = make_plan(build(**instance), OPTIONS)  # type: ignore[arg-type]

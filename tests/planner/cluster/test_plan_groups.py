@@ -76,6 +76,7 @@ def test_small_clusters_have_one_group_unless_more_are_asked_for() -> None:
     assert plan.max_groups == 1
 
 
+@pytest.mark.long
 def test_groups_never_make_the_plan_slower() -> None:
     inputs = fleet([("new", 1, 2), ("old", 1, 2)], bandwidth=SLOW)
     # each solves for one group to the end (3 s, quiet): two searches that are cut off need not agree
