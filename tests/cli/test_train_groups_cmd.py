@@ -69,7 +69,7 @@ def planned(hetermoe: Hetermoe, folder: Path) -> Plan:
     return load(Plan, folder / "plan.yaml")
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["planned", "full"])
+@pytest.mark.parametrize("full", [pytest.param(False, marks=pytest.mark.long), True], ids=["planned", "full"])
 def test_several_groups_are_trained_and_told_of(hetermoe: Hetermoe, text: Path, tmp_path: Path, full: bool) -> None:
     """Those of a plan, and two that shard all of their dense part."""
     plan_file, folder = tmp_path / "plan.yaml", tmp_path / "run"
@@ -209,7 +209,8 @@ def test_bench_compares_groups_with_one(hetermoe: Hetermoe, text: Path, tmp_path
     assert groups["measured_seconds"] > 0
 
 
-@pytest.mark.parametrize("pair", [pytest.param(PAIR, marks=pytest.mark.long), SHARED], ids=["replicated", "full"])
+@pytest.mark.long
+@pytest.mark.parametrize("pair", [PAIR, SHARED], ids=["replicated", "full"])
 def test_groups_are_emulated(text: Path, tmp_path: Path, pair: Layout) -> None:
     """Also where one shards all of its dense part and the other keeps it."""
     link = Link(bandwidth_gigabytes_per_second=1e-4, latency_microseconds=1e2)

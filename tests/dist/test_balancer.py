@@ -209,7 +209,7 @@ def test_nothing_moves_and_nothing_is_told_twice_where_experts_cost_nothing(tmp_
     assert 1 <= len(decided) == len(events(tmp_path / "moving", "drift")) < STEPS // EVERY
 
 
-@pytest.mark.parametrize("plan", [one_group, two_groups])
+@pytest.mark.parametrize("plan", [one_group, pytest.param(two_groups, marks=pytest.mark.long)])
 def test_an_emulated_run_goes_on_with_one_clock(tmp_path: Path, plan: Callable[[float], Plan]) -> None:
     """Emulated devices are as fast as profiled, whatever this machine does; spans of all steps are kept."""
     run = make_run(tmp_path / "moving", rebalance=True, emulate=True, plan=plan)

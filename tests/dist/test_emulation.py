@@ -98,11 +98,11 @@ def rows_by_rank(sent: list[Sent], step: int, scale: float, layer: int, micro_ba
     ("sequences", "hosted", "state", "dispatch"),
     [
         ((1, 0), (0, 4), "replicated", "per_expert"),
-        ((2, 1), (1, 2), "replicated", "per_expert"),
+        pytest.param((2, 1), (1, 2), "replicated", "per_expert", marks=pytest.mark.long),
         ((1, 1, 0, 0), (0, 0, 2, 2), "replicated", "per_expert"),
         ((1, 1, 0, 0), (1, 0, 1, 2), "replicated", "per_device"),
         ((2, 1), (1, 2), "full", "per_device"),
-        ((1, 1, 0), (0, 0, 4), "full", "per_expert"),
+        pytest.param((1, 1, 0), (0, 0, 4), "full", "per_expert", marks=pytest.mark.long),
     ],
     ids=str,
 )

@@ -107,6 +107,7 @@ def test_one_process_learns_as_in_fp32(single: dict[str, np.ndarray]) -> None:
         check(single[name], single["fp32"])
 
 
+@pytest.mark.long
 def test_attention_and_expert_rank_learn_as_one_process(single: dict[str, np.ndarray]) -> None:
     mixed = Case("bf16", ranks=("bf16", "fp16"))
     first, second = run_workers(2, curves, [Case("bf16"), Case("fp16"), mixed])

@@ -36,6 +36,7 @@ NAMES = [
 STATES = [(name, "replicated") for name in NAMES]
 STATES += [(name, state) for name in NAMES[2:4] for state in ("optimizer", "full")]
 STATES += [(name, "full") for name in ("2+1 uneven sequences", "EP 2 between, interleaved", "left out")]
+ORDERED = [pytest.param(False, marks=pytest.mark.long), True]  # both ways over groups in any case
 DTYPES = {"torch.float64": "fp64", "torch.int64": "int64"}
 
 
@@ -102,8 +103,8 @@ def expected(calls: list[Call], world: World, rank: int, counts: list[np.ndarray
     return result
 
 
-@pytest.mark.parametrize("ordered", [False, True], ids=["lanes", "ordered"])
 @pytest.mark.parametrize(("name", "state"), STATES)
+@pytest.mark.parametrize("ordered", ORDERED, ids=["lanes", "ordered"])
 def test_the_engine_calls_what_was_derived(name: str, state: str, ordered: bool) -> None:
     check_calls(CASES[name], in_state(CASES[name].layout, state), ordered)
 
@@ -117,8 +118,8 @@ def test_groups_call_what_was_derived(name: str, state: str, ordered: bool) -> N
     check_calls(case, case.layout, ordered)
 
 
-@pytest.mark.parametrize("ordered", [False, True], ids=["lanes", "ordered"])
 @pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("ordered", ORDERED, ids=["lanes", "ordered"])
 def test_groups_gather_among_their_own(name: str, ordered: bool) -> None:
     check_calls(FULL[name], in_state(FULL[name].layout, "full"), ordered)
 

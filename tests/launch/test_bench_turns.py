@@ -15,6 +15,8 @@ from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.plan import Plan
 from run_builders import measured_plan
 
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("ep", "gather_squeeze")]
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -90,10 +92,7 @@ def test_emulation_takes_any_plans_and_says_what_differs(folder: Folder) -> None
     assert "compare tokens/s" in said[1]
 
 
-@pytest.mark.parametrize(
-    "assignment",
-    [*(pytest.param(name, marks=pytest.mark.long) for name in ("ep", "gather_squeeze")), "dist_ep", "hetero_ep"],
-)
+@pytest.mark.parametrize("assignment", [*LONG, "dist_ep", "hetero_ep"])
 def test_a_baseline_is_a_plan_that_the_engine_takes(folder: Folder, assignment: str) -> None:
     inputs = make_inputs((("new", 2), ("old", 2)), global_batch_sequences=8)
     layout = RIVALS[assignment](CostModel(inputs), 8).layout

@@ -114,6 +114,7 @@ def test_scaling_all_costs_scales_the_time(instance: dict[str, float], scale: fl
 
 @settings(max_examples=6)
 @given(instances)
+@pytest.mark.long
 def test_the_order_of_the_devices_does_not_matter(instance: dict[str, float]) -> None:
     plan, turned = make_plan(build(**instance), OPTIONS), make_plan(build(**instance, old_first=True), OPTIONS)  # type: ignore[arg-type]
     allowed = GAP + plan.gap + turned.gap

@@ -14,6 +14,7 @@ from hetermoe_cli.spec.files import load
 from hetermoe_cli.spec.plan import Plan
 
 
+@pytest.mark.long
 def test_held_out_plans(tmp_path: Path) -> None:
     files = emulated_plans.held_out(tmp_path / "one", 6, seed=1)
     again = emulated_plans.held_out(tmp_path / "two", 6, seed=1)
