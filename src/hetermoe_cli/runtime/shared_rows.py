@@ -34,7 +34,7 @@ class DeviceMap(LayerMap):
         local = [key - self.bounds[target] for key, target in zip(self.keys, targets, strict=True)]
         self._target = torch.tensor([*targets[:-1], self.world_size], dtype=torch.int32, device=device)
         self._number = torch.tensor([*(1 + place for place in local[:-1]), 0], dtype=torch.int32, device=device)
-        self._ranks = torch.arange(self.world_size + 1, device=device)
+        self._before = torch.ones(top_k, top_k, dtype=torch.bool, device=device).tril(-1)
 
     @property
     def tail(self) -> int:
@@ -44,17 +44,22 @@ class DeviceMap(LayerMap):
     def route(self, experts: Tensor) -> "DeviceRouting":
         """Plan the sending: of a token's choices on one rank the first stands for all."""
         targets, numbers = self._target[experts], self._number[experts]
-        earlier = (targets[:, :, None] == targets[:, None, :]).tril(-1).any(dim=-1)
-        ranks, order = targets.masked_fill(earlier, self.world_size).flatten().sort(stable=True)
-        keys = self._key[experts.flatten()].sort().values
-        rows = (torch.searchsorted(found, marks).diff() for found, marks in ((keys, self._marks), (ranks, self._ranks)))
-        return DeviceRouting(order, targets, numbers, torch.cat([*rows]), self)
+        repeats = ((targets[:, :, None] == targets[:, None, :]) & self._before).any(dim=-1)
+        ranks = targets.masked_fill(repeats, self.world_size).flatten()
+        by_expert = _counts(self._key[experts.flatten()], len(self.keys))[: self.bounds[-1]]
+        rows = torch.cat([by_expert, _counts(ranks.long(), self.world_size + 1)[:-1]])
+        return DeviceRouting(ranks.sort(stable=True).indices, targets, numbers, rows, self)
 
     def arrivals(self, told_by_source: Mapping[int, list[int]], device: torch.device = CPU) -> "DeviceArrivals":
         """Plan the grouping; the rows themselves tell which experts they are for."""
         table = self.table({source: told[:-1] for source, told in told_by_source.items()})
         sizes = [told_by_source.get(source, [0])[-1] for source in range(self.world_size)]
         return DeviceArrivals([sum(column) for column in zip(*table, strict=True)], sizes, self.top_k, self.digits)
+
+
+def _counts(values: Tensor, kinds: int) -> Tensor:
+    """[kinds] how often each number comes; unlike bincount without waiting for the device."""
+    return values.new_zeros(kinds).scatter_add_(0, values, torch.ones_like(values))
 
 
 class DeviceRouting(Routing):
