@@ -285,7 +285,7 @@ def loads_compiler(rank: int, case: Case) -> bool:
 
 
 def test_no_rank_loads_torchs_compiler() -> None:
-    """A second and 55 MB of every worker, and as long for sympy."""
+    """A second and 55 MB of every worker; half as much for sympy."""
     assert run_workers(2, loads_compiler, CASES["1+1 R=2"]) == [False, False]
 
 

@@ -159,7 +159,7 @@ class Parts(nn.Module):
         """Put modules that were made on the meta device on this one, without memory; `initialise` will fill them, by
         name.
 
-        Module.to_empty would load sympy for a tensor's strides: more than a second of every worker's start.
+        Module.to_empty would load sympy for a tensor's strides (model/seed.py).
         """
         for module in self.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
