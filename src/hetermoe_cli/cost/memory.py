@@ -9,7 +9,7 @@ from hetermoe_cli.spec.layout import ScheduleChoice
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.plan import Memory
 from hetermoe_cli.spec.profile import BYTES_PER_ELEMENT
-from hetermoe_cli.spec.train import DenseState, Recompute, TrainSpec
+from hetermoe_cli.spec.train import TrainSpec
 
 _WIDE_BYTES = 4  # what gradients of fp16 and bf16 are added up in
 
@@ -22,18 +22,6 @@ class MemoryModel:
     train: TrainSpec
     row_bytes: int  # of a token's row
     groups: int = 1  # that train side by side, as far as is known, and share out their states if this one does
-
-    def schedule(
-        self, micro_batches: int, window: int, recompute: Recompute, dense_state: DenseState
-    ) -> ScheduleChoice:
-        """In the default order, with the training spec's dispatch."""
-        return ScheduleChoice(
-            micro_batches=micro_batches,
-            window=window,
-            recompute=recompute,
-            dense_state=dense_state,
-            dispatch=self.train.dispatch,
-        )
 
     def rows_per_expert(self, sequences: float) -> float:
         """Rows that each expert gets from `sequences` sequences under a balanced router."""

@@ -15,12 +15,13 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.layout import ScheduleChoice
 from hetermoe_cli.spec.plan import Inputs
 from hetermoe_cli.spec.profile import BYTES_PER_ELEMENT, AttentionPoint
+from hetermoe_cli.spec.train import DenseState, Recompute
 
 
 class CostModel(MemoryModel):
     """Costs of one model and training spec on the devices of one cluster. All methods are pure.
 
-    T = tokens; row = one token copy for one expert. It travels, unless a token goes once per device (shared_rows.py).
+    T = tokens; row = a token's copy for one expert. Each travels, or a token once per device (cost/shared_rows.py).
     `groups` as of MemoryModel.
     """
 
@@ -51,6 +52,18 @@ class CostModel(MemoryModel):
             memory_bytes=profile.memory_bytes,
             framework_bytes=profile.framework_bytes,
             on_cpu=profile.accelerator == "cpu",
+        )
+
+    def schedule(
+        self, micro_batches: int, window: int, recompute: Recompute, dense_state: DenseState
+    ) -> ScheduleChoice:
+        """In the default order, with the training spec's dispatch."""
+        return ScheduleChoice(
+            micro_batches=micro_batches,
+            window=window,
+            recompute=recompute,
+            dense_state=dense_state,
+            dispatch=self.train.dispatch,
         )
 
     @property

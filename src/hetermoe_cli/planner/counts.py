@@ -83,16 +83,10 @@ def _port_bytes(rates: Rates, port: Port, counts: Counts) -> FloatArray:
     weights, travelling = np.array(port.bytes_per_expert), rates.cost.travelling
     most, least = travelling(counts.hosted), travelling(counts.hosted - (counts.spare > 0))
     load: FloatArray = most @ np.maximum(weights, 0) + least @ np.minimum(weights, 0)
-    return load + port.source_bytes * _travelling(rates, counts, most, least) if port.source_bytes else load
-
-
-def _travelling(rates: Rates, counts: Counts, most: FloatArray, least: FloatArray) -> FloatArray:
-    """[..., layers] experts whose rows are as many as travel: those that are hosted, or fewer."""
-    if rates.choice.schedule.dispatch == "per_expert":
-        return np.asarray(rates.experts - counts.replicated, dtype=np.float64)
-    sizes = np.array([c.count for c in rates.classes])
-    result: FloatArray = (most * (sizes - counts.spare) + least * counts.spare).sum(-1)
-    return result
+    if port.source_bytes:  # all that travels
+        sizes = np.array([c.count for c in rates.classes])
+        load = load + port.source_bytes * (most * (sizes - counts.spare) + least * counts.spare).sum(-1)
+    return load
 
 
 def _holds(rates: Rates, hosts: NDArray[np.bool_], condition: Condition) -> NDArray[np.bool_]:

@@ -26,10 +26,7 @@ class DeviceMap(LayerMap):
     def __init__(self, layout: Layout, layer: int, rank: int, top_k: int, device: torch.device = CPU) -> None:
         super().__init__(layout, layer, rank, device)
         self.top_k = top_k
-        most = max(
-            len(layout.local_experts(layer, each)) for layer in range(layout.layers) for each in range(self.world_size)
-        )
-        self.digits = 1 if most <= _DIGIT else 2
+        self.digits = 1 if layout.experts <= _DIGIT else 2
         targets = [bisect_right(self.bounds, key) - 1 for key in self.keys]
         local = [key - self.bounds[target] for key, target in zip(self.keys, targets, strict=True)]
         self._target = torch.tensor([*targets[:-1], self.world_size], dtype=torch.int32, device=device)
