@@ -27,7 +27,7 @@ class Balancer:
     def after(self, done: int, result: StepResult) -> None:
         """Collective, after `done` steps of the run, of which this was not the last; `run` says what is in force."""
         self._monitor.watch(done - 1, result, self._trainer)
-        if not self.run.drift_every or done % self.run.drift_every:
+        if done % self.run.drift_every:
             return
         began, change = time.monotonic(), None
         if measured := self._monitor.compare():
