@@ -56,28 +56,34 @@ BAD_CASE = Point("mixtral-d1", "a40x4-v100x3", 32, 4)
 def sample(point: Point, time_limit: float) -> dict[str, Any]:
     """Figures of one plan; speed-ups are null where a rival does not fit.
 
-    `ep_ideal_ruled_out`: the bound proves that no layout of the searched space is as fast as EP (Ideal).
+    `gap`: of the best plan of one group to the bound on these. `ep_ideal_ruled_out`: that bound proves that none of
+    them is as fast as EP (Ideal).
     """
     began = time.monotonic()
     plan = point.plan(time_limit)
     seconds = plan.predicted.iteration_seconds
+    alone = plan.one_group.iteration_seconds if plan.one_group else seconds
+    bound = (plan.one_group or plan).bound.iteration_seconds
+    gap = max(0.0, 1 - bound / alone)
     rivals = {name: rival.iteration_seconds for name, rival in plan.baselines.items()}
     result = {
         "model": point.model,
         "cluster": point.cluster,
         "length": point.length,
         "iteration_seconds": seconds,
+        "groups": plan.group_count,
+        "one_group_seconds": alone,
         "schedule": str(plan.groups[0].schedule),
         "speed_up": {name: None if value is None else value / seconds for name, value in rivals.items()},
-        "gap": plan.gap,
+        "gap": gap,
         "work_gap": max(0.0, 1 - plan.bound.work_iteration_seconds / seconds),
-        "ep_ideal_ruled_out": bool(rivals["ep_ideal"] and rivals["ep_ideal"] < plan.bound.iteration_seconds),
+        "ep_ideal_ruled_out": bool(rivals["ep_ideal"] and rivals["ep_ideal"] < bound),
         "status": plan.solver.status,
         "seconds": time.monotonic() - began,
     }
     ratios = " ".join(f"{name} {value:.3f}" for name, value in result["speed_up"].items() if value)
     print(
-        f"{point.model} {point.cluster} {point.length}K: {seconds:.4f} s, gap {plan.gap:.2%}, "
+        f"{point.model} {point.cluster} {point.length}K: {seconds:.4f} s, {plan.group_count} group(s), gap {gap:.2%}, "
         f"work gap {result['work_gap']:.1%}, {result['seconds']:.1f} s; {ratios}"
         + "; EP (Ideal) ruled out"
         * result["ep_ideal_ruled_out"],
@@ -105,7 +111,9 @@ def judged(samples: list[dict[str, Any]], bad: dict[str, Any]) -> list[bars.Bar]
         bars.at_least("speed-up over EP (Ideal), mean of C1, C2", mean(v for c, v in ideal if c[0] == "c"), 1.07),
         bars.at_least("speed-up over EP (Ideal), least of the grid", min(v for _, v in ideal), 1.0),
         bars.at_least("speed-up over EP (Ideal), 4 A40 : 3 V100, D1, 4K", bad["speed_up"]["ep_ideal"], 1.05),
-        bars.at_most("gap to the bound in the default order, largest", max(s["gap"] for s in samples), 0.01),
+        bars.at_most(
+            "gap of one group to the bound in the default order, largest", max(s["gap"] for s in samples), 0.01
+        ),
         bars.at_most("gap to perfectly divisible work, mean", mean(s["work_gap"] for s in samples), 0.06),
     ]
     return found

@@ -11,6 +11,7 @@ from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner import ilp, search
 from hetermoe_cli.planner.choice import ALL, Choice
+from hetermoe_cli.planner.cluster.objective import Wanted
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.prepared import Prepared
 from hetermoe_cli.planner.solver import Run, SolverOptions
@@ -19,7 +20,7 @@ from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.layout import ExpertOrder, LayerPlacement, TransferOrder
 from hetermoe_cli.spec.plan import Inputs
 
-OPTIONS = PlanOptions(solver=SolverOptions(time_limit=10.0))
+OPTIONS = PlanOptions(solver=SolverOptions(time_limit=10.0), wanted=Wanted(most_groups=1))
 GAP = OPTIONS.solver.relative_gap
 
 

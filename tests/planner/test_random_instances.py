@@ -11,6 +11,7 @@ from builders import make_schedule
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.baselines import recompute_choices
+from hetermoe_cli.planner.cluster.objective import Wanted
 from hetermoe_cli.planner.deal import number
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.solver import SolverOptions
@@ -59,7 +60,7 @@ def test_equals_brute_force_on_random_instances(seed: int) -> None:
         dense_layers=seed // 24,
     )  # fmt: skip
     best = brute_force(inputs)
-    options = PlanOptions(solver=SolverOptions(relative_gap=GAP))
+    options = PlanOptions(solver=SolverOptions(relative_gap=GAP), wanted=Wanted(most_groups=1))
     if best == inf:
         with pytest.raises(UserError, match="does not fit") as caught:
             make_plan(inputs, options)
@@ -79,7 +80,10 @@ def test_rows_once_per_device(seed: int) -> None:
         rng, devices=rng.choice([2, 3]), layers=1, experts=4, batch=rng.choice([2, 3]), top_k=rng.choice([2, 3]),
         dispatch="per_device",
     )  # fmt: skip
-    best, plan = brute_force(inputs), make_plan(inputs, PlanOptions(solver=SolverOptions(relative_gap=GAP)))
+    best, plan = (
+        brute_force(inputs),
+        make_plan(inputs, PlanOptions(solver=SolverOptions(relative_gap=GAP), wanted=Wanted(most_groups=1))),
+    )
     assert plan.layout.schedule.dispatch == "per_device"
     assert best * (1 - 1e-9) <= plan.predicted.iteration_seconds <= 1.05 * best
     assert plan.predicted.iteration_seconds == pytest.approx(
@@ -97,6 +101,6 @@ def test_equals_brute_force_where_types_share_a_machine(seed: int) -> None:
     ]
     inputs = inputs.model_copy(update={"cluster": inputs.cluster.model_copy(update={"nodes": nodes})})
     best = brute_force(inputs)
-    plan = make_plan(inputs, PlanOptions(solver=SolverOptions(relative_gap=GAP)))
+    plan = make_plan(inputs, PlanOptions(solver=SolverOptions(relative_gap=GAP), wanted=Wanted(most_groups=1)))
     assert best * (1 - 1e-9) <= plan.predicted.iteration_seconds <= best * (1 + 2 * GAP)
     assert plan.bound.iteration_seconds <= best * (1 + 1e-9)

@@ -9,6 +9,7 @@ from hetermoe_cli.cost import CostModel
 from hetermoe_cli.planner import search
 from hetermoe_cli.planner.candidates import Candidate
 from hetermoe_cli.planner.choice import ALL, Choice
+from hetermoe_cli.planner.cluster.objective import Wanted
 from hetermoe_cli.planner.ilp import Model
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.solver import Run, SolverOptions
@@ -39,7 +40,7 @@ def test_a_milp_that_needs_more_time_gets_it(monkeypatch: pytest.MonkeyPatch) ->
             return Run("unknown", inf, -inf, options.time_limit)
         return real(model, options)
 
-    options = PlanOptions(solver=SolverOptions(time_limit=LIMIT, relative_gap=1e-5))
+    options = PlanOptions(solver=SolverOptions(time_limit=LIMIT, relative_gap=1e-5), wanted=Wanted(most_groups=1))
     plan = make_plan(inputs(), options)
     monkeypatch.setattr(search, "PRESSING", 0.0)  # so that several choices share the time
     monkeypatch.setattr(search.ilp, "solve", slow)
@@ -61,7 +62,9 @@ def test_a_milp_is_not_begun_again_with_less_than_it_needs(monkeypatch: pytest.M
 
     monkeypatch.setattr(search, "PRESSING", 1.0)
     monkeypatch.setattr(search.ilp, "solve", unsolved)
-    plan = make_plan(inputs(), PlanOptions(solver=SolverOptions(time_limit=LIMIT, relative_gap=1e-5)))
+    plan = make_plan(
+        inputs(), PlanOptions(solver=SolverOptions(time_limit=LIMIT, relative_gap=1e-5), wanted=Wanted(most_groups=1))
+    )
     assert plan.solver.status == "feasible"
     assert 0.7 * LIMIT < granted[0] < 0.76 * LIMIT
     assert len(set(problems)) == len(problems)
@@ -76,7 +79,7 @@ def test_a_solver_that_gives_up_ends_the_proof(monkeypatch: pytest.MonkeyPatch) 
         asked += 1
         return Run("unknown", inf, -inf, 0.0)
 
-    options = PlanOptions(solver=SolverOptions(time_limit=LIMIT, relative_gap=1e-5))
+    options = PlanOptions(solver=SolverOptions(time_limit=LIMIT, relative_gap=1e-5), wanted=Wanted(most_groups=1))
     best = make_plan(inputs(), options).predicted.iteration_seconds
     monkeypatch.setattr(search.ilp, "solve", useless)
     plan = make_plan(inputs(), options)

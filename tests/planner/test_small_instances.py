@@ -8,6 +8,7 @@ import pytest
 from builders import make_inputs, make_model, make_profile, make_schedule
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.planner.baselines import recompute_choices
+from hetermoe_cli.planner.cluster.objective import Wanted
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.simulator import simulate
@@ -15,7 +16,7 @@ from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
 from hetermoe_cli.spec.plan import Inputs
 
-TIGHT = PlanOptions(solver=SolverOptions(relative_gap=1e-5))
+TIGHT = PlanOptions(solver=SolverOptions(relative_gap=1e-5), wanted=Wanted(most_groups=1))
 
 
 def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:

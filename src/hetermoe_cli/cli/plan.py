@@ -73,8 +73,9 @@ def plan(
         int | None,
         typer.Option(
             min=1,
-            help="Groups that train side by side, each with a full copy of the model.",
-            show_default="1 up to 16 devices, else any number",
+            help="Groups that train side by side, each with a full copy of the model. Up to 16 devices one is planned "
+            "first, and several for half as long.",
+            show_default="any number",
         ),
     ] = None,
     output: Annotated[

@@ -18,6 +18,7 @@ from hetermoe_cli.spec.layout import Layout
 ROUNDS = 60
 UNIFORM = 12
 CLIMBS = 3
+MANY = 12  # layers
 HOPE = 1.15
 
 
@@ -58,9 +59,12 @@ def climb(
 
 
 def _swaps(table: IntArray) -> IntArray:
-    """The same patterns with two different layers exchanged."""
-    result = []
+    """The same patterns with two different layers exchanged; of many layers those that lie 1, 2, 4 ... apart."""
+    result, many = [], len(table) > MANY
     for first, second in combinations(range(len(table)), 2):
+        apart = second - first
+        if many and apart & (apart - 1):
+            continue
         if (table[first] != table[second]).any():
             swapped = table.copy()
             swapped[[first, second]] = table[[second, first]]
@@ -111,17 +115,27 @@ def evaluate(rates: Rates, graph: TaskGraph, table: IntArray) -> FloatArray:
 
 
 def moves_of(rates: Rates) -> IntArray:
-    """Moves of experts in one layer from one place to another: single ones, and whole rows of a class."""
+    """Moves of experts from one place to another: single ones, and whole rows of a class; in one layer, and of many
+    layers also in every second, fourth ... one and in all, as one at a time would take too many rounds."""
     sizes = [c.count for c in rates.classes] + [1]
     moves = []
-    for layer, source, target in product(range(rates.layers), range(len(sizes)), range(len(sizes))):
+    for layers, source, target in product(_layer_sets(rates.layers), range(len(sizes)), range(len(sizes))):
         if source == target:
             continue
         for amount in {1, sizes[source], sizes[target]}:
             move = np.zeros((rates.layers, len(sizes)), dtype=np.int64)
-            move[layer, source], move[layer, target] = -amount, amount
+            move[layers, source], move[layers, target] = -amount, amount
             moves.append(move)
     return np.array(moves)
+
+
+def _layer_sets(layers: int) -> list[slice]:
+    """Single layers, and of many those that lie a power of two apart."""
+    stride, result = 1, [slice(layer, layer + 1) for layer in range(layers)]
+    while layers > MANY and stride < layers:
+        result += [slice(first, None, stride) for first in range(stride)]
+        stride *= 2
+    return result
 
 
 def starts(rates: Rates, mixture: Mixture | None, horizon: float) -> IntArray:

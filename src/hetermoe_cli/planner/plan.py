@@ -3,7 +3,7 @@
 import datetime
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 
 from hetermoe_cli.cost.device import find_table
@@ -13,6 +13,7 @@ from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.baselines import RIVALS, Rival
 from hetermoe_cli.planner.binding import binding, with_runner_ups
 from hetermoe_cli.planner.cluster.explained import with_other_orders
+from hetermoe_cli.planner.cluster.groups import may_split
 from hetermoe_cli.planner.cluster.objective import Wanted, economy
 from hetermoe_cli.planner.cluster.plan_groups import bound_of_groups, plan_groups, wants_groups
 from hetermoe_cli.planner.expert_load import load_notes, under_load
@@ -24,8 +25,10 @@ from hetermoe_cli.planner.solver import SolverOptions, check_available
 from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.explanation import Explanation
-from hetermoe_cli.spec.plan import Assignment, Bound, Group, Inputs, Plan, Prediction, SolverReport
+from hetermoe_cli.spec.plan import Assignment, Bound, Group, Inputs, OneGroup, Plan, Prediction, SolverReport
 from hetermoe_cli.spec.profile import AttentionPoint
+
+BESIDE = 0.5  # of the time limit for several groups that nobody asked for, where one is planned first
 
 
 @dataclass(frozen=True)
@@ -49,26 +52,52 @@ def make_plan(
     if options.assignment != "optimal" and wanted != Wanted():
         raise UserError("--objective, --max-cost and --max-groups go with --assignment optimal: leave one out")
 
-    def several() -> Plan:
-        plan = plan_groups(cost, embed(inputs), options.solver, options.max_micro_batches, wanted, progress)
-        return with_other_orders(plan, options.solver.time_limit) if options.explain else plan
-
     if options.assignment == "optimal" and wants_groups(cost, wanted):
-        return several()
+        return _plan_groups(cost, options, progress)
     plan = _plan_one_group(cost, options, progress)
-    if (wanted.most_groups or 1) == 1 or plan.bound.work_iteration_seconds >= plan.predicted.iteration_seconds:
+    seconds = plan.predicted.iteration_seconds
+    if options.assignment != "optimal" or wanted.most_groups == 1 or plan.bound.work_iteration_seconds >= seconds:
         return plan
+    groups = _groups_beside(cost, options, progress)
+    if groups and groups.predicted.iteration_seconds < seconds:
+        return _chosen(groups, plan)
+    if wanted.most_groups is None:
+        return plan  # with the bound and gap of one group
+    bound = bound_of_groups(cost, options.max_micro_batches, wanted)
+    gap = max(0.0, 1 - bound.iteration_seconds / seconds)
+    return plan.model_copy(update={"max_groups": wanted.most_groups, "bound": bound, "gap": gap})
+
+
+def _plan_groups(cost: CostModel, options: PlanOptions, progress: Callable[[str], None], *, whole: bool = True) -> Plan:
+    limit = options.max_micro_batches
+    plan = plan_groups(cost, embed(cost.inputs), options.solver, limit, options.wanted, progress, whole=whole)
+    return with_other_orders(plan, options.solver.time_limit) if options.explain else plan
+
+
+def _groups_beside(cost: CostModel, options: PlanOptions, progress: Callable[[str], None]) -> Plan | None:
+    """Several groups where one is planned already, if any fit: their layouts are fewer."""
+    if not may_split(cost, options.max_micro_batches, options.wanted):
+        return None
+    share = BESIDE if options.wanted.most_groups is None else 1.0
+    solver = replace(options.solver, time_limit=share * options.solver.time_limit)
     try:
-        groups = several()  # its layouts are fewer, so that none may fit
+        return _plan_groups(cost, replace(options, solver=solver), progress, whole=False)
     except UserError as error:
         if error.code is not ExitCode.DOES_NOT_FIT:
             raise
-    else:
-        if groups.predicted.iteration_seconds < plan.predicted.iteration_seconds:
-            return groups
-    bound = bound_of_groups(cost, options.max_micro_batches, wanted)
-    gap = max(0.0, 1 - bound.iteration_seconds / plan.predicted.iteration_seconds)
-    return plan.model_copy(update={"max_groups": wanted.most_groups, "bound": bound, "gap": gap})
+        return None
+
+
+def _chosen(groups: Plan, one: Plan) -> Plan:
+    """Several groups that are faster than one; with the rivals of both, and what one takes."""
+    rivals = dict(one.baselines)
+    for name, rival in groups.baselines.items():
+        if (rival.iteration_seconds or inf) < (rivals[name].iteration_seconds or inf):
+            rivals[name] = rival
+    solver = groups.solver.model_copy(update={"seconds": one.solver.seconds + groups.solver.seconds})
+    alone = OneGroup(iteration_seconds=one.predicted.iteration_seconds, bound=one.bound)
+    notes = [*groups.notes, f"one group would take {alone.iteration_seconds:.3f} s"]
+    return groups.model_copy(update={"baselines": rivals, "solver": solver, "notes": notes, "one_group": alone})
 
 
 def _plan_one_group(cost: CostModel, options: PlanOptions, progress: Callable[[str], None]) -> Plan:

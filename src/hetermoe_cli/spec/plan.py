@@ -212,11 +212,19 @@ class Inputs(Spec):
         return places[:rank].count(places[rank])
 
 
+class OneGroup(Spec):
+    """The best plan of one group, where several are faster: its seconds, and the bound on all such plans."""
+
+    iteration_seconds: PositiveFloat
+    bound: Bound
+
+
 class Plan(Spec):
     """Groups with their prediction, bounds, memory, baselines, and the inputs with their hashes.
 
     Ranks in no group are left out on purpose; their memory and busy share are zero. `max_groups`: how many groups the
-    search allowed (null: any number).
+    search allowed (null: any number). A plan of one group for a small cluster, where several were not found to be
+    faster, says 1: its bound is of one group.
     """
 
     kind: Literal["plan"] = "plan"
@@ -229,6 +237,7 @@ class Plan(Spec):
     predicted: Prediction
     bound: Bound
     gap: NonNegativeFloat
+    one_group: OneGroup | None = None
     memory: list[Memory]
     baselines: dict[str, Baseline]
     economy: Economy | None = None

@@ -125,3 +125,26 @@ def test_a_point_that_took_groups_for_more_than_there_are_is_looked_for_again() 
     assert again.groups == 2
     curves.refuse((2,), 8, 2)
     assert curves.point((2,), 8) is None
+
+
+def test_states_that_unlike_groups_share_out_are_known_where_a_group_would_not_fit_else() -> None:
+    """One group in each of two nodes of other devices: neither alone holds all optimizer states of its copy."""
+    nodes = [("new", 1, 4), ("old", 1, 4)]
+    points = [
+        Curves(fleet(nodes, memory=memory, dense_state="optimizer"), 16, None).point((4, 0), 8)
+        for memory in (4_000_000, 5_000_000, 6_000_000)
+    ]
+    assert [point and point.groups for point in points] == [None, 2, 1]
+    assert Curves(fleet(nodes, memory=5_000_000, dense_state="optimizer"), 16, 1).point((4, 0), 8) is None
+
+
+def test_a_point_that_took_groups_for_fewer_than_there_are_may_get_better() -> None:
+    """Optimizer states that others hold leave room, so that nothing need run again."""
+    curves = Curves(fleet([("new", 1, 4), ("old", 1, 4)], memory=6_000_000, dense_state="optimizer"), 16, None)
+    alone = curves.point((4, 0), 8)
+    assert alone is not None
+    assert curves.reconsider((4, 0), 8, 2)
+    among = curves.point((4, 0), 8)
+    assert among is not None
+    assert among.seconds < alone.seconds
+    assert not curves.reconsider((4, 0), 8, 2)

@@ -10,7 +10,9 @@ from builders import make_inputs, make_layout, make_model, make_profile
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.cluster.bound import groups_bound
+from hetermoe_cli.planner.cluster.groups import FoundGroups, GroupSearch, may_split
 from hetermoe_cli.planner.cluster.objective import Wanted, least_dollars
+from hetermoe_cli.planner.cluster.plan_groups import _of_one_state
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.replay import overflow
@@ -18,7 +20,7 @@ from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
-from hetermoe_cli.spec.plan import Inputs, Plan
+from hetermoe_cli.spec.plan import Group, Inputs, Plan
 
 SLOW = 1e-3  # GB/s: rows that leave a node take long
 PRICED = {"nodes": [("new", 2, 2), ("old", 2, 2)], "prices": [3.0, 1.0]}
@@ -70,10 +72,37 @@ def test_types_that_share_no_fast_link_share_the_batch_by_speed() -> None:
     assert plan.max_groups == 2
 
 
-def test_small_clusters_have_one_group_unless_more_are_asked_for() -> None:
-    plan = planned(fleet())
+def two_nodes(bandwidth: float, batch: int) -> Inputs:
+    """Four devices each, that share a NIC of so many GB/s."""
+    inputs = fleet([("new", 2, 4)], batch=batch, nics=1)
+    slow = Link(bandwidth_gigabytes_per_second=bandwidth, latency_microseconds=20.0)
+    nodes = [group.model_copy(update={"network": slow}) for group in inputs.cluster.nodes]
+    return inputs.model_copy(update={"cluster": inputs.cluster.model_copy(update={"nodes": nodes})})
+
+
+def test_small_clusters_have_one_group_where_several_are_not_faster() -> None:
+    """Gradients of a whole model take longer than rows."""
+    inputs = two_nodes(10 * SLOW, batch=64)
+    assert may_split(CostModel(inputs), 16, Wanted())
+    plan, one = planned(inputs), planned(inputs, most_groups=1)
     assert plan.layout.world_size == 8
     assert plan.max_groups == 1
+    assert plan.predicted.iteration_seconds == pytest.approx(one.predicted.iteration_seconds, rel=0.02)
+
+
+def test_small_clusters_have_several_groups_where_rows_take_longer_than_gradients() -> None:
+    inputs = two_nodes(SLOW, batch=128)
+    plan, one = planned(inputs), planned(inputs, most_groups=1)
+    assert plan.group_count > 1
+    assert plan.max_groups is None
+    assert plan.predicted.iteration_seconds < 0.9 * one.predicted.iteration_seconds
+    assert "one group would take" in plan.notes[-1]
+    assert plan.one_group is not None
+    assert plan.one_group.iteration_seconds == pytest.approx(one.predicted.iteration_seconds, rel=0.02)
+    assert plan.one_group.bound.iteration_seconds <= plan.one_group.iteration_seconds
+    assert plan.baselines.keys() == one.baselines.keys()
+    for name, rival in plan.baselines.items():
+        assert (rival.iteration_seconds or inf) <= (one.baselines[name].iteration_seconds or inf)
 
 
 @pytest.mark.long
@@ -210,3 +239,30 @@ def test_experts_whose_states_are_shared_out_take_less_of_a_nodes_memory() -> No
     replayed = LayoutCost(cost, layout)
     assert overflow(replayed) is None
     assert groups_bound(cost, 128) <= simulate(replayed).seconds
+
+
+def test_shares_give_every_device_as_much() -> None:
+    search = GroupSearch(CostModel(fleet(batch=96)), SolverOptions(), 16, Wanted())
+    assert search._whole((4, 0), 41.0) == 40  # 41 sequences are one micro-batch or 41
+    assert search._whole((4, 4), 41.0) == 40
+    assert search._whole((4, 4), 3.0) == 3  # fewer than devices
+    assert search._whole((4, 4), 500.0) == 96
+
+
+def test_groups_hold_the_dense_part_in_one_way() -> None:
+    """What one group would rather share out and another gather, `train` refuses."""
+    cost = CostModel(fleet(dense_state="auto"))
+
+    def find(asked: CostModel) -> FoundGroups:
+        state = asked.train.dense_state
+        layouts = [
+            make_layout((1,) * 4, (2,) * 4, dense_state=s)
+            for s in (["optimizer", "full"] if state == "auto" else [state] * 2)
+        ]
+        groups = [
+            Group.of(layout, [ranks]) for layout, ranks in zip(layouts, ([0, 1, 2, 3], [4, 5, 6, 7]), strict=True)
+        ]
+        return FoundGroups(groups, replay_groups(cost.inputs, groups), 1, 1, merit=1.0 if state == "full" else 2.0)
+
+    found = _of_one_state(cost, find)
+    assert {group.schedule.dense_state for group in found.groups} == {"full"}

@@ -45,7 +45,8 @@ class Curves:
         """The point at `sequences`; None where no layout fits."""
         known = self.points.setdefault(composition, {})
         if sequences not in known:
-            known[sequences] = self._best(composition, sequences, self.alike(composition))
+            found = [self._best(composition, sequences, groups) for groups in self.sharing(composition)]
+            known[sequences] = next((point for point in found if point), None)
         return known[sequences]
 
     def _best(self, composition: Composition, sequences: int, alike: int) -> Point | None:
@@ -65,10 +66,17 @@ class Curves:
 
     def promise(self, composition: Composition, sequences: int) -> float:
         """An estimate of a point's seconds, of two numbers of micro-batches only; infinite where none of these fits."""
-        part = self.part(composition, self.alike(composition))
         counts = sorted(micro_batch_counts(sequences, self.limit), key=lambda count: abs(count - USUAL))[:2]
-        found = options(part, self.kernels, sequences, counts)
-        return found[0].seconds if found else inf
+        for groups in self.sharing(composition):
+            found = options(self.part(composition, groups), self.kernels, sequences, counts)
+            if found:
+                return found[0].seconds
+        return inf
+
+    def sharing(self, composition: Composition) -> list[int]:
+        """Over how many groups such a group may share out states: what all of its kind are, and where it does not fit
+        so, as many as the cluster has devices for with others beside it."""
+        return sorted({self.alike(composition), max(self.alike(composition), self._groups(composition))})
 
     def alike(self, composition: Composition) -> int:
         """How many such groups the cluster has devices for."""
@@ -98,6 +106,17 @@ class Curves:
         point = self.points[composition][sequences]
         fewer = point is not None and groups < point.groups
         self.points[composition][sequences] = self._best(composition, sequences, groups) if fewer else None
+
+    def reconsider(self, composition: Composition, sequences: int, groups: int) -> bool:
+        """Look for a better layout as one of `groups`, if the point took states for shared out over fewer; whether
+        there is one."""
+        point = self.points[composition][sequences]
+        if point is None or point.groups >= groups:
+            return False
+        found = self._best(composition, sequences, groups)
+        better = found is not None and found.seconds < point.seconds
+        self.points[composition][sequences] = found if better else replace(point, groups=groups)
+        return better
 
     def refused(self) -> set[tuple[Composition, int]]:
         """Where no layout fits."""

@@ -44,13 +44,17 @@ class FoundGroups:
     replayed: Replayed
     compositions: int
     evaluated: int
+    merit: float = inf  # by the objective, the less the better
 
 
 class GroupSearch:
-    """State of one search over groups."""
+    """State of one search over groups, of which the `whole` cluster may be one."""
 
-    def __init__(self, cost: CostModel, solver: SolverOptions, limit: int, wanted: Wanted) -> None:
+    def __init__(
+        self, cost: CostModel, solver: SolverOptions, limit: int, wanted: Wanted, *, whole: bool = True
+    ) -> None:
         self.cost, self.inputs, self.solver, self.wanted = cost, cost.inputs, solver, wanted
+        self.largest = len(cost.devices) - (not whole)
         self.cluster = cost.inputs.cluster
         self.batch = cost.train.global_batch_sequences
         self.curves = Curves(self.inputs, limit, wanted.most_groups)
@@ -66,7 +70,6 @@ class GroupSearch:
             solver=solver.name,
         )
         self.best: FoundGroups | None = None
-        self._least = inf
 
     def past(self, share: float) -> bool:
         """Whether this share of the time limit is gone."""
@@ -77,7 +80,7 @@ class GroupSearch:
 
         Until half of the time is gone and some can be packed; if `patient` until PATIENCE times the limit are gone.
         """
-        found = [c for c in compositions(self.cluster) if self.holds(c) and self._affordable(c)]
+        found = self.candidates()
         if not found:
             return
         speed = self._speeds()
@@ -86,7 +89,7 @@ class GroupSearch:
         quantum = self._quantum()
         self.limits = Limits(**{**vars(self.limits), "quantum": quantum})
         for c in found:
-            self.fair[c] = min(self.batch, max(quantum, round(shares[c] / quantum) * quantum))
+            self.fair[c] = self._whole(c, shares[c])
         for c in self._in_turn(sorted(found, key=self._promise)):
             if self.past(PATIENCE if patient else 0.5) and (patient or self._pack() is not None):
                 break
@@ -127,9 +130,7 @@ class GroupSearch:
             for share in shares:
                 if self.past(0.7):
                     return
-                whole = round(share / self.limits.quantum) * self.limits.quantum
-                if self.limits.quantum <= whole <= self.batch:
-                    self.curves.point(c, whole)
+                self.curves.point(c, self._whole(c, share))
 
     def _value(self, c: Composition) -> float:
         """What the composition's devices are worth: dollars for the cost objective, else work."""
@@ -149,6 +150,13 @@ class GroupSearch:
             result.append(1 / (attention + row * model.layers * train.sequence_length * model.top_k))
         return result
 
+    def _whole(self, c: Composition, share: float) -> int:
+        """Sequences of about that share: as many for each of its devices, where there are any; else by the quantum.
+
+        Shares of few divisors have few numbers of micro-batches."""
+        step = next(step for step in (sum(c), self.limits.quantum) if step <= max(share, self.limits.quantum))
+        return min(self.batch, max(step, round(share / step) * step))
+
     def _quantum(self) -> int:
         """Shares are multiples of it: a power of two that divides the batch, at most a 128th of it."""
         power = 1
@@ -166,11 +174,16 @@ class GroupSearch:
         rest = any(most % count for count, most in zip(c, self.limits.devices, strict=True) if count)
         return rank, rest, -sum(c)
 
+    def candidates(self) -> list[Composition]:
+        """Compositions that hold the model and cost no more than allowed."""
+        found = (c for c in compositions(self.cluster) if sum(c) <= self.largest)
+        return [c for c in found if self.holds(c) and self._affordable(c)]
+
     def holds(self, c: Composition) -> bool:
-        """Whether the devices' memory holds one copy of all states; of optimizer states what as many such groups as
+        """Whether the devices' memory holds one copy of all states; of optimizer states what as many groups as
         there can be leave to each, where they may share them out."""
         weights, gradients, optimizer = STATE_BYTES[self.cost.train.precision]
-        sharing = 1 if self.cost.train.dense_state == "replicated" else self.curves.alike(c)
+        sharing = 1 if self.cost.train.dense_state == "replicated" else self.curves.sharing(c)[-1]
         held = sum(
             count * (device.memory_bytes * self.cost.train.memory_headroom - device.framework_bytes)
             for count, node in zip(c, self.cluster.nodes, strict=True)
@@ -213,7 +226,7 @@ class GroupSearch:
 
     def _replay(self, packing: Packing) -> float:
         """Replay a packing all of whose points are known, and keep it if it is the best; the largest relative error of
-        the estimates, infinite where memory does not hold a layout that seemed to fit."""
+        the estimates, infinite where memory does not hold a layout that seemed to fit, or holds a better one."""
         chosen = [(c, share, shares.count(share)) for c, shares in packing.items() for share in sorted(set(shares))]
         replicas = ranks_of(self.cluster, [(c, number) for c, _, number in chosen])
         done, errors = [], [0.0]
@@ -231,11 +244,17 @@ class GroupSearch:
         if refused:
             return inf
         merit = self._merit([g.group for g in done], replayed.seconds)
-        if merit < self._least:
+        if merit < (self.best.merit if self.best else inf):
             groups = [g.group for g in done]
-            self._least = merit
-            self.best = FoundGroups(groups, replayed, len(self.curves.points), self.curves.evaluated)
-        return max(errors)
+            self.best = FoundGroups(groups, replayed, len(self.curves.points), self.curves.evaluated, merit)
+        copies = len(replayed.copies)
+        better = [self.curves.reconsider(c, share, copies) for c, share, _ in chosen]
+        return inf if any(better) else max(errors)
+
+
+def may_split(cost: CostModel, limit: int, wanted: Wanted) -> bool:
+    """Whether the memory of some part of the cluster holds the model."""
+    return bool(GroupSearch(cost, SolverOptions(), limit, wanted, whole=False).candidates())
 
 
 def find_groups(
@@ -244,14 +263,17 @@ def find_groups(
     limit: int,
     wanted: Wanted,
     progress: Callable[[str], None] = lambda text: None,
+    *,
+    whole: bool = True,
 ) -> FoundGroups:
-    """The best groups. UserError if none fits, or none that the limit on cost allows."""
-    state = GroupSearch(cost, solver, limit, wanted)
+    """The best groups, of which the `whole` cluster may be one. UserError if none fits, or none that the limit on cost
+    allows; where one group is known to fit, no more time is taken to find some."""
+    state = GroupSearch(cost, solver, limit, wanted, whole=whole)
     progress("exploring groups")
     state.explore()
     progress("packing groups")
     state.pack()
-    if state.best is None:
+    if state.best is None and whole:
         state.explore(patient=True)
         state.pack()
     if state.best is None:

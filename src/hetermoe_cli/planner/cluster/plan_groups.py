@@ -4,8 +4,10 @@ import datetime
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 
 from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.cluster.bound import groups_bound
 from hetermoe_cli.planner.cluster.even_groups import EvenGroups, even_groups
 from hetermoe_cli.planner.cluster.explained import binding_of_groups
@@ -18,9 +20,10 @@ from hetermoe_cli.planner.explain import sources
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.spec.plan import Bound, Economy, Inputs, Plan, Prediction, SolverReport
+from hetermoe_cli.spec.train import DenseState
 
 RIVALS_SHARE = 0.05  # of the time limit, for each rival
-ONE_GROUP = 16  # up to so many devices one group is planned unless more are asked for
+ONE_GROUP = 16  # up to so many devices one group is planned first
 
 
 def wants_groups(cost: CostModel, wanted: Wanted) -> bool:
@@ -35,20 +38,25 @@ def plan_groups(
     limit: int,
     wanted: Wanted,
     progress: Callable[[str], None] = lambda text: None,
+    *,
+    whole: bool = True,
 ) -> Plan:
-    """The best plan of any number of groups. UserError if nothing fits, or nothing within the limit on cost."""
+    """The best plan of any number of groups, of which the `whole` cluster may be one. UserError if nothing fits, or
+    nothing within the limit on cost."""
     began = time.monotonic()
-    if len(cost.devices) <= ONE_GROUP and wanted.most_groups is None:
-        wanted = replace(wanted, most_groups=1)
     progress("rivals")
     rivals = even_groups(cost.balanced, limit, wanted.most_groups, RIVALS_SHARE * solver.time_limit)
     left = solver.time_limit - (time.monotonic() - began)
-    found = find_groups(cost.balanced, replace(solver, time_limit=left), limit, wanted, progress)
+    find = partial(
+        find_groups, solver=replace(solver, time_limit=left), limit=limit, wanted=wanted, progress=progress, whole=whole
+    )
+    found = _of_one_state(cost.balanced, find)
     if not wanted.needs_prices:
         found = _no_slower(found, rivals.values())
     progress("improving groups")
     left = max(0.0, solver.time_limit - (time.monotonic() - began))
-    found, load = refined(cost.balanced, found, replace(solver, time_limit=left), limit), None
+    state = found.groups[0].schedule.dense_state
+    found, load = refined(_with_state(cost.balanced, state), found, replace(solver, time_limit=left), limit), None
     if cost.inputs.expert_load:
         progress("placing experts by name")
         found, load = groups_under_load(cost, found, solver)
@@ -87,6 +95,28 @@ def plan_groups(
         inputs=embedded,
         inputs_sha256=embedded.hashes(),
     )
+
+
+def _of_one_state(cost: CostModel, find: Callable[[CostModel], FoundGroups]) -> FoundGroups:
+    """The best groups that hold the dense part in one way: the engine shares out optimizer states over all or none."""
+    found = find(cost)
+    states = sorted({group.schedule.dense_state for group in found.groups})
+    if len(states) == 1:
+        return found
+    alternatives: list[FoundGroups] = []
+    for state in states:
+        try:
+            alternatives.append(find(_with_state(cost, state)))
+        except UserError as error:
+            if error.code is not ExitCode.DOES_NOT_FIT or (not alternatives and state == states[-1]):
+                raise
+    return min(alternatives, key=lambda one: one.merit)
+
+
+def _with_state(cost: CostModel, state: DenseState) -> CostModel:
+    """The same costs where the training spec leaves no other state."""
+    train = cost.train.model_copy(update={"dense_state": state})
+    return CostModel(cost.inputs.model_copy(update={"train": train}))
 
 
 def _no_slower(found: FoundGroups, rivals: Iterable[EvenGroups]) -> FoundGroups:
