@@ -29,6 +29,7 @@ from hetermoe_cli.spec.plan import Assignment, Bound, Group, Inputs, OneGroup, P
 from hetermoe_cli.spec.profile import AttentionPoint
 
 BESIDE = 0.5  # of the time limit for several groups that nobody asked for, where one is planned first
+WORTH = 0.01  # of the iteration: by how much several groups must be faster than one
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def make_plan(
     if options.assignment != "optimal" or wanted.most_groups == 1 or plan.bound.work_iteration_seconds >= seconds:
         return plan
     groups = _groups_beside(cost, options, progress)
-    if groups and groups.predicted.iteration_seconds < seconds:
+    if groups and groups.predicted.iteration_seconds < (1 - WORTH) * seconds:
         return _chosen(groups, plan)
     if wanted.most_groups is None:
         return plan  # with the bound and gap of one group
