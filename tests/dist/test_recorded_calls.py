@@ -1,6 +1,7 @@
 """What the engine really calls is exactly the derived list, in its one order where lanes take turns."""
 
 from dataclasses import replace
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,7 @@ def check_calls(case: Case, layout: Layout | World, ordered: bool) -> None:
     world = World.of(layout)
     ranks = run_workers(world.size, work, case, layout, ordered)
     schedules = training_schedules(world)
-    reduced: dict[object, set[int]] = {}
+    reduced: dict[object, set[int]] = {}  # of every collective, which a batch may have two of
     for rank, (found, _, loss) in enumerate(ranks):
         assert loss == ranks[0][2]
         derived = expected(
@@ -143,6 +144,7 @@ def check_calls(case: Case, layout: Layout | World, ordered: bool) -> None:
             found = sorted(found, key=lambda call: call[0])
             derived = sorted(derived, key=lambda call: call.communicator)
         assert len(found) == len(derived)
+        met: Counter[object] = Counter()
         for (communicator, operation, peer, dtype, size), call in zip(found, derived, strict=True):
             names = "fp64" if call.dtype in ("float64", WIDEST) else call.dtype
             wanted = "all-reduce" if call.operation == "reduce-scatter" else call.operation  # gloo's way
@@ -150,5 +152,6 @@ def check_calls(case: Case, layout: Layout | World, ordered: bool) -> None:
             if call.peer >= 0:
                 assert size == call.size, call
             elif operation == "all-reduce":
-                reduced.setdefault((call.batch, call.operation), set()).add(size)
+                met[call.batch] += 1
+                reduced.setdefault((call.batch, met[call.batch]), set()).add(size)
     assert all(len(sizes) == 1 for sizes in reduced.values())

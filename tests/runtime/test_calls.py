@@ -163,12 +163,17 @@ def test_the_calls_of_all_copies_fit_together_and_sum_everything(
     for process, mine in enumerate(world_calls(world)):
         replica = world.replica_of(process)
         rank = replica.processes.index(process)
-        sums = [call for call in mine if call.operation == "all-reduce" and call.payload == "gradients"]
+        copies = {call: {world.seat(member)[0] for member in call.members} for call in mine if call.members}
+        sums = [call for call in mine if call.payload == "gradients" and len(copies[call]) == 2]
+        for call in sums:
+            state = one.schedule.dense_state
+            whole = state == "replicated" or (state == "full" and call.members == world.attending)
+            assert call.operation == ("all-reduce" if whole else "reduce-scatter")
         news = [call for call in mine if call.action.kind is Kind.OPTIMIZER]
         everything = [share for layer in range(world.layers + 1) for share in world.shares(layer)]
         shared = [s for s in everything if process in s.holders and (s.experts or world.shares_dense_states)]
         assert bool(news) == bool(one.schedule.shares_states and shared)
-        within = [c for c in mine if c.operation in ("reduce-scatter", "all-gather") and c not in news]
+        within = [c for c in copies if len(copies[c]) == 1 and c not in news]
         assert not replica.layout.gathers or all(call.members == tuple(replica.attending) for call in within)
         for layer in range(world.layers):
             held = set(replica.layout.local_experts(layer, rank))

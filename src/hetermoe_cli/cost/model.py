@@ -139,27 +139,24 @@ class CostModel(MemoryModel):
     def synchronise_seconds(self, schedule: ScheduleChoice, attending: Sequence[int], replicated: int) -> float:
         """All-reduce of dense and `replicated` experts' gradients over a group's attending ranks, one after another.
 
-        New weights of sharded optimizer states are gathered on top, half an all-reduce; `sharding_seconds` of a fully
-        sharded dense part.
+        Where optimizer states are shared out, gradients are scattered and new weights gathered, which moves as much;
+        `sharding_seconds` on top of a fully sharded dense part, whose weights are gathered as they are needed.
         """
-        size = {"optimizer": 1.5, "full": 0.5}.get(schedule.dense_state, 1.0) * self.dense_gradient_bytes
-        copies = replicated * self.expert_gradient_bytes * (1.5 if schedule.shares_states else 1.0)
-        seconds = self.network.all_reduce_seconds(attending, size + copies)
+        dense = (0.5 if schedule.dense_state == "full" else 1.0) * self.dense_gradient_bytes
+        seconds = self.network.all_reduce_seconds(attending, dense + replicated * self.expert_gradient_bytes)
         return seconds + self.sharding_seconds(schedule, attending)
 
     def reduce_seconds(self, schedule: ScheduleChoice, attending: Sequence[int], layer: int, replicated: int) -> float:
         """The part of it that follows a layer's backward: the dense part of the layer and its `replicated` experts."""
-        size = self.reduce_bytes(schedule, layer) + replicated * self.expert_gradient_bytes
-        return self.network.all_reduce_seconds(attending, size)
+        copies = scattered(schedule) * replicated * self.expert_gradient_bytes
+        return self.network.all_reduce_seconds(attending, self.reduce_bytes(schedule, layer) + copies)
 
     def reduce_bytes(self, schedule: ScheduleChoice, layer: int) -> float:
-        """What of a layer's dense part is all-reduced after its backward.
+        """What of a layer's dense part is summed after its backward, in bytes of an all-reduce.
 
-        `layer` 0 brings the embedding and the dense layers with it, model.layers is the head. The gradients of a fully
-        sharded dense part are scattered, which moves half the bytes of an all-reduce.
+        `layer` 0 brings the embedding and the dense layers with it, model.layers is the head.
         """
-        share = 0.5 if schedule.dense_state == "full" else 1.0
-        return share * self.segment_parameters(layer) * self.gradient_bytes
+        return scattered(schedule) * self.segment_parameters(layer) * self.gradient_bytes
 
     def gather_seconds(self, attending: Sequence[int], layer: int) -> float:
         """All-gather of a layer's sharded weights (of the head: model.layers), half an all-reduce."""
@@ -194,3 +191,9 @@ class CostModel(MemoryModel):
     def optimizer_seconds(self, device: DeviceCost, parameters: float) -> float:
         """AdamW step over `parameters` parameters."""
         return device.optimizer_seconds_per_parameter * parameters
+
+
+def scattered(schedule: ScheduleChoice) -> float:
+    """Bytes that summing gradients moves, in those of an all-reduce: where states are shared out, a rank needs the sum
+    of its own share only, and a reduce-scatter moves half."""
+    return 0.5 if schedule.shares_states else 1.0

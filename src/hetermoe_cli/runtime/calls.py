@@ -134,9 +134,12 @@ def _of_attending(world: World, replica: Replica | None = None) -> "partial[Call
 
 
 def _sums(world: World, action: Action, process: int, exchange: str, dense: bool) -> Iterator[Call]:
-    """All-reduces of one layer's gradients."""
+    """Sums of one layer's gradients: scattered where states are shared out, but for a fully sharded dense part's, which
+    groups cut on their own."""
     for holders in _summed(world, action.layer, process, dense):
-        yield Call(share_name(world, holders), action, "gradients", "all-reduce", -1, exchange, members=holders)
+        whole = not world.shares_states or (dense and holders == world.attending and not world.shares_dense_states)
+        operation: Operation = "all-reduce" if whole else "reduce-scatter"
+        yield Call(share_name(world, holders), action, "gradients", operation, -1, exchange, members=holders)
 
 
 def _summed(world: World, layer: int, process: int, dense: bool) -> Iterator[tuple[int, ...]]:

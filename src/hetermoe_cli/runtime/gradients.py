@@ -11,6 +11,7 @@ from hetermoe_cli.model.optimizer import AdamW
 from hetermoe_cli.runtime.gradient_shares import GradientShares
 from hetermoe_cli.runtime.mesh import Mesh
 from hetermoe_cli.runtime.parts import Holding
+from hetermoe_cli.runtime.shards import Shards
 from hetermoe_cli.schedule.action import Action
 
 _ROW = 4096  # elements
@@ -27,7 +28,8 @@ class Gradients:
     accumulate in a temporary fp32 gradient, which `fold` rounds into its place once for every run of micro-batches:
     small contributions are not lost, and only the layer at work has fp32 gradients. `sharded`: the dense part's
     instead, where it is fully sharded; it is not in `shared` then. What several groups hold of it is summed over all of
-    them with the last window, else within the group.
+    them with the last window, else within the group. Of what `shards` shares out, its weights whole, a rank gets the
+    sum of its own share only.
     """
 
     def __init__(
@@ -40,11 +42,17 @@ class Gradients:
         sharded: GradientShares | None = None,
         last: int = 0,
         stacks: Iterable[nn.Parameter] = (),
+        shards: Shards | None = None,
     ) -> None:
         """`holdings`: whom each segment is summed over, nobody if empty; `last`: micro-batch after whose backward
         `shared` ones are complete; `stacks`: experts, whose first gradient is written in place where it has its
         dtype."""
         self._mesh, self._holdings, self._sharded, self._last = mesh, holdings, sharded, last
+        joined = sharded is not None and mesh.gathering is not mesh.attending  # the dense part's gradients come along
+        self._shares = [
+            [shards.segment_of(layer, one) if shards and not (joined and one is some[0]) else None for one in some]
+            for layer, some in enumerate(holdings)
+        ]
         self._own = list(own)
         sizes = [sum(p.numel() for p in segment) for segment in shared]
         self._flat = torch.zeros(sum(sizes), dtype=exchange, device=mesh.device)
@@ -115,7 +123,7 @@ class Gradients:
         if last and group is not self._mesh.attending:
             self._sum_shared(layer, dense)
         else:
-            self._mesh.reduce_scatter(given, group)
+            self._mesh.reduce_scatter(given, self._sharded.shares[layer].numel(), group)
             if last:
                 self._sum_shared(layer)
         return self._sharded.keep(layer, given)
@@ -123,17 +131,22 @@ class Gradients:
     def _sum_shared(self, layer: int, dense: Tensor | None = None) -> None:
         """In place: one message for each set of holders. `dense`: gradients of the dense part that are not in the
         buffer."""
-        for holding in self._holdings[layer]:
+        for holding, segment in zip(self._holdings[layer], self._shares[layer], strict=True):
             pieces = self._pieces(holding)
             if dense is not None:  # it is in the first message, that of all who attend
                 pieces, dense = [dense, *pieces], None
             if pieces and len(holding.holders) > 1:
                 message = pieces[0] if len(pieces) == 1 else torch.cat([piece.flatten() for piece in pieces])
-                self._mesh.all_reduce(message, self._mesh.shared[holding.holders])
+                group = self._mesh.shared[holding.holders]
+                if segment:
+                    self._mesh.reduce_scatter(message, segment.share, group)
+                else:
+                    self._mesh.all_reduce(message, group)
                 if len(pieces) > 1:
-                    sums = torch.split(message, [piece.numel() for piece in pieces])
-                    for piece, found in zip(pieces, sums, strict=True):
-                        piece.copy_(found.view_as(piece))
+                    mine = slice(0, len(message)) if segment is None else segment.range
+                    views = _within(pieces, mine)
+                    for view, found in zip(views, torch.split(message[mine], list(map(len, views))), strict=True):
+                        view.copy_(found)
 
     def _pieces(self, holding: Holding) -> list[Tensor]:
         """Views of the gradients, in their order; a single one where they lie in the flat buffer one after another."""
@@ -157,8 +170,12 @@ class Gradients:
         square = torch.zeros(1, dtype=torch.float64, device=self._mesh.device)
         for share in self._sharded.shares if self._sharded and self._sharded.counted else ():
             square += _square(share)
-        for holding in chain.from_iterable(self._holdings):
-            if self._mesh.process == holding.holders[0]:  # one copy of what several processes hold
+        pairs = zip(chain.from_iterable(self._holdings), chain.from_iterable(self._shares), strict=True)
+        for holding, segment in pairs:
+            if segment:
+                for gradient in _within(self._pieces(holding), segment.range):
+                    square += _square(gradient)
+            elif self._mesh.process == holding.holders[0]:  # one copy of what several processes hold
                 for gradient in self._pieces(holding):
                     square += _square(gradient)
         for gradient in self._own_gradients:
@@ -180,6 +197,18 @@ class Gradients:
 def clip_factor(norm: float, limit: float) -> float:
     """What scales gradients of global norm `norm` to at most `limit`."""
     return min(1.0, limit / (norm + 1e-6))
+
+
+def _within(pieces: Sequence[Tensor], wanted: slice) -> list[Tensor]:
+    """Flat views of what lies in `wanted` of the pieces' elements, one after another."""
+    result, offset = [], 0
+    for piece in pieces:
+        flat = piece.view(-1)
+        part = flat[max(wanted.start - offset, 0) : max(wanted.stop - offset, 0)]
+        if len(part):
+            result.append(part)
+        offset += len(flat)
+    return result
 
 
 def _add(place: Tensor, gradient: Tensor) -> None:

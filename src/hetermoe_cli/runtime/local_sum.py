@@ -1,6 +1,6 @@
-"""Sums over processes that share memory: every one adds up its part of the tensor and shows it to the others."""
+"""Sums over processes that share memory: every one adds up its part of the tensor and shows it to those who need it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,23 +16,54 @@ def all_reduce(mail: Mail, tensor: Tensor, ranks: Sequence[int], me: int) -> Non
     Collective over `ranks`, of which `me` is one. PeerLost if one is gone.
     """
     for piece in torch.split(tensor.view(-1), PIECE_BYTES // tensor.element_size()):
-        _sum(mail, piece, ranks, me)
+        parts = dict(zip(ranks, piece.tensor_split(len(ranks)), strict=True))
+        _sum(mail, parts, me)
+        _tell(mail, parts, me)
 
 
-def _sum(mail: Mail, piece: Tensor, ranks: Sequence[int], me: int) -> None:
-    others = [rank for rank in ranks if rank != me]
-    parts, copies = (dict(zip(ranks, one.tensor_split(len(ranks)), strict=True)) for one in (piece, mail.room(piece)))
+def reduce_scatter(mail: Mail, tensor: Tensor, ranks: Sequence[int], me: int, share: int) -> None:
+    """The same of this rank's part alone, one of `share` elements for each rank in turn (the last may have fewer)."""
+    flat = tensor.view(-1)
+    parts = {rank: flat[number * share : (number + 1) * share] for number, rank in enumerate(ranks)}
+    step = max(1, PIECE_BYTES // tensor.element_size() // len(ranks))
+    for start in range(0, share, step):
+        _sum(mail, {rank: part[start : start + step] for rank, part in parts.items()}, me)
+
+
+def all_gather(mail: Mail, everyone: Tensor, own: Tensor, ranks: Sequence[int], me: int) -> None:
+    """Every rank's `own` [n] into `everyone` [ranks * n]."""
+    parts = dict(zip(ranks, torch.split(everyone, len(own)), strict=True))
+    step = max(1, PIECE_BYTES // own.element_size() // len(ranks))
+    parts[me].copy_(own)
+    for start in range(0, len(own), step):
+        _tell(mail, {rank: part[start : start + step] for rank, part in parts.items()}, me)
+
+
+def _sum(mail: Mail, parts: Mapping[int, Tensor], me: int) -> None:
+    """Each rank's part, summed over all ranks in their order, on that rank."""
+    others = [rank for rank, part in parts.items() if rank != me and len(part)]
     for rank in others:
-        mail.show(rank, copies[rank].copy_(parts[rank]))
-    copies.clear()
-    addends = {rank: mail.shown(rank, parts[me]) for rank in others} | {me: parts[me]}
-    total = mail.room(parts[me])
-    torch.add(addends[ranks[0]], addends[ranks[1]], out=total)
-    for rank in ranks[2:]:
-        total += addends[rank]
-    addends.clear()
+        mail.show(rank, mail.room(parts[rank]).copy_(parts[rank]))
+    mine = parts[me]
+    if not len(mine):
+        return
+    addends = [mine if rank == me else mail.shown(rank, mine) for rank in parts]
+    first = [*parts][:2]
+    total = torch.add(*addends[:2], out=mine if me in first else None)
+    for addend in addends[2:]:
+        total += addend
+    if me not in first:
+        mine.copy_(total)
+
+
+def _tell(mail: Mail, parts: Mapping[int, Tensor], me: int) -> None:
+    """This rank's part to all others, and theirs here."""
+    others = [rank for rank in parts if rank != me]
+    if len(parts[me]):
+        room = mail.room(parts[me]).copy_(parts[me])
+        for rank in others:
+            mail.show(rank, room)
+        del room
     for rank in others:
-        mail.show(rank, total)
-    parts[me].copy_(total)
-    for rank in others:
-        parts[rank].copy_(mail.shown(rank, parts[rank]))
+        if len(parts[rank]):
+            parts[rank].copy_(mail.shown(rank, parts[rank]))

@@ -76,21 +76,26 @@ class Mesh:
 
     def all_gather(self, everyone: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
         """Every rank's `own` [n] into `everyone` [ranks * n], both on the wire."""
+        ranks = self._sharing(group)
+        if len(ranks) > 1:
+            local_sum.all_gather(self.mail[2], everyone, own, ranks, self.rank)
+            return
         with peer_errors():
             ALL_GATHER(everyone, own, group=group)
 
-    def reduce_scatter(self, tensor: Tensor, group: dist.ProcessGroup) -> None:
-        """Sum `tensor` [n] over the ranks of `group`, in place: this rank's part, one of equal ones in the order of the
-        ranks, has its sum then, the others may have anything.
+    def reduce_scatter(self, tensor: Tensor, share: int, group: dist.ProcessGroup) -> None:
+        """Sum `tensor` [n] over the ranks of `group`, in place: this rank's part, one of `share` elements for each rank
+        in turn (the last may have fewer), has its sum then, the others may have anything.
 
         With gloo an all-reduce: its own reduce-scatter makes one of a copy.
         """
-        if self.wire.type == "cpu":
+        ranks = self._sharing(group)
+        if len(ranks) > 1:
+            local_sum.reduce_scatter(self.mail[2], tensor, ranks, self.rank, share)
+        elif self.wire.type == "cpu":
             self.all_reduce(tensor, group)
-            return
-        share = tensor.chunk(dist.get_world_size(group))[dist.get_rank(group)]
-        with peer_errors():
-            REDUCE_SCATTER(share, tensor, group=group)
+        else:
+            _scatter(tensor, share, group)
 
     def wait_for_disks(self) -> None:
         """Collective: until all have read or written their part of a checkpoint; PeerLost if one is gone."""
@@ -103,6 +108,19 @@ class Mesh:
         with peer_errors():
             dist.all_gather(found, torch.tensor([digest], dtype=torch.int64, device=self.wire))
         return [int(one) for one in found]
+
+
+def _scatter(tensor: Tensor, share: int, group: dist.ProcessGroup) -> None:
+    """`Mesh.reduce_scatter` with NCCL, which knows equal parts only."""
+    lacking = share * dist.get_world_size(group) - tensor.numel()
+    whole = torch.nn.functional.pad(tensor, (0, lacking)) if lacking else tensor
+    first = dist.get_rank(group) * share
+    part = whole[first : first + share]
+    with peer_errors():
+        REDUCE_SCATTER(part, whole, group=group)
+    if lacking:
+        mine = tensor[first : first + share]
+        mine.copy_(part[: len(mine)])
 
 
 def join(layout: Layout | World, accelerator: str, backend: Backend | None = None, *, shares: bool = True) -> Mesh:

@@ -75,6 +75,11 @@ class Segment:
         return sum(part_of(*one).numel() for one in self.slices)
 
     @property
+    def range(self) -> slice:
+        """Where this rank's share is among the elements."""
+        return slice(self.own * self.share, (self.own + 1) * self.share)
+
+    @property
     def weights(self) -> Tensor:
         """[share] this rank's weights, in fp32 or wider."""
         return self.padded([piece.weight for piece in self.pieces if piece]) if self.master is None else self.master
@@ -89,7 +94,7 @@ class Segment:
 
     def share_of(self, flat: Tensor) -> Tensor:
         """This rank's part of `flat` [holders * share]: a view."""
-        return flat[self.own * self.share :][: self.share]
+        return flat[self.range]
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """`flat` [holders * share], cut into views like the slices."""
@@ -162,6 +167,12 @@ class Shards:
             if piece:
                 pieces[index] = piece
         return segment
+
+    def segment_of(self, layer: int, holding: Holding) -> Segment | None:
+        """The shares of what is summed over `holding`, whose weights stay whole; None where it is not shared out."""
+        kept = (segment for other, segment in self._kept[layer] if other.holders == holding.holders)
+        segment = next(kept, None)
+        return segment if segment and len(segment.slices) == len(holding.slices) else None
 
     def gather(self, layer: int) -> Tensor:
         """The whole weights of a segment, in storage of their own until `release`."""

@@ -91,7 +91,7 @@ class Trainer:
         shared = parts.shared_segments(dense=dense, hosted=not alone)
         holdings, last = parts.holdings(world, process, dense=dense), layout.micro_batches - 1
         stacks = parts.experts.parameters()
-        self.gradients = Gradients(shared, own, self.mesh, parts.exchange, holdings, shares, last, stacks)
+        self.gradients = Gradients(shared, own, self.mesh, parts.exchange, holdings, shares, last, stacks, self.shards)
         self._collectives = Collectives(self.gradients, shards)
         self._schedule = training_schedule(layout, len(world.replicas))
         self._last_of_runs = last_of_runs(self._schedule.compute[self.mesh.rank])

@@ -4,15 +4,15 @@ Layer by layer, during backward, dense gradients (and those of replicated expert
 attending ranks of all groups. Each hosted expert goes round a ring of its hosts, one in every group; all these rings
 run at once, and ranks behind one NIC share it. Upper estimates: every message between groups is charged to the NICs,
 even where two groups share a node; a replicated expert is charged as if it were replicated in all groups. What a fully
-sharded dense part gathers and scatters before is within a group, and part of its replay. New weights of shared out
-states go the same ways, half as long.
+sharded dense part gathers and scatters before is within a group, and part of its replay. Gradients of shared out states
+are scattered, half as long, and new weights go the same ways, half as long.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.cost.model import CostModel, scattered
 from hetermoe_cli.planner.cluster.evaluate import Evaluated
 from hetermoe_cli.planner.cluster.parts import Part
 from hetermoe_cli.spec.layout import Layout
@@ -33,12 +33,26 @@ class Copy:
 
 
 def reduce_seconds(whole: CostModel, copies: Sequence[Copy], layer: int) -> float:
-    """All-reduce of one layer's gradients over all groups; model.layers: of the head's."""
-    return _sum_seconds(whole, copies, layer, whole.segment_parameters(layer) * whole.gradient_bytes)
+    """Summing one layer's gradients over all groups; model.layers: the head's."""
+    dense, experts = _scattered(copies)
+    size = whole.segment_parameters(layer) * whole.gradient_bytes
+    return _sum_seconds(whole, copies, layer, size, dense, experts)
 
 
-def _sum_seconds(whole: CostModel, copies: Sequence[Copy], layer: int, size: float) -> float:
-    """All-reduce of `size` dense bytes and the experts of a layer."""
+def _scattered(copies: Sequence[Copy]) -> tuple[float, float]:
+    """Bytes that summing gradients moves, in those of an all-reduce: for what all who attend hold, and hosted experts.
+
+    A fully sharded dense part is cut within groups: over all of them it is all-reduced, with replicated experts.
+    """
+    schedules = [copy.layout.schedule for copy in copies]
+    experts = max(map(scattered, schedules))
+    return (experts if all(s.dense_state == "optimizer" for s in schedules) else 1.0), experts
+
+
+def _sum_seconds(
+    whole: CostModel, copies: Sequence[Copy], layer: int, size: float, dense: float = 1.0, experts: float = 1.0
+) -> float:
+    """All-reduce of `size` dense bytes and the experts of a layer, or the parts `dense` and `experts` of it."""
     attending, hosted = sorted(rank for copy in copies for rank in copy.attending), {}
     if layer < whole.model.layers:
         placements = [(copy, copy.layout.placement[layer]) for copy in copies]
@@ -48,8 +62,8 @@ def _sum_seconds(whole: CostModel, copies: Sequence[Copy], layer: int, size: flo
             for copy, placement in placements
             for rank, experts in zip(copy.ranks, placement.experts, strict=True)
         }
-    ring = whole.network.all_reduce_seconds(attending, size) if size else 0.0  # no message, no latency
-    return ring + expert_seconds(whole, hosted, len(copies))
+    ring = whole.network.all_reduce_seconds(attending, dense * size) if size else 0.0  # no message, no latency
+    return ring + expert_seconds(whole, hosted, len(copies), experts)
 
 
 def reduce_ports(whole: CostModel, copies: Sequence[Copy], copy: Copy) -> list[tuple[int, ...]]:
@@ -80,8 +94,11 @@ def after_backward_seconds(whole: CostModel, copies: Sequence[Copy]) -> float:
     return gather
 
 
-def expert_seconds(whole: CostModel, hosted: Mapping[int, float], groups: int) -> float:
-    """All-reduce of every expert over its hosts in `groups` groups; `hosted`: experts on each rank."""
+def expert_seconds(whole: CostModel, hosted: Mapping[int, float], groups: int, share: float = 1.0) -> float:
+    """All-reduce of every expert over its hosts in `groups` groups, or a `share` of it.
+
+    `hosted`: experts on each rank.
+    """
     if groups < 2:
         return 0.0
     behind: dict[int, float] = defaultdict(float)
@@ -89,7 +106,7 @@ def expert_seconds(whole: CostModel, hosted: Mapping[int, float], groups: int) -
         behind[whole.devices[rank].nic] += count
     links = {device.nic: device.network for device in whole.devices}
     rounds = 2 * (groups - 1)
-    moved = rounds / groups * whole.expert_gradient_bytes
+    moved = share * rounds / groups * whole.expert_gradient_bytes
     return max(
         (
             count * moved / links[nic].ring_bandwidth + rounds * links[nic].latency_microseconds * 1e-6
@@ -106,12 +123,11 @@ def expected_seconds(part: Part, found: Evaluated, groups: int) -> float:
     cost, attending = part.any_cost, found.attending
     hosted = {rank: float(share) for c, share in zip(found.classes, found.hosted, strict=True) for rank in c.ranks}
     schedule = found.choice.schedule
-    result, news = cost.synchronise_seconds(schedule, attending, found.replicated), 1.5 if schedule.shares_states else 1
+    result = cost.synchronise_seconds(schedule, attending, found.replicated)
     if groups > 1:
         slowest = max(1 / cost.devices[rank].network.ring_bandwidth for rank in attending)
-        size = cost.dense_gradient_bytes * (1.5 if schedule.dense_state == "optimizer" else 1)
-        size += found.replicated * cost.expert_gradient_bytes * news
+        size = cost.dense_gradient_bytes + found.replicated * cost.expert_gradient_bytes
         members = len(attending) * groups
         ring = 2 * (members - 1) / members * size * slowest
         result = max(result, ring + cost.sharding_seconds(schedule, attending))
-    return result + expert_seconds(cost, hosted, groups) * news
+    return result + expert_seconds(cost, hosted, groups)
