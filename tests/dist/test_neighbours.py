@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from workers import run_workers
 
+from builders import make_layout
+
 
 def start(rank: int) -> None:
     import torch.distributed as dist
@@ -68,6 +70,64 @@ def add(rank: int, members: list[int], sizes: list[int]) -> list[Any]:
         if rank in members:
             all_reduce(mail, tensor, members, rank)
     return [tensor.numpy() for tensor in tensors]
+
+
+def scatter_and_gather(rank: int, members: list[int], sizes: list[int]) -> list[Any]:
+    import torch
+
+    from hetermoe_cli.runtime.local_sum import all_gather, reduce_scatter
+    from hetermoe_cli.runtime.neighbours import connect
+
+    start(rank)
+    (mail,) = connect([0, 1, 2], 1, shares=True)
+    result = []
+    for size in sizes if rank in members else ():
+        tensor = torch.from_numpy(addend(rank, size))
+        share = -(-size // len(members))
+        reduce_scatter(mail, tensor, members, rank, share)
+        place = members.index(rank) * share
+        own = torch.zeros(share)
+        own[: len(tensor[place : place + share])] = tensor[place : place + share]
+        everyone = torch.empty(share * len(members))
+        all_gather(mail, everyone, own, members, rank)
+        result.append(everyone[:size].numpy())
+    return result
+
+
+@pytest.mark.parametrize("members", [[0, 1, 2], [0, 2]])
+def test_shares_of_sums_are_those_of_whole_sums(members: list[int]) -> None:
+    """Of any size, each rank's share in its place: told to all, they are the whole sum, to the bit."""
+    sizes = [1, 2, 3, 5000, 800_000, 4]
+    found = run_workers(3, scatter_and_gather, members, sizes)
+    for number, size in enumerate(sizes):
+        wanted = addend(members[0], size)
+        for member in members[1:]:
+            wanted = wanted + addend(member, size)
+        for rank in members:
+            np.testing.assert_array_equal(found[rank][number], wanted)
+
+
+def scatter(rank: int, sizes: list[int], dtype: str) -> list[Any]:
+    import torch
+
+    from hetermoe_cli.runtime.mesh import join
+
+    mesh, result = join(make_layout((1, 1, 1), (1, 1, 1)), "cpu", shares=False), []
+    for size in sizes:
+        tensor, share = torch.from_numpy(addend(rank, size)).to(getattr(torch, dtype)), -(-size // 3)
+        mesh.reduce_scatter(tensor, share, mesh.shared[0, 1, 2])
+        result.append(tensor[rank * share :][:share].float().numpy())
+    return result
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_gloo_scatters_sums(dtype: str) -> None:
+    sizes = [1, 2, 3, 5000, 100_001]
+    found = run_workers(3, scatter, sizes, dtype)
+    for number, size in enumerate(sizes):
+        wanted = sum(addend(rank, size) for rank in range(3))
+        tolerance = {"float32": 1e-6, "bfloat16": 2**-5, "float16": 2**-8}[dtype]  # addends are rounded, of up to 5
+        np.testing.assert_allclose(np.concatenate([f[number] for f in found]), wanted, atol=tolerance, rtol=tolerance)
 
 
 def addend(rank: int, size: int) -> Any:

@@ -148,8 +148,8 @@ class CostModel(MemoryModel):
 
     def reduce_seconds(self, schedule: ScheduleChoice, attending: Sequence[int], layer: int, replicated: int) -> float:
         """The part of it that follows a layer's backward: the dense part of the layer and its `replicated` experts."""
-        copies = scattered(schedule) * replicated * self.expert_gradient_bytes
-        return self.network.all_reduce_seconds(attending, self.reduce_bytes(schedule, layer) + copies)
+        size = self.segment_parameters(layer) * self.gradient_bytes + replicated * self.expert_gradient_bytes
+        return scattered(schedule) * self.network.all_reduce_seconds(attending, size)
 
     def reduce_bytes(self, schedule: ScheduleChoice, layer: int) -> float:
         """What of a layer's dense part is summed after its backward, in bytes of an all-reduce.

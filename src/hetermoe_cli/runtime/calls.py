@@ -24,7 +24,7 @@ COMMUNICATORS = ("world", "to experts", "from experts", "attending")  # by an ac
 COUNTS = "int64"
 WIDEST = "widest"  # of the attending ranks' precisions
 
-Operation = Literal["send", "receive", "all-reduce", "reduce-scatter", "all-gather"]  # gloo: scatters by all-reducing
+Operation = Literal["send", "receive", "all-reduce", "reduce-scatter", "all-gather"]  # gloo: scatters by an all-to-all
 Payload = Literal["counts", "rows", "gradients", "figures", "weights"]
 
 

@@ -86,14 +86,15 @@ class Mesh:
     def reduce_scatter(self, tensor: Tensor, share: int, group: dist.ProcessGroup) -> None:
         """Sum `tensor` [n] over the ranks of `group`, in place: this rank's part, one of `share` elements for each rank
         in turn (the last may have fewer), has its sum then, the others may have anything.
-
-        With gloo an all-reduce: its own reduce-scatter makes one of a copy.
         """
         ranks = self._sharing(group)
         if len(ranks) > 1:
             local_sum.reduce_scatter(self.mail[2], tensor, ranks, self.rank, share)
         elif self.wire.type == "cpu":
-            self.all_reduce(tensor, group)
+            message = self.on_wire(tensor)
+            _exchange(message, share, group)
+            if message is not tensor:
+                tensor.copy_(message, non_blocking=True)  # from pinned memory
         else:
             _scatter(tensor, share, group)
 
@@ -108,6 +109,19 @@ class Mesh:
         with peer_errors():
             dist.all_gather(found, torch.tensor([digest], dtype=torch.int64, device=self.wire))
         return [int(one) for one in found]
+
+
+def _exchange(tensor: Tensor, share: int, group: dist.ProcessGroup) -> None:
+    """`Mesh.reduce_scatter` with gloo, whose own makes an all-reduce of a copy: every rank sends the others their
+    parts, and adds up its own."""
+    parts = torch.split(tensor, share)
+    sizes = [len(part) for part in parts] + [0] * (dist.get_world_size(group) - len(parts))
+    me = dist.get_rank(group)
+    received = tensor.new_empty(len(sizes), sizes[me])
+    with peer_errors():
+        dist.all_to_all_single(received.view(-1), tensor, [sizes[me]] * len(sizes), sizes, group=group)
+    if sizes[me]:
+        torch.sum(received, 0, out=parts[me])
 
 
 def _scatter(tensor: Tensor, share: int, group: dist.ProcessGroup) -> None:

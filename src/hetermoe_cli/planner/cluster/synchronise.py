@@ -62,7 +62,7 @@ def _sum_seconds(
             for copy, placement in placements
             for rank, experts in zip(copy.ranks, placement.experts, strict=True)
         }
-    ring = whole.network.all_reduce_seconds(attending, dense * size) if size else 0.0  # no message, no latency
+    ring = dense * whole.network.all_reduce_seconds(attending, size) if size else 0.0  # no message, no latency
     return ring + expert_seconds(whole, hosted, len(copies), experts)
 
 
@@ -105,8 +105,8 @@ def expert_seconds(whole: CostModel, hosted: Mapping[int, float], groups: int, s
     for rank, count in hosted.items():
         behind[whole.devices[rank].nic] += count
     links = {device.nic: device.network for device in whole.devices}
-    rounds = 2 * (groups - 1)
-    moved = share * rounds / groups * whole.expert_gradient_bytes
+    rounds = share * 2 * (groups - 1)
+    moved = rounds / groups * whole.expert_gradient_bytes
     return max(
         (
             count * moved / links[nic].ring_bandwidth + rounds * links[nic].latency_microseconds * 1e-6
