@@ -1,12 +1,15 @@
 """Notes of a plan: what is said of the search is not said of a rival that is written as a plan."""
 
+from math import inf
+
 import pytest
 
 from builders import make_inputs
+from hetermoe_cli.planner.explain import pipeline_is_faster
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.search import Search
 from hetermoe_cli.planner.solver import SolverOptions
-from hetermoe_cli.spec.plan import Assignment, Plan
+from hetermoe_cli.spec.plan import Assignment, Baseline, Plan
 
 NO_GAIN, CUT_SHORT = "nothing is gained by other roles", "a longer --time-limit may find a better plan"
 
@@ -29,3 +32,14 @@ def test_more_time_is_advised_for_what_was_searched_alone(monkeypatch: pytest.Mo
     best, ep = planned("optimal"), planned("ep")
     assert CUT_SHORT in "\n".join(best.notes)
     assert CUT_SHORT not in "\n".join(ep.notes)
+
+
+def test_a_faster_pipeline_is_told() -> None:
+    def told(seconds: float | None) -> list[str]:
+        return [*pipeline_is_faster({"pp": Baseline(iteration_seconds=seconds)}, 2.0)]
+
+    assert told(None) == told(2.5) == []
+    assert "would take 1.500 s (modelled)" in told(1.5)[0]
+    plan = planned("ep")  # both layers on one device each: nothing is sent but activations
+    faster = (plan.baselines["pp"].iteration_seconds or inf) < plan.predicted.iteration_seconds
+    assert any("pipeline" in note for note in plan.notes) == faster

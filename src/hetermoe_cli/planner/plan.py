@@ -17,7 +17,7 @@ from hetermoe_cli.planner.cluster.groups import may_split
 from hetermoe_cli.planner.cluster.objective import Wanted, economy
 from hetermoe_cli.planner.cluster.plan_groups import bound_of_groups, plan_groups, wants_groups
 from hetermoe_cli.planner.expert_load import load_notes, under_load
-from hetermoe_cli.planner.explain import does_not_fit, notes
+from hetermoe_cli.planner.explain import does_not_fit, notes, pipeline_is_faster
 from hetermoe_cli.planner.replay import replay_seconds, typical
 from hetermoe_cli.planner.runner_up import RunnerUp
 from hetermoe_cli.planner.search import Found, search
@@ -98,6 +98,7 @@ def _chosen(groups: Plan, one: Plan) -> Plan:
     solver = groups.solver.model_copy(update={"seconds": one.solver.seconds + groups.solver.seconds})
     alone = OneGroup(iteration_seconds=one.predicted.iteration_seconds, bound=one.bound)
     notes = [*groups.notes, f"one group would take {alone.iteration_seconds:.3f} s"]
+    notes += pipeline_is_faster(rivals, groups.predicted.iteration_seconds)
     return groups.model_copy(update={"baselines": rivals, "solver": solver, "notes": notes, "one_group": alone})
 
 
@@ -119,7 +120,8 @@ def _plan_one_group(cost: CostModel, options: PlanOptions, progress: Callable[[s
     trace, seconds = simulate(typical(layout_cost)), replay_seconds(layout_cost)
     world = layout.world_size
     tokens = inputs.train.global_batch_sequences * inputs.train.sequence_length
-    embedded = embed(inputs)
+    embedded, baselines = embed(inputs), {name: rival.baseline() for name, rival in rivals.items()}
+    told = [*notes(cost, layout, rivals, found), *pipeline_is_faster(baselines, seconds)]
     return Plan(
         date=datetime.date.today(),
         assignment=options.assignment,
@@ -136,7 +138,7 @@ def _plan_one_group(cost: CostModel, options: PlanOptions, progress: Callable[[s
         ),
         gap=max(0.0, 1 - found.bound / seconds),
         memory=[layout_cost.memory(rank) for rank in range(world)],
-        baselines={name: rival.baseline() for name, rival in rivals.items()},
+        baselines=baselines,
         economy=economy(cost, range(world), seconds, options.max_micro_batches),
         solver=SolverReport(
             name=options.solver.name,
@@ -147,7 +149,7 @@ def _plan_one_group(cost: CostModel, options: PlanOptions, progress: Callable[[s
         ),
         load=load,
         explanation=_explanation(layout_cost, seconds, rivals, found, options),
-        notes=notes(cost, layout, rivals, found) + (load_notes(load) if load else []),
+        notes=told + (load_notes(load) if load else []),
         inputs=embedded,
         inputs_sha256=embedded.hashes(),
     )

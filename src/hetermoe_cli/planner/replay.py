@@ -1,7 +1,9 @@
 """Replay: the simulator's time of a layout, mean over the load's samples, and whether every rank's memory holds it."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from statistics import fmean
 
 from hetermoe_cli.cost.layout import LayoutCost
@@ -88,9 +90,10 @@ def overflow(cost: LayoutCost) -> Overflow | None:
 
 def busy_bound(cost: LayoutCost, *, exposed: bool = True) -> float:
     """What no replay of the layout can undercut: the busiest rank's compute and what of synchronising follows it; in
-    sequential order the transfers as well.
+    sequential order the transfers as well; and what the busiest link direction carries, one transfer at a time.
 
-    In sequential order every transfer lies between two tasks of each attending rank, and is `exposed`.
+    In sequential order every transfer lies between two tasks of each attending rank, and is `exposed`; not if it is cut
+    into parts.
     """
     layout, known = cost.layout, {}
     transfers = 0.0
@@ -105,7 +108,19 @@ def busy_bound(cost: LayoutCost, *, exposed: bool = True) -> float:
         r = known[key]
         attention = r.attending(layout.layers) + transfers if sequences else 0.0
         busiest = max(busiest, attention + _hosted_seconds(cost, rank, sum(r.hosted)))
-    return layout.micro_batches * busiest + cost.collective(Kind.REDUCE, 0).seconds + cost.synchronise_seconds
+    computed = layout.micro_batches * busiest + cost.collective(Kind.REDUCE, 0).seconds
+    return max(computed, _carried_seconds(cost) if exposed else 0.0) + cost.synchronise_seconds
+
+
+def _carried_seconds(cost: LayoutCost) -> float:
+    """All dispatches and combines of the link direction that is busy longest with them."""
+    layout, busy = cost.layout, defaultdict[int, float](float)
+    kinds = product((Kind.DISPATCH, Kind.COMBINE), (Pass.FORWARD, Pass.BACKWARD))
+    for (kind, direction), layer, number in product(kinds, range(layout.layers), range(layout.micro_batches)):
+        transfer = cost.transfer(Action(kind, direction, layer, number))
+        for port in transfer.ports:
+            busy[port] += transfer.seconds
+    return max(busy.values(), default=0.0)
 
 
 def _hosted_seconds(cost: LayoutCost, rank: int, balanced: float) -> float:

@@ -16,7 +16,7 @@ class Kind(StrEnum):
     EXPERT = "E"  # the local experts of one layer
     COMBINE = "C"  # expert outputs back to their tokens; in backward, the outputs' gradients out
     HEAD = "H"  # last combine, final norm, head, loss; in training its own backward at once
-    REDUCE = "R"  # all-reduce of one layer's gradients that ranks share; of a sharded layer, reduce-scatter
+    REDUCE = "R"  # sum of a layer's gradients that ranks share: all-reduce, or reduce-scatter of shared out states
     GATHER = "G"  # all-gather of one layer's sharded weights
     SYNCHRONISE = "S"  # global norm, once all gradients are summed; its cost: new weights of sharded states
     OPTIMIZER = "O"  # optimizer step
