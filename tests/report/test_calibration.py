@@ -116,7 +116,8 @@ def test_sums_of_a_sharded_dense_part_are_told_from_each_other(tmp_path: Path) -
     scattered, summed = (costs[0][run.steps[0]].collective(Kind.REDUCE, 0, last=last).seconds for last in (False, True))
     found = [sample.predicted for sample in transfer_samples(run.copies, costs)]
     assert scattered < summed
-    assert sum(seconds == pytest.approx(scattered) for seconds in found) == 2 * len(run.steps)
+    gathers = 2 * len(run.steps)  # as long: one of a group in every step has its ports for itself
+    assert sum(seconds == pytest.approx(scattered) for seconds in found) == 2 * len(run.steps) + gathers
     assert sum(seconds == pytest.approx(summed) for seconds in found) == len(run.steps)
 
 
