@@ -59,7 +59,7 @@ def make_plan(
     seconds = plan.predicted.iteration_seconds
     if options.assignment != "optimal" or wanted.most_groups == 1 or plan.bound.work_iteration_seconds >= seconds:
         return plan
-    groups = _groups_beside(cost, options, progress)
+    groups = _groups_beside(cost, options, progress, seconds)
     if groups and groups.predicted.iteration_seconds < (1 - WORTH) * seconds:
         return _chosen(groups, plan)
     if wanted.most_groups is None:
@@ -69,20 +69,22 @@ def make_plan(
     return plan.model_copy(update={"max_groups": wanted.most_groups, "bound": bound, "gap": gap})
 
 
-def _plan_groups(cost: CostModel, options: PlanOptions, progress: Callable[[str], None], *, whole: bool = True) -> Plan:
+def _plan_groups(cost: CostModel, options: PlanOptions, progress: Callable[[str], None], *, beat: float = inf) -> Plan:
     limit = options.max_micro_batches
-    plan = plan_groups(cost, embed(cost.inputs), options.solver, limit, options.wanted, progress, whole=whole)
+    plan = plan_groups(cost, embed(cost.inputs), options.solver, limit, options.wanted, progress, beat=beat)
     return with_other_orders(plan, options.solver.time_limit) if options.explain else plan
 
 
-def _groups_beside(cost: CostModel, options: PlanOptions, progress: Callable[[str], None]) -> Plan | None:
-    """Several groups where one is planned already, if any fit: their layouts are fewer."""
+def _groups_beside(
+    cost: CostModel, options: PlanOptions, progress: Callable[[str], None], seconds: float
+) -> Plan | None:
+    """Several groups where one is planned that takes `seconds`, if any fit: their layouts are fewer."""
     if not may_split(cost, options.max_micro_batches, options.wanted):
         return None
     share = BESIDE if options.wanted.most_groups is None else 1.0
     solver = replace(options.solver, time_limit=share * options.solver.time_limit)
     try:
-        return _plan_groups(cost, replace(options, solver=solver), progress, whole=False)
+        return _plan_groups(cost, replace(options, solver=solver), progress, beat=seconds)
     except UserError as error:
         if error.code is not ExitCode.DOES_NOT_FIT:
             raise

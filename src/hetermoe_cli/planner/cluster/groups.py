@@ -28,6 +28,7 @@ from hetermoe_cli.spec.plan import Group, Inputs
 
 ROUNDS = 10  # of packing and computing or replaying what was chosen
 LAST_ROUND = 100  # if not one packing could be replayed before
+FAR = 1.1  # times what is to be beaten: more points and other layouts do not gain as much
 CLOSE = 0.01  # relative error of estimates that makes another round pointless
 ESTIMATING = 0.15  # of the time limit
 MORE = 12  # compositions that get more points
@@ -48,13 +49,14 @@ class FoundGroups:
 
 
 class GroupSearch:
-    """State of one search over groups, of which the `whole` cluster may be one."""
+    """State of one search over groups. `beat`: seconds of the whole cluster as one group, if that is planned already:
+    it is not looked at then."""
 
     def __init__(
-        self, cost: CostModel, solver: SolverOptions, limit: int, wanted: Wanted, *, whole: bool = True
+        self, cost: CostModel, solver: SolverOptions, limit: int, wanted: Wanted, *, beat: float = inf
     ) -> None:
         self.cost, self.inputs, self.solver, self.wanted = cost, cost.inputs, solver, wanted
-        self.largest = len(cost.devices) - (not whole)
+        self.beat, self.largest = beat, len(cost.devices) - (beat < inf)
         self.cluster = cost.inputs.cluster
         self.batch = cost.train.global_batch_sequences
         self.curves = Curves(self.inputs, limit, wanted.most_groups)
@@ -97,7 +99,8 @@ class GroupSearch:
             groups = self._most(c)
             if self.batch % (groups * quantum) == 0:  # the whole batch on such groups alone
                 self.curves.point(c, self.batch // groups)
-        self._widen()
+        if self._packed_seconds() < FAR * self.beat:
+            self._widen()
 
     def _in_turn(self, found: list[Composition]) -> list[Composition]:
         """First those with a quick estimate, as many as a share of the time limit allows: of every set of node groups
@@ -111,6 +114,14 @@ class GroupSearch:
         ranked = [(place, one) for several in known.values() for place, one in enumerate(sorted(several))]
         first = [c for _, (_, c) in sorted(ranked)]
         return [*first, *found[len(first) :]]
+
+    def _packed_seconds(self) -> float:
+        """What the best groups of the points that are known take, by their estimates; infinite if there are none."""
+        packing = self._pack() if self.beat < inf else {}
+        if packing is None:
+            return inf
+        known = [self.curves.points[c].get(share) for c, shares in packing.items() for share in shares]
+        return max((point.seconds for point in known if point), default=0.0)
 
     def _most(self, c: Composition) -> int:
         """How many such groups the cluster has devices for, and the limit on cost dollars."""
@@ -254,7 +265,7 @@ class GroupSearch:
 
 def may_split(cost: CostModel, limit: int, wanted: Wanted) -> bool:
     """Whether the memory of some part of the cluster holds the model."""
-    return bool(GroupSearch(cost, SolverOptions(), limit, wanted, whole=False).candidates())
+    return bool(GroupSearch(cost, SolverOptions(), limit, wanted, beat=0.0).candidates())
 
 
 def find_groups(
@@ -264,16 +275,16 @@ def find_groups(
     wanted: Wanted,
     progress: Callable[[str], None] = lambda text: None,
     *,
-    whole: bool = True,
+    beat: float = inf,
 ) -> FoundGroups:
-    """The best groups, of which the `whole` cluster may be one. UserError if none fits, or none that the limit on cost
-    allows; where one group is known to fit, no more time is taken to find some."""
-    state = GroupSearch(cost, solver, limit, wanted, whole=whole)
+    """The best groups. UserError if none fits, or none that the limit on cost allows; with something to `beat` no more
+    time is taken to find some."""
+    state = GroupSearch(cost, solver, limit, wanted, beat=beat)
     progress("exploring groups")
     state.explore()
     progress("packing groups")
     state.pack()
-    if state.best is None and whole:
+    if state.best is None and beat == inf:
         state.explore(patient=True)
         state.pack()
     if state.best is None:

@@ -5,13 +5,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from math import inf
 
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.cluster.bound import groups_bound
 from hetermoe_cli.planner.cluster.even_groups import EvenGroups, even_groups
 from hetermoe_cli.planner.cluster.explained import binding_of_groups
-from hetermoe_cli.planner.cluster.groups import FoundGroups, find_groups
+from hetermoe_cli.planner.cluster.groups import FAR, FoundGroups, find_groups
 from hetermoe_cli.planner.cluster.loaded import groups_under_load, mean_seconds
 from hetermoe_cli.planner.cluster.objective import HOUR, Wanted, economy, least_dollars
 from hetermoe_cli.planner.cluster.refine import refined
@@ -39,22 +40,30 @@ def plan_groups(
     wanted: Wanted,
     progress: Callable[[str], None] = lambda text: None,
     *,
-    whole: bool = True,
+    beat: float = inf,
 ) -> Plan:
-    """The best plan of any number of groups, of which the `whole` cluster may be one. UserError if nothing fits, or
-    nothing within the limit on cost."""
+    """The best plan of any number of groups. UserError if nothing fits, or nothing within the limit on cost.
+
+    `beat`: what one group over the whole cluster takes, if that is known: it is not looked at then, and groups that
+    are far slower are not improved.
+    """
     began = time.monotonic()
     progress("rivals")
     rivals = even_groups(cost.balanced, limit, wanted.most_groups, RIVALS_SHARE * solver.time_limit)
     left = solver.time_limit - (time.monotonic() - began)
     find = partial(
-        find_groups, solver=replace(solver, time_limit=left), limit=limit, wanted=wanted, progress=progress, whole=whole
+        find_groups,
+        solver=replace(solver, time_limit=left),
+        limit=limit,
+        wanted=wanted,
+        progress=progress,
+        beat=beat,
     )
     found = _of_one_state(cost.balanced, find)
     if not wanted.needs_prices:
         found = _no_slower(found, rivals.values())
     progress("improving groups")
-    left = max(0.0, solver.time_limit - (time.monotonic() - began))
+    left = max(0.0, solver.time_limit - (time.monotonic() - began)) if found.replayed.seconds < FAR * beat else 0.0
     state = found.groups[0].schedule.dense_state
     found, load = refined(_with_state(cost.balanced, state), found, replace(solver, time_limit=left), limit), None
     if cost.inputs.expert_load:
