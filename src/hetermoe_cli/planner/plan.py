@@ -72,7 +72,8 @@ def make_plan(
 def _plan_groups(cost: CostModel, options: PlanOptions, progress: Callable[[str], None], *, beat: float = inf) -> Plan:
     limit = options.max_micro_batches
     plan = plan_groups(cost, embed(cost.inputs), options.solver, limit, options.wanted, progress, beat=beat)
-    return with_other_orders(plan, options.solver.time_limit) if options.explain else plan
+    told = options.explain and plan.predicted.iteration_seconds < beat
+    return with_other_orders(plan, options.solver.time_limit) if told else plan
 
 
 def _groups_beside(
