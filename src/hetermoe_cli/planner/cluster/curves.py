@@ -74,9 +74,15 @@ class Curves:
         return inf
 
     def sharing(self, composition: Composition) -> list[int]:
-        """Over how many groups such a group may share out states: what all of its kind are, and where it does not fit
-        so, as many as the cluster has devices for with others beside it."""
-        return sorted({self.alike(composition), max(self.alike(composition), self._groups(composition))})
+        """Over how many groups such a group may share out states: what all of its kind are; and where it is the only
+        one and does not fit so, as many as the cluster has devices for with others beside it."""
+        alike = self.alike(composition)
+        more = self._groups(composition) if alike == 1 and self._shares else 1
+        return sorted({alike, max(alike, more)})
+
+    @property
+    def _shares(self) -> bool:
+        return self.inputs.train.dense_state != "replicated"
 
     def alike(self, composition: Composition) -> int:
         """How many such groups the cluster has devices for."""
@@ -104,14 +110,14 @@ class Curves:
     def refuse(self, composition: Composition, sequences: int, groups: int) -> None:
         """The layout did not fit as one of `groups`; if the point took them for more, it is looked for again."""
         point = self.points[composition][sequences]
-        fewer = point is not None and groups < point.groups
+        fewer = point is not None and groups < point.groups and self._shares
         self.points[composition][sequences] = self._best(composition, sequences, groups) if fewer else None
 
     def reconsider(self, composition: Composition, sequences: int, groups: int) -> bool:
         """Look for a better layout as one of `groups`, if the point took states for shared out over fewer; whether
         there is one."""
         point = self.points[composition][sequences]
-        if point is None or point.groups >= groups:
+        if point is None or point.groups >= groups or not self._shares:
             return False
         found = self._best(composition, sequences, groups)
         better = found is not None and found.seconds < point.seconds

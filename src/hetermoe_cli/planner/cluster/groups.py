@@ -194,7 +194,7 @@ class GroupSearch:
         """Whether the devices' memory holds one copy of all states; of optimizer states what as many groups as
         there can be leave to each, where they may share them out."""
         weights, gradients, optimizer = STATE_BYTES[self.cost.train.precision]
-        sharing = 1 if self.cost.train.dense_state == "replicated" else self.curves.sharing(c)[-1]
+        sharing = self.curves.sharing(c)[-1] if self.cost.train.dense_state != "replicated" else 1
         held = sum(
             count * (device.memory_bytes * self.cost.train.memory_headroom - device.framework_bytes)
             for count, node in zip(c, self.cluster.nodes, strict=True)
