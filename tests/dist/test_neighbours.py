@@ -1,6 +1,8 @@
 """Processes of one machine find each other, and sum through shared memory; where one cannot, none does."""
 
+import operator
 import os
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -100,9 +102,7 @@ def test_shares_of_sums_are_those_of_whole_sums(members: list[int]) -> None:
     sizes = [1, 2, 3, 5000, 800_000, 4]
     found = run_workers(3, scatter_and_gather, members, sizes)
     for number, size in enumerate(sizes):
-        wanted = addend(members[0], size)
-        for member in members[1:]:
-            wanted = wanted + addend(member, size)
+        wanted = in_order(members, size)
         for rank in members:
             np.testing.assert_array_equal(found[rank][number], wanted)
 
@@ -130,6 +130,11 @@ def test_gloo_scatters_sums(dtype: str) -> None:
         np.testing.assert_allclose(np.concatenate([f[number] for f in found]), wanted, atol=tolerance, rtol=tolerance)
 
 
+def in_order(members: list[int], size: int) -> Any:
+    """The sum of what members add, in their order."""
+    return reduce(operator.add, [addend(member, size) for member in members])
+
+
 def addend(rank: int, size: int) -> Any:
     return np.random.default_rng([rank, size]).standard_normal(size).astype(np.float32)
 
@@ -139,9 +144,7 @@ def test_sums_have_the_same_bits_everywhere(members: list[int]) -> None:
     sizes = [1, 2, 3, 5000, 300_000, 4]
     found = run_workers(3, add, members, sizes)
     for number, size in enumerate(sizes):
-        wanted = addend(members[0], size)
-        for member in members[1:]:
-            wanted = wanted + addend(member, size)
+        wanted = in_order(members, size)
         for rank in range(3):
             expected = wanted if rank in members else addend(rank, size)
             np.testing.assert_array_equal(found[rank][number], expected)

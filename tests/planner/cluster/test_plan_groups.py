@@ -249,6 +249,11 @@ def test_shares_give_every_device_as_much() -> None:
     assert search._whole((4, 4), 41.0) == 40
     assert search._whole((4, 4), 3.0) == 3  # fewer than devices
     assert search._whole((4, 4), 500.0) == 96
+    odd = GroupSearch(CostModel(fleet([("new", 1, 3)], nics=3, batch=256)), SolverOptions(time_limit=0.1), 16, Wanted())
+    odd.explore()
+    assert odd.limits.quantum == 2  # packed shares are multiples of it
+    assert odd._whole((3,), 100.0) == 102
+    assert all(share % 2 == 0 for share in odd.fair.values())
 
 
 def test_groups_hold_the_dense_part_in_one_way() -> None:

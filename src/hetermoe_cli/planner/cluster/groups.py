@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import gcd, inf
+from math import gcd, inf, lcm
 
 from hetermoe_cli.cost.device import STATE_BYTES
 from hetermoe_cli.cost.model import CostModel
@@ -99,7 +99,7 @@ class GroupSearch:
             groups = self._most(c)
             if self.batch % (groups * quantum) == 0:  # the whole batch on such groups alone
                 self.curves.point(c, self.batch // groups)
-        if self._packed_seconds() < FAR * self.beat:
+        if self.beat == inf or self._packed_seconds() < FAR * self.beat:
             self._widen()
 
     def _in_turn(self, found: list[Composition]) -> list[Composition]:
@@ -117,10 +117,10 @@ class GroupSearch:
 
     def _packed_seconds(self) -> float:
         """What the best groups of the points that are known take, by their estimates; infinite if there are none."""
-        packing = self._pack() if self.beat < inf else {}
+        packing = self._pack()
         if packing is None:
             return inf
-        known = [self.curves.points[c].get(share) for c, shares in packing.items() for share in shares]
+        known = (self.curves.points[c].get(share) for c, shares in packing.items() for share in shares)
         return max((point.seconds for point in known if point), default=0.0)
 
     def _most(self, c: Composition) -> int:
@@ -162,10 +162,12 @@ class GroupSearch:
         return result
 
     def _whole(self, c: Composition, share: float) -> int:
-        """Sequences of about that share: as many for each of its devices, where there are any; else by the quantum.
+        """Sequences of about that share: by the quantum, and as many for each of its devices where there are so many.
 
-        Shares of few divisors have few numbers of micro-batches."""
-        step = next(step for step in (sum(c), self.limits.quantum) if step <= max(share, self.limits.quantum))
+        Shares of few divisors have few numbers of micro-batches.
+        """
+        quantum = self.limits.quantum
+        step = next(step for step in (lcm(sum(c), quantum), quantum) if step <= max(share, quantum))
         return min(self.batch, max(step, round(share / step) * step))
 
     def _quantum(self) -> int:
