@@ -74,7 +74,7 @@ def _predecessors(schedule: Schedule, ports: Sequence[tuple[int, ...]]) -> list[
     kinds: dict[object, int] = {}  # transfers that use the same ports and lanes
     kind_of = []
     for action, used in zip(schedule.transfers, ports, strict=True):
-        key = (action.lane - 1, used, schedule.senders[action], schedule.receivers[action])
+        key = (schedule.lanes_of(action), used, schedule.senders[action], schedule.receivers[action])
         kind_of.append(kinds.setdefault(key, len(kinds)))
     conflicts = _conflicts(schedule.world_size, kinds)
     last = [-1] * len(kinds)
@@ -89,11 +89,13 @@ def _conflicts(world: int, kinds: Iterable[Any]) -> list[list[int]]:
     """For each kind of transfer those that share a port or a lane with it."""
     keys = list(kinds)
     lanes = 1 + max((max(ports, default=-1) for _, ports, _, _ in keys), default=-1)
-    uses = np.zeros((len(keys), lanes + 3 * world), dtype=np.float32)
-    for row, (number, ports, senders, receivers) in zip(uses, keys, strict=True):
+    lowest = min((min(numbers) for numbers, *_ in keys), default=0)
+    count = 1 + max((max(numbers) for numbers, *_ in keys), default=0) - lowest
+    uses = np.zeros((len(keys), lanes + count * world), dtype=np.float32)
+    for row, (numbers, ports, senders, receivers) in zip(uses, keys, strict=True):
         row[list(ports)] = 1
-        lane = row[lanes + world * number :]
-        lane[list(senders)] = lane[list(receivers)] = 1
+        for number, ranks in zip(numbers, (senders, receivers), strict=True):
+            row[lanes + world * (number - lowest) :][list(ranks)] = 1
     return [np.flatnonzero(row).tolist() for row in uses @ uses.T]
 
 

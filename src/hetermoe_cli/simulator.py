@@ -42,7 +42,7 @@ def check_deadlock(schedule: Schedule, layers: int) -> None:
     passes for any costs and any sharing of ports.
     """
     for transfer in schedule.transfers:
-        if not transfer.is_collective and transfer.answer not in schedule.senders:
+        if transfer.is_exchange and transfer.answer not in schedule.senders:
             raise UserError(f"schedule: transfer {transfer} has no answer {transfer.answer}")
     dataflow(schedule, layers, [tuple(_participants(schedule, action)) for action in schedule.transfers])
 

@@ -11,7 +11,7 @@ from hetermoe_cli.schedule.action import Action, Kind
 from hetermoe_cli.spec.files import read_text, write_atomic
 
 Origin = Literal["simulated", "measured", "emulated"]
-LANES = ("compute", "to experts", "from experts", "collectives")
+LANES = ("compute", "to experts", "from experts", "collectives", "to next stage", "to stage before")
 _WORDS = {Kind.HEAD: "head", Kind.SYNCHRONISE: "synchronise", Kind.OPTIMIZER: "optimizer"}
 
 

@@ -29,7 +29,7 @@ def test_the_text_form_is_layer_kind_pass_micro_batch() -> None:
     assert parse_action("10DB2") == Action(Kind.DISPATCH, Pass.BACKWARD, 10, 2)
 
 
-@pytest.mark.parametrize("text", ["", "AF1", "3AF", "3XF1", "3AX1", "-3AF1", "3AF1 ", "3AF1x", "3aF1", "3.0AF1"])
+@pytest.mark.parametrize("text", ["", "AF1", "3AF", "3ZF1", "3AZ1", "-3AF1", "3AF1 ", "3AF1x", "3aF1", "3.0AF1"])
 def test_other_text_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is no action; expected the form 3AF1"):
         parse_action(text)
@@ -49,9 +49,10 @@ def test_direction_of_transfers(text: str, towards: bool) -> None:
 
 def test_rows_gradients_and_weights_are_transferred() -> None:
     transfers = {kind for kind in Kind if Action(kind, Pass.FORWARD).is_transfer}
-    assert transfers == {Kind.DISPATCH, Kind.COMBINE, Kind.REDUCE, Kind.GATHER}
+    assert transfers == {Kind.DISPATCH, Kind.COMBINE, Kind.CROSS, Kind.REDUCE, Kind.GATHER}
     assert {parse_action(text).lane for text in ("3RB7", "3GF7", "3GB7")} == {3}
-    assert {parse_action(text).lane for text in ("0AF0", "0EB0", "0HB0", "0SB0", "0OB0")} == {0}
+    assert [parse_action(text).lane for text in ("3XF7", "3XB7")] == [4, 5]
+    assert {parse_action(text).lane for text in ("0AF0", "0EB0", "2PF0", "0HB0", "0SB0", "0OB0")} == {0}
 
 
 @given(ROWS)

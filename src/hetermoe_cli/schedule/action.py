@@ -9,12 +9,14 @@ from hetermoe_cli.spec.layout import ScheduleChoice
 
 
 class Kind(StrEnum):
-    """What a task does. D, C, R and G are transfers, S ends the gradient synchronisation, the others compute."""
+    """What a task does. D, C, X, R and G are transfers, S ends the gradient synchronisation, the others compute."""
 
     ATTENTION = "A"  # combine of the layer before, attention, norms, gate
     DISPATCH = "D"  # rows to the hosts of their experts; in backward, the rows' gradients back
     EXPERT = "E"  # the local experts of one layer
     COMBINE = "C"  # expert outputs back to their tokens; in backward, the outputs' gradients out
+    PASS = "P"  # last combine of a pipeline stage that others follow; in backward, what comes back from them
+    CROSS = "X"  # hidden states to the next pipeline stage; in backward, their gradients to the one before
     HEAD = "H"  # last combine, final norm, head, loss; in training its own backward at once
     REDUCE = "R"  # sum of a layer's gradients that ranks share: all-reduce, or reduce-scatter of shared out states
     GATHER = "G"  # all-gather of one layer's sharded weights
@@ -38,7 +40,7 @@ class Action(NamedTuple):
 
     H carries layer 0, S and O micro-batch 0 as well. R carries the last micro-batch, whose backward it follows; the
     head's gradients are one layer more than the last, the embedding's go with those of layer 0. G is called after the
-    first stage that needs it (`inputs`); layers as for R.
+    first stage that needs it (`inputs`); layers as for R. P and X carry the first layer of the next pipeline stage.
     """
 
     kind: Kind
@@ -61,15 +63,23 @@ class Action(NamedTuple):
 
     @property
     def lane(self) -> int:
-        """Index in trace.LANES: 0 compute, 1 towards the experts, 2 from the experts, 3 collectives."""
+        """Index in trace.LANES: 0 compute, 1 towards the experts, 2 from the experts, 3 collectives, 4 to the next
+        pipeline stage, 5 to the one before."""
         if not self.is_transfer:
             return 0
+        if self.kind is Kind.CROSS:
+            return 4 if self.direction is Pass.FORWARD else 5
         return 3 if self.is_collective else 1 if self.towards_experts else 2
 
     @property
     def towards_experts(self) -> bool:
         """Of a dispatch or combine: attending ranks send and hosts receive (forward dispatch, backward combine)."""
         return (self.kind is Kind.DISPATCH) == (self.direction is Pass.FORWARD)
+
+    @property
+    def is_exchange(self) -> bool:
+        """Whether attending ranks and hosts exchange rows: D or C."""
+        return self.kind in _EXCHANGES
 
     @property
     def answer(self) -> "Action":
@@ -79,8 +89,9 @@ class Action(NamedTuple):
 
 
 _COLLECTIVES = frozenset((Kind.REDUCE, Kind.GATHER))
-_TRANSFERS = _COLLECTIVES | {Kind.DISPATCH, Kind.COMBINE}
-_PATTERN = re.compile(r"(\d+)([ADECHRGSO])([FB])(\d+)")
+_EXCHANGES = frozenset((Kind.DISPATCH, Kind.COMBINE))
+_TRANSFERS = _COLLECTIVES | _EXCHANGES | {Kind.CROSS}
+_PATTERN = re.compile(rf"(\d+)([{''.join(Kind)}])([FB])(\d+)")
 
 
 def parse_action(text: str) -> Action:

@@ -1,16 +1,30 @@
 """Lowering: compute orders -> Schedule, by adding every transfer with its senders and receivers."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.gathers import gathers
 from hetermoe_cli.schedule.schedule import Schedule, segment_of
-from hetermoe_cli.schedule.zebra import Order, Part, Windows, part_of, training_order, validation_order, windows_of
+from hetermoe_cli.schedule.zebra import (
+    Order,
+    Part,
+    Windows,
+    part_of,
+    passes,
+    training_order,
+    validation_order,
+    windows_of,
+)
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.world import World
 
 _OrderOf = Callable[[Part, Windows], Order]
+_PassOf = tuple[Pass, int]  # direction, and number of the window
+_OF_ATTENDING = (Kind.ATTENTION, Kind.PASS, Kind.HEAD)
+_LENGTH = {Pass.FORWARD: 1.0, Pass.BACKWARD: 2.0}
 
 
 def training_schedule(layout: Layout, copies: int = 1) -> Schedule:
@@ -40,13 +54,14 @@ def validation_schedules(world: World) -> list[Schedule]:
 def _lower(layout: Layout, order_of: _OrderOf, copies: int) -> Schedule:
     windows = windows_of(layout)
     compute = tuple([order_of(part_of(layout, rank), windows) for rank in range(layout.world_size)])
-    attending = tuple(layout.attending)
-    hosting = [tuple(layout.hosting(layer)) for layer in range(layout.layers)]
     transfers: list[Action] = []
     senders: dict[Action, tuple[int, ...]] = {}
     receivers: dict[Action, tuple[int, ...]] = {}
-    order, after = _transfer_order(order_of, layout.layers, windows, layout.gathers)
+    hosting = [tuple(layout.hosting(layer)) for layer in range(layout.layers)]
+    borders = (*[span.first for span in layout.spans], layout.layers)
+    order, after = _transfer_order(order_of, borders, windows, layout.gathers)
     for action in order:
+        attending = layout.attending_at(action.layer)
         if action.is_collective:
             last = action.kind is Kind.REDUCE and action.micro_batch == layout.micro_batches - 1
             others = copies > 1 and last and action.layer < layout.layers
@@ -54,6 +69,11 @@ def _lower(layout: Layout, order_of: _OrderOf, copies: int) -> Schedule:
             if copies > 1 or len(attending) > 1:
                 transfers.append(action)
                 senders[action] = receivers[action] = tuple(sorted({*attending, *hosts}))
+            continue
+        if action.kind is Kind.CROSS:
+            before, forward = layout.attending_at(action.layer - 1), action.direction is Pass.FORWARD
+            transfers.append(action)
+            senders[action], receivers[action] = (before, attending) if forward else (attending, before)
             continue
         hosts = hosting[action.layer]
         if not hosts or (hosts == attending and len(attending) == 1):
@@ -65,9 +85,30 @@ def _lower(layout: Layout, order_of: _OrderOf, copies: int) -> Schedule:
 
 @lru_cache(maxsize=256)
 def _transfer_order(
-    order_of: _OrderOf, layers: int, windows: Windows, gathered: bool
+    order_of: _OrderOf, borders: tuple[int, ...], windows: Windows, gathered: bool
 ) -> tuple[Order, dict[Action, Action]]:
-    """Transfers in the order of the attending ranks' stages, and the stages that gathers follow.
+    """Transfers of all pipeline stages in one order, and the stages that gathers follow. `borders`: their first layers,
+    and one after the last layer.
+
+    What a stage transfers during one pass of a window stays together. Passes go by when they would start if all
+    forward ones took as long, and all backward ones twice that.
+    """
+    layers, last = borders[-1], len(borders) - 2
+    found: list[tuple[float, int, Order]] = []
+    after: dict[Action, Action] = {}
+    starts = _starts(last + 1, windows)
+    for number, (first, end) in enumerate(pairwise(borders)):
+        part = Part(True, (False,) * layers, first, end, last - number)
+        by_pass, own = _orders_of_stage(order_of, part, windows, gathered)
+        found += [(starts[number][key], -number, transfers) for key, transfers in by_pass.items()]
+        after |= own
+    return tuple([transfer for *_, transfers in sorted(found, key=lambda one: one[:2]) for transfer in transfers]), after
+
+
+def _orders_of_stage(
+    order_of: _OrderOf, part: Part, windows: Windows, gathered: bool
+) -> tuple[dict[_PassOf, list[Action]], dict[Action, Action]]:
+    """Transfers of one pipeline stage, by pass, in the order of its attending ranks' stages.
 
     All dispatches of a layer's micro-batches go before their combines: an attending rank that hosts experts runs
     them after the layer's attention, so a combine placed earlier would hold up the dispatches behind it. With experts
@@ -80,17 +121,21 @@ def _transfer_order(
     message towards the experts needs anyway; later, that message would wait for more answers where it shares a port
     with the gradients. Weights are gathered at the same places, before gradients, as stages wait for them.
     """
-    stages = [a for a in order_of(Part(True, (False,) * layers), windows) if a.kind in (Kind.ATTENTION, Kind.HEAD)]
+    layers = len(part.hosts)
+    stages = [a for a in order_of(part, windows) if a.kind in _OF_ATTENDING]
     found = gathers(stages, layers) if gathered else []
     after = {gather.action: gather.after for gather in found if gather.after}
     collectives = _reduces(stages, layers, windows, gathered)
     for gather, stage in after.items():
         collectives[stage] = [gather, *collectives.get(stage, [])]
-    result: list[Action] = [gather.action for gather in found if not gather.after]
+    by_pass: dict[_PassOf, list[Action]] = defaultdict(list)
+    result = by_pass[_pass_of(stages[0], windows)]
+    result += [gather.action for gather in found if not gather.after]
     waited: list[Action] = []  # answers that the stages of this layer wait for
     sent: list[Action] = []  # answers to what they sent
     key: tuple[Kind, Pass, int] | None = None
     for action in stages:
+        result = by_pass[_pass_of(action, windows)]
         between = windows.experts == "between" and action.kind is Kind.ATTENTION
         backward = action.direction is Pass.BACKWARD
         ahead = windows.transfers == "interleaved" or (between and backward)
@@ -100,16 +145,38 @@ def _transfer_order(
             waited, sent = waited + sent, []
             due = 2 if ahead else len(waited)
         result += _taken(waited, due)
-        out = _sent_by(action, layers)
+        out = _sent_by(action, part)
         if out:
             result.append(out)
-            sent.append(out.answer)
+            sent += [out.answer] if out.is_exchange else []
         if between and not backward:
             result += sent[:-1]
             del sent[:-1]
         place = 1 if windows.transfers == "interleaved" else max(1, len(sent) - 1)
         sent[place:place] = collectives.get(action, ())
-    return (*result, *waited, *sent), after
+    result += [*waited, *sent]
+    return by_pass, after
+
+
+def _pass_of(action: Action, windows: Windows) -> _PassOf:
+    return action.direction, action.micro_batch // windows.width
+
+
+def _starts(stages: int, windows: Windows) -> list[dict[_PassOf, float]]:
+    """When every pass of every pipeline stage would start (_transfer_order); backward ones of a validation never do."""
+    orders = [[(way, window[0] // windows.width) for way, window in passes(s, windows)] for s in reversed(range(stages))]
+    starts: list[dict[_PassOf, float]] = [{} for _ in orders]
+    free = [0.0] * stages
+    while any(orders):
+        for number, left in enumerate(orders):
+            before = number + (1 if left and left[0][0] is Pass.BACKWARD else -1)
+            if not left or (0 <= before < stages and left[0] not in starts[before]):
+                continue
+            key = left.pop(0)
+            ready = starts[before][key] + _LENGTH[key[0]] if 0 <= before < stages else 0.0
+            starts[number][key] = max(free[number], ready)
+            free[number] = starts[number][key] + _LENGTH[key[0]]
+    return starts
 
 
 def _reduces(stages: Order | list[Action], layers: int, windows: Windows, gathered: bool) -> dict[Action, list[Action]]:
@@ -118,7 +185,7 @@ def _reduces(stages: Order | list[Action], layers: int, windows: Windows, gather
     return {
         stage: [Action(Kind.REDUCE, Pass.BACKWARD, segment_of(stage, layers), stage.micro_batch)]
         for stage in stages
-        if stage.direction is Pass.BACKWARD and not (stage.micro_batch + 1) % width
+        if stage.direction is Pass.BACKWARD and stage.kind is not Kind.PASS and not (stage.micro_batch + 1) % width
     }
 
 
@@ -132,12 +199,14 @@ def _taken(waited: list[Action], due: int) -> list[Action]:
     return taken
 
 
-def _sent_by(action: Action, layers: int) -> Action | None:
-    """The transfer towards the experts that follows an attending rank's stage."""
-    if action.kind is Kind.ATTENTION and action.direction is Pass.FORWARD:
-        return Action(Kind.DISPATCH, Pass.FORWARD, action.layer, action.micro_batch)
-    if action.kind is Kind.HEAD and action.direction is Pass.BACKWARD:
-        return Action(Kind.COMBINE, Pass.BACKWARD, layers - 1, action.micro_batch)
-    if action.kind is Kind.ATTENTION and action.layer > 0:
-        return Action(Kind.COMBINE, Pass.BACKWARD, action.layer - 1, action.micro_batch)
-    return None
+def _sent_by(action: Action, part: Part) -> Action | None:
+    """What an attending rank sends after a stage."""
+    forward, layer, j = action.direction is Pass.FORWARD, action.layer, action.micro_batch
+    if action.kind is Kind.ATTENTION and forward:
+        return Action(Kind.DISPATCH, Pass.FORWARD, layer, j)
+    if (action.kind is Kind.PASS and forward) or (action.kind is Kind.ATTENTION and 0 < layer == part.first):
+        return Action(Kind.CROSS, action.direction, layer, j)
+    if forward or (action.kind is Kind.ATTENTION and not layer):
+        return None
+    behind = len(part.hosts) if action.kind is Kind.HEAD else layer
+    return Action(Kind.COMBINE, Pass.BACKWARD, behind - 1, j)

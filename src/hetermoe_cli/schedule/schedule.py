@@ -31,6 +31,13 @@ class Schedule:
         """The transfers that `rank` takes part in, in order."""
         return [t for t in self.transfers if rank in self.senders[t] or rank in self.receivers[t]]
 
+    def lanes_of(self, transfer: Action) -> tuple[int, int]:
+        """The lane (Action.lane) that a transfer takes on its senders, and on its receivers.
+
+        Between pipeline stages the two differ: what a rank waits for must not hold up what it sends.
+        """
+        return (4, 5) if transfer.kind is Kind.CROSS else (transfer.lane, transfer.lane)
+
     def sources(self, transfer: Action, layers: int) -> tuple[Action, ...]:
         """Tasks that its senders must have done, where they have them, before they take part in it."""
         made = completions(transfer, layers) if transfer.kind is Kind.REDUCE else inputs(transfer, layers)
@@ -89,6 +96,10 @@ _SOURCES = {  # the task that one of layer l needs, and its layer's distance fro
     (Kind.EXPERT, _BACKWARD): (Kind.COMBINE, _BACKWARD, 0),
     (Kind.DISPATCH, _BACKWARD): (Kind.EXPERT, _BACKWARD, 0),
     (Kind.ATTENTION, _BACKWARD): (Kind.DISPATCH, _BACKWARD, 0),
+    (Kind.PASS, _FORWARD): (Kind.COMBINE, _FORWARD, -1),
+    (Kind.CROSS, _FORWARD): (Kind.PASS, _FORWARD, 0),
+    (Kind.CROSS, _BACKWARD): (Kind.ATTENTION, _BACKWARD, 0),
+    (Kind.PASS, _BACKWARD): (Kind.CROSS, _BACKWARD, 0),
 }
 
 
@@ -111,6 +122,10 @@ def inputs(action: Action, layers: int) -> tuple[Action, ...]:
         return ()
     of, way, distance = _SOURCES[kind, direction]
     rows = (Action(of, way, layer + distance, micro_batch),) if layer + distance >= 0 else ()
+    if kind is Kind.ATTENTION and direction is _FORWARD and layer:  # where a pipeline stage begins
+        rows = (*rows, Action(Kind.CROSS, _FORWARD, layer, micro_batch))
+    elif kind is Kind.COMBINE and direction is _BACKWARD:  # where one ends
+        rows = (*rows, Action(Kind.PASS, _BACKWARD, layer + 1, micro_batch))
     return (*rows, gather_for(action, layers)) if kind is Kind.ATTENTION else rows
 
 

@@ -14,10 +14,21 @@ Order = tuple[Action, ...]
 
 
 class Part(NamedTuple):
-    """What a rank does in an iteration: whether it attends, and in which layers it computes experts."""
+    """What a rank does in an iteration: whether it attends, and in which layers it computes experts.
+
+    `first`, `end` (0: after the last layer) and `ahead` as of its pipeline stage (spec.layout.Span).
+    """
 
     attends: bool
     hosts: tuple[bool, ...]
+    first: int = 0
+    end: int = 0
+    ahead: int = 0
+
+    @property
+    def layers(self) -> range:
+        """Those that it works on."""
+        return range(self.first, self.end or len(self.hosts))
 
 
 class Windows(NamedTuple):
@@ -31,8 +42,12 @@ class Windows(NamedTuple):
 
 def part_of(layout: Layout, rank: int) -> Part:
     """The rank's part in the layout; replicated experts run where it attends."""
-    attends = layout.sequences_per_rank[rank] > 0
-    return Part(attends, tuple([bool(p.experts[rank] or (attends and p.replicated)) for p in layout.placement]))
+    attends, span = layout.sequences_per_rank[rank] > 0, layout.span_of(rank)
+    hosts = [
+        bool(p.experts[rank] or (attends and p.replicated and layer in span.layers))
+        for layer, p in enumerate(layout.placement)
+    ]
+    return Part(attends, tuple(hosts), span.first, span.end, span.ahead)
 
 
 def windows_of(layout: Layout) -> Windows:
@@ -46,14 +61,14 @@ def windows_of(layout: Layout) -> Windows:
 def training_order(part: Part, windows: Windows) -> Order:
     """Compute order of one training iteration.
 
-    Window by window: forward layer by layer, all micro-batches of a layer in turn; the head with its own backward;
+    Window by window (`passes`): forward layer by layer, all micro-batches of a layer in turn; the head with its own backward;
     backward layer by layer from the last. Experts of an attending rank run after the layer's attention of all
     micro-batches in the window (in backward before it), or between: one micro-batch behind (in backward ahead).
     """
     actions: list[Action] = []
-    for window in _ranges(windows):
-        actions += _forward(part, window, windows.experts)
-        actions += _backward(part, window, windows.experts)
+    for direction, window in passes(part.ahead, windows):
+        run = _forward if direction is Pass.FORWARD else _backward
+        actions += run(part, window, windows.experts)
     return (*actions, SYNCHRONISE, OPTIMIZER)
 
 
@@ -63,9 +78,21 @@ def validation_order(part: Part, windows: Windows) -> Order:
     actions: list[Action] = []
     for window in _ranges(windows):
         actions += _forward(part, window, windows.experts)
-        if part.attends:
+        if part.attends and not part.ahead:
             actions += _stage(Kind.HEAD, Pass.FORWARD, 0, window)
     return tuple(actions)
+
+
+def passes(ahead: int, windows: Windows) -> list[tuple[Pass, range]]:
+    """Windows in the order of 1F1B: as many go forward first as pipeline stages follow (`ahead`), then one forward and
+    one backward in turn. Without a pipeline, each goes forward and backward at once."""
+    found = _ranges(windows)
+    ahead = min(ahead, len(found))
+    result = [(Pass.FORWARD, window) for window in found[:ahead]]
+    for number, window in enumerate(found):
+        result += [(Pass.FORWARD, following) for following in found[number + ahead :][:1]]
+        result.append((Pass.BACKWARD, window))
+    return result
 
 
 def _ranges(windows: Windows) -> list[range]:
@@ -76,17 +103,20 @@ def _ranges(windows: Windows) -> list[range]:
 
 def _forward(part: Part, window: range, experts: ExpertOrder) -> list[Action]:
     actions: list[Action] = []
-    for layer in range(len(part.hosts)):
+    for layer in part.layers:
         attention, hosted = _layer(part, layer, Pass.FORWARD, window)
         actions += _merge(attention, hosted, experts)
+    if part.attends and part.ahead:
+        actions += _stage(Kind.PASS, Pass.FORWARD, part.end, window)
     return actions
 
 
 def _backward(part: Part, window: range, experts: ExpertOrder) -> list[Action]:
     actions: list[Action] = []
     if part.attends:
-        actions += _stage(Kind.HEAD, Pass.BACKWARD, 0, window)
-    for layer in reversed(range(len(part.hosts))):
+        last = (Kind.PASS, Pass.BACKWARD, part.end) if part.ahead else (Kind.HEAD, Pass.BACKWARD, 0)
+        actions += _stage(*last, window)
+    for layer in reversed(part.layers):
         attention, hosted = _layer(part, layer, Pass.BACKWARD, window)
         actions += _merge(hosted, attention, experts)
     return actions

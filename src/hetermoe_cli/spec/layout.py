@@ -1,6 +1,8 @@
 """Layout: all that the schedule, the simulator and the engine need to know of a plan."""
 
-from typing import ClassVar, Literal
+from functools import cached_property
+from itertools import accumulate
+from typing import ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -105,15 +107,42 @@ class LayerPlacement(Spec):
     replicated: list[NonNegativeInt] = Field(default_factory=list)
 
 
-class Layout(Spec):
+class PipelineStage(Spec):
+    """Some consecutive layers, and the ranks that attend in them and host their experts."""
+
+    layers: PositiveInt
+    ranks: list[NonNegativeInt] = Field(min_length=1)
+
+
+class Span(NamedTuple):
+    """A pipeline stage in its place: layers from `first` to before `end`; `ahead`: stages after it."""
+
+    number: int
+    first: int
+    end: int
+    ranks: tuple[int, ...]
+    attending: tuple[int, ...]
+    ahead: int
+
+    @property
+    def layers(self) -> range:
+        """Its layers."""
+        return range(self.first, self.end)
+
+
+class Layout(ExtendedSpec):
     """All that the schedule, the simulator and the engine need to know of a plan.
 
-    `sequences_per_rank[r]` is what rank r attends to per micro-batch; 0 makes it a pure expert rank.
+    `sequences_per_rank[r]` is what rank r attends to per micro-batch; 0 makes it a pure expert rank. `pipeline`: stages
+    of consecutive layers, each a zebra group of its own; none: all ranks work on all layers.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"pipeline"})
 
     schedule: ScheduleChoice
     sequences_per_rank: list[NonNegativeInt] = Field(min_length=1)
     placement: list[LayerPlacement] = Field(min_length=1)
+    pipeline: list[PipelineStage] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _check(self) -> "Layout":
@@ -129,7 +158,24 @@ class Layout(Spec):
             everyone = sorted([e for host in placement.experts for e in host] + placement.replicated)
             if everyone != list(range(len(everyone))) or len(counts) != 1:
                 raise ValueError(f"placement.{layer}: every expert must be placed exactly once")
+        if self.pipeline:
+            self._check_pipeline()
         return self
+
+    def _check_pipeline(self) -> None:
+        if sorted(rank for stage in self.pipeline for rank in stage.ranks) != list(range(self.world_size)):
+            raise ValueError("pipeline: every rank must be in one stage")
+        if sum(stage.layers for stage in self.pipeline) != self.layers:
+            raise ValueError(f"pipeline: its stages must have {self.layers} layers together")
+        if self.schedule.dense_state == "full":
+            raise ValueError("pipeline: not with dense_state full: stages share out optimizer states only")
+        for span in self.spans:
+            found = sum(self.sequences_per_rank[rank] for rank in span.ranks)
+            if not found or found != self.sequences_per_micro_batch:
+                raise ValueError(f"pipeline.{span.number}: {found} sequences a micro-batch, the first stage has another")
+            for layer in span.layers:
+                if not {*self.hosting(layer)} <= {*span.ranks}:
+                    raise ValueError(f"placement.{layer}: experts on a rank outside pipeline stage {span.number}")
 
     @property
     def world_size(self) -> int:
@@ -151,14 +197,55 @@ class Layout(Spec):
         """R."""
         return self.schedule.micro_batches
 
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """The pipeline stages, from the first layers to the last; one where there is no pipeline."""
+        stages = self.pipeline or [PipelineStage(layers=self.layers, ranks=list(range(self.world_size)))]
+        ends, last = accumulate(stage.layers for stage in stages), len(stages) - 1
+        return tuple(
+            [
+                Span(number, end - stage.layers, end, tuple(sorted(stage.ranks)), self._attending(stage), last - number)
+                for number, (stage, end) in enumerate(zip(stages, ends, strict=True))
+            ]
+        )
+
+    def _attending(self, stage: PipelineStage) -> tuple[int, ...]:
+        return tuple([rank for rank in sorted(stage.ranks) if self.sequences_per_rank[rank]])
+
+    def span_of(self, rank: int) -> Span:
+        """The pipeline stage of a rank."""
+        return next(span for span in self.spans if not self.pipeline or rank in span.ranks)
+
+    def span_at(self, layer: int) -> Span:
+        """The pipeline stage of a layer; of the number after the last one (norm and head), the last stage."""
+        return next((span for span in self.spans if layer < span.end), self.spans[-1])
+
+    def attending_at(self, layer: int) -> tuple[int, ...]:
+        """Ranks that attend in a layer, or compute the head (span_at)."""
+        return self.span_at(layer).attending
+
+    def attends(self, rank: int, layer: int) -> bool:
+        """Whether `rank` attends in a layer."""
+        return self.sequences_per_rank[rank] > 0 and (not self.pipeline or rank in self.attending_at(layer))
+
     @property
     def sequences_per_micro_batch(self) -> int:
-        """Sequences of one micro-batch over all ranks."""
-        return sum(self.sequences_per_rank)
+        """Sequences of one micro-batch, over all ranks of a pipeline stage."""
+        if not self.pipeline:
+            return sum(self.sequences_per_rank)
+        return sum([self.sequences_per_rank[rank] for rank in self.pipeline[0].ranks])
+
+    def first_sequence(self, rank: int) -> int:
+        """The first of a micro-batch's sequences that `rank` attends to: those of a stage go to its ranks in turn."""
+        return sum([self.sequences_per_rank[other] for other in self.span_of(rank).ranks if other < rank])
+
+    def windows_in_flight(self, rank: int) -> int:
+        """Windows of micro-batches whose activations `rank` keeps at once: one more than stages follow (1F1B)."""
+        return min(self.span_of(rank).ahead + 1, self.schedule.micro_batches // self.schedule.window)
 
     @property
     def attending(self) -> list[int]:
-        """Ranks that attend to at least one sequence."""
+        """Ranks that attend to at least one sequence, in some layer."""
         return [rank for rank, count in enumerate(self.sequences_per_rank) if count]
 
     @property
@@ -178,4 +265,5 @@ class Layout(Spec):
     def local_experts(self, layer: int, rank: int) -> list[int]:
         """Experts of `layer` that `rank` computes: hosted, then (if it attends) replicated."""
         placement = self.placement[layer]
-        return placement.experts[rank] + (placement.replicated if self.sequences_per_rank[rank] else [])
+        copies = placement.replicated and self.attends(rank, layer)
+        return placement.experts[rank] + (placement.replicated if copies else [])

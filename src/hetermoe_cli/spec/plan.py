@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from datetime import date
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.spec.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec, sha256
+from hetermoe_cli.spec.base import ExtendedSpec, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec, sha256
 from hetermoe_cli.spec.cluster import ClusterSpec, Device, Link, Origin, devices
 from hetermoe_cli.spec.explanation import Explanation, Variant
-from hetermoe_cli.spec.layout import LayerPlacement, Layout, ScheduleChoice
+from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage, ScheduleChoice
 from hetermoe_cli.spec.load import ExpertLoad
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.profile import Profile
@@ -21,16 +21,19 @@ Objective = Literal["time", "cost"]
 Assignment = Literal["optimal", "gather_squeeze", "ep", "dist_ep", "hetero_ep", "manual"]
 
 
-class Group(Spec):
+class Group(ExtendedSpec):
     """A layout, and the groups of ranks that run it side by side, each with a full copy of the model.
 
     `replicas`: the ranks of each, ascending. Rank r of the layout is the r-th of them.
     """
 
+    later: ClassVar[frozenset[str]] = frozenset({"pipeline"})
+
     replicas: list[list[NonNegativeInt]] = Field(min_length=1)
     schedule: ScheduleChoice
     sequences_per_rank: list[NonNegativeInt] = Field(min_length=1)
     placement: list[LayerPlacement] = Field(min_length=1)
+    pipeline: list[PipelineStage] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _check(self) -> "Group":
@@ -43,22 +46,17 @@ class Group(Spec):
     @classmethod
     def of(cls, layout: Layout, replicas: list[list[int]]) -> "Group":
         """`layout` on each of `replicas`."""
-        return cls(
-            replicas=replicas,
-            schedule=layout.schedule,
-            sequences_per_rank=layout.sequences_per_rank,
-            placement=layout.placement,
-        )
+        return cls(replicas=replicas, **{name: getattr(layout, name) for name in Layout.model_fields})
 
     @property
     def layout(self) -> Layout:
         """What each replica runs."""
-        return Layout(schedule=self.schedule, sequences_per_rank=self.sequences_per_rank, placement=self.placement)
+        return Layout(**{name: getattr(self, name) for name in Layout.model_fields})
 
     @property
     def sequences(self) -> int:
         """Sequences of an iteration that one replica takes."""
-        return sum(self.sequences_per_rank) * self.schedule.micro_batches
+        return self.layout.sequences_per_micro_batch * self.schedule.micro_batches
 
 
 def world_of(groups: Sequence[Group]) -> World:

@@ -39,11 +39,15 @@ class Replica:
         """Processes that attend."""
         return [self.processes[rank] for rank in self.layout.attending]
 
+    def attending_at(self, layer: int) -> list[int]:
+        """Processes that attend in a layer; of the number after the last one, that have norm and head."""
+        return [self.processes[rank] for rank in self.layout.attending_at(layer)]
+
     def holders(self, layer: int, expert: int) -> list[int]:
-        """Processes that hold an expert: its host, or all that attend."""
+        """Processes that hold an expert: its host, or all that attend in its layer."""
         placement = self.layout.placement[layer]
         if expert in placement.replicated:
-            return self.attending
+            return self.attending_at(layer)
         return [self.processes[rank] for rank, hosted in enumerate(placement.experts) if expert in hosted]
 
 
@@ -92,6 +96,10 @@ class World:
         """Processes of all copies that attend."""
         return tuple(sorted(process for replica in self.replicas for process in replica.attending))
 
+    def attending_at(self, layer: int) -> tuple[int, ...]:
+        """Processes of all copies that hold a layer's dense part; of the number after the last, norm and head."""
+        return tuple(sorted(process for replica in self.replicas for process in replica.attending_at(layer)))
+
     def seat(self, process: int) -> tuple[int, int]:
         """Which copy a process belongs to, and its rank there."""
         return next(
@@ -115,7 +123,7 @@ class World:
         with one host in the world is in none. Where one copy has an expert on all its attending ranks and another on
         one host, their sum is right: those hold parts of their copy's gradient and this one all of it.
         """
-        together: dict[tuple[int, ...], list[int]] = {self.attending: []}
+        together: dict[tuple[int, ...], list[int]] = {self.attending_at(layer): []}
         for expert in range(self.experts) if layer < self.layers else ():
             alone = len(self.replicas) == 1
             if not alone or expert in self.replicas[0].layout.placement[layer].replicated:
