@@ -51,7 +51,12 @@ def inputs(types: dict[str, tuple[int, float]]) -> Inputs:
     """A node of each device type: devices, and what an expert takes a row."""
     profiles = {
         name: make_profile(
-            name, model=MODEL, sequence_lengths=(LENGTH,), precision="fp32", attention_seconds=0.01, expert_seconds=seconds
+            name,
+            model=MODEL,
+            sequence_lengths=(LENGTH,),
+            precision="fp32",
+            attention_seconds=0.01,
+            expert_seconds=seconds,
         )
         for name, (_, seconds) in types.items()
     }

@@ -13,9 +13,10 @@ from builders import make_schedule
 from hetermoe_cli.model.data import END_OF_TEXT, Batches
 from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
 from hetermoe_cli.model.transformer import Transformer, initialise, named_state, named_tensors, parameter_slices
-from hetermoe_cli.spec.layout import ExpertOrder, LayerPlacement, Layout, ScheduleName, TransferOrder
+from hetermoe_cli.spec.layout import ExpertOrder, LayerPlacement, Layout, PipelineStage, ScheduleName, TransferOrder
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.train import Dispatch, Documents, Recompute, TrainSpec
+from hetermoe_cli.spec.world import World
 
 STEPS, LENGTH = 3, 12
 MODEL = ModelConfig(
@@ -38,6 +39,7 @@ class Case:
     router: str = "learned"
     documents: Documents = "joined"
     dispatch: Dispatch = "per_expert"
+    pipeline: list[PipelineStage] = field(default_factory=list)
     features: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -58,7 +60,9 @@ class Case:
             recompute=self.recompute,
             dispatch=self.dispatch,
         )
-        return Layout(schedule=choice, sequences_per_rank=self.sequences, placement=self.placement)
+        return Layout(
+            schedule=choice, sequences_per_rank=self.sequences, placement=self.placement, pipeline=self.pipeline
+        )
 
 
 def hosts(*experts: list[int], replicated: tuple[int, ...] = ()) -> list[LayerPlacement]:
@@ -70,6 +74,19 @@ MIXED = [
     LayerPlacement(experts=[[], [], [0, 2, 4], [1, 3, 5]]),
     LayerPlacement(experts=[[0], [1], [5], [4]], replicated=[2, 3]),
 ]
+
+
+def stages(*parts: tuple[int, list[int]]) -> list[PipelineStage]:
+    return [PipelineStage(layers=layers, ranks=ranks) for layers, ranks in parts]
+
+
+ONE_EACH = [LayerPlacement(experts=[[e for e in range(6) if rank == layer] for rank in range(3)]) for layer in range(3)]
+TWO_STAGES = [
+    LayerPlacement(experts=[[0, 1, 2], [3, 4, 5], [], []]),
+    LayerPlacement(experts=[[], [], [0, 5], [1, 2, 3, 4]]),
+    LayerPlacement(experts=[[], [], [], [0, 4]], replicated=[1, 2, 3, 5]),
+]
+SWAPPED = [p.model_copy(update={"experts": p.experts[2:] + p.experts[:2]}) for p in TWO_STAGES]
 SIGMOID = {"router_score": "sigmoid", "router_renormalise": False, "router_scale": 2.5, "shared_experts": 2}
 LOSSES = {"router_balance": "auxiliary", "router_auxiliary_loss": 0.5, "router_z_loss": 0.1}
 BIAS = {"router_score": "sigmoid", "router_balance": "bias", "router_bias_rate": 0.05, "router_auxiliary_loss": 0.1}
@@ -111,6 +128,27 @@ CASES = {
     "mixed, windows, between, once per device": Case(
         [1, 1, 0, 0], MIXED, 4, schedule="windowed", expert_order="between", dispatch="per_device",
         features=CAPACITY | BIAS | {"top_k": 3},
+    ),
+    "pipeline of 3 stages": Case(
+        [2, 2, 2], ONE_EACH, 4, schedule="sequential", pipeline=stages((1, [0]), (1, [1]), (1, [2]))
+    ),
+    "pipeline of 3 stages, one window, bias, dense layers": Case(
+        [4, 4, 4], ONE_EACH, 2, pipeline=stages((1, [0]), (1, [1]), (1, [2])), features=BIAS | DENSE
+    ),
+    "pipeline, full recompute, documents": Case(
+        [1, 1, 2, 0], TWO_STAGES, 4, schedule="windowed", recompute="full", documents="masked",
+        pipeline=stages((1, [0, 1]), (2, [2, 3])), features=DENSE | LOSSES,
+    ),
+    "pipeline, between, interleaved, once per device, capacity": Case(
+        [2, 2, 1, 3], TWO_STAGES, 2, schedule="sequential", expert_order="between", transfers="interleaved",
+        dispatch="per_device", pipeline=stages((1, [0, 1]), (2, [2, 3])), features=CAPACITY | BIAS | {"top_k": 3},
+    ),
+    "pipeline, last ranks first, recompute": Case(
+        [3, 1, 1, 3], SWAPPED, 2, schedule="sequential", recompute="all", pipeline=stages((1, [2, 3]), (2, [0, 1])),
+        features=LATENT,
+    ),
+    "pipeline, EP and zebra, uneven, windows": Case(
+        [1, 1, 2, 0], TWO_STAGES, 4, schedule="windowed", pipeline=stages((1, [0, 1]), (2, [2, 3])), features=LOSSES
     ),
     "1+1 sequential": Case([4, 0], hosts([], list(range(6))), 2, schedule="sequential"),
     "1+1 balanced router": Case([4, 0], hosts([], list(range(6))), 2, router="balanced"),
@@ -296,6 +334,11 @@ def test_equals_it_over_gloo(name: str) -> None:
     compare(case, run_workers(len(case.sequences), work, case, None, None, False))
 
 
+def attending(case: Case, bias: str) -> tuple[int, ...]:
+    """Processes that have the gate of a selection bias, `layers.2.gate.selection_bias`."""
+    return World.of(case.layout).attending_at(int(bias.split(".")[1]))
+
+
 def compare(case: Case, ranks: list[list[Step]], error: float = 1e-12) -> None:
     """Every rank's steps with the reference's; `error`: of figures and gradients."""
     for step, wanted in enumerate(reference(case)):
@@ -308,7 +351,7 @@ def compare(case: Case, ranks: list[list[Step]], error: float = 1e-12) -> None:
                 seen.add(name)
             for name, weight in found.weights.items():
                 np.testing.assert_allclose(weight, wanted.weights[name], rtol=0, atol=1e-9, err_msg=name)
-            assert found.biases.keys() == (wanted.biases.keys() if case.sequences[rank] else set())
+            assert found.biases.keys() == {name for name in wanted.biases if rank in attending(case, name)}
             for name, bias in found.biases.items():  # bit by bit, on every attending rank
                 np.testing.assert_array_equal(bias, wanted.biases[name], err_msg=name)
         assert seen == wanted.gradients.keys()

@@ -10,6 +10,7 @@ from single_device import trained
 from test_engine_equality import (
     BIAS,
     CAPACITY,
+    DENSE,
     LENGTH,
     LOSSES,
     MIXED,
@@ -20,6 +21,7 @@ from test_engine_equality import (
     batches,
     compare,
     hosts,
+    stages,
     work,
 )
 from workers import run_workers
@@ -27,7 +29,7 @@ from workers import run_workers
 from hetermoe_cli.model.training_state import training_shapes, training_tensors
 from hetermoe_cli.schedule.action import Kind
 from hetermoe_cli.schedule.lower import training_schedules
-from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.layout import LayerPlacement, Layout
 from hetermoe_cli.spec.world import World
 from hetermoe_cli.trace import LANES, Span, display_name
 
@@ -58,6 +60,7 @@ class Groups(Case):
         return layout.model_copy(update={"schedule": schedule})
 
 
+CUT = [LayerPlacement(experts=experts) for experts in ([ALL, []], [[], ALL], [[], ALL])]
 PAIR = Case([2, 0], hosts([], ALL), 2)
 ALONE = Case([1], hosts(ALL), 2)
 CASES = {
@@ -91,6 +94,24 @@ CASES = {
             (Case([2, 0], hosts([], ALL), 2, transfers="interleaved", recompute="all"), [2, 3]),
         ],
         features=BIAS | LOSSES | {"router_balance": "bias"},
+    ),
+    "two pipelines, cut at one place": Groups(
+        copies=[
+            (Case([1, 1], CUT, 2, schedule="sequential", pipeline=stages((1, [0]), (2, [1]))), [0, 2]),
+            (Case([3, 3], CUT, 2, schedule="sequential", pipeline=stages((1, [0]), (2, [1]))), [1, 3]),
+        ],
+        features=BIAS | DENSE,
+    ),
+    "a pipeline, one cut elsewhere, and one device": Groups(
+        copies=[
+            (Case([1, 1], CUT, 2, schedule="sequential", pipeline=stages((1, [0]), (2, [1]))), [0, 1]),
+            (
+                Case([1, 1], [*CUT[1:2], CUT[0], CUT[0]], 2, pipeline=stages((1, [1]), (2, [0])), recompute="full"),
+                [2, 3],
+            ),
+            (Case([2], hosts(ALL), 2), [4]),
+        ],
+        features=LOSSES,
     ),
     "four and one": Groups(
         copies=[

@@ -135,7 +135,9 @@ def test_experts_of_several_groups_move_at_once(name: str, dense_state: str) -> 
     compare(case, placements, dense_state)
 
 
-def there_and_back(rank: int, case: Case, dense_state: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], float]:
+def there_and_back(
+    rank: int, case: Case, dense_state: str
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], float]:
     """Ranks of several precisions: masters, moments and rounded weights before and after two moves; the next loss."""
     from hetermoe_cli.runtime.mesh import join
     from hetermoe_cli.runtime.rebalance import move_experts

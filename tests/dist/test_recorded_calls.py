@@ -33,8 +33,12 @@ NAMES = [
     "1+1 full recompute",
     "replicated on ranks that host nothing",
     "left out",
+    "pipeline, EP and zebra, uneven, windows",
+    "pipeline of 3 stages",
+    "pipeline, full recompute, documents",
 ]
 STATES = [(name, "replicated") for name in NAMES]
+STATES += [("pipeline, last ranks first, recompute", "optimizer")]
 STATES += [(name, state) for name in NAMES[2:4] for state in ("optimizer", "full")]
 STATES += [(name, "full") for name in ("2+1 uneven sequences", "EP 2 between, interleaved", "left out")]
 ORDERED = [pytest.param(False, marks=pytest.mark.long), True]  # both ways over groups in any case
@@ -51,6 +55,8 @@ def work(rank: int, case: Case, layout: Layout | World, ordered: bool) -> tuple[
     mesh, world = replace(join(layout, "cpu", shares=False), ordered=ordered), World.of(layout)
     lanes = [lane_name(world, world.seat(rank)[0], lane) for lane in (1, 2)]
     names = {id(mesh.to_experts): lanes[0], id(mesh.from_experts): lanes[1], id(None): COMMUNICATORS[0]}
+    crossings = enumerate(mesh.stages, 4)
+    names |= {id(group): lane_name(world, world.seat(rank)[0], lane) for lane, group in crossings}
     names |= {id(group): share_name(world, holders) for holders, group in mesh.shared.items()}
     found: list[Recorded] = []
     batch, reduce, gather = dist.batch_isend_irecv, dist.all_reduce, mesh_module.ALL_GATHER
@@ -97,7 +103,10 @@ def expected(calls: list[Call], world: World, rank: int, counts: list[np.ndarray
     result, replica = [], world.replica_of(rank)
     for call in calls:
         size = call.size
-        if call.payload == "rows":
+        if call.action.kind is Kind.CROSS:
+            common = replica.layout.common(*(replica.processes.index(process) for process in (rank, call.peer)))
+            size = common * LENGTH * model.hidden_size
+        elif call.payload == "rows":
             ends = (rank, call.peer) if call.operation == "send" else (call.peer, rank)
             source, host = ends if call.action.towards_experts else ends[::-1]
             experts = replica.layout.placement[call.action.layer].experts[replica.processes.index(host)]
@@ -131,6 +140,11 @@ def test_groups_gather_among_their_own(name: str, ordered: bool) -> None:
     check_calls(FULL[name], in_state(FULL[name].layout, "full"), ordered)
 
 
+def lane_of(communicator: str, operation: str) -> tuple[str, str]:
+    """What keeps an order: between pipeline stages, sends and receives each have one of their own."""
+    return communicator, operation if " stage" in communicator else ""
+
+
 def check_calls(case: Case, layout: Layout | World, ordered: bool) -> None:
     """One step of all workers, each against its derived list."""
     world = World.of(layout)
@@ -147,8 +161,8 @@ def check_calls(case: Case, layout: Layout | World, ordered: bool) -> None:
             case.model,
         )
         if not ordered:  # lanes call when they can: each in its own order
-            found = sorted(found, key=lambda call: call[0])
-            derived = sorted(derived, key=lambda call: call.communicator)
+            found = sorted(found, key=lambda call: lane_of(call[0], call[1]))
+            derived = sorted(derived, key=lambda call: lane_of(call.communicator, call.operation))
         assert len(found) == len(derived)
         met: Counter[object] = Counter()
         for (communicator, operation, peer, dtype, size), call in zip(found, derived, strict=True):

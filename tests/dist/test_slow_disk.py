@@ -62,7 +62,9 @@ def lose_one(rank: int) -> None:
 
 
 def test_a_rank_that_dies_meanwhile_is_noticed_at_once() -> None:
-    with pytest.raises(AssertionError, match=r"rank 0: [^$]*RuntimeError: lost after [0-9] s\n*rank 1: the process died"):
+    with pytest.raises(
+        AssertionError, match=r"rank 0: [^$]*RuntimeError: lost after [0-9] s\n*rank 1: the process died"
+    ):
         run_workers(2, lose_one, timeout=60)
 
 

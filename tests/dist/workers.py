@@ -22,7 +22,9 @@ def run_workers(world_size: int, function: Callable[..., Any], *args: Any, timeo
     pipes, processes = [], []
     for rank in range(world_size):
         mine, theirs = _context.Pipe()
-        process = _context.Process(target=_work, args=(theirs, rank, world_size, store.port, function, args), daemon=True)
+        process = _context.Process(
+            target=_work, args=(theirs, rank, world_size, store.port, function, args), daemon=True
+        )
         process.start()
         theirs.close()
         pipes.append(mine)

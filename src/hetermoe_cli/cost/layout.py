@@ -3,68 +3,24 @@
 from collections.abc import Iterable
 from functools import cached_property
 from itertools import chain
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from hetermoe_cli.cost.crossing import Crossing
 from hetermoe_cli.cost.curves import Cost
 from hetermoe_cli.cost.device import DeviceCost, ExpertRows
+from hetermoe_cli.cost.load import AssumedLoad, CountedLoad, Load, RecordedLoad, balanced_load
+from hetermoe_cli.cost.memory import Piece
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.ports import Matrix, Ranks, TransferCost
 from hetermoe_cli.cost.shared_rows import once_per_device
 from hetermoe_cli.cost.sharers import Sharers
 from hetermoe_cli.schedule.action import Action, Kind, Pass, trips
-from hetermoe_cli.spec.layout import LayerPlacement, Layout
+from hetermoe_cli.spec.layout import LayerPlacement, Layout, Span
 from hetermoe_cli.spec.plan import Memory
 
-
-class Load(Protocol):
-    """Who sends how many rows to which expert."""
-
-    def __call__(self, layer: int, micro_batch: int) -> Matrix:
-        """rows [world, experts]: rows of rank r's tokens for expert e (nominal, may be fractional)."""
-        ...
-
-
-def balanced_load(cost: CostModel, layout: Layout) -> Load:
-    """Every expert gets the same share of every rank's rows."""
-    rows = np.array([cost.rows_per_expert(sequences) for sequences in layout.sequences_per_rank], dtype=np.float64)
-    matrix = np.repeat(rows[:, None], cost.model.experts, axis=1)
-    return lambda layer, micro_batch: matrix
-
-
-class AssumedLoad:
-    """The inputs' expert load: every rank's rows spread by the same shares, in every micro-batch."""
-
-    def __init__(self, shares: NDArray[np.float64], cost: CostModel, layout: Layout) -> None:
-        rows = [cost.rows_per_expert(sequences) * cost.model.experts for sequences in layout.sequences_per_rank]
-        self._shares, self._rows = shares, np.array(rows, dtype=np.float64)
-
-    def __call__(self, layer: int, micro_batch: int) -> Matrix:
-        return np.outer(self._rows, self._shares[layer])
-
-
-class RecordedLoad:
-    """Counts recorded in a run, [world, layers, micro-batches, experts], scaled to nominal rows."""
-
-    def __init__(self, counts: NDArray[np.integer], scale: float) -> None:
-        self._counts, self._scale = counts, scale
-
-    def __call__(self, layer: int, micro_batch: int) -> Matrix:
-        scaled: Matrix = self._counts[:, layer, micro_batch, :].astype(np.float64) * self._scale
-        return scaled
-
-
-class CountedLoad(NamedTuple):
-    """A load of which it is also known how many rows go to each rank where they go once per device."""
-
-    by_expert: Load
-    by_rank: Load  # rows [world, world]
-
-    def __call__(self, layer: int, micro_batch: int) -> Matrix:
-        """rows [world, experts]."""
-        return self.by_expert(layer, micro_batch)
+__all__ = ["CountedLoad", "LayoutCost", "Load", "RecordedLoad", "balanced_load"]
 
 
 class _Hosts(NamedTuple):
@@ -90,10 +46,11 @@ class LayoutCost:
         self._balanced = load is None and cost.shares is None
         assumed = balanced_load(cost, layout) if cost.shares is None else AssumedLoad(cost.shares, cost, layout)
         self._load = load or assumed
-        self._attending = np.array(layout.attending)
+        self._span = [span for span in layout.spans for _ in span.layers]  # of every layer
         self._hosts = [_hosts(placement) for placement in layout.placement]
         replicated = [len(placement.replicated) for placement in layout.placement]
-        self._shapes = [(h.ranks.tobytes(), count) for h, count in zip(self._hosts, replicated, strict=True)]
+        parts = zip(self._hosts, self._span, replicated, strict=True)
+        self._shapes = [((h.ranks.tobytes(), span.number), count) for h, span, count in parts]
         self._rows: tuple[object, Matrix] | None = None  # the last load that was asked for
         self._row_sums: dict[object, list[float]] = {}
         self._expert_costs: dict[tuple[str, float], Cost] = {}
@@ -102,7 +59,9 @@ class LayoutCost:
         self._transfers: dict[tuple[int, int, bool], TransferCost] = {}
         self._busy: dict[object, Matrix] = {}
         self._collectives: dict[tuple[Kind, int, bool], TransferCost] = {}
-        self._ports: dict[tuple[bytes, bool], tuple[int, ...]] = {}
+        self._ports: dict[tuple[object, bool], tuple[int, ...]] = {}
+        self._rings: dict[int, tuple[int, ...]] = {}  # by pipeline stage
+        self._crossings: dict[int, Crossing] = {}
 
     def expert_rows(self, rank: int, layer: int, micro_batch: int) -> list[float]:
         """Rows of each local expert, in the order of layout.local_experts."""
@@ -111,14 +70,14 @@ class LayoutCost:
             self._row_sums[key] = self._rows_of(layer, micro_batch).sum(axis=0).tolist()
         sums = self._row_sums[key]
         rows = [sums[expert] for expert in placement.experts[rank]]
-        if placement.replicated and self.layout.sequences_per_rank[rank]:
+        if placement.replicated and self.layout.attends(rank, layer):
             rows += self._rows_of(layer, micro_batch)[rank, placement.replicated].tolist()
         return rows
 
     def _key(self, layer: int, micro_batch: int) -> tuple[int, ...]:
         """Equal where loads are."""
         if self._balanced:
-            return ()
+            return (self._span[layer].number,)
         return (layer,) if self._alike else (layer, micro_batch)
 
     def _rows_of(self, layer: int, micro_batch: int) -> Matrix:
@@ -129,7 +88,7 @@ class LayoutCost:
         return self._rows[1]
 
     def _shape(self, layer: int, micro_batch: int) -> object:
-        """Equal where costs are: under a balanced router, layers in which every rank holds as many experts."""
+        """Equal where costs are: under a balanced router, layers of a stage whose ranks hold as many experts each."""
         return self._shapes[layer] if self._balanced else self._key(layer, micro_batch)
 
     def seconds(self, rank: int, action: Action) -> float:
@@ -138,8 +97,9 @@ class LayoutCost:
             return self.expert_seconds(rank, action, self.expert_rows(rank, action.layer, action.micro_batch))
         if action.kind is Kind.OPTIMIZER:
             return self.cost.optimizer_seconds(self.cost.of(rank), self.parameters(rank))
-        sequences, first = self.layout.sequences_per_rank[rank], not action.layer
-        key = (self.cost.devices[rank].type, sequences, action.kind, action.direction, first)
+        sequences, span = self.layout.sequences_per_rank[rank], self._span_of(action)
+        place = (not action.layer, action.layer == span.first)  # dense layers; a stage that has none before it
+        key = (self.cost.devices[rank].type, sequences, action.kind, action.direction, place)
         if key not in self._dense:
             self._dense[key] = self._dense_seconds(rank, action)
         return self._dense[key]
@@ -147,7 +107,8 @@ class LayoutCost:
     def seconds_by_rank(self, action: Action) -> Matrix:
         """Seconds [world] of a compute action (not S) on every rank that has a part in it."""
         shape = self._shape(action.layer, action.micro_batch) if action.kind is Kind.EXPERT else None
-        key = action.kind, action.direction, shape, not action.layer
+        span = self._span_of(action)
+        key = action.kind, action.direction, shape, not action.layer, span.number, action.layer == span.first
         if key not in self._by_rank:
             self._by_rank[key] = found = np.zeros(self.layout.world_size)
             for rank in self._ranks_of(action):
@@ -158,10 +119,17 @@ class LayoutCost:
         """Ranks with a part in a compute action."""
         if action.kind is Kind.OPTIMIZER:
             return range(self.layout.world_size)
+        attending = self._span_of(action).attending
         if action.kind is not Kind.EXPERT:
-            return self.layout.attending
+            return attending
         replicated = self.layout.placement[action.layer].replicated
-        return {*self._hosts[action.layer].ranks.tolist(), *(self.layout.attending if replicated else ())}
+        return {*self._hosts[action.layer].ranks.tolist(), *(attending if replicated else ())}
+
+    def _span_of(self, action: Action) -> Span:
+        """The pipeline stage that a task of a layer, or of its end, belongs to."""
+        if action.kind is Kind.HEAD:
+            return self._span[-1]
+        return self._span[action.layer - (action.kind is Kind.PASS)]
 
     def expert_seconds(self, rank: int, action: Action, rows: list[float]) -> float:
         """Seconds of an expert action that received `rows` rows per local expert."""
@@ -182,13 +150,19 @@ class LayoutCost:
         device, sequences = self.cost.of(rank), self.layout.sequences_per_rank[rank]
         schedule, backward = self.layout.schedule, action.direction is Pass.BACKWARD
         attention = self.cost.attention_cost(device, sequences, action.layer)
-        if action.kind is Kind.HEAD:
-            head, last = self.cost.head_cost(device, sequences), self.cost.attention_cost(device, sequences, 1)
-            return head.forward + backward * (head.backward + schedule.sends_again * last.forward)
+        if action.kind in (Kind.HEAD, Kind.PASS):
+            last = self.cost.attention_cost(device, sequences, 1)
+            again = backward * schedule.sends_again * last.forward
+            if action.kind is Kind.PASS:  # its combine is in the profiled seconds of the attention stage that follows
+                return again
+            head = self.cost.head_cost(device, sequences)
+            return head.forward + backward * head.backward + again
         if not backward:
             return attention.forward
-        # where rows are sent again, the stage of the layer before runs again here: as long, but for dense layers
-        again = schedule.recompute_attention and not (schedule.sends_again and action.layer == 0)
+        # where rows are sent again, the stage of the layer before runs again here: as long, but for dense layers; that
+        # of the last layer runs with the head, or where gradients come back from the next pipeline stage
+        first = action.layer == self._span[action.layer].first
+        again = schedule.recompute_attention and not (schedule.sends_again and first)
         return attention.backward + again * attention.forward
 
     def transfer(self, action: Action) -> TransferCost:
@@ -199,6 +173,9 @@ class LayoutCost:
         if action.is_collective:
             last = action.micro_batch == self.layout.micro_batches - 1
             return self.collective(action.kind, action.layer, last=last)
+        if action.kind is Kind.CROSS:
+            crossing = self._crossing(action.layer)
+            return TransferCost(float(crossing.busy.max()), crossing.ports_of(action.direction))
         layer, micro_batch = action.layer, 0 if self._alike else action.micro_batch
         key = (layer, micro_batch, action.towards_experts)
         if key not in self._transfers:
@@ -207,10 +184,17 @@ class LayoutCost:
         seconds, ports = self._transfers[key]
         return TransferCost(trips(action, self.layout.schedule) * seconds, ports)
 
+    def _crossing(self, layer: int) -> Crossing:
+        if layer not in self._crossings:
+            self._crossings[layer] = Crossing.of(self.cost, self.layout, layer)
+        return self._crossings[layer]
+
     def slowest_port(self, action: Action) -> int:
-        """The port that decides how long a dispatch or combine takes; the first of equals."""
-        busy = self._port_seconds(action.layer, action.micro_batch).reshape(-1, 2)
-        return int((busy if action.towards_experts else busy[:, ::-1]).argmax())
+        """The port that decides how long a transfer (no collective) takes; the first of equals."""
+        crosses = action.kind is Kind.CROSS
+        busy = self._crossing(action.layer).busy if crosses else self._port_seconds(action.layer, action.micro_batch)
+        there = action.direction is Pass.FORWARD if crosses else action.towards_experts
+        return int((busy.reshape(-1, 2) if there else busy.reshape(-1, 2)[:, ::-1]).argmax())
 
     def _port_seconds(self, layer: int, micro_batch: int) -> Matrix:
         """[ports] seconds that each is busy with a transfer towards the experts."""
@@ -232,7 +216,7 @@ class LayoutCost:
     def _static_ports(self, layer: int, towards_experts: bool) -> tuple[int, ...]:
         key = self._shapes[layer][0], towards_experts
         if key not in self._ports:
-            pair = self._attending, np.unique(self._hosts[layer].ranks)
+            pair = np.array(self._span[layer].attending), np.unique(self._hosts[layer].ranks)
             self._ports[key] = self.cost.network.ports(*(pair if towards_experts else pair[::-1]))
         return self._ports[key]
 
@@ -241,57 +225,71 @@ class LayoutCost:
         summed with the `last` micro-batch."""
         key = kind, layer, last
         if key not in self._collectives:
-            layout, attending = self.layout, self.layout.attending
+            layout, attending = self.layout, self.layout.attending_at(layer)
             copies = len(layout.placement[layer].replicated) if last and layer < layout.layers else 0
             if kind is Kind.GATHER:
                 seconds = self.cost.gather_seconds(attending, layer)
             else:
                 seconds = self.cost.reduce_seconds(layout.schedule, attending, layer, copies)
-            self._collectives[key] = TransferCost(seconds, self._ring_ports)
+            self._collectives[key] = TransferCost(seconds, self._ring_ports(self.layout.span_at(layer)))
         return self._collectives[key]
 
-    @cached_property
-    def _ring_ports(self) -> tuple[int, ...]:
-        return self.cost.network.ring_ports(self.layout.attending)
+    def _ring_ports(self, span: Span) -> tuple[int, ...]:
+        if span.number not in self._rings:
+            self._rings[span.number] = self.cost.network.ring_ports(span.attending)
+        return self._rings[span.number]
 
     @cached_property
     def synchronise_seconds(self) -> float:
-        """What of the synchronisation begins after the whole backward."""
-        copies = sum([len(placement.replicated) for placement in self.layout.placement])
-        return self.cost.after_backward_seconds(self.layout.schedule, self.layout.attending, copies)
+        """What of the synchronisation begins after the whole backward. Pipeline stages do it side by side."""
+        return max(self._synchronise_seconds(span) for span in self.layout.spans)
+
+    def _synchronise_seconds(self, span: Span) -> float:
+        copies = sum([len(self.layout.placement[layer].replicated) for layer in span.layers])
+        dense = self.cost.dense_of(self._piece(span))
+        return self.cost.after_backward_seconds(self.layout.schedule, span.attending, copies, dense)
+
+    def _piece(self, span: Span, windows: int = 1) -> Piece | None:
+        return Piece(span, windows) if self.layout.pipeline else None
 
     def parameters(self, rank: int) -> float:
         """Parameters that `rank` updates; of what several ranks share out, its share."""
-        model = self.cost.model
+        model, span = self.cost.model, self.layout.span_of(rank)
+        attends, dense = self.layout.sequences_per_rank[rank] > 0, self.cost.dense_of(self._piece(span))
         if self.sharers:
-            over = {"replicated": 1, "optimizer": self.sharers.attending, "full": len(self._attending)}
-            ranks = over[self.layout.schedule.dense_state]
-            dense = model.dense_parameters / ranks if self.layout.sequences_per_rank[rank] else 0.0
             local = [self.layout.local_experts(layer, rank) for layer in range(model.layers)]
             parts = [(1 / counts[held]).sum() for counts, held in zip(self.sharers.experts, local, strict=True)]
-            return dense + model.expert_parameters * float(sum(parts))
-        cost, schedule, attending = self.cost, self.layout.schedule, len(self._attending)
+            return attends * self._shared_dense(span, dense) + model.expert_parameters * float(sum(parts))
+        cost, schedule, attending = self.cost, self.layout.schedule, len(span.attending)
         hosted = sum([len(placement.experts[rank]) for placement in self.layout.placement])
         result = hosted * cost.state_share(schedule, 1) * model.expert_parameters
-        if not self.layout.sequences_per_rank[rank]:
+        if not attends:
             return result
-        copies = sum([len(placement.replicated) for placement in self.layout.placement])
+        copies = sum([len(self.layout.placement[layer].replicated) for layer in span.layers])
         result += copies * cost.state_share(schedule, attending) * model.expert_parameters
-        return result + cost.dense_share(schedule, attending) * model.dense_parameters
+        return result + cost.dense_share(schedule, attending) * dense
+
+    def _shared_dense(self, span: Span, dense: int) -> float:
+        """Dense parameters that an attending rank of a stage updates where `sharers` share them out."""
+        state = self.layout.schedule.dense_state
+        if state != "optimizer" or not self.sharers:
+            return dense / (len(span.attending) if state == "full" else 1)
+        return self.sharers.share(self.cost, span, dense)
 
     def memory(self, rank: int) -> Memory:
         """Bytes of `rank` by kind, under the inputs' expert load."""
-        layout = self.layout
+        layout, span = self.layout, self.layout.span_of(rank)
         return self.cost.memory(
             self.cost.of(rank),
             sequences=layout.sequences_per_rank[rank],
             sequences_per_micro_batch=layout.sequences_per_micro_batch,
             schedule=layout.schedule,
             hosted=[len(placement.experts[rank]) for placement in layout.placement],
-            replicated=[len(placement.replicated) for placement in layout.placement],
+            replicated=[len(layout.placement[layer].replicated) for layer in span.layers],
             rows=None if self.cost.shares is None else self.assumed_rows(rank),
-            attending=len(layout.attending),
+            attending=len(span.attending),
             stepped=self.parameters(rank),
+            piece=self._piece(span, layout.windows_in_flight(rank)),
         )
 
     def hosted_rows(self, rank: int) -> list[list[float]]:
@@ -306,7 +304,7 @@ class LayoutCost:
         copies = [
             self.cost.expert_rows(own, layer, placement.replicated)
             for layer, placement in enumerate(self.layout.placement)
-            if own
+            if placement.replicated and self.layout.attends(rank, layer)
         ]
         rows_of_layer = self.cost.rows_per_expert(self.layout.sequences_per_micro_batch) * self.cost.model.experts
         return ExpertRows(

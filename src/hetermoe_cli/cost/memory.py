@@ -2,16 +2,29 @@
 
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 from hetermoe_cli.cost.curves import Cost
 from hetermoe_cli.cost.device import STATE_BYTES, DeviceCost, ExpertRows
-from hetermoe_cli.spec.layout import ScheduleChoice
+from hetermoe_cli.spec.layout import ScheduleChoice, Span
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.plan import Memory
 from hetermoe_cli.spec.profile import BYTES_PER_ELEMENT
 from hetermoe_cli.spec.train import TrainSpec
 
 _WIDE_BYTES = 4  # what gradients of fp16 and bf16 are added up in
+
+
+class Piece(NamedTuple):
+    """Part of the model that a rank holds: its pipeline stage, which keeps activations of so many `windows` at once."""
+
+    span: Span
+    windows: int = 1
+
+    @property
+    def neighbours(self) -> int:
+        """Stages that it exchanges hidden states with."""
+        return (self.span.first > 0) + (self.span.ahead > 0)
 
 
 class MemoryModel:
@@ -57,14 +70,23 @@ class MemoryModel:
         """The same of the dense part, of which a fully sharded one is shared out within its group."""
         return 1 / attending if schedule.dense_state == "full" else self.state_share(schedule, attending)
 
-    def dense_state_bytes(self, schedule: ScheduleChoice, attending: int) -> tuple[float, float, float]:
+    def dense_of(self, piece: Piece | None) -> int:
+        """Dense parameters of a part of the model; of all of it without one."""
+        if piece is None:
+            return self.model.dense_parameters
+        span = piece.span
+        return sum([self.segment_parameters(layer) for layer in range(span.first, span.end + (not span.ahead))])
+
+    def dense_state_bytes(
+        self, schedule: ScheduleChoice, attending: int, piece: Piece | None = None
+    ) -> tuple[float, float, float]:
         """Bytes (weights, gradients, optimizer) of the dense part on each of `attending` ranks.
 
         Of a fully sharded one the segment at work and the next are whole (schedule/gathers.py), and so are the
         gradients of the one at work while those before it are scattered. A narrow rank's share of the weights is its
         masters.
         """
-        state, dense, sizes = schedule.dense_state, self.model.dense_parameters, STATE_BYTES[self.train.precision]
+        state, dense, sizes = schedule.dense_state, self.dense_of(piece), STATE_BYTES[self.train.precision]
         weights, gradients, optimizer = (dense * size for size in sizes)
         if state != "full" or attending == 1:
             return weights, gradients, optimizer * self.dense_share(schedule, attending)
@@ -102,35 +124,44 @@ class MemoryModel:
         with that."""
         return self.border_bytes(sequences, 1) if recompute else device.attention(sequences).saved_bytes
 
-    def attention_kept_bytes(self, device: DeviceCost, sequences: int, recompute: bool) -> float:
-        """Kept by an attending device for one micro-batch, all layers together.
+    def attention_kept_bytes(
+        self, device: DeviceCost, sequences: int, recompute: bool, piece: Piece | None = None
+    ) -> float:
+        """Kept by an attending device for one micro-batch, all its layers together.
 
-        To this comes the gradient of what the head read, which waits for the last stage. What dense layers save is kept
-        unless they are computed again.
+        To this comes the gradient of what the head read, or of what a pipeline stage gave away, which waits for the
+        last stage. What dense layers save is kept unless they are computed again.
         """
-        each = self.attention_activation_bytes(device, sequences, recompute)
-        dense = 0.0 if recompute else self.dense_cost(device, sequences).saved_bytes
-        return self.model.layers * each + dense + self.border_bytes(sequences, 1)
+        each, first = self.attention_activation_bytes(device, sequences, recompute), not piece or not piece.span.first
+        dense = self.dense_cost(device, sequences).saved_bytes if first and not recompute else 0.0
+        layers = len(piece.span.layers) if piece else self.model.layers
+        return layers * each + dense + self.border_bytes(sequences, 1)
 
-    def transient_bytes(self, device: DeviceCost, sequences: int, schedule: ScheduleChoice) -> float:
+    def transient_bytes(
+        self, device: DeviceCost, sequences: int, schedule: ScheduleChoice, piece: Piece | None = None
+    ) -> float:
         """Largest working set of a single attention or head task of an attending device, beside what is kept.
 
         Head: what it saves without its inputs, and the gradient of its matrix. Attention: what is saved when the first
         stage runs again. Where gradients are narrower than fp32, those of the part at work are in fp32 beside
         (`Gradients.fold`). Where rows are sent again, stages that ran for that wait for their gradients, those of a
-        whole window of one layer.
+        whole window of one layer. Only the first pipeline stage has dense layers, and only the last one the head.
         """
         if not sequences:
             return 0.0
+        layer = piece.span.first if piece else 0
         inputs = self.border_bytes(sequences, 1)
         matrix, narrow = self.model.hidden_size * self.model.vocab_size, self._narrow(device)
         # of the matrix: its new gradient, and in fp32 that and the sum of those before
         head = float(matrix * (self._element_bytes(device) + narrow * 2 * _WIDE_BYTES))
         head += max(0.0, self.head_cost(device, sequences).saved_bytes - inputs)
-        stage = float(narrow * _WIDE_BYTES * self.model.first_stage_parameters)
-        again = max(0.0, self.attention_cost(device, sequences, 0).saved_bytes - inputs)
+        largest = self.model.attention_layer_parameters if layer else self.model.first_stage_parameters
+        stage = float(narrow * _WIDE_BYTES * largest)
+        again = max(0.0, self.attention_cost(device, sequences, layer).saved_bytes - inputs)
         if schedule.recompute_attention:
             stage += again
+        if piece and piece.span.ahead:
+            head = 0.0
         return max(head, stage) + schedule.sends_again * schedule.window * again
 
     def expert_transient_bytes(self, device: DeviceCost, rows: float, schedule: ScheduleChoice) -> float:
@@ -190,14 +221,15 @@ class MemoryModel:
         rows: ExpertRows | None = None,
         attending: int = 1,
         stepped: float,
+        piece: Piece | None = None,
     ) -> Memory:
         """Bytes of one rank under a balanced router, or where its experts get `rows`.
 
         `hosted` and `replicated`: experts per layer. `attending`: ranks of the group that do, for a sharded dense part.
-        `stepped`: parameters whose masters and moments the rank holds.
+        `stepped`: parameters whose masters and moments the rank holds. `piece`: where it holds a pipeline stage only.
         """
         held = sum(hosted) + (sum(replicated) if sequences else 0)
-        dense = self.dense_state_bytes(schedule, attending) if sequences else (0.0, 0.0, 0.0)
+        dense = self.dense_state_bytes(schedule, attending, piece) if sequences else (0.0, 0.0, 0.0)
         sizes = STATE_BYTES[self.train.precision]
         weights, gradients = (held * self.model.expert_parameters * sizes[kind] + dense[kind] for kind in (0, 1))
         expected, own = self.rows_per_expert(sequences_per_micro_batch), self.rows_per_expert(sequences)
@@ -213,17 +245,21 @@ class MemoryModel:
             largest = self.expert_task_bytes(device, expected) * bool(held)
             share, busiest = max(hosted, default=0) / self.model.experts, expected
         if sequences:
-            kept += self.attention_kept_bytes(device, sequences, schedule.recompute_attention)
-        peak = self.transient_bytes(device, sequences, schedule) + largest
+            kept += self.attention_kept_bytes(device, sequences, schedule.recompute_attention, piece)
+        peak = self.transient_bytes(device, sequences, schedule, piece) + largest
         peak += max(hosted, default=0) * self.expert_transient_bytes(device, busiest, schedule)
         if sequences:  # as if the layer with most copies were the one that hosts most: linear in both
             peak += max(replicated, default=0) * self.expert_transient_bytes(device, own, schedule)
+        buffers = self.buffer_bytes(sequences_per_micro_batch, sequences, share, schedule)
+        if piece:  # hidden states and gradients of two windows, to and from each stage beside
+            buffers += self.border_bytes(sequences, 2 * 2 * piece.neighbours * schedule.window)
+        windows = (piece.windows if piece else 1) * schedule.window
         return Memory(
             weights_bytes=int(weights),
             gradients_bytes=int(gradients),
             optimizer_bytes=int(stepped * sizes[2]),
-            activations_bytes=int(schedule.window * kept + peak),
-            buffers_bytes=int(self.buffer_bytes(sequences_per_micro_batch, sequences, share, schedule)),
+            activations_bytes=int(windows * kept + peak),
+            buffers_bytes=int(buffers),
             framework_bytes=device.framework_bytes,
             capacity_bytes=device.memory_bytes,
         )

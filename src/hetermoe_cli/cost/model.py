@@ -165,13 +165,18 @@ class CostModel(MemoryModel):
         size = BYTES_PER_ELEMENT[precisions.pop() if len(precisions) == 1 else "fp32"]
         return self.network.all_reduce_seconds(attending, self.segment_parameters(layer) * size) / 2
 
-    def after_backward_seconds(self, schedule: ScheduleChoice, attending: Sequence[int], replicated: int = 0) -> float:
+    def after_backward_seconds(
+        self, schedule: ScheduleChoice, attending: Sequence[int], replicated: int = 0, parameters: int | None = None
+    ) -> float:
         """The part of it that nothing overlaps: where states are sharded, the all-gather of new weights of the dense
         part and of `replicated` experts, all layers together. Weights of a fully sharded dense part are gathered in the
-        next iteration, as it needs them; experts beside it add no latency here, so that they count alike."""
+        next iteration, as it needs them; experts beside it add no latency here, so that they count alike.
+
+        `parameters`: of the dense part; all unless given."""
         if not schedule.shares_states:
             return 0.0
-        copies, dense = replicated * self.expert_gradient_bytes, self.dense_gradient_bytes
+        copies = replicated * self.expert_gradient_bytes
+        dense = self.dense_gradient_bytes if parameters is None else parameters * self.gradient_bytes
         seconds = self.network.all_reduce_seconds(attending, dense + copies) / 2
         gathered = schedule.dense_state == "full"
         return seconds - self.network.all_reduce_seconds(attending, dense) / 2 if gathered else seconds

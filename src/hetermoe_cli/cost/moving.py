@@ -35,7 +35,7 @@ def holders(layout: Layout, layer: int) -> dict[int, set[int]]:
     """Ranks that hold each expert of a layer."""
     placement = layout.placement[layer]
     hosted = {expert: {rank} for rank, experts in enumerate(placement.experts) for expert in experts}
-    return hosted | {expert: set(layout.attending) for expert in placement.replicated}
+    return hosted | {expert: set(layout.attending_at(layer)) for expert in placement.replicated}
 
 
 def state_bytes(cost: CostModel) -> int:

@@ -19,26 +19,35 @@ from hetermoe_cli.spec.model import ModelConfig
 class DenseModel(nn.Module):
     """Everything but the experts: embedding, dense layers, attention blocks of the MoE layers, final norm, head.
 
-    With `document_end`, the token that ends a document, attention and positions stay inside documents.
+    With `document_end`, the token that ends a document, attention and positions stay inside documents. `layers`: those
+    of a pipeline stage; what other stages have is not there: embedding and dense layers are on the first one, norm and
+    head on the last.
     """
 
-    def __init__(self, config: ModelConfig, router: Router = "learned", document_end: int | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        router: Router = "learned",
+        document_end: int | None = None,
+        layers: range | None = None,
+    ) -> None:
         super().__init__()
         self.document_end = document_end
-        self.embedding = Embedding(
-            # torch's own values are overwritten anyway; on the meta device they load its compiler, 55 MB and a second
-            config.vocab_size, config.hidden_size, _weight=torch.empty(config.vocab_size, config.hidden_size),
-        )  # fmt: skip
-        self.dense_layers = nn.ModuleList(DenseBlock(config) for _ in range(config.dense_layers))
-        self.layers = nn.ModuleList(AttentionBlock(config, router) for _ in range(config.layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_epsilon)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        layers = range(config.layers) if layers is None else layers
+        first, last = layers.start == 0, layers.stop == config.layers
+        self.embedding = _embedding(config) if first else nn.Identity()
+        self.dense_layers = nn.ModuleList(DenseBlock(config) for _ in range(first * config.dense_layers))
+        self.layers = nn.ModuleList(
+            AttentionBlock(config, router) if layer in layers else nn.Identity() for layer in range(config.layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_epsilon) if last else nn.Identity()
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if last else nn.Identity()
 
     def documents(self, tokens: Tensor) -> Documents | None:
         """What the stages need to know of tokens [B, S], on the CPU; None where attention does not stop at borders."""
         if self.document_end is None:
             return None
-        return find_documents(tokens, self.document_end, self.head.weight.device)
+        return find_documents(tokens, self.document_end, next(self.parameters()).device)
 
     def embed(self, tokens: Tensor, documents: Documents | None = None) -> Tensor:
         """What the first MoE layer reads: embedding and dense layers on tokens [B, S]; [B, S, H]."""
@@ -61,8 +70,14 @@ class DenseModel(nn.Module):
     def update_biases(self, rows: Tensor) -> None:
         """Move the gates' selection biases, if any, after a step in which the experts got rows [layers, E] float64."""
         for block, loads in zip(self.layers, rows, strict=True):
-            assert isinstance(block, AttentionBlock)
-            block.gate.update_bias(loads)
+            if isinstance(block, AttentionBlock):
+                block.gate.update_bias(loads)
+
+
+def _embedding(config: ModelConfig) -> Embedding:
+    # torch's own values are overwritten anyway; on the meta device they load its compiler, 55 MB and a second
+    values = torch.empty(config.vocab_size, config.hidden_size)
+    return Embedding(config.vocab_size, config.hidden_size, _weight=values)
 
 
 class Outcome(NamedTuple):

@@ -74,7 +74,8 @@ def usages(cost: LayoutCost) -> Iterator[Overflow]:
     layout, balanced = cost.layout, cost.cost.shares is None
     for rank, device in enumerate(cost.cost.devices):
         held = tuple([len(placement.experts[rank]) for placement in layout.placement])
-        key = (device.type, layout.sequences_per_rank[rank], held) if balanced else rank
+        stage = layout.span_of(rank).number
+        key = (device.type, layout.sequences_per_rank[rank], held, stage) if balanced else rank
         if key not in known:
             known[key] = cost.memory(rank)
         memory = known[key]
@@ -93,9 +94,11 @@ def busy_bound(cost: LayoutCost, *, exposed: bool = True) -> float:
     sequential order the transfers as well; and what the busiest link direction carries, one transfer at a time.
 
     In sequential order every transfer lies between two tasks of each attending rank, and is `exposed`; not if it is cut
-    into parts.
+    into parts. Of a pipeline nothing is said: a rank has no part in most layers, and no rival is one.
     """
     layout, known = cost.layout, {}
+    if layout.pipeline:
+        return 0.0
     transfers = 0.0
     if exposed and layout.schedule.name == "sequential":
         there = [cost.transfer(Action(Kind.DISPATCH, Pass.FORWARD, layer)).seconds for layer in range(layout.layers)]

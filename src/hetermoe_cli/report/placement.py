@@ -73,11 +73,13 @@ def _counts(plan: Plan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     hosted = np.zeros((plan.inputs.model.layers, plan.inputs.cluster.world_size), dtype=np.int64)
     copies = np.zeros_like(hosted)
     for group in plan.groups:
-        attends = np.array(group.sequences_per_rank) > 0
         own = np.array([list(map(len, layer.experts)) for layer in group.placement])
         replicated = np.array([len(layer.replicated) for layer in group.placement])
+        copied = np.zeros_like(own)
+        for span in group.layout.spans:
+            copied[np.ix_(span.layers, span.attending)] = replicated[span.layers][:, None]
         for ranks in group.replicas:
-            hosted[:, ranks], copies[:, ranks] = own, np.outer(replicated, attends)
+            hosted[:, ranks], copies[:, ranks] = own, copied
     return hosted, copies
 
 

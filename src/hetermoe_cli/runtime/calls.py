@@ -20,7 +20,8 @@ from hetermoe_cli.simulator import check_deadlock
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.world import Replica, World
 
-COMMUNICATORS = ("world", "to experts", "from experts", "attending")  # by an action's lane
+# by an action's lane
+COMMUNICATORS = ("world", "to experts", "from experts", "attending", "to next stage", "to stage before")
 COUNTS = "int64"
 WIDEST = "widest"  # of the attending ranks' precisions
 
@@ -136,8 +137,9 @@ def _of_attending(world: World, replica: Replica | None = None) -> "partial[Call
 def _sums(world: World, action: Action, process: int, exchange: str, dense: bool) -> Iterator[Call]:
     """Sums of one layer's gradients: scattered where states are shared out, but for a fully sharded dense part's, which
     groups cut on their own."""
+    attending = world.attending_at(action.layer)
     for holders in _summed(world, action.layer, process, dense):
-        whole = not world.shares_states or (dense and holders == world.attending and not world.shares_dense_states)
+        whole = not world.shares_states or (dense and holders == attending and not world.shares_dense_states)
         operation: Operation = "all-reduce" if whole else "reduce-scatter"
         yield Call(share_name(world, holders), action, "gradients", operation, -1, exchange, members=holders)
 
@@ -181,13 +183,14 @@ def _messages(
     number, rank = world.seat(process)
     name, processes = lane_name(world, number, action.lane), world.replicas[number].processes
     senders, receivers = schedule.senders[action], schedule.receivers[action]
+    layout = world.replicas[number].layout
     directions: list[tuple[Operation, tuple[int, ...], tuple[int, ...]]] = [
         ("send", senders, receivers),
         ("receive", receivers, senders),
     ]
     for operation, own, others in directions:
         for peer in sorted(others) if rank in own else ():
-            if peer != rank:
+            if peer != rank and (action.is_exchange or layout.common(rank, peer)):
                 host = peer if operation == "send" else rank
                 size = counted.numbers_ahead(action.layer, host) if counted else None
                 yield Call(name, action, payload, operation, processes[peer], dtype, size)

@@ -6,11 +6,13 @@ with NCCL they stay on the device, with gloo they pass through the host.
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from hetermoe_cli.model.copies import Fetched, upload
 from hetermoe_cli.runtime.calls import has_counts
@@ -25,6 +27,12 @@ from hetermoe_cli.schedule.schedule import Schedule
 from hetermoe_cli.spec.layout import Layout
 
 Place = tuple[int, int]  # (layer, micro-batch)
+
+
+class Crossing(NamedTuple):
+    """Tokens of a micro-batch that go to, or come from, each rank of another pipeline stage, in their order."""
+
+    sizes: list[int]
 
 
 class Carrier:
@@ -43,7 +51,9 @@ class Carrier:
         schedule: Schedule,
         clock: Clock,
         collectives: Collectives,
+        sequence_length: int = 0,
     ) -> None:
+        """`sequence_length`: tokens, where hidden states go from one pipeline stage to another."""
         self._collectives = collectives
         self._mesh, self._maps, self._schedule, self._clock = mesh, maps, schedule, clock
         width, tail = empty.shape[1], tail_size(empty.dtype, maps[0].tail)
@@ -55,8 +65,11 @@ class Carrier:
                 (Kind.COMBINE, Pass.FORWARD, 0),
                 (Kind.COMBINE, Pass.BACKWARD, again),
                 (Kind.DISPATCH, Pass.BACKWARD, tail),
+                (Kind.CROSS, Pass.FORWARD, 0),
+                (Kind.CROSS, Pass.BACKWARD, 0),
             )
         }
+        self._layout, self._length = layout, sequence_length
         places = [(layer, j) for layer in range(layout.layers) for j in range(layout.micro_batches)]
         self._routed: dict[Place, Future[Routing]] = {place: Future() for place in places}
         self._arrivals: dict[Place, Arrivals] = {}
@@ -102,8 +115,17 @@ class Carrier:
 
     def incoming(self, action: Action) -> list[int]:
         """Rows per source rank. A lane may ask for a combine's before the gate has decided: then it waits."""
+        if action.kind is Kind.CROSS:
+            return self.crossing(action).sizes
         place = action.layer, action.micro_batch
         return self._arrivals[place].sizes if action.towards_experts else self.routing(place).sizes
+
+    def crossing(self, action: Action) -> "Crossing":
+        """What this rank has in common with those of the other pipeline stage."""
+        rank, layout, schedule = self._mesh.rank, self._layout, self._schedule
+        others = schedule.receivers[action] if rank in schedule.senders[action] else schedule.senders[action]
+        common = [layout.common(rank, other) if other in others else 0 for other in range(layout.world_size)]
+        return Crossing([self._length * sequences for sequences in common])
 
     def departing(self, action: Action) -> Routing:
         """Of a dispatch: what tells the numbers that go ahead of it."""
@@ -138,8 +160,7 @@ class Carrier:
         if action.is_collective:
             assert rows is not None
             return self._carried(action, self._collectives.carry(action, rows), began)
-        mesh = self._mesh
-        group = mesh.to_experts if action.towards_experts else mesh.from_experts
+        mesh, group = self._mesh, self._group(action)
         if has_counts(action):
             self._exchange_counts(action, (action.layer, action.micro_batch))
         sends: dict[int, Tensor] = {}
@@ -154,6 +175,12 @@ class Carrier:
             receives = self._others(buffer, sizes)
         exchange(group, sends, receives)
         return self._carried(action, upload(buffer, mesh.device), began)
+
+    def _group(self, action: Action) -> ProcessGroup:
+        mesh = self._mesh
+        if action.kind is Kind.CROSS:
+            return mesh.stages[action.direction is Pass.BACKWARD]
+        return mesh.to_experts if action.towards_experts else mesh.from_experts
 
     def _buffer(self, action: Action, rows: int) -> Tensor:
         wire, empty = self._mesh.wire, self.empty(action)

@@ -30,10 +30,10 @@ class LayerMap:
         self.rank, self.world_size = rank, layout.world_size
         self.hosted = list(layout.placement[layer].experts)
         self.replicated = layout.placement[layer].replicated
-        self.attends = bool(layout.sequences_per_rank[rank])
+        self.attends = layout.attends(rank, layer)
         self.local = layout.local_experts(layer, rank)
         self.told = layout.numbers_ahead(layer, rank)
-        self.attending = layout.attending
+        self.attending = layout.attending_at(layer)
         self.bounds = list(accumulate((self.slots(target) for target in range(self.world_size)), initial=0))
         self.keys = self._send_keys(layout.experts)
         self._key = torch.tensor(self.keys, device=device)

@@ -67,8 +67,9 @@ class EmulatedClock(Clock):
         last: dict[object, Action] = {}
         result: dict[Action, set[Action]] = {}
         for action in self._schedule.transfers:
-            ranks = {*self._schedule.senders[action], *self._schedule.receivers[action]}
-            keys = [*ports.transfer(action).ports, *((action.lane, rank) for rank in ranks)]
+            ends = (self._schedule.senders[action], self._schedule.receivers[action])
+            lanes = zip(self._schedule.lanes_of(action), ends, strict=True)
+            keys = [*ports.transfer(action).ports, *{(lane, rank): None for lane, end in lanes for rank in end}]
             result[action] = {last[key] for key in keys if key in last}
             last |= dict.fromkeys(keys, action)
         return result
@@ -151,7 +152,8 @@ class EmulatedClock(Clock):
         if action.kind is not Kind.REDUCE or within or len(self._world.replicas) == 1:
             return here
         self._board.post(self._step, action.layer, here)
-        return self._board.wait(self._step, action.layer, [replica.attending[0] for replica in self._world.replicas])
+        first = [replica.attending_at(action.layer)[0] for replica in self._world.replicas]
+        return self._board.wait(self._step, action.layer, first)
 
     def synchronising(self) -> None:
         self._board.post(self._step, SYNCHRONISE, max(self._now, self._reduced))

@@ -41,6 +41,7 @@ class Engine:
 
     def __init__(self, layout: Layout, mesh: Mesh, parts: Parts, model: ModelConfig) -> None:
         self.layout, self.mesh, self.parts = layout, mesh, parts
+        self._span = layout.span_of(mesh.rank)
         self._maps = [layer_map(layout, layer, mesh.rank, model.top_k, mesh.device) for layer in range(layout.layers)]
         self._empty = torch.empty((0, model.hidden_size), dtype=parts.exchange, device=mesh.device)
         self._lanes = Lanes(mesh)
@@ -51,6 +52,8 @@ class Engine:
             (Kind.EXPERT, Pass.BACKWARD): self._expert_backward,
             (Kind.HEAD, Pass.FORWARD): self._head,
             (Kind.HEAD, Pass.BACKWARD): self._head,
+            (Kind.PASS, Pass.FORWARD): self._pass_forward,
+            (Kind.PASS, Pass.BACKWARD): self._pass_backward,
         }
 
     def run(
@@ -65,7 +68,9 @@ class Engine:
         """Run all compute actions of this rank but S and O, and `after` each; `loss_scale` multiplies the summed loss
         in backward."""
         self._batch, self._loss_scale, self._clock, self._collectives = batch, loss_scale, clock, collectives
-        self._carrier = Carrier(self.layout, self.mesh, self._maps, self._empty, schedule, clock, collectives)
+        attends = self.layout.pipeline and self.parts.dense is not None
+        length = batch(0)[0].shape[1] if attends else 0
+        self._carrier = Carrier(self.layout, self.mesh, self._maps, self._empty, schedule, clock, collectives, length)
         self._attention: dict[Place, AttentionStage] = {}
         self._documents: dict[int, Documents | None] = {}
         self._gradients: dict[Place, Tensor] = {}  # [B, S, H] of what the stage behind a layer read
@@ -138,7 +143,7 @@ class Engine:
         layer, j = place = action.layer, action.micro_batch
         inputs, arrived = self._border_before(layer, j)
         dense = self._dense()
-        if layer == 0:
+        if layer == self._span.first:
             self._documents[j] = dense.documents(self._batch(j)[0])
         recompute = self.layout.schedule.recompute_attention
         stage = AttentionStage.forward(dense, layer, inputs, recompute, self._documents[j])
@@ -208,10 +213,23 @@ class Engine:
         rows, weights = routing.gradients(rows, self._empty.shape[1])
         stage, hidden = self._attention.pop(place), self._gradients.pop(place)
         gradient = stage.backward(hidden, rows.contiguous(), weights, self._loss_scale)
-        if layer:
+        if layer > self._span.first:
             self._return((layer - 1, j), gradient, action, arrived)
-        else:
-            self._clock.compute(action, self._began, arrived)
+            return
+        self._clock.compute(action, self._began, arrived)
+        if layer:
+            assert gradient is not None
+            self._cross(Action(Kind.CROSS, Pass.BACKWARD, layer, j), gradient)
+
+    def _pass_forward(self, action: Action) -> None:
+        hidden, arrived = self._border_before(action.layer, action.micro_batch)
+        self._clock.compute(action, self._began, arrived)
+        self._cross(action._replace(kind=Kind.CROSS), hidden.detach())
+
+    def _pass_backward(self, action: Action) -> None:
+        rows, arrived = self._receive(action._replace(kind=Kind.CROSS))
+        place = action.layer - 1, action.micro_batch
+        self._return(place, self._as_hidden(rows, action.micro_batch), action, arrived)
 
     def _return(self, place: Place, gradient: Tensor | None, action: Action, arrived: float) -> None:
         """Send the experts of a layer the gradient [B, S, H] of what the stage behind it read, and keep it for the
@@ -236,6 +254,9 @@ class Engine:
         if layer == 0:
             self._began = self._clock.mark()
             return upload(self._batch(j)[0], self.mesh.device), 0.0
+        if layer == self._span.first:
+            rows, arrived = self._receive(Action(Kind.CROSS, Pass.FORWARD, layer, j))
+            return self._as_hidden(rows, j).requires_grad_(torch.is_grad_enabled()), arrived
         before = layer - 1, j
         rows, arrived = self._receive(Action(Kind.COMBINE, Pass.FORWARD, *before))
         hidden = self._attention[before].combined(self._carrier.routing(before).summed(rows))
@@ -254,6 +275,15 @@ class Engine:
             self._kept[action] = rows, parcel
         self._clock.sent(action)
         self._lanes.put(action, _in(self.parts.exchange, rows), parcel)
+
+    def _cross(self, action: Action, hidden: Tensor) -> None:
+        """Hand [B, S, H] to the lane that brings it to another pipeline stage."""
+        self._clock.sent(action)
+        self._lanes.put(action, _in(self.parts.exchange, hidden.flatten(0, 1)), self._carrier.crossing(action))
+
+    def _as_hidden(self, rows: Tensor, j: int) -> Tensor:
+        """[B * S, H] as [B, S, H]."""
+        return rows.view(*self._batch(j)[0].shape, -1)
 
     def _direct(self, schedule: Schedule, clock: Clock) -> dict[int, DirectLane]:
         """Lanes 1 and 2, where the ranks of this copy share memory."""

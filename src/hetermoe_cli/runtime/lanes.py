@@ -1,5 +1,5 @@
 """Lanes: threads of a rank that carry its transfers of one kind each, in the schedule's static order: towards the
-experts, from them, collectives.
+experts, from them, collectives, to other pipeline stages, from these.
 
 Nothing is tagged: every message has its exact size, and all ranks post the messages of a lane in one order, which is
 what NCCL demands and gloo allows. NCCL also wants one order over the communicators: there the lanes take turns to
@@ -24,7 +24,7 @@ from hetermoe_cli.runtime.peers import peer_errors
 from hetermoe_cli.schedule.action import Action
 from hetermoe_cli.schedule.schedule import Schedule
 
-LANES = 3
+LANES = 5
 
 
 @dataclass
@@ -120,10 +120,14 @@ class Lanes:
         self._turns = Turns(mine) if self._ordered else None
         self._running = []
         for lane, stream in enumerate(self._streams, 1):
-            actions = [action for action in mine if action.lane == lane]
+            actions = [action for action in mine if self._lane(schedule, action) == lane]
             jobs = deque((a, self._outbox.get(a), self._inbox.get(a, Future())) for a in actions)
             if jobs:
                 self._running.append(self._pool.submit(self._work, jobs, stream, carry))
+
+    def _lane(self, schedule: Schedule, action: Action) -> int:
+        sends, receives = schedule.lanes_of(action)
+        return sends if self._rank in schedule.senders[action] else receives
 
     def room(self, action: Action, rows: int, like: Tensor) -> Tensor | None:
         """[rows, H] like `like` to write in what `action` will send, where that saves a copy."""

@@ -35,6 +35,7 @@ class Mesh:
     `wire`: where messages lie, the device with NCCL, the host with gloo. `ordered`: whether this rank's lanes call in
     one static order over all of them, as NCCL demands. `processes`: of this copy's ranks. `mail`: of both directions
     and of sums, where all ranks of this copy compute on CPUs of one machine. `patient`: all processes, over gloo.
+    `stages`: this copy's ranks, for what goes to the next pipeline stage and for what comes back, where there are such.
     """
 
     rank: int
@@ -51,6 +52,7 @@ class Mesh:
     processes: Sequence[int] = (0,)
     mail: Sequence[Mail] = ()
     patient: dist.ProcessGroup | None = None
+    stages: Sequence[dist.ProcessGroup] = ()
 
     def on_wire(self, tensor: Tensor) -> Tensor:
         """`tensor` where messages lie; if it must come down from the device, this thread waits for it."""
@@ -178,6 +180,7 @@ def join(layout: Layout | World, accelerator: str, backend: Backend | None = Non
         processes=replica.processes,
         mail=mail,
         patient=patient,
+        stages=lanes[2:],
     )
 
 
@@ -194,7 +197,9 @@ def _groups(
     """The lanes of this process' copy, and the groups of its shares by their members. All processes make all of them,
     in one order."""
     number, _ = world.seat(process)
-    lanes = [[_new_group(replica.processes) for _ in range(2)] for replica in world.replicas][number]
+    counts = [4 if replica.layout.pipeline else 2 for replica in world.replicas]
+    copies = zip(world.replicas, counts, strict=True)
+    lanes = [[_new_group(replica.processes) for _ in range(count)] for replica, count in copies][number]
     shared = _communicators(world.communicators(), process)
     for lane in lanes:  # NCCL wants all ranks in a group's first call, and a first transfer may leave some out
         dist.all_reduce(torch.zeros(1, device=wire), group=lane)

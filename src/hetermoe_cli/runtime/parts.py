@@ -70,12 +70,12 @@ class Parts(nn.Module):
         document_end: int | None = None,
     ) -> None:
         super().__init__()
-        attends = bool(layout.sequences_per_rank[rank])
-        self.dense = DenseModel(config, router, document_end) if attends else None
+        attends, layers = bool(layout.sequences_per_rank[rank]), layout.span_of(rank).layers
+        self.dense = DenseModel(config, router, document_end, layers) if attends else None
         self.experts = nn.ModuleList(
             ExpertParts(
                 ExpertGroup(config, layer, placement.experts[rank]),
-                ExpertGroup(config, layer, placement.replicated if attends else []),
+                ExpertGroup(config, layer, placement.replicated if layout.attends(rank, layer) else []),
             )
             for layer, placement in enumerate(layout.placement)
         )
@@ -95,7 +95,7 @@ class Parts(nn.Module):
         """What the backward of an attention, expert or head action leaves gradients of."""
         if action.kind is Kind.EXPERT:
             yield from self.experts_of(action.layer).parameters()
-        elif self.dense is not None:
+        elif self.dense is not None and action.kind in (Kind.ATTENTION, Kind.HEAD):
             parts: list[nn.Module] = [self.dense.norm, self.dense.head]
             if action.kind is Kind.ATTENTION:
                 before = [] if action.layer else [self.dense.embedding, self.dense.dense_layers]

@@ -55,7 +55,8 @@ def _saved_by_others(trainer: Trainer) -> set[str]:
     holdings = (holding for layer in parts.holdings(trainer.world, process) for holding in layer)
     places = {(id(p), at) for holding in holdings if holding.holders[0] != process for p, at in holding.slices}
     names = {name for name, (parameter, at) in parameter_slices(parts).items() if (id(parameter), at) in places}
-    return names if process == trainer.world.attending[0] else names | named_state(parts).keys()
+    layers = [layer for layer in range(trainer.world.layers) if trainer.world.attending_at(layer)[0] != process]
+    return names | {name for name in named_state(parts) for layer in layers if name.startswith(f"layers.{layer}.")}
 
 
 def restore(run: RunSpec, trainer: Trainer) -> None:

@@ -96,7 +96,7 @@ class Trainer:
         self._schedule = training_schedule(layout, len(world.replicas))
         self._last_of_runs = last_of_runs(self._schedule.compute[self.mesh.rank])
         self._validation = validation_schedule(layout)
-        self._first = replica.first + sum(layout.sequences_per_rank[: self.mesh.rank])
+        self._first = replica.first + layout.first_sequence(self.mesh.rank)
 
     def release_gradients(self) -> None:
         """Free the buffers of gradients between two steps, before `lay_out` makes others."""

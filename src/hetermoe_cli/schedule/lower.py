@@ -100,9 +100,11 @@ def _transfer_order(
     for number, (first, end) in enumerate(pairwise(borders)):
         part = Part(True, (False,) * layers, first, end, last - number)
         by_pass, own = _orders_of_stage(order_of, part, windows, gathered)
-        found += [(starts[number][key], -number, transfers) for key, transfers in by_pass.items()]
+        found += [(starts[number][key], -number, tuple(transfers)) for key, transfers in by_pass.items()]
         after |= own
-    return tuple([transfer for *_, transfers in sorted(found, key=lambda one: one[:2]) for transfer in transfers]), after
+    return tuple(
+        [transfer for *_, transfers in sorted(found, key=lambda one: one[:2]) for transfer in transfers]
+    ), after
 
 
 def _orders_of_stage(
@@ -164,7 +166,9 @@ def _pass_of(action: Action, windows: Windows) -> _PassOf:
 
 def _starts(stages: int, windows: Windows) -> list[dict[_PassOf, float]]:
     """When every pass of every pipeline stage would start (_transfer_order); backward ones of a validation never do."""
-    orders = [[(way, window[0] // windows.width) for way, window in passes(s, windows)] for s in reversed(range(stages))]
+    orders = [
+        [(way, window[0] // windows.width) for way, window in passes(s, windows)] for s in reversed(range(stages))
+    ]
     starts: list[dict[_PassOf, float]] = [{} for _ in orders]
     free = [0.0] * stages
     while any(orders):

@@ -61,9 +61,9 @@ def windows_of(layout: Layout) -> Windows:
 def training_order(part: Part, windows: Windows) -> Order:
     """Compute order of one training iteration.
 
-    Window by window (`passes`): forward layer by layer, all micro-batches of a layer in turn; the head with its own backward;
-    backward layer by layer from the last. Experts of an attending rank run after the layer's attention of all
-    micro-batches in the window (in backward before it), or between: one micro-batch behind (in backward ahead).
+    Window by window (`passes`): forward layer by layer, all micro-batches of a layer in turn; the head with its own
+    backward; backward layer by layer from the last. Experts of an attending rank run after the layer's attention of
+    all micro-batches in the window (in backward before it), or between: one micro-batch behind (in backward ahead).
     """
     actions: list[Action] = []
     for direction, window in passes(part.ahead, windows):

@@ -1,10 +1,11 @@
 """Layout: all that the schedule, the simulator and the engine need to know of a plan."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from itertools import accumulate
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from hetermoe_cli.spec.base import ExtendedSpec, NonNegativeInt, PositiveInt, Spec
 from hetermoe_cli.spec.train import DenseState, Dispatch, Recompute
@@ -138,6 +139,7 @@ class Layout(ExtendedSpec):
     """
 
     later: ClassVar[frozenset[str]] = frozenset({"pipeline"})
+    model_config = ConfigDict(ignored_types=(cached_property,))
 
     schedule: ScheduleChoice
     sequences_per_rank: list[NonNegativeInt] = Field(min_length=1)
@@ -172,7 +174,9 @@ class Layout(ExtendedSpec):
         for span in self.spans:
             found = sum(self.sequences_per_rank[rank] for rank in span.ranks)
             if not found or found != self.sequences_per_micro_batch:
-                raise ValueError(f"pipeline.{span.number}: {found} sequences a micro-batch, the first stage has another")
+                raise ValueError(
+                    f"pipeline.{span.number}: {found} sequences a micro-batch, the first stage has another"
+                )
             for layer in span.layers:
                 if not {*self.hosting(layer)} <= {*span.ranks}:
                     raise ValueError(f"placement.{layer}: experts on a rank outside pipeline stage {span.number}")
@@ -197,9 +201,13 @@ class Layout(ExtendedSpec):
         """R."""
         return self.schedule.micro_batches
 
-    @cached_property
+    @property
     def spans(self) -> tuple[Span, ...]:
         """The pipeline stages, from the first layers to the last; one where there is no pipeline."""
+        return self._spans
+
+    @cached_property  # its underscore keeps it out of dict(layout)
+    def _spans(self) -> tuple[Span, ...]:
         stages = self.pipeline or [PipelineStage(layers=self.layers, ranks=list(range(self.world_size)))]
         ends, last = accumulate(stage.layers for stage in stages), len(stages) - 1
         return tuple(
@@ -208,6 +216,12 @@ class Layout(ExtendedSpec):
                 for number, (stage, end) in enumerate(zip(stages, ends, strict=True))
             ]
         )
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> "Layout":
+        """Without what was derived from other fields."""
+        copy = super().model_copy(update=update, deep=deep)
+        copy.__dict__.pop("_spans", None)
+        return copy
 
     def _attending(self, stage: PipelineStage) -> tuple[int, ...]:
         return tuple([rank for rank in sorted(stage.ranks) if self.sequences_per_rank[rank]])
@@ -238,6 +252,11 @@ class Layout(ExtendedSpec):
     def first_sequence(self, rank: int) -> int:
         """The first of a micro-batch's sequences that `rank` attends to: those of a stage go to its ranks in turn."""
         return sum([self.sequences_per_rank[other] for other in self.span_of(rank).ranks if other < rank])
+
+    def common(self, rank: int, other: int) -> int:
+        """Sequences of a micro-batch that `rank` and `other`, of another pipeline stage, both attend to."""
+        pairs = [(self.first_sequence(each), self.sequences_per_rank[each]) for each in (rank, other)]
+        return max(0, min(first + count for first, count in pairs) - max(first for first, _ in pairs))
 
     def windows_in_flight(self, rank: int) -> int:
         """Windows of micro-batches whose activations `rank` keeps at once: one more than stages follow (1F1B)."""

@@ -7,7 +7,15 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.spec.base import ExtendedSpec, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec, sha256
+from hetermoe_cli.spec.base import (
+    ExtendedSpec,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Spec,
+    sha256,
+)
 from hetermoe_cli.spec.cluster import ClusterSpec, Device, Link, Origin, devices
 from hetermoe_cli.spec.explanation import Explanation, Variant
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage, ScheduleChoice

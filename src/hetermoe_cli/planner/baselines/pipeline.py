@@ -62,20 +62,14 @@ def pp(cost: CostModel, limit: int, *, pipelines: int | None = None) -> Rival:
     if len(cost.devices) > MOST_DEVICES:
         return Rival(None, inf, f"not computed for more than {MOST_DEVICES} devices")
     search = _Search(cost, pipelines)
-    winner: Tuned | None = None
-    seconds = inf
-    for bound, setup in sorted(((search.work(setup), setup) for setup in search.setups()), key=lambda pair: pair[0]):
-        if bound >= seconds:
-            break
-        for tuned in search.tuned(setup, "1F1B"):
-            if search.bound(tuned) < seconds and (found := search.seconds(tuned)) < seconds:
-                winner, seconds = tuned, found
-    if winner is None:
+    found = search.ranked()
+    if not found:
         return Rival(None, inf, "does not fit: no split of the layers over stages fits into memory")
+    seconds, winner = found[0]
     for tuned in search.tuned(winner.setup, "GPipe"):
-        if (found := search.seconds(tuned)) < seconds:
-            winner, seconds = tuned, found
-    return Rival(None, seconds, str(winner))
+        if (piped := search.seconds(tuned)) < seconds:
+            winner, seconds = tuned, piped
+    return Rival(None, seconds, str(winner), tuple([tuned for _, tuned in found]))
 
 
 class _Search:
@@ -116,6 +110,21 @@ class _Search:
                 for stages in range(2, min(devices // width, self.cost.model.layers) + 1)
             }
         )
+
+    def ranked(self) -> list[tuple[float, Tuned]]:
+        """Seconds of those in 1F1B order that were the best when they were found, or nearly so; the fastest first."""
+        found: list[tuple[float, Tuned]] = []
+        best = inf
+        bounds = [(self.work(setup), setup) for setup in self.setups()]
+        for bound, setup in sorted(bounds, key=lambda pair: pair[0]):
+            if bound >= best:
+                break
+            for tuned in self.tuned(setup, "1F1B"):
+                if self.bound(tuned) < best:
+                    seconds = self.seconds(tuned)
+                    best = min(best, seconds)
+                    found.append((seconds, tuned))
+        return sorted(found, key=lambda pair: pair[0])
 
     def work(self, setup: Setup) -> float:
         """Lower bound: all layers of all micro-batches, perfectly divisible over the units that are used; infinite if

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from math import inf
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
@@ -16,6 +16,9 @@ from hetermoe_cli.planner.replay import Overflow, busy_bound, over_steps, overfl
 from hetermoe_cli.spec.layout import Layout, ScheduleChoice
 from hetermoe_cli.spec.plan import Baseline
 from hetermoe_cli.spec.train import DenseState, Recompute
+
+if TYPE_CHECKING:
+    from hetermoe_cli.planner.baselines.pipeline import Tuned
 
 # What runs beside an all-to-all: nothing; experts of other parts of the same micro-batch and layer (parts.py); any task
 # of other micro-batches.
@@ -29,12 +32,14 @@ FAR = 1.15  # times the best: what no other order makes up for (4 % is the most 
 class Rival:
     """The fastest that a method finds; infinite seconds and the reason where there is nothing.
 
-    Without a layout `reason` tells how a method runs that this engine has no layout for.
+    Without a layout `reason` tells how a method runs that it has no layout for. `pipelines`: what `pp` timed, the
+    fastest first (planner/pipelines.py).
     """
 
     layout: Layout | None
     seconds: float
     reason: str = ""
+    pipelines: "Sequence[Tuned]" = ()
 
     def baseline(self) -> Baseline:
         """What a plan stores."""

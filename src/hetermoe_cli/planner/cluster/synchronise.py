@@ -26,10 +26,14 @@ class Copy:
     ranks: Sequence[int]
     cost: CostModel
 
-    @property
-    def attending(self) -> list[int]:
-        """Ranks of the whole cluster that attend."""
-        return [self.ranks[local] for local in self.layout.attending]
+    def attending_at(self, layer: int) -> list[int]:
+        """Ranks of the whole cluster that attend in a layer; model.layers: that compute the head."""
+        return [self.ranks[local] for local in self.layout.attending_at(layer)]
+
+
+def _attending(copies: Sequence[Copy], layer: int) -> list[int]:
+    """Ranks of all groups that attend in a layer, in the order of their ring."""
+    return sorted(rank for copy in copies for rank in copy.attending_at(layer))
 
 
 def reduce_seconds(whole: CostModel, copies: Sequence[Copy], layer: int) -> float:
@@ -53,7 +57,7 @@ def _sum_seconds(
     whole: CostModel, copies: Sequence[Copy], layer: int, size: float, dense: float = 1.0, experts: float = 1.0
 ) -> float:
     """All-reduce of `size` dense bytes and the experts of a layer, or the parts `dense` and `experts` of it."""
-    attending, hosted = sorted(rank for copy in copies for rank in copy.attending), {}
+    attending, hosted = _attending(copies, layer), {}
     if layer < whole.model.layers:
         placements = [(copy, copy.layout.placement[layer]) for copy in copies]
         size += max(len(placement.replicated) for _, placement in placements) * whole.expert_gradient_bytes
@@ -69,29 +73,50 @@ def _sum_seconds(
 def reduce_ports(whole: CostModel, copies: Sequence[Copy], copy: Copy) -> list[tuple[int, ...]]:
     """Of every layer and the head: which ports of its own a group gives to the all-reduce, those of the ring through
     all groups and the NICs of its hosts."""
-    attending = sorted(rank for other in copies for rank in other.attending)
+    rings, known = [], {}
+    for layer in range(whole.model.layers + 1):
+        attending = tuple(_attending(copies, layer))
+        if attending not in known:
+            known[attending] = _ring_of(whole, attending, copy)
+        rings.append(known[attending])
+    network, devices = copy.cost.network, copy.cost.devices
+    hosts = [*(copy.layout.hosting(layer) for layer in range(copy.layout.layers)), []]
+    nics = [{network.port(devices[rank].nic, False, way) for rank in ranks for way in (0, 1)} for ranks in hosts]
+    return [tuple(sorted(ring | more)) for ring, more in zip(rings, nics, strict=True)]
+
+
+def _ring_of(whole: CostModel, attending: Sequence[int], copy: Copy) -> set[int]:
+    """Ports of a group's own that a ring through ranks of the whole cluster passes."""
     used = {(*whole.network.owner(port), port % 2) for port in whole.network.ring_ports(attending)}
     network, devices = copy.cost.network, copy.cost.devices
-    ring = {
+    return {
         network.port(own, inside, way)
         for local, rank in enumerate(copy.ranks)
         for own, number, inside in ((devices[local].nic, whole.devices[rank].nic, False), (local, rank, True))
         for way in (0, 1)
         if (number, inside, way) in used
     }
-    hosts = [*(copy.layout.hosting(layer) for layer in range(copy.layout.layers)), []]
-    nics = [{network.port(devices[rank].nic, False, way) for rank in ranks for way in (0, 1)} for ranks in hosts]
-    return [tuple(sorted(ring | more)) for more in nics]
 
 
 def after_backward_seconds(whole: CostModel, copies: Sequence[Copy]) -> float:
-    """What follows the sums: new weights of states that all groups share out. Upper where one of them does not."""
+    """What follows the sums: new weights of states that all groups share out. Upper where one of them does not.
+
+    Layers follow each other, but for those of pipeline stages that share no NIC.
+    """
     states = {copy.layout.schedule.dense_state for copy in copies} - {"replicated"}
-    gather, gathered = 0.0, states == {"full"}
+    gather, gathered = defaultdict[int, float](float), states == {"full"}
+    staged = any(copy.layout.pipeline for copy in copies)
     for layer in range(whole.model.layers + 1) if states else ():
         dense = 0 if gathered else whole.segment_parameters(layer) * whole.gradient_bytes
-        gather += _sum_seconds(whole, copies, layer, dense) / 2
-    return gather
+        seconds = _sum_seconds(whole, copies, layer, dense) / 2
+        for nic in _nics(whole, copies, layer) if staged else (0,):
+            gather[nic] += seconds
+    return max(gather.values(), default=0.0)
+
+
+def _nics(whole: CostModel, copies: Sequence[Copy], layer: int) -> set[int]:
+    """Those of all ranks of the pipeline stages that a layer, or the head, is in."""
+    return {whole.devices[copy.ranks[rank]].nic for copy in copies for rank in copy.layout.span_at(layer).ranks}
 
 
 def expert_seconds(whole: CostModel, hosted: Mapping[int, float], groups: int, share: float = 1.0) -> float:
