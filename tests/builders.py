@@ -15,7 +15,15 @@ from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import ClusterSpec, Link, NodeGroup
-from hetermoe_cli.spec.layout import ExpertOrder, LayerPlacement, Layout, ScheduleChoice, ScheduleName, TransferOrder
+from hetermoe_cli.spec.layout import (
+    ExpertOrder,
+    LayerPlacement,
+    Layout,
+    PipelineStage,
+    ScheduleChoice,
+    ScheduleName,
+    TransferOrder,
+)
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.plan import Bound, Group, Inputs, Plan, Prediction, SolverReport
 from hetermoe_cli.spec.profile import (
@@ -289,3 +297,36 @@ def layouts(
         sequences_per_rank=draw(st.lists(st.integers(0, 2), min_size=world, max_size=world).filter(any)),
         placement=placement,
     )
+
+
+@st.composite
+def pipelines(draw: st.DrawFn) -> Layout:
+    """Any legal layout of 2 or 3 pipeline stages of up to 2 layers and 3 ranks each; stages have ranks in any order."""
+    count, experts, sequences = draw(st.integers(2, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    sizes = draw(st.lists(st.integers(1, 3), min_size=count, max_size=count))
+    order = draw(st.permutations(range(sum(sizes))))
+    shares, stages, placement = [0] * sum(sizes), [], []
+    for size in sizes:
+        ranks, order = order[:size], order[size:]
+        stages.append(PipelineStage(layers=draw(st.integers(1, 2)), ranks=ranks))
+        for _ in range(sequences):
+            shares[draw(st.sampled_from(ranks))] += 1
+        for _ in range(stages[-1].layers):
+            hosts = draw(st.lists(st.sampled_from([-1, *ranks]), min_size=experts, max_size=experts))
+            by_rank = [[e for e, host in enumerate(hosts) if host == rank] for rank in range(sum(sizes))]
+            everywhere = [e for e, host in enumerate(hosts) if host == -1]
+            placement.append(LayerPlacement(experts=by_rank, replicated=everywhere))
+    schedule = make_schedule(
+        draw(st.sampled_from(get_args(ScheduleName))),
+        draw(st.integers(1, 6)),
+        experts=draw(st.sampled_from(get_args(ExpertOrder))),
+        transfers=draw(st.sampled_from(get_args(TransferOrder))),
+        recompute=draw(st.sampled_from(get_args(Recompute))),
+        dense_state=draw(st.sampled_from(["replicated", "optimizer"])),
+    )
+    return Layout(schedule=schedule, sequences_per_rank=shares, placement=placement, pipeline=stages)
+
+
+def any_layouts() -> st.SearchStrategy[Layout]:
+    """With pipeline stages or without."""
+    return st.one_of(layouts(), pipelines())

@@ -24,7 +24,8 @@ def waits(schedule: Schedule, layers: int, ports: Callable[[Action], object]) ->
     last: dict[object, Task] = {}
     for action in schedule.transfers:
         used = [("port", port) for port in ports(action)]  # type: ignore[attr-defined]
-        used += [(action.lane, rank) for rank in participants(schedule, action)]
+        for lane, ranks in zip(schedule.lanes_of(action), (schedule.senders, schedule.receivers), strict=True):
+            used += [(lane, rank) for rank in ranks[action]]
         found = [last[key] for key in used if key in last]
         makers = [*schedule.sources(action, layers)]
         if action.kind is Kind.REDUCE:  # of ranks that hold experts of the layer

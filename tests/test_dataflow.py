@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import layouts, make_layout
+from builders import any_layouts, make_layout
 from hetermoe_cli.dataflow import Dataflow, dataflow
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import Kind
@@ -50,7 +50,7 @@ def test_ranks_that_disagree_on_the_order_have_tasks_of_their_own() -> None:
     ]
 
 
-@given(layouts())
+@given(any_layouts())
 def test_own_schedules_are_shared_in_full(layout: Layout) -> None:
     schedule = training_schedule(layout)
     flow = flow_of(schedule, layout.layers)
@@ -58,7 +58,7 @@ def test_own_schedules_are_shared_in_full(layout: Layout) -> None:
     assert sorted(flow.order) == list(range(len(flow.compute) + len(flow.transfers)))
 
 
-@given(layouts())
+@given(any_layouts())
 def test_only_those_who_receive_wait_for_a_transfer(layout: Layout) -> None:
     schedule = training_schedule(layout)
     flow = flow_of(schedule, layout.layers)
@@ -73,7 +73,7 @@ def test_only_those_who_receive_wait_for_a_transfer(layout: Layout) -> None:
             assert {*made.tolist()} == {*ranks.tolist()} & {*schedule.senders[transfer.action]}
 
 
-@given(layouts(), st.data())
+@given(any_layouts(), st.data())
 def test_every_stuck_task_of_a_shuffled_schedule_is_counted(layout: Layout, data: st.DataObject) -> None:
     schedule, layers = training_schedule(layout), layout.layers
     rank = data.draw(st.integers(0, layout.world_size - 1))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import layouts, make_cost, make_inputs, make_layout, make_model, make_profile
+from builders import any_layouts, make_cost, make_inputs, make_layout, make_model, make_profile
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.cost.layout import RecordedLoad
 from hetermoe_cli.errors import UserError
@@ -151,7 +151,7 @@ def overlaps(trace: Trace) -> int:
     return sum(max(a[0], b[0]) < min(a[1], b[1]) - 1e-9 for a in there for b in back)
 
 
-@given(layouts())
+@given(any_layouts())
 def test_conservation(layout: Layout) -> None:
     cost, schedule = make_cost(layout), training_schedule(layout)
     trace = simulate(cost, schedule)
@@ -164,7 +164,9 @@ def test_conservation(layout: Layout) -> None:
         seconds["synchronise 0"] = cost.synchronise_seconds
         assert {s.name: pytest.approx(s.end - s.start, abs=1e-9) for s in spans} == seconds
         assert trace.seconds >= sum(seconds.values()) - 1e-9
-    for spans in lanes.values():
+    for (_, lane), spans in lanes.items():
+        if lane.endswith(("stage", "stage before")):
+            continue  # what a rank gets and what it sends may overlap
         spans.sort(key=lambda s: (s.start, s.end))
         assert all(first.end <= second.start + 1e-9 for first, second in itertools.pairwise(spans))
     for transfer in schedule.transfers:
@@ -175,7 +177,7 @@ def test_conservation(layout: Layout) -> None:
         assert spans[0].end - spans[0].start == pytest.approx(cost.transfer(transfer).seconds, abs=1e-9)
 
 
-@given(layouts())
+@given(any_layouts())
 def test_no_task_starts_before_its_inputs_have_ended(layout: Layout) -> None:
     schedule = training_schedule(layout)
     trace = simulate(make_cost(layout), schedule)
@@ -193,19 +195,21 @@ def test_no_task_starts_before_its_inputs_have_ended(layout: Layout) -> None:
             assert max(made) <= span_of[rank, str(transfer)].start
 
 
-@given(layouts())
+@given(any_layouts())
 def test_every_task_starts_at_time_zero_or_when_another_ends(layout: Layout) -> None:
     trace = simulate(make_cost(layout))
     ends = {span.end for span in trace.spans} | {0.0}
     assert {span.start for span in trace.spans} <= ends
 
 
-@given(layouts())
+@given(any_layouts())
 def test_a_recorded_balanced_load_gives_the_balanced_timeline(layout: Layout) -> None:
     cost = make_cost(layout)
     counts = np.zeros((layout.world_size, layout.layers, layout.micro_batches, layout.experts), dtype=np.int64)
     for rank, sequences in enumerate(layout.sequences_per_rank):
-        counts[rank] = 60 * sequences  # 60 divides by every number of experts up to 5
+        counts[rank, list(layout.span_of(rank).layers)] = (
+            60 * sequences
+        )  # 60 divides by every number of experts up to 5
     scale = cost.cost.rows_per_expert(1) / 60
     recorded = simulate(LayoutCost(cost.cost, layout, RecordedLoad(counts, scale)))
     for one, other in zip(simulate(cost).spans, recorded.spans, strict=True):
@@ -246,14 +250,14 @@ def test_a_group_of_equal_devices_scales_with_its_batch(copies: int) -> None:
     assert ends(large) == pytest.approx(ends(small))
 
 
-@given(layouts())
+@given(any_layouts())
 def test_a_faster_network_is_never_slower(layout: Layout) -> None:
     slow, fast = (Link(bandwidth_gigabytes_per_second=b, latency_microseconds=0) for b in (1e-5, 1e-3))
     seconds = [simulate(make_cost(layout, network=link, interconnect=link)).seconds for link in (slow, fast)]
     assert seconds[1] <= seconds[0]
 
 
-@given(layouts(), st.integers(1, 3), st.integers(1, 2), st.booleans(), st.data())
+@given(any_layouts(), st.integers(1, 3), st.integers(1, 2), st.booleans(), st.data())
 def test_every_span_is_that_of_the_plainest_replay(
     layout: Layout, per_node: int, nics: int, balanced: bool, data: st.DataObject
 ) -> None:
@@ -267,7 +271,8 @@ def test_every_span_is_that_of_the_plainest_replay(
     if not balanced:
         size = (world, layout.layers, layout.micro_batches, layout.experts)
         counts = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 50, size)
-        counts[np.array(layout.sequences_per_rank) == 0] = 0
+        for place in itertools.product(range(world), range(layout.layers)):
+            counts[place] *= layout.attends(*place)
         cost = LayoutCost(cost.cost, layout, RecordedLoad(counts, 1.5))
     schedule = training_schedule(layout, data.draw(st.integers(1, 2), label="groups"))
     rank = data.draw(st.integers(0, world - 1))

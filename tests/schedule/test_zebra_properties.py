@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from builders import layouts, make_cost, make_layout
+from builders import any_layouts, layouts, make_cost, make_layout, pipelines
 from hetermoe_cli.cost import LayoutCost
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import Action, Kind, Pass, parse_action
@@ -23,11 +23,14 @@ FORWARD, BACKWARD = Pass.FORWARD, Pass.BACKWARD
 
 def expected_compute(layout: Layout, rank: int, passes: tuple[Pass, ...]) -> Counter[Action]:
     """The tasks of a rank, counted from the layout alone."""
-    micro_batches, attends = range(layout.micro_batches), layout.sequences_per_rank[rank] > 0
-    tasks = [Action(Kind.HEAD, passes[-1], 0, j) for j in micro_batches if attends]
+    micro_batches = range(layout.micro_batches)
+    tasks = [Action(Kind.HEAD, passes[-1], 0, j) for j in micro_batches if layout.attends(rank, layout.layers)]
+    borders = [span.end for span in layout.spans if span.ahead]
     for direction in passes:
+        ended = [border for border in borders if layout.attends(rank, border - 1)]
+        tasks += [Action(Kind.PASS, direction, border, j) for border in ended for j in micro_batches]
         for layer in range(layout.layers):
-            if attends:
+            if layout.attends(rank, layer):
                 tasks += [Action(Kind.ATTENTION, direction, layer, j) for j in micro_batches]
             if layout.local_experts(layer, rank):
                 tasks += [Action(Kind.EXPERT, direction, layer, j) for j in micro_batches]
@@ -39,15 +42,20 @@ def expected_compute(layout: Layout, rank: int, passes: tuple[Pass, ...]) -> Cou
 def travels(layout: Layout, layer: int) -> bool:
     """Whether any row of the layer leaves its device."""
     hosts = layout.hosting(layer)
-    return any(host != rank for host in hosts for rank in layout.attending)
+    return any(host != rank for host in hosts for rank in layout.attending_at(layer))
 
 
 def expected_transfers(layout: Layout, passes: tuple[Pass, ...]) -> Counter[Action]:
     """Of rows, and all-reduces."""
-    reduces = range(layout.layers + 1) if BACKWARD in passes and len(layout.attending) > 1 else ()
+    several = [layer for layer in range(layout.layers + 1) if len(layout.attending_at(layer)) > 1]
+    reduces = several if BACKWARD in passes else ()
+    borders = [span.end for span in layout.spans if span.ahead]
+    crossings = [(direction, b, j) for direction in passes for b in borders for j in range(layout.micro_batches)]
     width = layout.schedule.window if layout.gathers else layout.micro_batches
     lasts = range(width - 1, layout.micro_batches, width)
-    return Counter(Action(Kind.REDUCE, BACKWARD, layer, last) for layer in reduces for last in lasts) + Counter(
+    moved = Counter(Action(Kind.REDUCE, BACKWARD, layer, last) for layer in reduces for last in lasts)
+    moved += Counter(Action(Kind.CROSS, *crossing) for crossing in crossings)
+    return moved + Counter(
         Action(kind, direction, layer, j)
         for layer in range(layout.layers)
         if travels(layout, layer)
@@ -57,7 +65,7 @@ def expected_transfers(layout: Layout, passes: tuple[Pass, ...]) -> Counter[Acti
     )
 
 
-@given(layouts())
+@given(any_layouts())
 def test_every_task_exactly_once(layout: Layout) -> None:
     for schedule, passes in (
         (training_schedule(layout), (FORWARD, BACKWARD)),
@@ -69,14 +77,31 @@ def test_every_task_exactly_once(layout: Layout) -> None:
         assert Counter(moved) == expected_transfers(layout, passes)
 
 
-@given(layouts())
+@given(any_layouts())
 def test_attending_ranks_and_hosts_take_part_in_transfers(layout: Layout) -> None:
     schedule = training_schedule(layout)
     for transfer in schedule.transfers:
-        attending = tuple(layout.attending)
-        hosts = attending if transfer.is_collective else tuple(layout.hosting(transfer.layer))
+        first = layout.attending_at(transfer.layer)
+        if transfer.kind is Kind.CROSS:
+            second, forwards = layout.attending_at(transfer.layer - 1), transfer.direction is BACKWARD
+        else:
+            second = first if transfer.is_collective else tuple(layout.hosting(transfer.layer))
+            forwards = transfer.towards_experts
         ends = (schedule.senders[transfer], schedule.receivers[transfer])
-        assert ends == ((attending, hosts) if transfer.towards_experts else (hosts, attending))
+        assert ends == ((first, second) if forwards else (second, first))
+
+
+@given(pipelines())
+def test_no_rank_keeps_more_windows_than_it_must(layout: Layout) -> None:
+    """1F1B: as many as stages follow, and the one at work; the next goes forward when one has gone backward."""
+    for rank, order in enumerate(training_schedule(layout).compute):
+        tasks = [(a.direction, a.micro_batch // layout.schedule.window) for a in order[:-2]]
+        passes = [one for one, before in zip(tasks, [None, *tasks], strict=False) if one != before]
+        kept = [sum(1 if way is FORWARD else -1 for way, _ in passes[:count]) for count in range(1, len(passes) + 1)]
+        assert max(kept, default=layout.windows_in_flight(rank)) == layout.windows_in_flight(rank)
+        for direction in (FORWARD, BACKWARD):
+            numbers = [number for way, number in passes if way is direction]
+            assert numbers == sorted(numbers)
 
 
 @given(layouts())
@@ -130,7 +155,7 @@ def test_sequential_finishes_a_micro_batch_before_the_next(layout: Layout) -> No
         assert numbers == sorted(numbers)
 
 
-@given(layouts())
+@given(any_layouts())
 def test_all_ranks_pass_the_layers_forwards_then_backwards(layout: Layout) -> None:
     layers = layout.layers
     for order in training_schedule(layout).compute:
@@ -140,13 +165,13 @@ def test_all_ranks_pass_the_layers_forwards_then_backwards(layout: Layout) -> No
         assert [a.kind for a in order[-2:]] == [Kind.SYNCHRONISE, Kind.OPTIMIZER]
 
 
-@given(layouts())
+@given(any_layouts())
 def test_no_deadlock(layout: Layout) -> None:
     check_deadlock(training_schedule(layout), layout.layers)
     check_deadlock(validation_schedule(layout), layout.layers)
 
 
-@given(layouts(), st.integers(1, 3))
+@given(any_layouts(), st.integers(1, 3))
 def test_no_deadlock_where_ranks_share_a_nic(layout: Layout, devices: int) -> None:
     nodes = [("new", min(devices, layout.world_size - first)) for first in range(0, layout.world_size, devices)]
     cost = make_cost(layout, nodes)
@@ -229,6 +254,8 @@ def chain_position(action: Action, layers: int) -> int:
     """Place of a task in its micro-batch's one chain of dependencies."""
     if action.kind is Kind.HEAD:
         return 4 * layers
+    if action.kind is Kind.PASS:
+        return 4 * action.layer - 1 if action.direction is FORWARD else 4 * (2 * layers - action.layer)
     if action.direction is FORWARD:
         return 4 * action.layer + [Kind.ATTENTION, Kind.DISPATCH, Kind.EXPERT, Kind.COMBINE].index(action.kind)
     from_last = layers - 1 - action.layer
