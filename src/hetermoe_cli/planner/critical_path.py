@@ -18,7 +18,13 @@ from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.simulator import compute_seconds, replay
 
 SYNCHRONISATION, GATHERING = "synchronisation", "gathering of weights"
-_WORDS = {Kind.ATTENTION: "attention", Kind.EXPERT: "experts", Kind.HEAD: "head", Kind.OPTIMIZER: "optimizer"}
+_WORDS = {
+    Kind.ATTENTION: "attention",
+    Kind.PASS: "attention",  # it takes time where it runs an attention stage again
+    Kind.EXPERT: "experts",
+    Kind.HEAD: "head",
+    Kind.OPTIMIZER: "optimizer",
+}
 
 
 class Step(NamedTuple):

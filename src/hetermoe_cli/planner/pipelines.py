@@ -1,10 +1,12 @@
 """Pipelines as plans: the best setups of the rival `pp` as layouts with stages, replayed, and improved.
 
-Every unit of a setup becomes a pipeline stage. What pp finds fast is replayed one micro-batch at a time, keeping as many
-activations as fit. The fastest are then varied: windows of several micro-batches, whose all-to-alls overlap with compute
-inside a stage, and experts in proportion to speed where a stage mixes device types; the best also in other orders.
+Every unit of a setup becomes a pipeline stage. What pp finds fast is replayed one micro-batch at a time, keeping as
+many activations as fit. The fastest are then varied: windows of several micro-batches, whose all-to-alls overlap with
+compute inside a stage, and experts in proportion to speed where a stage mixes device types; the best also in other
+orders.
 """
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -25,6 +27,7 @@ from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage
 from hetermoe_cli.spec.plan import Group
 from hetermoe_cli.spec.train import DenseState, Recompute
 
+FAR = 1.2  # times what is to be beaten, by pp's estimate: what overlapping all-to-alls may gain
 CANDIDATES = 4  # setups that are replayed
 IMPROVED = 2  # of these, those that are varied
 WINDOWS = (2, 4)  # micro-batches that are in flight together in a stage
@@ -45,17 +48,26 @@ class Shape:
     by_speed: bool = False
 
 
-def best_pipelines(cost: CostModel, setups: Sequence[Tuned], most_groups: int | None = None) -> Found | None:
-    """The fastest that fit of `setups` (fastest first), with at most so many pipelines side by side; balanced routers
+def best_pipelines(
+    cost: CostModel, setups: Sequence[tuple[float, Tuned]], beat: float, seconds: float, most_groups: int | None = None
+) -> Found | None:
+    """The fastest that fit of `setups` (with the seconds of pp, fastest first), with at most so many pipelines side by
+    side. What is far slower than `beat` is not looked at; no more than one is once `seconds` are gone. Balanced routers
     only."""
-    allowed = [tuned for tuned in setups if most_groups is None or len(tuned.units) <= most_groups][:CANDIDATES]
+    end = time.monotonic() + seconds
+    near = [tuned for estimate, tuned in setups if estimate < FAR * beat]
+    allowed = [tuned for tuned in near if most_groups is None or len(tuned.units) <= most_groups]
     states = [state for state in state_choices(cost) if state != "full"]
     ways = list(product(recompute_choices(cost), states))
-    plain = sorted((one for tuned in allowed for one in _leanest(cost, tuned, ways)), key=lambda one: one[1][0])
+    plain: list[tuple[Shape, Found]] = []
+    for tuned in allowed:
+        if len(plain) == CANDIDATES or (plain and time.monotonic() > end):
+            break
+        plain += _leanest(cost, tuned, ways)
+    plain.sort(key=lambda one: one[1][0])
     found = [one for _, one in plain]
-    for shape, _ in plain[:IMPROVED]:
-        for varied in _variants(cost, shape):
-            found += timed(cost, groups_of(cost, varied))
+    for varied in [varied for shape, _ in plain[:IMPROVED] for varied in _variants(cost, shape)]:
+        found += timed(cost, groups_of(cost, varied)) if time.monotonic() < end else []
     best = min(found, key=lambda one: one[0], default=None)
     return best and min([best, *_other_orders(cost, best[1])], key=lambda one: one[0])
 

@@ -12,7 +12,7 @@ for the best setup also GPipe. Weights and optimizer states are whole on every d
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from math import ceil, floor, inf
+from math import ceil, floor, gcd, inf
 
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.baselines.pipeline_cost import PipelineCost, Unit
@@ -21,6 +21,7 @@ from hetermoe_cli.planner.baselines.rival import Rival, micro_batch_counts, reco
 from hetermoe_cli.spec.train import Recompute
 
 MOST_DEVICES = 128  # beyond that the search takes seconds
+MOST_UNITS = 16  # nodes, as units
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,22 @@ def pp(cost: CostModel, limit: int, *, pipelines: int | None = None) -> Rival:
     for tuned in search.tuned(winner.setup, "GPipe"):
         if (piped := search.seconds(tuned)) < seconds:
             winner, seconds = tuned, piped
-    return Rival(None, seconds, str(winner), tuple([tuned for _, tuned in found]))
+    return Rival(None, seconds, str(winner), found)
+
+
+def pipelines_of_nodes(cost: CostModel) -> list[tuple[float, Tuned]]:
+    """Like pp's, seconds first, with units of whole nodes alone: many devices are searched as fast as few. Nothing of
+    clusters with too many nodes."""
+    width = gcd(*(node.devices for node in cost.inputs.cluster.nodes))
+    return _Search(cost, quantum=width).ranked() if len(cost.devices) <= MOST_UNITS * width else []
 
 
 class _Search:
-    def __init__(self, cost: CostModel, pipelines: int | None = None) -> None:
+    """`quantum`: what the width of units is a multiple of."""
+
+    def __init__(self, cost: CostModel, pipelines: int | None = None, quantum: int = 1) -> None:
         self.cost, self.batch, self.pipelines = cost, cost.train.global_batch_sequences, pipelines
+        self._quantum = quantum
         self._costs: dict[tuple[int, int, Recompute], PipelineCost] = {}
         one = PipelineCost(cost, 1, 1, "none")
         self.sorted = sorted(range(len(cost.devices)), key=lambda rank: one.unit((rank,)).layer)
@@ -106,7 +117,7 @@ class _Search:
             {
                 (width, stages, devices // width // stages)
                 for devices in prefixes
-                for width in range(1, devices // 2 + 1)
+                for width in range(self._quantum, devices // 2 + 1, self._quantum)
                 for stages in range(2, min(devices // width, self.cost.model.layers) + 1)
             }
         )

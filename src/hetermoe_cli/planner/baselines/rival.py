@@ -32,14 +32,14 @@ FAR = 1.15  # times the best: what no other order makes up for (4 % is the most 
 class Rival:
     """The fastest that a method finds; infinite seconds and the reason where there is nothing.
 
-    Without a layout `reason` tells how a method runs that it has no layout for. `pipelines`: what `pp` timed, the
-    fastest first (planner/pipelines.py).
+    Without a layout `reason` tells how a method runs that it has no layout for. `pipelines`: what `pp` timed, with
+    its seconds, the fastest first (planner/pipelines.py).
     """
 
     layout: Layout | None
     seconds: float
     reason: str = ""
-    pipelines: "Sequence[Tuned]" = ()
+    pipelines: "Sequence[tuple[float, Tuned]]" = ()
 
     def baseline(self) -> Baseline:
         """What a plan stores."""
