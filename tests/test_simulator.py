@@ -207,9 +207,8 @@ def test_a_recorded_balanced_load_gives_the_balanced_timeline(layout: Layout) ->
     cost = make_cost(layout)
     counts = np.zeros((layout.world_size, layout.layers, layout.micro_batches, layout.experts), dtype=np.int64)
     for rank, sequences in enumerate(layout.sequences_per_rank):
-        counts[rank, list(layout.span_of(rank).layers)] = (
-            60 * sequences
-        )  # 60 divides by every number of experts up to 5
+        own = list(layout.span_of(rank).layers)
+        counts[rank, own] = 60 * sequences  # 60 divides by every number of experts up to 5
     scale = cost.cost.rows_per_expert(1) / 60
     recorded = simulate(LayoutCost(cost.cost, layout, RecordedLoad(counts, scale)))
     for one, other in zip(simulate(cost).spans, recorded.spans, strict=True):

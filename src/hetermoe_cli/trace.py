@@ -68,7 +68,8 @@ class Trace:
         events: list[dict[str, Any]] = []
         for rank in sorted({span.rank for span in self.spans}):
             events.append(_name("process_name", rank, 0, f"rank {rank} ({self.origin})"))
-            events += [_name("thread_name", rank, index, lane) for index, lane in enumerate(LANES)]
+            lanes = {*LANES[:4], *(span.lane for span in self.spans if span.rank == rank)}
+            events += [_name("thread_name", rank, index, lane) for index, lane in enumerate(LANES) if lane in lanes]
         for span in self.spans:
             began = self.starts.get(span.step, 0.0)
             events.append(

@@ -14,6 +14,7 @@ from hetermoe_cli.model.data import Batches
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.planner.cluster.replayed import Replayed, replay_groups
 from hetermoe_cli.schedule.lower import training_schedules
+from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage, ScheduleChoice
 from hetermoe_cli.spec.plan import Group, Plan
 from hetermoe_cli.spec.run import Emulation, RunSpec
 from hetermoe_cli.spec.train import DenseState, Dispatch
@@ -30,21 +31,22 @@ def make_run(
     hosted: tuple[int, ...],
     state: DenseState = "replicated",
     dispatch: Dispatch = "per_expert",
+    layout: Layout | None = None,
 ) -> RunSpec:
-    """Tasks of 12 ms and more, so that their small real work fits."""
+    """Tasks of 12 ms and more, so that their small real work fits. `layout`: instead of one of these sequences."""
     profiles = {
         name: make_profile(name, model=NOMINAL, attention_seconds=1e-3 * slow, expert_seconds=4e-5 * slow,
                            head_seconds=2e-5, optimizer_seconds_per_parameter=1e-9)
         for name, slow in (("new", 1), ("old", 2))
     }  # fmt: skip
-    layout = make_layout(sequences, hosted, replicated=4 - sum(hosted), dense_state=state)
+    layout = layout or make_layout(sequences, hosted, replicated=4 - sum(hosted), dense_state=state)
     schedule = layout.schedule.model_copy(update={"dispatch": dispatch})
     layout = layout.model_copy(update={"schedule": schedule})
     inputs = make_inputs(
         (("new", len(sequences) // 2), ("old", len(sequences) - len(sequences) // 2)),
         model=NOMINAL,
         profiles=profiles,
-        global_batch_sequences=sum(sequences) * 2,
+        global_batch_sequences=layout.sequences_per_micro_batch * layout.micro_batches,
         dispatch=dispatch,
     )
     return RunSpec(
@@ -109,8 +111,19 @@ def rows_by_rank(sent: list[Sent], step: int, scale: float, layer: int, micro_ba
 def test_emulated_tasks_take_the_cost_of_their_rows(
     tmp_path: Path, sequences: tuple[int, ...], hosted: tuple[int, ...], state: DenseState, dispatch: Dispatch
 ) -> None:
-    run = make_run(tmp_path, sequences, hosted, state, dispatch)
-    ranks = run_workers(len(sequences), work, run)
+    check(make_run(tmp_path, sequences, hosted, state, dispatch))
+
+
+def test_emulated_pipeline_stages_take_the_cost_of_their_rows(tmp_path: Path) -> None:
+    placement = [LayerPlacement(experts=[[0, 1, 2, 3], [], []]), LayerPlacement(experts=[[], [0], [1, 2, 3]])]
+    stages = [PipelineStage(layers=1, ranks=[0]), PipelineStage(layers=1, ranks=[1, 2])]
+    schedule = ScheduleChoice.sequential(3)
+    layout = Layout(schedule=schedule, sequences_per_rank=[2, 1, 1], placement=placement, pipeline=stages)
+    check(make_run(tmp_path, (2, 1, 1), (4, 1, 3), layout=layout))
+
+
+def check(run: RunSpec) -> None:
+    ranks = run_workers(run.plan.layout.world_size, work, run)
     emulated = Trace("emulated", [span for spans, *_ in ranks for span in spans])
     overruns = sum(count for _, _, count, _ in ranks)
     cost = CostModel(run.plan.inputs)

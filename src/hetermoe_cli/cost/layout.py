@@ -127,9 +127,9 @@ class LayoutCost:
 
     def _span_of(self, action: Action) -> Span:
         """The pipeline stage that a task of a layer, or of its end, belongs to."""
-        if action.kind is Kind.HEAD:
-            return self._span[-1]
-        return self._span[action.layer - (action.kind is Kind.PASS)]
+        layer = action.layer - (action.kind is Kind.PASS)
+        last = action.kind is Kind.HEAD or layer >= len(self._span)  # a planner's probe may ask for any layer
+        return self._span[-1] if last else self._span[layer]
 
     def expert_seconds(self, rank: int, action: Action, rows: list[float]) -> float:
         """Seconds of an expert action that received `rows` rows per local expert."""
@@ -161,7 +161,7 @@ class LayoutCost:
             return attention.forward
         # where rows are sent again, the stage of the layer before runs again here: as long, but for dense layers; that
         # of the last layer runs with the head, or where gradients come back from the next pipeline stage
-        first = action.layer == self._span[action.layer].first
+        first = action.layer == self._span_of(action).first
         again = schedule.recompute_attention and not (schedule.sends_again and first)
         return attention.backward + again * attention.forward
 

@@ -1,6 +1,6 @@
 """What a plan says in words: notes on its assumptions, and why nothing fits."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
@@ -9,7 +9,6 @@ from hetermoe_cli.planner.baselines import Rival
 from hetermoe_cli.planner.remedies import smallest_change
 from hetermoe_cli.planner.search import Found
 from hetermoe_cli.spec.layout import Layout
-from hetermoe_cli.spec.plan import Baseline
 
 
 def notes(cost: CostModel, layout: Layout, rivals: dict[str, Rival], found: Found) -> list[str]:
@@ -75,13 +74,6 @@ def _no_gain(cost: CostModel, rivals: dict[str, Rival], found: Found) -> Iterato
     if rivals["ep"].seconds <= found.seconds * 1.001:
         why = "all devices are equal, so" if len(cost.types) == 1 else "here"
         yield f"{why} plain expert parallelism is as fast: nothing is gained by other roles"
-
-
-def pipeline_is_faster(rivals: Mapping[str, Baseline], seconds: float) -> Iterator[str]:
-    """Where links are so slow that only activations should cross them."""
-    pipeline = rivals["pp"].iteration_seconds
-    if pipeline and pipeline < seconds:
-        yield f"a pipeline over layers, which is not among the plans, would take {pipeline:.3f} s (modelled)"
 
 
 def does_not_fit(cost: CostModel, rivals: dict[str, Rival], micro_batch_limit: int) -> UserError:

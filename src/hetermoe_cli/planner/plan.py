@@ -17,7 +17,8 @@ from hetermoe_cli.planner.cluster.groups import may_split
 from hetermoe_cli.planner.cluster.objective import Wanted, economy
 from hetermoe_cli.planner.cluster.plan_groups import bound_of_groups, plan_groups, wants_groups
 from hetermoe_cli.planner.expert_load import load_notes, under_load
-from hetermoe_cli.planner.explain import does_not_fit, notes, pipeline_is_faster
+from hetermoe_cli.planner.explain import does_not_fit, notes
+from hetermoe_cli.planner.pipeline_plan import WORTH, with_pipelines
 from hetermoe_cli.planner.replay import replay_seconds, typical
 from hetermoe_cli.planner.runner_up import RunnerUp
 from hetermoe_cli.planner.search import Found, search
@@ -29,7 +30,6 @@ from hetermoe_cli.spec.plan import Assignment, Bound, Group, Inputs, OneGroup, P
 from hetermoe_cli.spec.profile import AttentionPoint
 
 BESIDE = 0.5  # of the time limit for several groups that nobody asked for, where one is planned first
-WORTH = 0.01  # of the iteration: by how much several groups must be faster than one
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,22 @@ def make_plan(
         raise UserError("--objective, --max-cost and --max-groups go with --assignment optimal: leave one out")
 
     if options.assignment == "optimal" and wants_groups(cost, wanted):
-        return _plan_groups(cost, options, progress)
-    plan = _plan_one_group(cost, options, progress)
-    seconds = plan.predicted.iteration_seconds
-    if options.assignment != "optimal" or wanted.most_groups == 1 or plan.bound.work_iteration_seconds >= seconds:
+        return _with_pipelines(_plan_groups(cost, options, progress), None, cost, options)
+    plan, rivals = _plan_one_group(cost, options, progress)
+    if options.assignment == "optimal" and wanted.most_groups != 1:
+        plan = _one_or_several(plan, cost, options, progress)
+    return _with_pipelines(plan, rivals["pp"], cost, options)
+
+
+def _with_pipelines(plan: Plan, rival: Rival | None, cost: CostModel, options: PlanOptions) -> Plan:
+    """The plan, or pipelines where these are faster; `rival`: pp, where it was computed."""
+    return with_pipelines(plan, cost, rival, options.wanted, options.solver.time_limit, options.max_micro_batches)
+
+
+def _one_or_several(plan: Plan, cost: CostModel, options: PlanOptions, progress: Callable[[str], None]) -> Plan:
+    """The plan of one group, or several where these are faster."""
+    wanted, seconds = options.wanted, plan.predicted.iteration_seconds
+    if plan.bound.work_iteration_seconds >= seconds:
         return plan
     groups = _groups_beside(cost, options, progress, seconds)
     if groups and groups.predicted.iteration_seconds < (1 - WORTH) * seconds:
@@ -101,12 +113,13 @@ def _chosen(groups: Plan, one: Plan) -> Plan:
     solver = groups.solver.model_copy(update={"seconds": one.solver.seconds + groups.solver.seconds})
     alone = OneGroup(iteration_seconds=one.predicted.iteration_seconds, bound=one.bound)
     notes = [*groups.notes, f"one group would take {alone.iteration_seconds:.3f} s"]
-    notes += pipeline_is_faster(rivals, groups.predicted.iteration_seconds)
     return groups.model_copy(update={"baselines": rivals, "solver": solver, "notes": notes, "one_group": alone})
 
 
-def _plan_one_group(cost: CostModel, options: PlanOptions, progress: Callable[[str], None]) -> Plan:
-    """The plan of one group over all devices."""
+def _plan_one_group(
+    cost: CostModel, options: PlanOptions, progress: Callable[[str], None]
+) -> tuple[Plan, dict[str, Rival]]:
+    """The plan of one group over all devices, and its rivals."""
     inputs, began = cost.inputs, time.monotonic()
     progress("rivals")
     rivals = {name: rival(cost, options.max_micro_batches) for name, rival in RIVALS.items()}
@@ -124,8 +137,8 @@ def _plan_one_group(cost: CostModel, options: PlanOptions, progress: Callable[[s
     world = layout.world_size
     tokens = inputs.train.global_batch_sequences * inputs.train.sequence_length
     embedded, baselines = embed(inputs), {name: rival.baseline() for name, rival in rivals.items()}
-    told = [*notes(cost, layout, rivals, found), *pipeline_is_faster(baselines, seconds)]
-    return Plan(
+    told = notes(cost, layout, rivals, found)
+    plan = Plan(
         date=datetime.date.today(),
         assignment=options.assignment,
         groups=[Group.of(layout, [list(range(world))])],
@@ -156,6 +169,7 @@ def _plan_one_group(cost: CostModel, options: PlanOptions, progress: Callable[[s
         inputs=embedded,
         inputs_sha256=embedded.hashes(),
     )
+    return plan, rivals
 
 
 def _explanation(

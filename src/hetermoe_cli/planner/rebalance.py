@@ -24,6 +24,7 @@ from hetermoe_cli.spec.rebalance import Decision
 SOLVE_SECONDS = 3.0  # of all groups
 LEAST_GAIN = 0.02  # of the iteration: less is within what a prediction is off
 NOT_FASTER = "no placement is predicted to be clearly faster"
+IN_STAGES = "experts stay where they are in a plan with pipeline stages"
 UNSTEADY = "the load is not steady: what would have been best some steps ago is no better now than what is there"
 
 
@@ -45,6 +46,8 @@ def decide(
     """
     replayed = replay_measured(plan.inputs, groups, now)
     before, current = replayed.seconds, [g.group.layout for g in replayed.groups]
+    if any(layout.pipeline for layout in current):
+        return _stay(before, IN_STAGES)
     found = _search(plan, replayed, remaining_steps)
     layouts = [layout for layout in found.layouts if layout]
     if len(layouts) < len(current):
@@ -91,10 +94,15 @@ def _search(plan: Plan, replayed: Replayed, remaining_steps: int) -> _Found:
     order = sorted(range(len(full)), key=lambda number: (not full[number], -ready[number]))
     floor = fastest = 0.0
     for place, number in enumerate(order):
-        if ready[number] <= floor and not full[number]:
+        group = replayed.groups[number].group
+        staged = bool(
+            group.pipeline
+        )  # experts may move inside a pipeline stage only, which the search knows nothing of
+        if staged or (ready[number] <= floor and not full[number]):
+            floor = max(floor, ready[number]) if staged else floor
             fastest = max(fastest, ready[number] + replayed.optimizer)
             continue
-        now, group = time.monotonic(), replayed.groups[number].group
+        now = time.monotonic()
         until = now + (end - now) / (len(order) - place)
         optimizer = max((g.optimizer for other, g in enumerate(replayed.groups) if other != number), default=0.0)
         cost_of = partial(replayed.with_placement, number)

@@ -46,6 +46,7 @@ def draw_placement(plan: Plan, title: str, file_format: str = "png") -> bytes:
     figure = new_figure(max(7.0, 2.2 + cell[0] * hosted.shape[1]), max(3.2, 2.2 + cell[1] * hosted.shape[0]))
     axis = figure.subplots()
     _draw_cells(figure, axis, hosted)
+    _mark_stages(axis, plan)
     _mark_copies(axis, copies, cell)
     if cell[0] >= _TEXT_INCHES[0] and cell[1] >= _TEXT_INCHES[1]:
         _write_numbers(axis, hosted, copies)
@@ -94,6 +95,12 @@ def _draw_cells(figure: Any, axis: Any, hosted: NDArray[np.int64]) -> None:
     bar.set_label("experts of the layer hosted on the rank", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_visible(False)
+
+
+def _mark_stages(axis: Any, plan: Plan) -> None:
+    """A dashed line above the first layer of every pipeline stage but the first."""
+    for first in sorted({span.first for group in plan.groups for span in group.layout.spans} - {0}):
+        axis.axhline(first - 0.5, color="black", linewidth=0.8, linestyle="--")
 
 
 def _mark_copies(axis: Any, copies: NDArray[np.int64], cell: tuple[float, float]) -> None:

@@ -28,12 +28,12 @@ def print_plan(plan: Plan, console: Console) -> None:
     for line in [*headline(plan), *load_lines(plan)]:
         console.print(line, highlight=False, soft_wrap=True)
     if is_whole(plan):
-        console.print(devices_table(plan))
+        _print_devices(plan, console)
     else:
         console.print(groups_table(plan))
         for number in range(len(plan.groups)):
             console.print(f"group {number}, on its local ranks", highlight=False)
-            console.print(devices_table(group_plan(plan, number)))
+            _print_devices(group_plan(plan, number), console)
     if plan.baselines:
         console.print(rivals_table(plan))
     reasons = plan.explanation
@@ -48,6 +48,21 @@ def print_plan(plan: Plan, console: Console) -> None:
         *(f"note: {note}" for note in plan.notes),
     ]:
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _print_devices(plan: Plan, console: Console) -> None:
+    """Stages of layers, where there are some, and rows of equal ranks of a plan with one group."""
+    if line := pipeline_line(plan.layout):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(devices_table(plan))
+
+
+def pipeline_line(layout: Layout) -> str:
+    """`pipeline  2 stages: layers 0-15 on ranks 0-7, 16-31 on ranks 8-15`; nothing where there are no stages."""
+    if not layout.pipeline:
+        return ""
+    parts = [f"{ranges(list(span.layers))} on ranks {ranges(list(span.ranks))}" for span in layout.spans]
+    return f"pipeline  {len(parts)} stage{'s' * (len(parts) > 1)}: layers {', '.join(parts)}"
 
 
 def headline(plan: Plan) -> Iterator[str]:
@@ -109,8 +124,9 @@ def rank_row(plan: Plan, layout: Layout, device: Device) -> tuple[str, ...]:
     """What a rank of the plan's `layout` does, as cells."""
     rank = device.rank
     sequences, memory = layout.sequences_per_rank[rank], plan.memory[rank]
-    counts = [len(layer.experts[rank]) for layer in layout.placement]
-    copies = max(len(layer.replicated) for layer in layout.placement) if sequences else 0
+    own = [layout.placement[layer] for layer in layout.span_of(rank).layers]
+    counts = [len(layer.experts[rank]) for layer in own]
+    copies = max(len(layer.replicated) for layer in own) if sequences else 0
     experts = spread_text(counts) + (f" + {copies} copies" if copies else "")
     return (
         device.type,

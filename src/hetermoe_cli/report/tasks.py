@@ -19,6 +19,10 @@ _OF_LAYER = {
     (Kind.REDUCE, Pass.BACKWARD): "synchronise",
     (Kind.GATHER, Pass.FORWARD): "gather",
     (Kind.GATHER, Pass.BACKWARD): "gather",
+    (Kind.PASS, Pass.FORWARD): "between stages",
+    (Kind.PASS, Pass.BACKWARD): "between stages",
+    (Kind.CROSS, Pass.FORWARD): "between stages",
+    (Kind.CROSS, Pass.BACKWARD): "between stages",
 }
 OTHER = "other"
 CATEGORIES = (
@@ -32,6 +36,7 @@ CATEGORIES = (
     "dispatch",
     "combine",
     "gather",
+    "between stages",
     OTHER,
 )
 

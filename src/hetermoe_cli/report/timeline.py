@@ -21,12 +21,29 @@ COLOURS = {
     "dispatch": "#3fa66b",
     "combine": "#d6569a",
     "gather": "#b8a02c",
+    "between stages": "#2aa5a5",
     OTHER: "#c9c9c9",
 }
 _WIDTH_INCHES = 15.0
-_LANE_TOPS = dict(zip(LANES, (0.06, 0.54, 0.68, 0.82), strict=True))  # of a rank's row, which is one high
-_LANE_HEIGHTS = dict(zip(LANES, (0.46, 0.13, 0.13, 0.13), strict=True))
+_ALWAYS = LANES[:4]  # the others where something is on them
+_COMPUTE_TOP, _COMPUTE_HEIGHT = 0.06, 0.46  # of a rank's row, which is one high
+_TRANSFERS_TOP, _TRANSFERS_HEIGHT = 0.54, 0.42  # all lanes of them together
 _CHARACTER_INCHES = 0.055  # of the numbers in the bars
+
+
+class _Place(NamedTuple):
+    """Of a lane in a rank's row."""
+
+    top: float
+    height: float
+
+    @property
+    def middle(self) -> float:
+        return self.top + self.height / 2
+
+
+_Places = dict[str, _Place]
+_COMPUTE = _Place(_COMPUTE_TOP, _COMPUTE_HEIGHT)
 
 
 class Panel(NamedTuple):
@@ -58,15 +75,24 @@ def draw_timeline(panels: Sequence[Panel], labels: Sequence[str], title: str, fi
     height = len(panels) * (0.55 + _row_inches(len(ranks)) * len(ranks)) + 1.3
     figure = new_figure(_WIDTH_INCHES, height)
     end = max(panel.trace.seconds for panel in panels) or 1.0
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    axes, places = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], _places(panels)
     for axis, panel in zip(axes, panels, strict=True):
-        _draw_panel(axis, panel, ranks, labels, end)
+        _draw_panel(axis, panel, ranks, labels, end, places)
         axis.set_title(_heading(panel, panels[0]), loc="left", fontsize=10)
     _time_axis(axes[-1], end)
     subset = f"; {len(ranks)} of {len(labels)} ranks drawn: {', '.join(map(str, ranks))}" * (len(ranks) < len(labels))
     figure.suptitle(title + subset, fontsize=11, fontweight="bold")
     _legend(figure, {category(span.name) for panel in panels for span in panel.trace.spans})
     return encoded(figure, file_format)
+
+
+def _places(panels: Sequence[Panel]) -> _Places:
+    """Compute in the upper half of a row, the lanes of transfers in equal parts of the rest."""
+    used = {span.lane for panel in panels for span in panel.trace.spans}
+    lanes = [lane for lane in LANES[1:] if lane in _ALWAYS or lane in used]
+    pitch = _TRANSFERS_HEIGHT / len(lanes)
+    tops = {lane: _Place(_TRANSFERS_TOP + pitch * number, 0.93 * pitch) for number, lane in enumerate(lanes)}
+    return {LANES[0]: _COMPUTE, **tops}
 
 
 def _drawn_ranks(labels: Sequence[str]) -> list[int]:
@@ -90,42 +116,43 @@ def _row_inches(ranks: int) -> float:
     return 0.8 if ranks <= 4 else 0.55 if ranks <= 8 else 0.45
 
 
-def _draw_panel(axis: Any, panel: Panel, ranks: Sequence[int], labels: Sequence[str], end: float) -> None:
+def _draw_panel(
+    axis: Any, panel: Panel, ranks: Sequence[int], labels: Sequence[str], end: float, places: _Places
+) -> None:
     trace, seconds = panel.trace, panel.trace.seconds
     rows = {rank: row for row, rank in enumerate(ranks)}
-    bars = list(_bars(trace.spans, rows))
+    bars = list(_bars(trace.spans, rows, places))
     axis.set_xlim(0, end)
     axis.set_ylim(len(ranks), 0)
     for row in range(len(ranks)):
-        top = row + _LANE_TOPS["compute"]
-        axis.broken_barh([(0, seconds)], (top, _LANE_HEIGHTS["compute"]), facecolors="#efefef", zorder=0)
+        axis.broken_barh([(0, seconds)], (row + _COMPUTE.top, _COMPUTE.height), facecolors="#efefef", zorder=0)
     inches_per_second = 0.84 * _WIDTH_INCHES / end
     _draw_bars(axis, bars, inches_per_second)
     _write_numbers(axis, bars, inches_per_second)
     axis.axvline(seconds, color="#444444", linewidth=0.8, linestyle="--")
-    _name_rows(axis, ranks, labels)
+    _name_rows(axis, ranks, labels, places)
     axis.spines[["top", "right", "left"]].set_visible(False)
     _write_busy_shares(axis, trace, ranks, len(labels))
 
 
-def _name_rows(axis: Any, ranks: Sequence[int], labels: Sequence[str]) -> None:
+def _name_rows(axis: Any, ranks: Sequence[int], labels: Sequence[str], places: _Places) -> None:
     def middles(lane: str) -> list[float]:
-        return [row + _LANE_TOPS[lane] + _LANE_HEIGHTS[lane] / 2 for row in range(len(ranks))]
+        return [row + places[lane].middle for row in range(len(ranks))]
 
-    axis.set_yticks(middles("compute"), [f"rank {rank}: {labels[rank]}" for rank in ranks], fontsize=8)
+    axis.set_yticks(middles(LANES[0]), [f"rank {rank}: {labels[rank]}" for rank in ranks], fontsize=8)
     axis.tick_params(axis="y", which="both", length=0)
     if _row_inches(len(ranks)) > 0.5:
-        lanes = [lane for lane in LANES[1:] for _ in ranks]
-        places = [middle for lane in LANES[1:] for middle in middles(lane)]
-        axis.set_yticks(places, lanes, minor=True, fontsize=6, color="#555555")
+        lanes = [lane for lane in places if lane != LANES[0]]
+        names = [lane for lane in lanes for _ in ranks]
+        ticks = [middle for lane in lanes for middle in middles(lane)]
+        axis.set_yticks(ticks, names, minor=True, fontsize=6 if len(lanes) < 4 else 5, color="#555555")
 
 
-def _bars(spans: Iterable[Span], rows: dict[int, int]) -> Iterable[_Bar]:
+def _bars(spans: Iterable[Span], rows: dict[int, int], places: _Places) -> Iterable[_Bar]:
     for span in spans:
         if span.rank in rows and span.end > span.start:
-            top = rows[span.rank] + _LANE_TOPS[span.lane]
-            seconds = span.end - span.start
-            yield _Bar(category(span.name), span.name, span.start, seconds, top, _LANE_HEIGHTS[span.lane])
+            place, seconds = places[span.lane], span.end - span.start
+            yield _Bar(category(span.name), span.name, span.start, seconds, rows[span.rank] + place.top, place.height)
 
 
 def _draw_bars(axis: Any, bars: Sequence[_Bar], inches_per_second: float) -> None:
@@ -182,7 +209,7 @@ def _write_busy_shares(axis: Any, trace: Trace, ranks: Sequence[int], world_size
     for row, rank in enumerate(ranks):
         axis.annotate(
             f"{shares[rank]:.0%} busy",
-            (1.0, row + _LANE_TOPS["compute"] + _LANE_HEIGHTS["compute"] / 2),
+            (1.0, row + _COMPUTE.middle),
             xycoords=("axes fraction", "data"),
             xytext=(4, 0),
             textcoords="offset points",

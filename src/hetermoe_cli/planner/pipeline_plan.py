@@ -1,0 +1,111 @@
+"""The plan with pipeline stages, where it is faster than the best one without."""
+
+import datetime
+import time
+from collections.abc import Iterator
+
+from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.planner.baselines.pipeline import pipelines_of_nodes
+from hetermoe_cli.planner.baselines.rival import Rival
+from hetermoe_cli.planner.cluster.explained import binding_of_groups
+from hetermoe_cli.planner.cluster.objective import Wanted, economy
+from hetermoe_cli.planner.cluster.replayed import replay_groups
+from hetermoe_cli.planner.explain import sources
+from hetermoe_cli.planner.pipelines import Found, best_pipelines
+from hetermoe_cli.planner.work import pipeline_bound
+from hetermoe_cli.spec.plan import Bound, Group, Plan, Prediction
+
+WORTH = 0.01  # of the iteration: by how much pipelines, or several groups, must be faster
+SHARE = 0.3  # of the time limit, after what plans without stages take
+
+
+def with_pipelines(
+    plan: Plan, cost: CostModel, rival: Rival | None, wanted: Wanted, time_limit: float, limit: int
+) -> Plan:
+    """Pipelines that are clearly faster than `plan`; else the plan, and why not where `pp` (`rival`, None where it is
+    not computed) is faster. `limit`: the largest R of layouts, for the bound."""
+    began, seconds = time.monotonic(), plan.predicted.iteration_seconds
+    against, found = _against(plan, wanted), None
+    if not against:
+        setups = rival.pipelines if rival else pipelines_of_nodes(cost)
+        found = best_pipelines(cost, setups, seconds, SHARE * time_limit, wanted.most_groups)
+        if found and found[0] < (1 - WORTH) * seconds:
+            return _planned(plan, cost, found[1], wanted, limit, began)
+    told = [*plan.notes, *_not_chosen(plan, against, found)]
+    return plan.model_copy(update={"notes": told})
+
+
+def _against(plan: Plan, wanted: Wanted) -> str:
+    """Why no pipelines are looked at."""
+    if plan.assignment != "optimal":
+        return f"assignment {plan.assignment} was asked for"
+    if wanted.needs_prices:
+        return "pipelines are planned for time alone"
+    if plan.inputs.expert_load:  # pp knows a balanced router only, and named.py only ranks that work on all layers
+        return "experts of its stages are not placed by name"
+    if plan.inputs.train.dense_state == "full":
+        return "its stages cannot share out all of the dense part, as dense_state full asks for"
+    return ""
+
+
+def _not_chosen(plan: Plan, against: str, found: Found | None) -> Iterator[str]:
+    """A pipeline that would be faster, and why it is not the plan."""
+    rival = plan.baselines.get("pp")
+    if not rival or not rival.iteration_seconds or rival.iteration_seconds >= plan.predicted.iteration_seconds:
+        return
+    replayed = f"as a plan it would take {found[0]:.3f} s" if found else ""
+    none = "no pipeline fits as a plan: into memory, into --max-groups, or with NICs of its own"
+    yield (
+        f"a pipeline over layers would take {rival.iteration_seconds:.3f} s (modelled), but "
+        f"{against or replayed or none}"
+    )
+
+
+def _planned(plan: Plan, cost: CostModel, groups: list[Group], wanted: Wanted, limit: int, began: float) -> Plan:
+    """The plan of `groups`, with the rivals of `plan`, which it replaces."""
+    replayed, train = replay_groups(cost.inputs, groups, cost), cost.train
+    seconds, world, bound = replayed.seconds, len(cost.devices), pipeline_bound(cost, limit)
+    used = sorted(rank for group in groups for ranks in group.replicas for rank in ranks)
+    spent = plan.solver.seconds + time.monotonic() - began
+    changes = {
+        "date": datetime.date.today(),
+        "max_groups": wanted.most_groups,
+        "groups": groups,
+        "predicted": Prediction(
+            iteration_seconds=seconds,
+            tokens_per_second=train.global_batch_sequences * train.sequence_length / seconds,
+            busy_share_per_rank=replayed.busy_share(world),
+        ),
+        "bound": Bound(iteration_seconds=bound, work_iteration_seconds=bound, exact_over="not solved"),
+        "gap": max(0.0, 1 - bound / seconds),
+        "one_group": None,
+        "memory": replayed.memory(cost),
+        "economy": economy(cost, used, seconds, limit),
+        "solver": plan.solver.model_copy(update={"status": "feasible", "seconds": spent}),
+        "explanation": binding_of_groups(replayed),
+        "notes": [*sources(cost), *_notes(plan, cost, groups, used)],
+    }
+    return Plan.model_validate({**dict(plan), **changes})
+
+
+def _notes(plan: Plan, cost: CostModel, groups: list[Group], used: list[int]) -> Iterator[str]:
+    stages = "; ".join(_stages(cost, group) for group in groups)
+    yield f"{stages}; the best plan without a pipeline takes {plan.predicted.iteration_seconds:.3f} s"
+    if left_out := sorted(set(range(len(cost.devices))) - set(used)):
+        counts = {name: sum(cost.devices[rank].type == name for rank in left_out) for name in cost.types}
+        names = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        yield f"left out on purpose, they would slow the others down: {names}"
+    yield "the search over pipelines is heuristic; its lower bound is perfectly divisible work"
+
+
+def _stages(cost: CostModel, group: Group) -> str:
+    """`2 pipeline stages: layers 0-24 on 8 A100-80, 25-47 on 8 A40`."""
+    ranks, parts = group.replicas[0], []
+    for span in group.layout.spans:
+        types = [cost.devices[ranks[local]].type for local in span.ranks]
+        names = " + ".join(f"{types.count(name)} {name}" for name in dict.fromkeys(types))
+        parts.append(
+            f"{span.first}-{span.end - 1} on {names}" if span.end - span.first > 1 else f"{span.first} on {names}"
+        )
+    copies = f"{len(group.replicas)} pipelines of " if len(group.replicas) > 1 else ""
+    return f"{copies}{len(parts)} pipeline stages: layers {', '.join(parts)}"

@@ -1,0 +1,261 @@
+"""planner/pipelines.py and pipeline_plan.py: setups of pp as layouts with stages, and when they become the plan."""
+
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builders import make_inputs, make_layout, make_model, make_profile
+from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.planner.baselines.pipeline import Setup, Tuned, pipelines_of_nodes, pp
+from hetermoe_cli.planner.cluster.objective import Wanted
+from hetermoe_cli.planner.cluster.replayed import replay_groups
+from hetermoe_cli.planner.pipeline_plan import WORTH, with_pipelines
+from hetermoe_cli.planner.pipelines import Shape, best_pipelines, groups_of, timed
+from hetermoe_cli.planner.plan import PlanOptions, make_plan
+from hetermoe_cli.planner.replay import overflow
+from hetermoe_cli.planner.solver import SolverOptions
+from hetermoe_cli.planner.work import pipeline_bound, work_bound
+from hetermoe_cli.report.plan_table import devices_table, pipeline_line
+from hetermoe_cli.simulator import simulate
+from hetermoe_cli.spec.cluster import Link
+from hetermoe_cli.spec.files import dump, load
+from hetermoe_cli.spec.load import ExpertLoad
+from hetermoe_cli.spec.plan import Inputs, Plan
+
+SLOW = Link(bandwidth_gigabytes_per_second=1e-6, latency_microseconds=0.0)
+
+
+def inputs(
+    nodes: list[tuple[str, int]],
+    *,
+    batch: int = 8,
+    layers: int = 4,
+    slow: bool = False,
+    memory: int = 10**10,
+    train: dict[str, Any] | None = None,
+    **other: Any,
+) -> Inputs:
+    """New devices take 1 s a sequence in attention and old ones 2 s; experts likewise. Nothing is computed again."""
+    model = make_model(layers=layers, experts=4)
+    profiles = {
+        "new": make_profile("new", model=model, memory_bytes=memory),
+        "old": make_profile("old", model=model, attention_seconds=2.0, expert_seconds=0.02, memory_bytes=memory),
+    }
+    used = {name: profiles[name] for name, _ in nodes}
+    found = make_inputs(
+        nodes, model=model, profiles=used, global_batch_sequences=batch, network=SLOW if slow else None, **other
+    )
+    changes = {"recompute": "none"} | (train or {})
+    return found.model_copy(update={"train": found.train.model_copy(update=changes)})
+
+
+def setup(units: list[list[tuple[int, ...]]], layers: list[list[int]], counts: list[int]) -> Tuned:
+    """Pipelines of those units."""
+    width, stages = len(units[0][0]), len(units[0])
+    return Tuned(Setup(width, stages, len(units), sum(counts), "none"), "1F1B", units, layers, counts)
+
+
+def shape(tuned: Tuned, **changes: Any) -> Shape:
+    return replace(Shape(tuned, "none", "replicated"), **changes)
+
+
+def planned(given: Inputs, **wanted: Any) -> Plan:
+    return make_plan(given, PlanOptions(solver=SolverOptions(time_limit=4.0), wanted=Wanted(**wanted)))
+
+
+def test_units_become_stages() -> None:
+    """Ranks 3, 1 | 0, 2 of a micro-batch of two sequences; the plan's ranks are ascending."""
+    cost = CostModel(inputs([("new", 2), ("old", 2)]))
+    (group,) = groups_of(cost, shape(setup([[(3, 1), (0, 2)]], [[3, 1]], [4])))
+    assert group.replicas == [[0, 1, 2, 3]]
+    assert [(stage.layers, stage.ranks) for stage in group.pipeline] == [(3, [1, 3]), (1, [0, 2])]
+    assert (group.sequences_per_rank, group.schedule.micro_batches, group.schedule.window) == ([1] * 4, 4, 1)
+    counts = [[len(experts) for experts in layer.experts] for layer in group.placement]
+    assert counts == [[0, 2, 0, 2]] * 3 + [[2, 0, 2, 0]]
+    assert group.sequences == 8
+
+
+def test_equal_pipelines_are_copies_and_others_are_not() -> None:
+    equal = CostModel(inputs([("new", 1)] * 4))
+    tuned = setup([[(0,), (2,)], [(1,), (3,)]], [[2, 2], [2, 2]], [4, 4])
+    (group,) = groups_of(equal, shape(tuned))
+    assert group.replicas == [[0, 2], [1, 3]]
+    assert [group.replicas for group in groups_of(equal, shape(replace(tuned, micro_batches=[5, 3])))] == [
+        [[0, 2]],
+        [[1, 3]],
+    ]
+    mixed = CostModel(inputs([("new", 1), ("new", 1), ("new", 1), ("old", 1)]))
+    assert len(groups_of(mixed, shape(tuned))) == 2
+
+
+def test_copies_have_their_nodes_and_nics_alike() -> None:
+    cost = CostModel(inputs([("new", 2), ("new", 1), ("new", 1)], nics=2))
+    tuned = setup([[(0,), (1,)], [(2,), (3,)]], [[2, 2], [2, 2]], [4, 4])
+    assert len(groups_of(cost, shape(tuned))) == 2
+
+
+def test_pipelines_that_would_share_a_nic_are_none() -> None:
+    tuned = setup([[(0,), (2,)], [(1,), (3,)]], [[2, 2], [2, 2]], [4, 4])
+    shared, own = (CostModel(inputs([("new", 2), ("new", 2)], nics=nics)) for nics in (1, 2))
+    assert timed(shared, groups_of(shared, shape(tuned))) == []
+    ((seconds, groups),) = timed(own, groups_of(own, shape(tuned)))
+    assert seconds == replay_groups(own.inputs, groups).seconds
+
+
+def test_a_pipeline_of_single_devices_takes_as_long_as_pp_says() -> None:
+    cost = CostModel(inputs([("new", 1), ("new", 1), ("old", 1)]))
+    estimate, tuned = pp(cost, 16).pipelines[0]
+    ((seconds, _),) = timed(cost, groups_of(cost, shape(tuned)))
+    assert seconds == pytest.approx(estimate, rel=0.03)
+
+
+def test_experts_by_speed_where_a_stage_mixes_types() -> None:
+    cost = CostModel(inputs([("new", 1), ("old", 1), ("new", 1), ("old", 1)]))
+    tuned = setup([[(0, 1), (2, 3)]], [[2, 2]], [4])
+    (even,), (fast,) = (groups_of(cost, shape(tuned, by_speed=by_speed)) for by_speed in (False, True))
+    assert [len(experts) for experts in even.placement[0].experts] == [2, 2, 0, 0]
+    assert [len(experts) for experts in fast.placement[0].experts] == [3, 1, 0, 0]
+    assert [len(experts) for experts in fast.placement[3].experts] == [0, 0, 3, 1]
+
+
+def test_windows_of_the_same_micro_batches_or_of_parts_of_them() -> None:
+    cost = CostModel(inputs([("new", 2), ("new", 2)], batch=16))
+    tuned = setup([[(0, 1), (2, 3)]], [[2, 2]], [4])
+    (same,), (parts,) = (groups_of(cost, shape(tuned, window=2, parts=parts)) for parts in (1, 2))
+    assert (same.schedule.micro_batches, same.sequences_per_rank) == (4, [2] * 4)
+    assert (parts.schedule.micro_batches, parts.sequences_per_rank) == (8, [1] * 4)
+    assert same.schedule.window == parts.schedule.window == 2
+    assert same.sequences == parts.sequences == 16
+    assert timed(cost, [same])[0][0] < inf
+
+
+def test_the_best_is_no_slower_than_the_plain_setups_and_fits() -> None:
+    cost = CostModel(inputs([("new", 2), ("old", 2)], batch=16))
+    setups = pp(cost, 16).pipelines
+    found = best_pipelines(cost, setups, inf, 60.0)
+    assert found is not None
+    plain = [seconds for _, tuned in setups[:2] for seconds, _ in timed(cost, groups_of(cost, shape(tuned)))]
+    assert found[0] <= min(plain)
+    assert all(g.fits for g in replay_groups(cost.inputs, found[1]).groups)
+
+
+@pytest.mark.parametrize("memory", [10**10, 6_500_000, 5_000_000, 4_000_000, 3_500_000, 2_000_000])
+def test_memory_is_never_exceeded(memory: int) -> None:
+    cost = CostModel(inputs([("new", 1), ("new", 1), ("new", 1), ("old", 1)], memory=memory))
+    roomy = CostModel(inputs([("new", 1), ("new", 1), ("new", 1), ("old", 1)]))
+    found = best_pipelines(cost, pp(roomy, 16).pipelines, inf, 60.0)  # setups that were not made for so little
+    for g in replay_groups(cost.inputs, found[1]).groups if found else ():
+        assert g.fits
+    if memory == 2_000_000:
+        assert found is None
+
+
+def test_no_more_pipelines_than_groups_are_allowed() -> None:
+    cost = CostModel(inputs([("new", 1)] * 4, layers=2, batch=16))
+    setups = pp(cost, 16).pipelines
+    for most in (1, 2, None):
+        found = best_pipelines(cost, setups, inf, 60.0, most)
+        copies = sum(len(group.replicas) for group in found[1]) if found else 0
+        assert copies <= (most or 4)
+    assert best_pipelines(cost, setups, 1e-3, 60.0) is None  # all far slower
+
+
+def test_nothing_fits_a_fully_sharded_dense_part() -> None:
+    cost = CostModel(inputs([("new", 1), ("new", 1)], train={"dense_state": "full"}))
+    assert best_pipelines(cost, pp(cost, 16).pipelines, inf, 60.0) is None
+
+
+def test_slow_links_make_a_pipeline_the_plan(tmp_path: Path) -> None:
+    given = inputs([("new", 2), ("old", 2)], slow=True, batch=16)
+    plan = planned(given)
+    (group,) = plan.groups
+    assert len(group.pipeline) > 1
+    other = next(note for note in plan.notes if "pipeline stages: layers" in note)
+    assert float(other.rpartition(" takes ")[2].split()[0]) * (1 - WORTH) > plan.predicted.iteration_seconds
+    assert plan.bound.exact_over == "not solved"
+    bound = pipeline_bound(CostModel(given), 16)
+    assert (
+        plan.bound.iteration_seconds == plan.bound.work_iteration_seconds == bound <= work_bound(CostModel(given), 16)
+    )
+    assert bound <= plan.predicted.iteration_seconds
+    assert plan.gap == pytest.approx(1 - bound / plan.predicted.iteration_seconds)
+    assert plan.baselines.keys() >= {"ep", "pp"}
+    assert plan.explanation is not None
+    assert sum(plan.explanation.critical_path.values()) == pytest.approx(1)
+    dump(plan, tmp_path / "plan.yaml", "")
+    again = load(Plan, tmp_path / "plan.yaml")
+    assert again == plan
+    again.verify("plan.yaml")
+    assert replay_groups(again.inputs, again.groups).seconds == pytest.approx(plan.predicted.iteration_seconds)
+    limit = given.train.memory_headroom
+    assert all(memory.total_bytes <= limit * memory.capacity_bytes for memory in plan.memory)
+
+
+def test_a_single_pipeline_is_one_group() -> None:
+    plan = planned(inputs([("new", 2), ("old", 2)], slow=True, batch=16), most_groups=1)
+    assert plan.group_count == 1
+    assert plan.layout.pipeline
+    assert plan.max_groups == 1
+    line = pipeline_line(plan.layout)
+    assert line.startswith(f"pipeline  {len(plan.layout.spans)} stages: layers 0")
+    assert len(devices_table(plan).rows) >= 2
+    assert pipeline_line(make_layout()) == ""
+
+
+def test_many_devices_are_searched_by_whole_nodes() -> None:
+    given = inputs([("new", 4)] * 5, slow=True, batch=32)
+    assert all(len(unit) % 4 == 0 for _, tuned in pipelines_of_nodes(CostModel(given)) for unit in tuned.units[0])
+    plan = planned(given)
+    assert any(group.pipeline for group in plan.groups)
+    assert pipelines_of_nodes(CostModel(inputs([("new", 1)] * 17))) == []
+
+
+@pytest.mark.parametrize(
+    ("reason", "train", "assignment"),
+    [("assignment ep", {}, "ep"), ("dense_state full", {"dense_state": "full"}, "optimal"), ("by name", {}, "optimal")],
+)
+def test_why_a_faster_pipeline_is_not_the_plan(reason: str, train: dict[str, Any], assignment: Any) -> None:
+    given = inputs([("new", 2), ("old", 2)], slow=True, batch=16, train=train)
+    if reason == "by name":
+        expert_load = ExpertLoad(source="test", shares=[[0.25] * 4] * 4)
+        given = given.model_copy(update={"expert_load": expert_load})
+    plan = make_plan(given, PlanOptions(assignment, SolverOptions(time_limit=2.0)))
+    assert not any(group.pipeline for group in plan.groups)
+    (note,) = [note for note in plan.notes if note.startswith("a pipeline over layers would take")]
+    assert reason in note
+
+
+def test_a_pipeline_that_is_not_faster_is_no_plan_and_no_note() -> None:
+    plan = planned(inputs([("new", 2)], batch=8, layers=2))
+    slower = plan.model_copy(update={"predicted": plan.predicted.model_copy(update={"iteration_seconds": 1e-3})})
+    kept = with_pipelines(slower, CostModel(plan.inputs), pp(CostModel(plan.inputs), 16), Wanted(), 2.0, 16)
+    assert kept.groups == plan.groups
+    assert kept.notes == plan.notes
+
+
+def test_gradients_of_a_layer_go_round_the_ranks_of_its_stage_in_all_groups() -> None:
+    cost = CostModel(inputs([("new", 1)] * 4))
+    groups = groups_of(cost, shape(setup([[(0,), (2,)], [(1,), (3,)]], [[3, 1], [3, 1]], [4, 4])))
+    replayed = replay_groups(cost.inputs, groups, cost)
+    for layer, reduce in enumerate(replayed.groups[0].reduces):
+        ring = [0, 1] if layer < 3 else [2, 3]
+        size = cost.segment_parameters(layer) * cost.gradient_bytes
+        experts = 4 * cost.expert_gradient_bytes / 1e9 if layer < 4 else 0.0
+        assert reduce.seconds == pytest.approx(cost.network.all_reduce_seconds(ring, size) + experts)
+        network = replayed.groups[0].cost.network
+        assert {network.owner(port) for port in reduce.ports} == {(layer >= 3, False)}
+    assert overflow(LayoutCost(replayed.groups[0].cost, groups[0].layout)) is None
+    assert simulate(replayed.cost_of(0)).seconds == pytest.approx(replayed.seconds)
+
+
+@pytest.mark.parametrize("state", ["replicated", "optimizer"])
+def test_new_weights_of_stages_on_other_nics_are_gathered_side_by_side(state: Any) -> None:
+    cost = CostModel(inputs([("new", 1)] * 4))
+    tuned = setup([[(0,), (2,)], [(1,), (3,)]], [[2, 2], [2, 2]], [4, 4])
+    replayed = replay_groups(cost.inputs, groups_of(cost, shape(tuned, state=state)), cost)
+    reduces = [reduce.seconds for reduce in replayed.groups[0].reduces]  # half the bytes, as the gather
+    stages = sum(reduces[:2]), sum(reduces[2:])
+    assert replayed.after == pytest.approx(max(stages) if state == "optimizer" else 0.0)
