@@ -70,6 +70,7 @@ class Carrier:
             )
         }
         self._layout, self._length = layout, sequence_length
+        self._crossings: dict[int, Crossing] = {}
         places = [(layer, j) for layer in range(layout.layers) for j in range(layout.micro_batches)]
         self._routed: dict[Place, Future[Routing]] = {place: Future() for place in places}
         self._arrivals: dict[Place, Arrivals] = {}
@@ -121,11 +122,13 @@ class Carrier:
         return self._arrivals[place].sizes if action.towards_experts else self.routing(place).sizes
 
     def crossing(self, action: Action) -> "Crossing":
-        """What this rank has in common with those of the other pipeline stage."""
-        rank, layout, schedule = self._mesh.rank, self._layout, self._schedule
-        others = schedule.receivers[action] if rank in schedule.senders[action] else schedule.senders[action]
-        common = [layout.common(rank, other) if other in others else 0 for other in range(layout.world_size)]
-        return Crossing([self._length * sequences for sequences in common])
+        """What this rank has in common with those of the other pipeline stage; as much forward as backward."""
+        if action.layer not in self._crossings:
+            rank, layout, schedule = self._mesh.rank, self._layout, self._schedule
+            others = schedule.receivers[action] if rank in schedule.senders[action] else schedule.senders[action]
+            common = [layout.common(rank, other) if other in others else 0 for other in range(layout.world_size)]
+            self._crossings[action.layer] = Crossing([self._length * sequences for sequences in common])
+        return self._crossings[action.layer]
 
     def departing(self, action: Action) -> Routing:
         """Of a dispatch: what tells the numbers that go ahead of it."""
