@@ -2,7 +2,10 @@
 
 import signal
 import subprocess
+import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,7 +17,23 @@ from hetermoe_cli.errors import ExitCode
 from hetermoe_cli.launch import agent
 from hetermoe_cli.launch.agent import Agent
 from hetermoe_cli.launch.ends import PeerFailure
+from hetermoe_cli.launch.failures import failure
+from hetermoe_cli.launch.meeting import Meeting
+from hetermoe_cli.launch.place import Place
 from hetermoe_cli.runtime.peers import DISK_TIMEOUT
+
+# Rank 0 leaves as after the loss of a peer; rank 1 hangs, as gloo has not told it, and has a step to finish on SIGTERM.
+HANGS = """
+import os, pathlib, signal, sys, time
+deaf = pathlib.Path(sys.argv[1])
+if os.environ["RANK"] == "1":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    deaf.touch()
+    time.sleep(60)
+while not deaf.exists():
+    time.sleep(0.01)
+sys.exit(6)
+"""
 
 
 class Closing:
@@ -62,3 +81,33 @@ def test_after_ctrl_c_a_checkpoint_has_as_long_as_any(tmp_path: Path, monkeypatc
     with pytest.raises(SignalException):
         made.run()
     assert closing.allowed > DISK_TIMEOUT.total_seconds()
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Those of before: torch's agent leaves its own."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    kept = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_while_torch_waits_for_a_worker_that_hangs_another_nodes_end_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deaf, main = tmp_path / "deaf", threading.current_thread()
+
+    def watch() -> None:
+        if deaf.exists() and threading.current_thread() is not main:  # which torch has
+            raise PeerFailure("node 1: worker of rank 2 died", ExitCode.WORKER_DIED)
+
+    with Meeting(Place()) as meeting:
+        monkeypatch.setattr(meeting, "watch", watch)
+        made, began = Agent([sys.executable, "-c", HANGS, str(deaf)], 2, meeting, tmp_path / "logs"), time.monotonic()
+        failures = made.run().failures
+    assert time.monotonic() - began < 25  # torch would wait 30
+    assert {rank: failed.exitcode for rank, failed in failures.items()} == {0: 6, 1: -signal.SIGKILL}
+    error, _ = failure(tmp_path / "logs", failures, made.killed)
+    assert isinstance(error, PeerFailure)

@@ -23,8 +23,9 @@ def failed(
     codes: dict[int, int], first_rank: int = 2, times: dict[int, int] | None = None
 ) -> dict[int, SimpleNamespace]:
     """As torch tells them; `times`: when it saw those that it did not see at once."""
+    seen = {n: 1000 + (times or {}).get(n, 0) for n in codes}
     return {
-        first_rank + n: SimpleNamespace(local_rank=n, exitcode=code, timestamp=1000 + (times or {}).get(n, 0))
+        first_rank + n: SimpleNamespace(local_rank=n, exitcode=code, timestamp=seen[n], pid=100 + n)
         for n, code in codes.items()
     }
 
@@ -42,7 +43,7 @@ def test_the_first_failure(tmp_path: Path, codes: dict[int, int], code: int, exp
     write(tmp_path, {0: "old"}, start="run_a")
     os.utime(tmp_path / "run_a", (0, 0))
     write(tmp_path, {0: "hetermoe: error: no such text\n", 1: "more of 1\n\nlast of 1\n"})
-    error, tail = failure(tmp_path, failed(codes))
+    error, tail = failure(tmp_path, failed(codes), ())
     assert error.code == code
     assert expected in str(error)
     assert isinstance(error, PeerFailure) == follows
@@ -94,7 +95,16 @@ def test_survivors_that_nccl_or_torch_ended_are_not_blamed(
     tmp_path: Path, codes: dict[int, int], times: dict[int, int], texts: dict[int, str], rank: int, follows: bool
 ) -> None:
     write(tmp_path, texts)
-    error, _ = failure(tmp_path, failed(codes, times=times))
+    error, _ = failure(tmp_path, failed(codes, times=times), ())
+    assert str(error).startswith(f"worker of rank {rank} died")
+    assert isinstance(error, PeerFailure) == follows
+
+
+@pytest.mark.parametrize(("codes", "rank", "follows"), [({0: KILL, 1: 6}, 2, True), ({0: KILL, 1: 1}, 3, False)])
+def test_a_worker_that_the_launcher_killed_is_not_blamed(
+    tmp_path: Path, codes: dict[int, int], rank: int, follows: bool
+) -> None:
+    error, _ = failure(tmp_path, failed(codes), {100})
     assert str(error).startswith(f"worker of rank {rank} died")
     assert isinstance(error, PeerFailure) == follows
 

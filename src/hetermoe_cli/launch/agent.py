@@ -5,9 +5,10 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
-from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 
@@ -23,13 +24,14 @@ _POLL_SECONDS = 0.5
 
 
 class Agent(LocalElasticAgent):
-    """Its workers are killed at once when another node has ended, which they may not notice."""
+    """Its workers are killed at once when another node has ended, which they may not notice; `killed`: which were."""
 
     def __init__(self, command: list[str], workers: int, meeting: Meeting, logs: Path) -> None:
         for name in list(logging.root.manager.loggerDict):
             if name.startswith("torch.distributed.elastic"):  # its warnings repeat what is said by launch.local
                 logging.getLogger(name).setLevel(logging.CRITICAL)
         self._meeting = meeting
+        self.killed: set[int] = set()  # process ids
         python, *arguments = command
         spec = WorkerSpec(
             role="worker",
@@ -53,14 +55,28 @@ class Agent(LocalElasticAgent):
             for worker in self.get_worker_group().workers:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker.id, signal.SIGKILL)
+                    self.killed.add(worker.id)
             raise
 
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        """Once one has failed, torch's asks the others to end and waits 30 s for them. Some do not hear it: gloo, which
+        wakes who waits for a message when a peer dies, forgets who has just begun to send it one."""
+        with self._watched():
+            result: RunResult = super()._monitor_workers(worker_group)
+        return result
+
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        """torch's waits for the workers and looks at nothing else, for hours where they save."""
+        """torch's waits for the workers, for hours where they save."""
+        with self._watched():
+            super()._shutdown(death_sig, timeout)
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Around what waits for workers to end, and looks at nothing else meanwhile."""
         over = threading.Event()
         threading.Thread(target=self._watch_until, args=(over,), daemon=True).start()
         try:
-            super()._shutdown(death_sig, timeout)
+            yield
         finally:
             over.set()
 

@@ -1,7 +1,7 @@
 """What the logs of workers say about how a run ended."""
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ _TOLD = (ExitCode.BAD_INPUT, ExitCode.DOES_NOT_FIT)  # in one line
 _TERMINATION_SECONDS = 30  # torch kills workers that have not ended so long after it asked them to
 
 
-def failure(logs: Path, failures: Mapping[int, Any]) -> tuple[UserError, list[str]]:
+def failure(logs: Path, failures: Mapping[int, Any], killed: Collection[int]) -> tuple[UserError, list[str]]:
     """The worker that failed first, and the tail of its log, if that says more. `logs`: those of this node's workers.
 
-    PeerFailure if all that failed here only lost a peer. `failures`: torch's, by rank.
+    PeerFailure if all that failed here only lost a peer. `failures`: torch's, by rank; `killed`: processes that the
+    launcher has killed, as another node had ended.
     """
     seen = min(failed.timestamp for failed in failures.values())
     tails = {rank: _lines(logs, failed.local_rank)[-_LOG_TAIL_LINES:] for rank, failed in failures.items()}
-    follows = {rank: _follows(failed, tails[rank], seen) for rank, failed in failures.items()}
+    follows = {rank: _follows(failed, tails[rank], seen, killed) for rank, failed in failures.items()}
 
     def order(rank: int) -> tuple[bool, bool, int, int]:
         return follows[rank], failures[rank].exitcode not in _TOLD, failures[rank].timestamp, rank
@@ -38,13 +39,13 @@ def failure(logs: Path, failures: Mapping[int, Any]) -> tuple[UserError, list[st
     return kind(f"worker of rank {rank} died ({how}): {last}; log: {log}", ExitCode.WORKER_DIED), tail
 
 
-def _follows(failed: Any, tail: list[str], seen: int) -> bool:
+def _follows(failed: Any, tail: list[str], seen: int, killed: Collection[int]) -> bool:
     """Whether this worker ended only because another did; `seen`: when torch saw the first failure of this node."""
     if failed.exitcode == -signal.SIGABRT:  # NCCL's watchdog ends those that lost a peer so, or had an error of CUDA
         text = "\n".join(tail)
         return "ProcessGroupNCCL" in text and "CUDA error" not in text
     if failed.exitcode == -signal.SIGKILL:  # it only waited, and did not hear that it should end
-        return bool(failed.timestamp - seen >= _TERMINATION_SECONDS)
+        return failed.pid in killed or bool(failed.timestamp - seen >= _TERMINATION_SECONDS)
     return failed.exitcode in _FOLLOWING
 
 

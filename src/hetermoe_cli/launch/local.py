@@ -118,7 +118,7 @@ def run_workers(run: RunSpec, meeting: "Meeting") -> None:
         interrupted = True
     signal.signal(signal.SIGINT, signal.SIG_IGN if interrupted else signal.default_int_handler)  # no longer the agent's
     if failures:
-        error, tail = failure(logs, failures)
+        error, tail = failure(logs, failures, agent.killed)
         if tail and (place.nodes == 1 or not isinstance(error, PeerFailure)):
             print("\n".join(tail), file=sys.stderr)
         raise error
