@@ -25,7 +25,7 @@ from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.load import ExpertLoad
 from hetermoe_cli.spec.plan import Inputs, Plan
 
-SLOW = Link(bandwidth_gigabytes_per_second=1e-6, latency_microseconds=0.0)
+SLOW = Link(bandwidth_gigabytes_per_second=3e-6, latency_microseconds=0.0)
 
 
 def inputs(
@@ -169,7 +169,7 @@ def test_nothing_fits_a_fully_sharded_dense_part() -> None:
 
 
 def test_slow_links_make_a_pipeline_the_plan(tmp_path: Path) -> None:
-    given = inputs([("new", 2), ("old", 2)], slow=True, batch=16)
+    given = inputs([("new", 2), ("old", 2)], slow=True, batch=32, layers=12)
     plan = planned(given)
     (group,) = plan.groups
     assert len(group.pipeline) > 1
@@ -195,7 +195,7 @@ def test_slow_links_make_a_pipeline_the_plan(tmp_path: Path) -> None:
 
 
 def test_a_single_pipeline_is_one_group() -> None:
-    plan = planned(inputs([("new", 2), ("old", 2)], slow=True, batch=16), most_groups=1)
+    plan = planned(inputs([("new", 2), ("old", 2)], slow=True, batch=32, layers=12), most_groups=1)
     assert plan.group_count == 1
     assert plan.layout.pipeline
     assert plan.max_groups == 1
@@ -206,7 +206,7 @@ def test_a_single_pipeline_is_one_group() -> None:
 
 
 def test_many_devices_are_searched_by_whole_nodes() -> None:
-    given = inputs([("new", 4)] * 5, slow=True, batch=32)
+    given = inputs([("new", 4)] * 5, slow=True, batch=32, layers=12)
     assert all(len(unit) % 4 == 0 for _, tuned in pipelines_of_nodes(CostModel(given)) for unit in tuned.units[0])
     plan = planned(given)
     assert any(group.pipeline for group in plan.groups)
@@ -218,9 +218,9 @@ def test_many_devices_are_searched_by_whole_nodes() -> None:
     [("assignment ep", {}, "ep"), ("dense_state full", {"dense_state": "full"}, "optimal"), ("by name", {}, "optimal")],
 )
 def test_why_a_faster_pipeline_is_not_the_plan(reason: str, train: dict[str, Any], assignment: Any) -> None:
-    given = inputs([("new", 2), ("old", 2)], slow=True, batch=16, train=train)
+    given = inputs([("new", 2), ("old", 2)], slow=True, batch=32, layers=12, train=train)
     if reason == "by name":
-        expert_load = ExpertLoad(source="test", shares=[[0.25] * 4] * 4)
+        expert_load = ExpertLoad(source="test", layers=[[0.25] * 4] * 12)
         given = given.model_copy(update={"expert_load": expert_load})
     plan = make_plan(given, PlanOptions(assignment, SolverOptions(time_limit=2.0)))
     assert not any(group.pipeline for group in plan.groups)

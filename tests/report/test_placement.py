@@ -9,6 +9,7 @@ import pytest
 from builders import make_inputs, make_layout, make_model, make_plan
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.report.placement import COPIES, draw_placement
+from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import Plan
 
 
@@ -40,6 +41,15 @@ def test_only_ranks_with_copies_are_marked() -> None:
     }
     assert marks[0] == 0
     assert marks[1] > 0
+
+
+def test_only_ranks_of_a_pipeline_stage_hold_its_copies() -> None:
+    plan = placed([("new", 2)], [1, 1], [0, 0], replicated=2)
+    layout = plan.layout.model_dump() | {"pipeline": [{"layers": 2, "ranks": [0]}, {"layers": 1, "ranks": [1]}]}
+    train = plan.inputs.train.model_copy(update={"global_batch_sequences": 2})
+    inputs = plan.inputs.model_copy(update={"train": train})
+    assert texts(plan).count("0+2") == 6
+    assert texts(make_plan(inputs, Layout.model_validate(layout))).count("0+2") == 3
 
 
 def test_many_ranks_share_labels_and_carry_no_numbers() -> None:

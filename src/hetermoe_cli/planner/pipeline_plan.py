@@ -13,10 +13,11 @@ from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.explain import sources
 from hetermoe_cli.planner.pipelines import Found, best_pipelines
 from hetermoe_cli.planner.work import pipeline_bound
-from hetermoe_cli.spec.plan import Bound, Group, Plan, Prediction
+from hetermoe_cli.spec.plan import Assignment, Bound, Group, Plan, Prediction
 
 WORTH = 0.01  # of the iteration: by how much pipelines, or several groups, must be faster
-SHARE = 0.3  # of the time limit, after what plans without stages take
+SHARE = 0.3  # of the time limit, beside what other plans take
+SHARE_OF_NODES = 0.15  # the same where units are whole nodes: each replay takes longer, and the others get the rest
 
 
 def with_pipelines(
@@ -25,25 +26,25 @@ def with_pipelines(
     """Pipelines that are clearly faster than `plan`; else the plan, and why not where `pp` (`rival`, None where it is
     not computed) is faster. `limit`: the largest R of layouts, for the bound."""
     began, seconds = time.monotonic(), plan.predicted.iteration_seconds
-    against, found = _against(plan, wanted), None
+    against, found = reason_against(cost, plan.assignment, wanted), None
     if not against:
-        setups = rival.pipelines if rival else pipelines_of_nodes(cost)
-        found = best_pipelines(cost, setups, seconds, SHARE * time_limit, wanted.most_groups)
+        setups, share = (rival.pipelines, SHARE) if rival else (pipelines_of_nodes(cost), SHARE_OF_NODES)
+        found = best_pipelines(cost, setups, seconds, share * time_limit, wanted.most_groups)
         if found and found[0] < (1 - WORTH) * seconds:
             return _planned(plan, cost, found[1], wanted, limit, began)
     told = [*plan.notes, *_not_chosen(plan, against, found)]
     return plan.model_copy(update={"notes": told})
 
 
-def _against(plan: Plan, wanted: Wanted) -> str:
-    """Why no pipelines are looked at."""
-    if plan.assignment != "optimal":
-        return f"assignment {plan.assignment} was asked for"
+def reason_against(cost: CostModel, assignment: Assignment, wanted: Wanted) -> str:
+    """Why no pipelines are looked at; empty where they are."""
+    if assignment != "optimal":
+        return f"assignment {assignment} was asked for"
     if wanted.needs_prices:
         return "pipelines are planned for time alone"
-    if plan.inputs.expert_load:  # pp knows a balanced router only, and named.py only ranks that work on all layers
+    if cost.inputs.expert_load:  # pp knows a balanced router only, and named.py only ranks that work on all layers
         return "experts of its stages are not placed by name"
-    if plan.inputs.train.dense_state == "full":
+    if cost.train.dense_state == "full":
         return "its stages cannot share out all of the dense part, as dense_state full asks for"
     return ""
 

@@ -18,7 +18,7 @@ from hetermoe_cli.planner.cluster.objective import Wanted, economy
 from hetermoe_cli.planner.cluster.plan_groups import bound_of_groups, plan_groups, wants_groups
 from hetermoe_cli.planner.expert_load import load_notes, under_load
 from hetermoe_cli.planner.explain import does_not_fit, notes
-from hetermoe_cli.planner.pipeline_plan import WORTH, with_pipelines
+from hetermoe_cli.planner.pipeline_plan import SHARE_OF_NODES, WORTH, reason_against, with_pipelines
 from hetermoe_cli.planner.replay import replay_seconds, typical
 from hetermoe_cli.planner.runner_up import RunnerUp
 from hetermoe_cli.planner.search import Found, search
@@ -54,7 +54,10 @@ def make_plan(
         raise UserError("--objective, --max-cost and --max-groups go with --assignment optimal: leave one out")
 
     if options.assignment == "optimal" and wants_groups(cost, wanted):
-        return _with_pipelines(_plan_groups(cost, options, progress), None, cost, options)
+        share = 0.0 if reason_against(cost, options.assignment, wanted) else SHARE_OF_NODES
+        solver = replace(options.solver, time_limit=(1 - share) * options.solver.time_limit)
+        plan = _plan_groups(cost, replace(options, solver=solver), progress)
+        return _with_pipelines(plan, None, cost, options)
     plan, rivals = _plan_one_group(cost, options, progress)
     if options.assignment == "optimal" and wanted.most_groups != 1:
         plan = _one_or_several(plan, cost, options, progress)
