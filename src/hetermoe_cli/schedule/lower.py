@@ -90,21 +90,24 @@ def _transfer_order(
     """Transfers of all pipeline stages in one order, and the stages that gathers follow. `borders`: their first layers,
     and one after the last layer.
 
-    What a stage transfers during one pass of a window stays together. Passes go by when they would start if all
-    forward ones took as long, and all backward ones twice that.
+    They go by when they would begin if all forward passes of a window took as long, all backward ones twice that, and
+    what a stage transfers during one were evenly spread over it. What crosses to another stage comes where its task
+    ends, later than it would in the middle of its place: ahead of time it would hold up what shares its ports.
     """
     layers, last = borders[-1], len(borders) - 2
-    found: list[tuple[float, int, Order]] = []
+    found: list[tuple[float, int, Action]] = []
     after: dict[Action, Action] = {}
     starts = _starts(last + 1, windows)
     for number, (first, end) in enumerate(pairwise(borders)):
         part = Part(True, (False,) * layers, first, end, last - number)
         by_pass, own = _orders_of_stage(order_of, part, windows, gathered)
-        found += [(starts[number][key], -number, tuple(transfers)) for key, transfers in by_pass.items()]
+        for key, transfers in by_pass.items():
+            step = _LENGTH[key[0]] / max(1, len(transfers))
+            for place, transfer in enumerate(transfers):
+                begins = starts[number][key] + step * (place + (1 if transfer.kind is Kind.CROSS else 0.5))
+                found.append((begins, -number, transfer))
         after |= own
-    return tuple(
-        [transfer for *_, transfers in sorted(found, key=lambda one: one[:2]) for transfer in transfers]
-    ), after
+    return tuple([transfer for *_, transfer in sorted(found, key=lambda one: one[:2])]), after
 
 
 def _orders_of_stage(
