@@ -104,11 +104,13 @@ def test_table_explains_the_decision(files: dict[str, Path]) -> None:
     assert str(files["output"]) in done.stderr
 
 
-@pytest.mark.parametrize("assignment", ["ep", "dist_ep", "gather_squeeze"])
+@pytest.mark.parametrize("assignment", ["ep", "dist_ep", "gather_squeeze", "pp"])
 def test_rivals_can_be_written_as_plans(files: dict[str, Path], assignment: str) -> None:
     found = json.loads(hetermoe(*arguments(files), "--assignment", assignment, "--json").stdout)
     assert found["assignment"] == assignment
-    assert found["predicted"]["iteration_seconds"] == found["baselines"][assignment]["iteration_seconds"]
+    error = 0.05 if assignment == "pp" else 0.0  # its figure is from a simulator of its own
+    wanted = found["baselines"][assignment]["iteration_seconds"]
+    assert found["predicted"]["iteration_seconds"] == pytest.approx(wanted, rel=error, abs=0)
     load(Plan, files["output"]).verify("plan")
 
 

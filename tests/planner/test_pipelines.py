@@ -9,6 +9,7 @@ import pytest
 
 from builders import make_inputs, make_layout, make_model, make_profile
 from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.errors import UserError
 from hetermoe_cli.planner.baselines.pipeline import Setup, Tuned, pipelines_of_nodes, pp
 from hetermoe_cli.planner.cluster.objective import Wanted
 from hetermoe_cli.planner.cluster.replayed import replay_groups
@@ -192,6 +193,22 @@ def test_slow_links_make_a_pipeline_the_plan(tmp_path: Path) -> None:
     assert replay_groups(again.inputs, again.groups).seconds == pytest.approx(plan.predicted.iteration_seconds)
     limit = given.train.memory_headroom
     assert all(memory.total_bytes <= limit * memory.capacity_bytes for memory in plan.memory)
+
+
+def test_the_rival_itself_can_be_planned() -> None:
+    given = inputs([("new", 2), ("old", 2)], batch=8, layers=4)
+    plan = make_plan(given, PlanOptions("pp", SolverOptions(time_limit=1.0)))
+    assert plan.assignment == "pp"
+    assert all(group.pipeline for group in plan.groups)
+    wanted = plan.baselines["pp"].iteration_seconds
+    assert plan.predicted.iteration_seconds == pytest.approx(wanted, rel=0.05)
+    for field, value, reason in (
+        ("memory_headroom", 1e-6, "does not fit"),
+        ("dense_state", "full", "dense_state full"),
+    ):
+        train = given.train.model_copy(update={field: value})
+        with pytest.raises(UserError, match=reason):
+            make_plan(given.model_copy(update={"train": train}), PlanOptions("pp", SolverOptions(time_limit=1.0)))
 
 
 def test_a_single_pipeline_is_one_group() -> None:

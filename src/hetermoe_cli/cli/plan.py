@@ -23,6 +23,7 @@ class AssignmentChoice(StrEnum):
     ep = "ep"
     dist_ep = "dist_ep"
     hetero_ep = "hetero_ep"
+    pp = "pp"
 
 
 def plan(

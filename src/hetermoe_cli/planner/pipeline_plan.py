@@ -3,19 +3,22 @@
 import datetime
 import time
 from collections.abc import Iterator
+from math import inf
 
 from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.baselines.pipeline import pipelines_of_nodes
 from hetermoe_cli.planner.baselines.rival import Rival
 from hetermoe_cli.planner.cluster.explained import binding_of_groups
 from hetermoe_cli.planner.cluster.objective import Wanted, economy
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.explain import sources
-from hetermoe_cli.planner.pipelines import Found, best_pipelines
+from hetermoe_cli.planner.pipelines import Found, best_pipelines, plain_pipelines
 from hetermoe_cli.planner.work import pipeline_bound
 from hetermoe_cli.spec.plan import Assignment, Bound, Group, Plan, Prediction
 
 WORTH = 0.01  # of the iteration: by how much pipelines, or several groups, must be faster
+_NONE = "no pipeline fits as a plan: into memory, into --max-groups, or with NICs of its own"
 SHARE = 0.3  # of the time limit, beside what other plans take
 SHARE_OF_NODES = 0.15  # the same where units are whole nodes: each replay takes longer, and the others get the rest
 
@@ -23,9 +26,11 @@ SHARE_OF_NODES = 0.15  # the same where units are whole nodes: each replay takes
 def with_pipelines(
     plan: Plan, cost: CostModel, rival: Rival | None, wanted: Wanted, time_limit: float, limit: int
 ) -> Plan:
-    """Pipelines that are clearly faster than `plan`; else the plan, and why not where `pp` (`rival`, None where it is
-    not computed) is faster. `limit`: the largest R of layouts, for the bound."""
+    """Pipelines that are clearly faster than `plan`, or that were asked for (assignment pp); else the plan, and why not
+    where `pp` (`rival`, None where it is not computed) is faster. `limit`: the largest R of layouts, for the bound."""
     began, seconds = time.monotonic(), plan.predicted.iteration_seconds
+    if plan.assignment == "pp":
+        return _planned(plan, cost, _pp(cost, rival), wanted, limit, began)
     against, found = reason_against(cost, plan.assignment, wanted), None
     if not against:
         setups, share = (rival.pipelines, SHARE) if rival else (pipelines_of_nodes(cost), SHARE_OF_NODES)
@@ -34,6 +39,17 @@ def with_pipelines(
             return _planned(plan, cost, found[1], wanted, limit, began)
     told = [*plan.notes, *_not_chosen(plan, against, found)]
     return plan.model_copy(update={"notes": told})
+
+
+def _pp(cost: CostModel, rival: Rival | None) -> list[Group]:
+    """The groups of the rival itself. UserError if it does not fit, or cannot be what was asked for."""
+    if against := reason_against(cost, "optimal", Wanted()):
+        raise UserError(f"assignment pp: {against}: plan it without")
+    found = plain_pipelines(cost, rival.pipelines) if rival else None
+    if found is None:
+        reason = rival.reason if rival and rival.seconds == inf else _NONE
+        raise UserError(f"assignment pp: {reason}", ExitCode.DOES_NOT_FIT)
+    return found[1]
 
 
 def reason_against(cost: CostModel, assignment: Assignment, wanted: Wanted) -> str:
@@ -55,10 +71,9 @@ def _not_chosen(plan: Plan, against: str, found: Found | None) -> Iterator[str]:
     if not rival or not rival.iteration_seconds or rival.iteration_seconds >= plan.predicted.iteration_seconds:
         return
     replayed = f"as a plan it would take {found[0]:.3f} s" if found else ""
-    none = "no pipeline fits as a plan: into memory, into --max-groups, or with NICs of its own"
     yield (
         f"a pipeline over layers would take {rival.iteration_seconds:.3f} s (modelled), but "
-        f"{against or replayed or none}"
+        f"{against or replayed or _NONE}"
     )
 
 

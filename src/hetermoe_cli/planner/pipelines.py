@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from math import inf
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
@@ -55,8 +56,25 @@ def best_pipelines(
     side. What is far slower than `beat` is not looked at; no more than one is once `seconds` are gone. Balanced routers
     only."""
     end = time.monotonic() + seconds
-    near = [tuned for estimate, tuned in setups if estimate < FAR * beat]
-    allowed = [tuned for tuned in near if most_groups is None or len(tuned.units) <= most_groups]
+    near = [(estimate, tuned) for estimate, tuned in setups if estimate < FAR * beat]
+    plain = _plain(cost, near, end, most_groups)
+    found = [one for _, one in plain]
+    for varied in [varied for shape, _ in plain[:IMPROVED] for varied in _variants(cost, shape)]:
+        found += timed(cost, groups_of(cost, varied)) if time.monotonic() < end else []
+    best = min(found, key=lambda one: one[0], default=None)
+    return best and min([best, *_other_orders(cost, best[1])], key=lambda one: one[0])
+
+
+def plain_pipelines(cost: CostModel, setups: Sequence[tuple[float, Tuned]]) -> Found | None:
+    """The fastest of `setups` that fits, as it is: what `pp` stands for."""
+    return next((found for _, found in _plain(cost, setups, inf)), None)
+
+
+def _plain(
+    cost: CostModel, setups: Iterable[tuple[float, Tuned]], end: float, most_groups: int | None = None
+) -> list[tuple[Shape, Found]]:
+    """The first CANDIDATES that fit, one micro-batch at a time, the fastest first."""
+    allowed = [tuned for _, tuned in setups if most_groups is None or len(tuned.units) <= most_groups]
     states = [state for state in state_choices(cost) if state != "full"]
     ways = list(product(recompute_choices(cost), states))
     plain: list[tuple[Shape, Found]] = []
@@ -64,12 +82,7 @@ def best_pipelines(
         if len(plain) == CANDIDATES or (plain and time.monotonic() > end):
             break
         plain += _leanest(cost, tuned, ways)
-    plain.sort(key=lambda one: one[1][0])
-    found = [one for _, one in plain]
-    for varied in [varied for shape, _ in plain[:IMPROVED] for varied in _variants(cost, shape)]:
-        found += timed(cost, groups_of(cost, varied)) if time.monotonic() < end else []
-    best = min(found, key=lambda one: one[0], default=None)
-    return best and min([best, *_other_orders(cost, best[1])], key=lambda one: one[0])
+    return sorted(plain, key=lambda one: one[1][0])
 
 
 def _leanest(cost: CostModel, tuned: Tuned, ways: Iterable[tuple[Recompute, DenseState]]) -> list[tuple[Shape, Found]]:

@@ -132,7 +132,8 @@ def _plan_one_group(
     if inputs.expert_load:
         progress("placing experts by name")
         found, load = under_load(cost, found, others, options.solver, work)
-    layout = found.layout if options.assignment == "optimal" else rivals[options.assignment].layout
+    own = options.assignment in ("optimal", "pp")  # of pp its stages are put in place of it (with_pipelines)
+    layout = found.layout if own else rivals[options.assignment].layout
     if layout is None:
         raise _no_layout(cost, rivals, options, found)
     layout_cost = LayoutCost(cost, layout)
@@ -188,7 +189,7 @@ def _explanation(
 
 def _no_layout(cost: CostModel, rivals: dict[str, Rival], options: PlanOptions, found: Found) -> UserError:
     """Why there is no plan: nothing fits, the wanted rival does not, or the time limit came first."""
-    if options.assignment in rivals:
+    if options.assignment in rivals and rivals[options.assignment].seconds == inf:
         reason = f"assignment {options.assignment}: {rivals[options.assignment].reason}"
         return UserError(reason, ExitCode.DOES_NOT_FIT)
     if found.bound < inf:

@@ -26,7 +26,7 @@ from hetermoe_cli.spec.train import TrainSpec
 from hetermoe_cli.spec.world import World
 
 Objective = Literal["time", "cost"]
-Assignment = Literal["optimal", "gather_squeeze", "ep", "dist_ep", "hetero_ep", "manual"]
+Assignment = Literal["optimal", "gather_squeeze", "ep", "dist_ep", "hetero_ep", "pp", "manual"]
 
 
 class Group(ExtendedSpec):
