@@ -14,7 +14,7 @@ from hetermoe_cli.planner.baselines.pipeline import Setup, Tuned, pipelines_of_n
 from hetermoe_cli.planner.cluster.objective import Wanted
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.pipeline_plan import WORTH, with_pipelines
-from hetermoe_cli.planner.pipelines import Shape, best_pipelines, groups_of, timed
+from hetermoe_cli.planner.pipelines import Shape, best_pipelines, groups_of, merged, timed
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.solver import SolverOptions
@@ -104,6 +104,29 @@ def test_pipelines_that_would_share_a_nic_are_none() -> None:
     assert timed(shared, groups_of(shared, shape(tuned))) == []
     ((seconds, groups),) = timed(own, groups_of(own, shape(tuned)))
     assert seconds == replay_groups(own.inputs, groups).seconds
+
+
+def test_equal_pipelines_behind_one_nic_are_stages_of_copies() -> None:
+    """As long as they would take with NICs of their own and free sums of gradients."""
+    tuned = setup([[(0,), (2,)], [(1,), (3,)]], [[3, 1], [3, 1]], [4, 4])
+    shared, own = (CostModel(inputs([("new", 2), ("new", 2)], nics=nics)) for nics in (1, 2))
+    one = merged(tuned)
+    assert one is not None
+    (group,) = groups_of(shared, shape(one, copies=True))
+    assert [(stage.layers, stage.ranks) for stage in group.pipeline] == [(3, [0, 1]), (1, [2, 3])]
+    assert all(layer.replicated == [0, 1, 2, 3] for layer in group.placement)
+    assert (group.sequences_per_rank, group.schedule.micro_batches) == ([1] * 4, 4)
+    ((seconds, _),) = timed(shared, [group])
+    assert seconds == pytest.approx(timed(own, groups_of(own, shape(tuned)))[0][0], rel=0.05)
+    assert merged(replace(tuned, micro_batches=[5, 3])) is None
+    assert merged(replace(tuned, layers=[[3, 1], [2, 2]])) is None
+    assert merged(setup([[(0, 1), (2, 3)]], [[2, 2]], [4])) is None
+
+
+def test_no_stages_where_none_are_wanted() -> None:
+    plan = planned(inputs([("new", 2), ("old", 2)], slow=True, batch=32, layers=12), stages=False)
+    assert not any(group.pipeline for group in plan.groups)
+    assert any("--no-pipeline was asked for" in note for note in plan.notes)
 
 
 def test_a_pipeline_of_single_devices_takes_as_long_as_pp_says() -> None:

@@ -79,6 +79,9 @@ def plan(
             show_default="any number",
         ),
     ] = None,
+    pipeline: Annotated[
+        bool, typer.Option(help="Also look at pipeline stages: layers cut into groups of consecutive ones.")
+    ] = True,
     output: Annotated[
         Path | None, typer.Option(help="Plan YAML to write.", show_default="plans/MODEL-CLUSTER.yaml")
     ] = None,
@@ -110,7 +113,7 @@ def plan(
     name = f"{inputs.model.name}-{inputs.cluster.name}".replace("/", "-")  # as in mistralai/Mixtral-8x7B
     path = output or Path("plans") / f"{name}.yaml"
     check_writable(path)
-    wanted = Wanted(objective, max_cost, max_groups)
+    wanted = Wanted(objective, max_cost, max_groups, pipeline)
     options = PlanOptions(assignment.value, SolverOptions(solver, time_limit), max_micro_batches, explain, wanted)
     with _progress() as progress:
         result = make_plan(inputs, options, progress)

@@ -56,6 +56,8 @@ def reason_against(cost: CostModel, assignment: Assignment, wanted: Wanted) -> s
     """Why no pipelines are looked at; empty where they are."""
     if assignment != "optimal":
         return f"assignment {assignment} was asked for"
+    if not wanted.stages:
+        return "--no-pipeline was asked for"
     if wanted.needs_prices:
         return "pipelines are planned for time alone"
     if cost.inputs.expert_load:  # pp knows a balanced router only, and named.py only ranks that work on all layers

@@ -39,7 +39,7 @@ Found = tuple[float, list[Group]]  # seconds of an iteration, and a group of eve
 @dataclass(frozen=True)
 class Shape:
     """How the pipelines of a setup run. `parts`: pieces that each of its micro-batches is cut into; `by_speed`: experts
-    in proportion to speed."""
+    in proportion to speed; `copies`: all experts of a stage on each of its ranks, so that no rows travel."""
 
     tuned: Tuned
     recompute: Recompute
@@ -47,6 +47,7 @@ class Shape:
     window: int = 1
     parts: int = 1
     by_speed: bool = False
+    copies: bool = False
 
 
 def best_pipelines(
@@ -82,20 +83,40 @@ def _plain(
         if len(plain) == CANDIDATES or (plain and time.monotonic() > end):
             break
         plain += _leanest(cost, tuned, ways)
+        if side_by_side := merged(tuned):
+            plain += _leanest(cost, side_by_side, ways, copies=True)
     return sorted(plain, key=lambda one: one[1][0])
 
 
-def _leanest(cost: CostModel, tuned: Tuned, ways: Iterable[tuple[Recompute, DenseState]]) -> list[tuple[Shape, Found]]:
+def _leanest(
+    cost: CostModel, tuned: Tuned, ways: Iterable[tuple[Recompute, DenseState]], *, copies: bool = False
+) -> list[tuple[Shape, Found]]:
     """A setup in the first of `ways` to keep activations and states that fits, if any does."""
     for recompute, state in ways:
-        shape = Shape(tuned, recompute, state)
+        shape = Shape(tuned, recompute, state, copies=copies)
         if found := timed(cost, groups_of(cost, shape)):
             return [(shape, found[0])]
     return []
 
 
+def merged(tuned: Tuned) -> Tuned | None:
+    """Equal pipelines of single devices as one, whose stages have a device of each, to hold all experts (`copies`).
+
+    They may share NICs then, which groups may not. None of other setups.
+    """
+    setup, layers, counts = tuned.setup, tuned.layers[0], tuned.micro_batches
+    if setup.width > 1 or setup.pipelines < 2 or tuned.layers != [layers] * setup.pipelines or len({*counts}) > 1:
+        return None
+    one = replace(setup, width=setup.pipelines, pipelines=1, micro_batches=counts[0])
+    units = [tuple(rank for unit in stage for rank in unit) for stage in zip(*tuned.units, strict=True)]
+    return replace(tuned, setup=one, units=[units], layers=[layers], micro_batches=counts[:1])
+
+
 def _variants(cost: CostModel, shape: Shape) -> Iterator[Shape]:
-    """Windows of the same micro-batches, or of parts of them; with and without experts by speed."""
+    """Windows of the same micro-batches, or of parts of them; with and without experts by speed. Nothing where no rows
+    travel."""
+    if shape.copies:
+        return
     tuned, own = shape.tuned, _own_sequences(cost, shape)
     mixed = any(len({cost.devices[rank].type for rank in unit}) > 1 for units in tuned.units for unit in units)
     for by_speed in (False, True) if mixed else (False,):
@@ -182,6 +203,9 @@ def _layout(cost: CostModel, shape: Shape, units: Sequence[Unit], layers: Sequen
 def _placement(cost: CostModel, shape: Shape, stage: PipelineStage, ranks: Sequence[int]) -> Iterator[LayerPlacement]:
     """The experts of a stage's layers over its ranks: evenly, those left over in turn, or by speed."""
     experts, width = cost.model.experts, len(stage.ranks)
+    if shape.copies:
+        yield from [number([0] * len(ranks), experts)] * stage.layers
+        return
     if shape.by_speed:
         total = _own_sequences(cost, shape) * width / shape.parts
         rows = cost.rows_per_expert(total)

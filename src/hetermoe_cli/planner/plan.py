@@ -51,7 +51,9 @@ def make_plan(
     wanted, cost = options.wanted, CostModel(inputs)
     check_available(options.solver.name)
     if options.assignment != "optimal" and wanted != Wanted():
-        raise UserError("--objective, --max-cost and --max-groups go with --assignment optimal: leave one out")
+        raise UserError(
+            "--objective, --max-cost, --max-groups and --no-pipeline go with --assignment optimal: leave one out"
+        )
 
     if options.assignment == "optimal" and wants_groups(cost, wanted):
         share = 0.0 if reason_against(cost, options.assignment, wanted) else SHARE_OF_NODES

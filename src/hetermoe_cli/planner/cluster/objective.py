@@ -14,11 +14,13 @@ HOUR = 3600.0  # seconds
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the plan is to be best at. `most_groups` None: as many as are good."""
+    """What the plan is to be best at. `most_groups` None: as many as are good. `stages`: whether it may have pipeline
+    stages."""
 
     objective: Objective = "time"
     most_cost: float | None = None
     most_groups: int | None = None
+    stages: bool = True
 
     @property
     def needs_prices(self) -> bool:
