@@ -35,12 +35,14 @@ def inputs(
     batch: int = 8,
     layers: int = 4,
     slow: bool = False,
+    ffn_size: int = 224,
     memory: int = 10**10,
     train: dict[str, Any] | None = None,
     **other: Any,
 ) -> Inputs:
-    """New devices take 1 s a sequence in attention and old ones 2 s; experts likewise. Nothing is computed again."""
-    model = make_model(layers=layers, experts=4)
+    """New devices take 1 s a sequence in attention and old ones 2 s; experts likewise. Nothing is computed again.
+    `ffn_size`: of experts, small ones where most parameters are to be the dense part's."""
+    model = make_model(layers=layers, experts=4, ffn_size=ffn_size)
     profiles = {
         "new": make_profile("new", model=model, memory_bytes=memory),
         "old": make_profile("old", model=model, attention_seconds=2.0, expert_seconds=0.02, memory_bytes=memory),
@@ -121,6 +123,17 @@ def test_equal_pipelines_behind_one_nic_are_stages_of_copies() -> None:
     assert merged(replace(tuned, micro_batches=[5, 3])) is None
     assert merged(replace(tuned, layers=[[3, 1], [2, 2]])) is None
     assert merged(setup([[(0, 1), (2, 3)]], [[2, 2]], [4])) is None
+
+
+@pytest.mark.parametrize("devices", [2, 9])
+def test_stages_hold_what_copies_of_the_dense_part_do_not(devices: int) -> None:
+    given = inputs([("new", devices)] * 2, layers=12, batch=36, memory=4 * 10**6, ffn_size=8)
+    plan = planned(given)
+    assert all(group.pipeline for group in plan.groups)
+    assert any("no plan without a pipeline fits" in note for note in plan.notes)
+    assert all(memory.total_bytes <= memory.capacity_bytes for memory in plan.memory)
+    with pytest.raises(UserError, match="does not fit"):
+        planned(given, stages=False)
 
 
 def test_no_stages_where_none_are_wanted() -> None:

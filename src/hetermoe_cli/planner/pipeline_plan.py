@@ -4,18 +4,21 @@ import datetime
 import time
 from collections.abc import Iterator
 from math import inf
+from typing import Any
 
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.planner.baselines.pipeline import pipelines_of_nodes
+from hetermoe_cli.planner.baselines.pipeline import pipelines_of_nodes, pp
 from hetermoe_cli.planner.baselines.rival import Rival
 from hetermoe_cli.planner.cluster.explained import binding_of_groups
 from hetermoe_cli.planner.cluster.objective import Wanted, economy
+from hetermoe_cli.planner.cluster.plan_groups import ONE_GROUP
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.explain import sources
 from hetermoe_cli.planner.pipelines import Found, best_pipelines, plain_pipelines
+from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.planner.work import pipeline_bound
-from hetermoe_cli.spec.plan import Assignment, Bound, Group, Plan, Prediction
+from hetermoe_cli.spec.plan import Assignment, Bound, Group, Inputs, Plan, Prediction, SolverReport
 
 WORTH = 0.01  # of the iteration: by how much pipelines, or several groups, must be faster
 _NONE = "no pipeline fits as a plan: into memory, into --max-groups, or with NICs of its own"
@@ -30,15 +33,34 @@ def with_pipelines(
     where `pp` (`rival`, None where it is not computed) is faster. `limit`: the largest R of layouts, for the bound."""
     began, seconds = time.monotonic(), plan.predicted.iteration_seconds
     if plan.assignment == "pp":
-        return _planned(plan, cost, _pp(cost, rival), wanted, limit, began)
+        return _instead(plan, cost, _pp(cost, rival), wanted, limit, began)
     against, found = reason_against(cost, plan.assignment, wanted), None
     if not against:
         setups, share = (rival.pipelines, SHARE) if rival else (pipelines_of_nodes(cost), SHARE_OF_NODES)
         found = best_pipelines(cost, setups, seconds, share * time_limit, wanted.most_groups)
         if found and found[0] < (1 - WORTH) * seconds:
-            return _planned(plan, cost, found[1], wanted, limit, began)
+            return _instead(plan, cost, found[1], wanted, limit, began)
     told = [*plan.notes, *_not_chosen(plan, against, found)]
     return plan.model_copy(update={"notes": told})
+
+
+def pipelines_alone(inputs: Inputs, cost: CostModel, wanted: Wanted, solver: SolverOptions, limit: int) -> Plan | None:
+    """The best pipelines where no plan without fits, if any do. `inputs`: what the plan keeps of the cost's."""
+    began = time.monotonic()
+    if reason_against(cost, "optimal", wanted):
+        return None
+    setups = pp(cost, limit).pipelines if len(cost.devices) <= ONE_GROUP else pipelines_of_nodes(cost)
+    found = best_pipelines(cost, setups, inf, SHARE * solver.time_limit, wanted.most_groups)
+    if not found:
+        return None
+    base = {
+        "assignment": "optimal",
+        "baselines": {},
+        "solver": SolverReport(name=solver.name, status="feasible", seconds=0.0),
+        "inputs": inputs,
+        "inputs_sha256": inputs.hashes(),
+    }
+    return _planned(base, "no plan without a pipeline fits", cost, found[1], wanted, limit, began)
 
 
 def _pp(cost: CostModel, rival: Rival | None) -> list[Group]:
@@ -79,12 +101,21 @@ def _not_chosen(plan: Plan, against: str, found: Found | None) -> Iterator[str]:
     )
 
 
-def _planned(plan: Plan, cost: CostModel, groups: list[Group], wanted: Wanted, limit: int, began: float) -> Plan:
+def _instead(plan: Plan, cost: CostModel, groups: list[Group], wanted: Wanted, limit: int, began: float) -> Plan:
     """The plan of `groups`, with the rivals of `plan`, which it replaces."""
+    told = f"the best plan without a pipeline takes {plan.predicted.iteration_seconds:.3f} s"
+    return _planned(dict(plan), told, cost, groups, wanted, limit, began)
+
+
+def _planned(
+    base: dict[str, Any], told: str, cost: CostModel, groups: list[Group], wanted: Wanted, limit: int, began: float
+) -> Plan:
+    """The plan of `groups` with the other fields of `base`; `told`: of plans without a pipeline."""
     replayed, train = replay_groups(cost.inputs, groups, cost), cost.train
     seconds, world, bound = replayed.seconds, len(cost.devices), pipeline_bound(cost, limit)
     used = sorted(rank for group in groups for ranks in group.replicas for rank in ranks)
-    spent = plan.solver.seconds + time.monotonic() - began
+    solver = base["solver"]
+    spent = solver.seconds + time.monotonic() - began
     changes = {
         "date": datetime.date.today(),
         "max_groups": wanted.most_groups,
@@ -99,16 +130,15 @@ def _planned(plan: Plan, cost: CostModel, groups: list[Group], wanted: Wanted, l
         "one_group": None,
         "memory": replayed.memory(cost),
         "economy": economy(cost, used, seconds, limit),
-        "solver": plan.solver.model_copy(update={"status": "feasible", "seconds": spent}),
+        "solver": solver.model_copy(update={"status": "feasible", "seconds": spent}),
         "explanation": binding_of_groups(replayed),
-        "notes": [*sources(cost), *_notes(plan, cost, groups, used)],
+        "notes": [*sources(cost), *_notes(told, cost, groups, used)],
     }
-    return Plan.model_validate({**dict(plan), **changes})
+    return Plan.model_validate({**base, **changes})
 
 
-def _notes(plan: Plan, cost: CostModel, groups: list[Group], used: list[int]) -> Iterator[str]:
-    stages = "; ".join(_stages(cost, group) for group in groups)
-    yield f"{stages}; the best plan without a pipeline takes {plan.predicted.iteration_seconds:.3f} s"
+def _notes(told: str, cost: CostModel, groups: list[Group], used: list[int]) -> Iterator[str]:
+    yield f"{'; '.join(_stages(cost, group) for group in groups)}; {told}"
     if left_out := sorted(set(range(len(cost.devices))) - set(used)):
         counts = {name: sum(cost.devices[rank].type == name for rank in left_out) for name in cost.types}
         names = ", ".join(f"{count} {name}" for name, count in counts.items() if count)

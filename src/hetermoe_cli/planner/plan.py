@@ -18,7 +18,7 @@ from hetermoe_cli.planner.cluster.objective import Wanted, economy
 from hetermoe_cli.planner.cluster.plan_groups import bound_of_groups, plan_groups, wants_groups
 from hetermoe_cli.planner.expert_load import load_notes, under_load
 from hetermoe_cli.planner.explain import does_not_fit, notes
-from hetermoe_cli.planner.pipeline_plan import SHARE_OF_NODES, WORTH, reason_against, with_pipelines
+from hetermoe_cli.planner.pipeline_plan import SHARE_OF_NODES, WORTH, pipelines_alone, reason_against, with_pipelines
 from hetermoe_cli.planner.replay import replay_seconds, typical
 from hetermoe_cli.planner.runner_up import RunnerUp
 from hetermoe_cli.planner.search import Found, search
@@ -55,20 +55,31 @@ def make_plan(
             "--objective, --max-cost, --max-groups and --no-pipeline go with --assignment optimal: leave one out"
         )
 
+    limit = options.max_micro_batches
+    try:
+        plan, rival = _without_stages(cost, options, progress)
+    except UserError as error:
+        may = error.code in (ExitCode.DOES_NOT_FIT, ExitCode.SOLVER) and options.assignment == "optimal"
+        alone = pipelines_alone(embed(inputs), cost, wanted, options.solver, limit) if may else None
+        if alone is None:
+            raise
+        return alone
+    return with_pipelines(plan, cost, rival, wanted, options.solver.time_limit, limit)
+
+
+def _without_stages(
+    cost: CostModel, options: PlanOptions, progress: Callable[[str], None]
+) -> tuple[Plan, Rival | None]:
+    """The best plan without pipeline stages, and `pp` where it was computed."""
+    wanted = options.wanted
     if options.assignment == "optimal" and wants_groups(cost, wanted):
         share = 0.0 if reason_against(cost, options.assignment, wanted) else SHARE_OF_NODES
         solver = replace(options.solver, time_limit=(1 - share) * options.solver.time_limit)
-        plan = _plan_groups(cost, replace(options, solver=solver), progress)
-        return _with_pipelines(plan, None, cost, options)
+        return _plan_groups(cost, replace(options, solver=solver), progress), None
     plan, rivals = _plan_one_group(cost, options, progress)
     if options.assignment == "optimal" and wanted.most_groups != 1:
         plan = _one_or_several(plan, cost, options, progress)
-    return _with_pipelines(plan, rivals["pp"], cost, options)
-
-
-def _with_pipelines(plan: Plan, rival: Rival | None, cost: CostModel, options: PlanOptions) -> Plan:
-    """The plan, or pipelines where these are faster; `rival`: pp, where it was computed."""
-    return with_pipelines(plan, cost, rival, options.wanted, options.solver.time_limit, options.max_micro_batches)
+    return plan, rivals["pp"]
 
 
 def _one_or_several(plan: Plan, cost: CostModel, options: PlanOptions, progress: Callable[[str], None]) -> Plan:
