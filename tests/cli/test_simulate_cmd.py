@@ -14,6 +14,7 @@ from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.schedule.schedule import parse_schedule
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.files import dump
+from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage, ScheduleChoice
 from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.trace import Trace, read_trace
 
@@ -32,7 +33,26 @@ def test_tables(hetermoe: Hetermoe, plan_file: Path) -> None:
     rows = [line.split() for line in out.splitlines() if line.strip().startswith(("0 ", "1 "))]
     assert rows[0][:4] == ["0", "new", "attention", "41.0%"]
     assert rows[1][:4] == ["1", "old", "experts", "91.2%"]
+    assert "crossing" not in out
     assert "30.72 s" in out  # 3 x 2 layers x 2 micro-batches x 4 experts x 32 rows x 0.02 s
+
+
+def test_pipeline_stages(hetermoe: Hetermoe, tmp_path: Path) -> None:
+    placement = [LayerPlacement(experts=[[0, 1, 2, 3], []]), LayerPlacement(experts=[[], [0, 1, 2, 3]])]
+    layout = Layout(
+        schedule=ScheduleChoice.sequential(2),
+        sequences_per_rank=[1, 1],
+        placement=placement,
+        pipeline=[PipelineStage(layers=1, ranks=[0]), PipelineStage(layers=1, ranks=[1])],
+    )
+    dump(make_plan(make_inputs(global_batch_sequences=2), layout), tmp_path / "plan.yaml")
+    picture = tmp_path / "picture.svg"
+    code, out, err = hetermoe("simulate", tmp_path / "plan.yaml", "--picture", picture)
+    assert (code, err) == (0, "")
+    assert "2 pipeline stages, sequential, R = 2" in out
+    assert "crossing" in out
+    for text in ("to next stage", "to stage before", "to and from other pipeline stages"):
+        assert text in picture.read_text()
 
 
 def test_json_is_one_object_with_the_plans_prediction(hetermoe: Hetermoe, plan_file: Path, plan: Plan) -> None:

@@ -133,7 +133,7 @@ def test_groups_share_out_states_among_all_holders(state: Any) -> None:
     pair = make_layout((1, 1), (2, 1), replicated=1, layers=4, dense_state=state)
     alone = make_layout((2,), (4,), layers=4, dense_state=state)
     sharers = Sharers.of([(pair, 2), (alone, 1)])
-    assert sharers.attending == (1 if state == "replicated" else 5)
+    assert sharers.dense.tolist() == [1 if state == "replicated" else 5] * 5
     assert sharers.experts.tolist() == [[1, 1, 1, 1] if state == "replicated" else [3, 3, 3, 5]] * 4
     total = 0.0
     for layout, copies in ((pair, 2), (alone, 1)):

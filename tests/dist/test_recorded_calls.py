@@ -14,7 +14,7 @@ from test_sharded_states import GROUPS as FULL
 from test_sharded_states import in_state
 from workers import run_workers
 
-from hetermoe_cli.runtime.calls import COMMUNICATORS, WIDEST, Call, calls_of, lane_name, share_name
+from hetermoe_cli.runtime.calls import COMMUNICATORS, PARITY, WIDEST, Call, calls_of, lane_name, share_name
 from hetermoe_cli.runtime.slots import tail_size
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.lower import training_schedules
@@ -55,8 +55,8 @@ def work(rank: int, case: Case, layout: Layout | World, ordered: bool) -> tuple[
     mesh, world = replace(join(layout, "cpu", shares=False), ordered=ordered), World.of(layout)
     lanes = [lane_name(world, world.seat(rank)[0], lane) for lane in (1, 2)]
     names = {id(mesh.to_experts): lanes[0], id(mesh.from_experts): lanes[1], id(None): COMMUNICATORS[0]}
-    crossings = enumerate(mesh.stages, 4)
-    names |= {id(group): lane_name(world, world.seat(rank)[0], lane) for lane, group in crossings}
+    for number, group in enumerate(mesh.stages):
+        names[id(group)] = f"{lane_name(world, world.seat(rank)[0], 4 + number % 2)}, {PARITY[number // 2]}"
     names |= {id(group): share_name(world, holders) for holders, group in mesh.shared.items()}
     found: list[Recorded] = []
     batch, reduce, gather = dist.batch_isend_irecv, dist.all_reduce, mesh_module.ALL_GATHER
@@ -140,11 +140,6 @@ def test_groups_gather_among_their_own(name: str, ordered: bool) -> None:
     check_calls(FULL[name], in_state(FULL[name].layout, "full"), ordered)
 
 
-def lane_of(communicator: str, operation: str) -> tuple[str, str]:
-    """What keeps an order: between pipeline stages, sends and receives each have one of their own."""
-    return communicator, operation if " stage" in communicator else ""
-
-
 def check_calls(case: Case, layout: Layout | World, ordered: bool) -> None:
     """One step of all workers, each against its derived list."""
     world = World.of(layout)
@@ -161,8 +156,8 @@ def check_calls(case: Case, layout: Layout | World, ordered: bool) -> None:
             case.model,
         )
         if not ordered:  # lanes call when they can: each in its own order
-            found = sorted(found, key=lambda call: lane_of(call[0], call[1]))
-            derived = sorted(derived, key=lambda call: lane_of(call.communicator, call.operation))
+            found = sorted(found, key=lambda call: call[0])
+            derived = sorted(derived, key=lambda call: call.communicator)
         assert len(found) == len(derived)
         met: Counter[object] = Counter()
         for (communicator, operation, peer, dtype, size), call in zip(found, derived, strict=True):

@@ -13,13 +13,13 @@ from hetermoe_cli.cost.moving import holders, moves, moving_seconds, state_bytes
 from hetermoe_cli.planner import rebalance
 from hetermoe_cli.planner.cluster.replayed import replay_measured
 from hetermoe_cli.planner.group_moves import renumbered
-from hetermoe_cli.planner.rebalance import NOT_FASTER, UNSTEADY
+from hetermoe_cli.planner.rebalance import IN_STAGES, NOT_FASTER, UNSTEADY
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
-from hetermoe_cli.spec.layout import LayerPlacement, Layout
+from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage
 from hetermoe_cli.spec.load import ExpertLoad
-from hetermoe_cli.spec.plan import Inputs, Plan
+from hetermoe_cli.spec.plan import Group, Inputs, Plan
 from hetermoe_cli.spec.rebalance import Decision
 
 EXPERTS, LAYERS = 8, 2
@@ -96,6 +96,23 @@ def test_a_skewed_load_moves_experts_and_its_replay_is_faster() -> None:
     assert decision.after_seconds <= even * (1 + 1e-9) < 0.92 * decision.before_seconds
     assert decision.moved == sum(len(move.targets) for move in moves(LAYOUT, found)) > 0
     assert decision.move_seconds == moving_seconds(measured, LAYOUT, found)
+
+
+STAGES = Layout(
+    schedule=LAYOUT.schedule,
+    sequences_per_rank=[1, 1, 1, 1],
+    placement=[
+        LayerPlacement(experts=[[0, 1, 2, 3], [4, 5, 6, 7], [], []]),
+        LayerPlacement(experts=[[], [], [0, 1, 2, 3], [4, 5, 6, 7]]),
+    ],
+    pipeline=[PipelineStage(layers=1, ranks=[0, 1]), PipelineStage(layers=1, ranks=[2, 3])],
+)
+
+
+def test_experts_of_pipeline_stages_stay() -> None:
+    decision = decide(SKEWED, 1000, layout=STAGES)
+    assert decision.groups is None
+    assert decision.reason == IN_STAGES
 
 
 def test_moving_must_pay_in_the_steps_that_are_left() -> None:
@@ -200,6 +217,15 @@ def test_a_group_that_others_wait_for_moves_alone() -> None:
         decision = decide_groups(plan, SKEWED)
         assert decision.groups is not None
         assert [new == old for new, old in zip(decision.groups, plan.groups, strict=True)] == [stays == 0, stays == 1]
+
+
+def test_groups_beside_pipeline_stages_move_theirs() -> None:
+    plan = groups_plan(small=4.0)
+    groups = [Group.of(STAGES, plan.groups[0].replicas), plan.groups[1]]
+    state = MeasuredState(ExpertLoad(layers=SKEWED), (1,) * 11)
+    found = rebalance._search(plan, replay_measured(plan.inputs, groups, state), 1000).layouts
+    assert found[0] == STAGES
+    assert found[1] != plan.groups[1].layout
 
 
 def test_replicas_come_to_differ_where_their_devices_do() -> None:

@@ -134,8 +134,9 @@ def _draw(plan: "Plan", name: str, predicted: "Trace", origin: str, run: "Measur
 
 
 def _headline(plan: "Plan") -> str:
-    schedule, inputs = plan.schedule, plan.inputs
-    return f"{inputs.model.name} on {inputs.cluster.name}, {schedule}"
+    from hetermoe_cli.report.tasks import order_of
+
+    return f"{plan.inputs.model.name} on {plan.inputs.cluster.name}, {order_of(plan.layout)}"
 
 
 def _notes(plan: "Plan", run: "Measured | None", *, one_step: bool) -> list[str]:

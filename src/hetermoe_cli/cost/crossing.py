@@ -11,7 +11,7 @@ import numpy as np
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.ports import Matrix, Ranks
 from hetermoe_cli.schedule.action import Pass
-from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.layout import Layout, in_both
 
 
 class Crossing(NamedTuple):
@@ -40,14 +40,7 @@ class Crossing(NamedTuple):
 
 def shared_sequences(layout: Layout, layer: int) -> tuple[Matrix, Ranks, Ranks]:
     """[before, after] sequences of a micro-batch that both attend to; the attending ranks on either side."""
-    before, after = (np.array(layout.attending_at(at), dtype=np.intp) for at in (layer - 1, layer))
-    counts = np.array(layout.sequences_per_rank)
-    (first, end), (other_first, other_end) = _ranges(counts[before]), _ranges(counts[after])
-    shared = np.minimum(end[:, None], other_end) - np.maximum(first[:, None], other_first)
-    return np.maximum(shared, 0).astype(np.float64), before, after
-
-
-def _ranges(counts: Ranks) -> tuple[Ranks, Ranks]:
-    """The first of the sequences of each, and the one after its last."""
-    ends = np.cumsum(counts)
-    return ends - counts, ends
+    before, after = (layout.sequences_of(layout.span_at(at)) for at in (layer - 1, layer))
+    shared = [[in_both(one, other) for other in after.values()] for one in before.values()]
+    ranks = [np.array([*side], dtype=np.intp) for side in (before, after)]
+    return np.array(shared, dtype=np.float64), ranks[0], ranks[1]

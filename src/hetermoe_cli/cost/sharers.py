@@ -34,11 +34,6 @@ class Sharers(NamedTuple):
         dense, held = np.sum(attending, axis=0), np.sum(counts, axis=0)
         return cls(dense, held) if shared else cls(np.ones_like(dense), np.ones_like(held))
 
-    @property
-    def attending(self) -> int:
-        """Among how many ranks the head is shared out; without pipelines every layer is."""
-        return int(self.dense[-1])
-
     def share(self, cost: CostModel, span: Span, dense: int) -> float:
         """Of a pipeline stage's `dense` parameters, those that each of its attending ranks has."""
         counts = self.dense[span.first : span.end + (not span.ahead)]

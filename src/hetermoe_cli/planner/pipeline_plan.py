@@ -9,15 +9,14 @@ from typing import Any
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.baselines.pipeline import pipelines_of_nodes, pp
-from hetermoe_cli.planner.baselines.rival import Rival
 from hetermoe_cli.planner.cluster.explained import binding_of_groups
 from hetermoe_cli.planner.cluster.objective import Wanted, economy
 from hetermoe_cli.planner.cluster.plan_groups import ONE_GROUP
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.explain import sources
-from hetermoe_cli.planner.pipelines import Found, best_pipelines, plain_pipelines
+from hetermoe_cli.planner.pipeline_bound import pipeline_bound
+from hetermoe_cli.planner.pipelines import Found, Setups, best_pipelines, plain_pipelines
 from hetermoe_cli.planner.solver import SolverOptions
-from hetermoe_cli.planner.work import pipeline_bound
 from hetermoe_cli.spec.plan import Assignment, Bound, Group, Inputs, Plan, Prediction, SolverReport
 
 WORTH = 0.01  # of the iteration: by how much pipelines, or several groups, must be faster
@@ -26,18 +25,22 @@ SHARE = 0.3  # of the time limit, beside what other plans take
 SHARE_OF_NODES = 0.15  # the same where units are whole nodes: each replay takes longer, and the others get the rest
 
 
+def setups_of_nodes(cost: CostModel, assignment: Assignment, wanted: Wanted) -> Setups:
+    """What is looked at where several groups are planned from the start, if anything is."""
+    return [] if reason_against(cost, assignment, wanted) else pipelines_of_nodes(cost)
+
+
 def with_pipelines(
-    plan: Plan, cost: CostModel, rival: Rival | None, wanted: Wanted, time_limit: float, limit: int
+    plan: Plan, cost: CostModel, setups: Setups, wanted: Wanted, seconds_left: float, limit: int
 ) -> Plan:
-    """Pipelines that are clearly faster than `plan`, or that were asked for (assignment pp); else the plan, and why not
-    where `pp` (`rival`, None where it is not computed) is faster. `limit`: the largest R of layouts, for the bound."""
+    """Pipelines of `setups` (those of pp, with its seconds) that are clearly faster than `plan`, or that were asked for
+    (assignment pp); else the plan, and why not where pp is faster. `limit`: the largest R of layouts, for the bound."""
     began, seconds = time.monotonic(), plan.predicted.iteration_seconds
     if plan.assignment == "pp":
-        return _instead(plan, cost, _pp(cost, rival), wanted, limit, began)
+        return _instead(plan, cost, _pp(plan, cost, setups), wanted, limit, began)
     against, found = reason_against(cost, plan.assignment, wanted), None
     if not against:
-        setups, share = (rival.pipelines, SHARE) if rival else (pipelines_of_nodes(cost), SHARE_OF_NODES)
-        found = best_pipelines(cost, setups, seconds, share * time_limit, wanted.most_groups)
+        found = best_pipelines(cost, setups, seconds, seconds_left, wanted.most_groups)
         if found and found[0] < (1 - WORTH) * seconds:
             return _instead(plan, cost, found[1], wanted, limit, began)
     told = [*plan.notes, *_not_chosen(plan, against, found)]
@@ -63,14 +66,14 @@ def pipelines_alone(inputs: Inputs, cost: CostModel, wanted: Wanted, solver: Sol
     return _planned(base, "no plan without a pipeline fits", cost, found[1], wanted, limit, began)
 
 
-def _pp(cost: CostModel, rival: Rival | None) -> list[Group]:
+def _pp(plan: Plan, cost: CostModel, setups: Setups) -> list[Group]:
     """The groups of the rival itself. UserError if it does not fit, or cannot be what was asked for."""
     if against := reason_against(cost, "optimal", Wanted()):
         raise UserError(f"assignment pp: {against}: plan it without")
-    found = plain_pipelines(cost, rival.pipelines) if rival else None
+    found = plain_pipelines(cost, setups)
     if found is None:
-        reason = rival.reason if rival and rival.seconds == inf else _NONE
-        raise UserError(f"assignment pp: {reason}", ExitCode.DOES_NOT_FIT)
+        rival = plan.baselines["pp"]
+        raise UserError(f"assignment pp: {_NONE if setups else rival.reason}", ExitCode.DOES_NOT_FIT)
     return found[1]
 
 

@@ -33,6 +33,7 @@ CANDIDATES = 4  # setups that are replayed
 IMPROVED = 2  # of these, those that are varied
 WINDOWS = (2, 4)  # micro-batches that are in flight together in a stage
 
+Setups = Sequence[tuple[float, Tuned]]  # with the seconds of pp, the fastest first
 Found = tuple[float, list[Group]]  # seconds of an iteration, and a group of every pipeline that differs from the others
 
 
@@ -51,7 +52,7 @@ class Shape:
 
 
 def best_pipelines(
-    cost: CostModel, setups: Sequence[tuple[float, Tuned]], beat: float, seconds: float, most_groups: int | None = None
+    cost: CostModel, setups: Setups, beat: float, seconds: float, most_groups: int | None = None
 ) -> Found | None:
     """The fastest that fit of `setups` (with the seconds of pp, fastest first), with at most so many pipelines side by
     side. What is far slower than `beat` is not looked at; no more than one is once `seconds` are gone. Balanced routers
@@ -66,7 +67,7 @@ def best_pipelines(
     return best and min([best, *_other_orders(cost, best[1])], key=lambda one: one[0])
 
 
-def plain_pipelines(cost: CostModel, setups: Sequence[tuple[float, Tuned]]) -> Found | None:
+def plain_pipelines(cost: CostModel, setups: Setups) -> Found | None:
     """The fastest of `setups` that fits, as it is: what `pp` stands for."""
     return next((found for _, found in _plain(cost, setups, inf)), None)
 

@@ -18,7 +18,15 @@ from hetermoe_cli.planner.cluster.objective import Wanted, economy
 from hetermoe_cli.planner.cluster.plan_groups import bound_of_groups, plan_groups, wants_groups
 from hetermoe_cli.planner.expert_load import load_notes, under_load
 from hetermoe_cli.planner.explain import does_not_fit, notes
-from hetermoe_cli.planner.pipeline_plan import SHARE_OF_NODES, WORTH, pipelines_alone, reason_against, with_pipelines
+from hetermoe_cli.planner.pipeline_plan import (
+    SHARE,
+    SHARE_OF_NODES,
+    WORTH,
+    pipelines_alone,
+    setups_of_nodes,
+    with_pipelines,
+)
+from hetermoe_cli.planner.pipelines import Setups
 from hetermoe_cli.planner.replay import replay_seconds, typical
 from hetermoe_cli.planner.runner_up import RunnerUp
 from hetermoe_cli.planner.search import Found, search
@@ -57,29 +65,39 @@ def make_plan(
 
     limit = options.max_micro_batches
     try:
-        plan, rival = _without_stages(cost, options, progress)
+        plan, setups, seconds_left = _without_stages(cost, options, progress)
     except UserError as error:
         may = error.code in (ExitCode.DOES_NOT_FIT, ExitCode.SOLVER) and options.assignment == "optimal"
         alone = pipelines_alone(embed(inputs), cost, wanted, options.solver, limit) if may else None
         if alone is None:
             raise
         return alone
-    return with_pipelines(plan, cost, rival, wanted, options.solver.time_limit, limit)
+    result = with_pipelines(plan, cost, setups, wanted, seconds_left, limit)
+    return _told(result) if options.explain else result
+
+
+def _told(plan: Plan) -> Plan:
+    """With pipeline stages there are no runner-ups: say so."""
+    if not any(group.pipeline for group in plan.groups):
+        return plan
+    missing = "runner-ups are known of plans without pipeline stages only: --no-pipeline --explain"
+    return plan.model_copy(update={"notes": [*plan.notes, missing]})
 
 
 def _without_stages(
     cost: CostModel, options: PlanOptions, progress: Callable[[str], None]
-) -> tuple[Plan, Rival | None]:
-    """The best plan without pipeline stages, and `pp` where it was computed."""
-    wanted = options.wanted
+) -> tuple[Plan, Setups, float]:
+    """The best plan without pipeline stages, the setups of pipelines to be looked at, and for how many seconds."""
+    wanted, time_limit = options.wanted, options.solver.time_limit
     if options.assignment == "optimal" and wants_groups(cost, wanted):
-        share = 0.0 if reason_against(cost, options.assignment, wanted) else SHARE_OF_NODES
-        solver = replace(options.solver, time_limit=(1 - share) * options.solver.time_limit)
-        return _plan_groups(cost, replace(options, solver=solver), progress), None
+        setups = setups_of_nodes(cost, options.assignment, wanted)
+        aside = SHARE_OF_NODES * time_limit if setups else 0.0
+        solver = replace(options.solver, time_limit=time_limit - aside)
+        return _plan_groups(cost, replace(options, solver=solver), progress), setups, aside
     plan, rivals = _plan_one_group(cost, options, progress)
     if options.assignment == "optimal" and wanted.most_groups != 1:
         plan = _one_or_several(plan, cost, options, progress)
-    return plan, rivals["pp"]
+    return plan, rivals["pp"].pipelines, SHARE * time_limit
 
 
 def _one_or_several(plan: Plan, cost: CostModel, options: PlanOptions, progress: Callable[[str], None]) -> Plan:

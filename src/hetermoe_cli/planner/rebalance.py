@@ -46,7 +46,7 @@ def decide(
     """
     replayed = replay_measured(plan.inputs, groups, now)
     before, current = replayed.seconds, [g.group.layout for g in replayed.groups]
-    if any(layout.pipeline for layout in current):
+    if all(layout.pipeline for layout in current):
         return _stay(before, IN_STAGES)
     found = _search(plan, replayed, remaining_steps)
     layouts = [layout for layout in found.layouts if layout]
@@ -95,9 +95,7 @@ def _search(plan: Plan, replayed: Replayed, remaining_steps: int) -> _Found:
     floor = fastest = 0.0
     for place, number in enumerate(order):
         group = replayed.groups[number].group
-        staged = bool(
-            group.pipeline
-        )  # experts may move inside a pipeline stage only, which the search knows nothing of
+        staged = len(group.pipeline) > 0  # experts may move inside a stage only, which the search knows nothing of
         if staged or (ready[number] <= floor and not full[number]):
             floor = max(floor, ready[number]) if staged else floor
             fastest = max(fastest, ready[number] + replayed.optimizer)

@@ -43,25 +43,15 @@ def work_bound(cost: CostModel, micro_batch_limit: int) -> float:
     can go round a ring of m only when all is computed.
     """
     speeds = list(type_speeds(cost, micro_batch_limit).values())
-    low, least = _compute_seconds(cost, speeds), cost.train.global_batch_sequences * min(s.sequence for s in speeds)
-    ring = _ring_seconds(cost)
-    return min(max(low, least / m) + ring * (m - 1) / m for m in range(1, len(cost.devices) + 1))
-
-
-def pipeline_bound(cost: CostModel, micro_batch_limit: int) -> float:
-    """The same for pipelines, whose stages may be of one device each: what one attends to is not all layers of its
-    sequences, and no gradients go round."""
-    return _compute_seconds(cost, list(type_speeds(cost, micro_batch_limit).values()))
-
-
-def _compute_seconds(cost: CostModel, speeds: list[Speed]) -> float:
-    """The least time in which all devices can do all attention and expert work."""
-    batch, rows = cost.train.global_batch_sequences, rows_of(cost)
+    batch = cost.train.global_batch_sequences
+    rows = rows_of(cost)
     low, high = 0.0, max(s.sequence * batch + s.row * rows for s in speeds)
     for _ in range(STEPS):
         middle = (low + high) / 2
         low, high = (low, middle) if _enough(speeds, middle, batch, rows) else (middle, high)
-    return low
+    least = batch * min(s.sequence for s in speeds)
+    ring = _ring_seconds(cost)
+    return min(max(low, least / m) + ring * (m - 1) / m for m in range(1, len(cost.devices) + 1))
 
 
 def _ring_seconds(cost: CostModel) -> float:

@@ -13,6 +13,7 @@ from hetermoe_cli.trace import Trace
 if TYPE_CHECKING:
     from rich.console import Group
 
+CROSSING, BETWEEN = "crossing", "between stages"  # a column where there are pipeline stages
 COLUMNS = {
     "attention": ("attention forward", "attention backward"),
     "experts": ("expert forward", "expert backward"),
@@ -22,6 +23,7 @@ COLUMNS = {
     "dispatch": ("dispatch",),
     "combine": ("combine",),
     "gather": ("gather",),
+    CROSSING: (BETWEEN,),
 }
 
 
@@ -101,10 +103,11 @@ def render(iteration: Iteration, title: str) -> "Group":
         f"{iteration.tokens_per_second:,.{0 if iteration.tokens_per_second >= 100 else 3}f} tokens/s",
         f"critical resource: rank {critical.rank} ({critical.device}), {critical.lane}: {critical.share:.1%} occupied",
     ]
-    rows = [_row(row) for row in iteration.ranks]
-    return Group(*lines, table("Seconds by rank", ["rank", "device", "role", "busy", *COLUMNS], rows, text_columns=3))
+    columns = [name for name in COLUMNS if name != CROSSING or any(BETWEEN in row.seconds for row in iteration.ranks)]
+    rows = [_row(row, columns) for row in iteration.ranks]
+    return Group(*lines, table("Seconds by rank", ["rank", "device", "role", "busy", *columns], rows, text_columns=3))
 
 
-def _row(row: RankRow) -> Sequence[str]:
-    cells = [in_words(sum(row.seconds.get(name, 0.0) for name in names)) for names in COLUMNS.values()]
+def _row(row: RankRow, columns: Sequence[str]) -> Sequence[str]:
+    cells = [in_words(sum(row.seconds.get(name, 0.0) for name in COLUMNS[column])) for column in columns]
     return [str(row.rank), row.device, row.role, f"{row.busy_share:.1%}", *cells]

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from hetermoe_cli.report.groups import economy_lines, group_plan, groups_table, is_whole
 from hetermoe_cli.report.plan_reasons import binding_lines, runner_ups_table, what_if_table
-from hetermoe_cli.report.tasks import ranges, role
+from hetermoe_cli.report.tasks import order_of, ranges, role
 from hetermoe_cli.spec.cluster import Device
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import Plan
@@ -86,7 +86,7 @@ def headline(plan: Plan) -> Iterator[str]:
 def _decision(plan: Plan) -> str:
     """The schedule, or how many groups there are."""
     if is_whole(plan):
-        return str(plan.schedule)
+        return order_of(plan.layout)
     used = sum(len(group.replicas) * len(group.sequences_per_rank) for group in plan.groups)
     groups = f"{plan.group_count} groups" if plan.group_count > 1 else "1 group"
     return f"{groups} on {used} of {plan.inputs.cluster.world_size} devices"
@@ -162,16 +162,16 @@ def rivals_table(plan: Plan) -> Table:
 
 
 def bounds_lines(plan: Plan) -> Iterator[str]:
-    """How near the plan is to what no plan can beat."""
-    seconds, bound = plan.predicted.iteration_seconds, plan.bound
+    """How near the plan is to what no plan can beat; of one with pipeline stages both bounds are one."""
+    seconds, bound, solver = plan.predicted.iteration_seconds, plan.bound, plan.solver
     scope = {"devices": "exact over device-level placements", "classes": "over placements alike within a device class"}
-    yield (
-        f"lower bound in the default order of experts and transfers {seconds_text(bound.iteration_seconds)}: "
-        f"gap {plan.gap:.2%} ({scope.get(bound.exact_over, 'search not finished')})"
-    )
+    if not any(group.pipeline for group in plan.groups):
+        yield (
+            f"lower bound in the default order of experts and transfers {seconds_text(bound.iteration_seconds)}: "
+            f"gap {plan.gap:.2%} ({scope.get(bound.exact_over, 'search not finished')})"
+        )
     work_gap = max(0.0, 1 - bound.work_iteration_seconds / seconds)
     yield f"perfectly divisible work {seconds_text(bound.work_iteration_seconds)}: gap {work_gap:.1%}"
-    solver = plan.solver
     yield (
         f"solver {solver.name}: {solver.status}, {solver.candidates} candidates, {solver.solved} solved, "
         f"{solver.seconds:.1f} s"

@@ -61,6 +61,12 @@ def role(layout: Layout, rank: int) -> str:
     return " + ".join(["attention"] * attends + ["experts"] * hosts) or "unused"
 
 
+def order_of(layout: Layout) -> str:
+    """How it runs: "3 pipeline stages, sequential, R = 8"."""
+    stages = f"{len(layout.spans)} pipeline stages, " if len(layout.spans) > 1 else ""
+    return f"{stages}{layout.schedule}"
+
+
 def ranges(ranks: list[int]) -> str:
     """`0-5, 8`."""
     parts: list[list[int]] = []

@@ -229,8 +229,9 @@ def _legend(figure: Any, used: set[str]) -> None:
 
     handles = [Patch(color=COLOURS[name], label=name) for name in CATEGORIES if name in used]
     handles.append(Patch(color="#efefef", label="waiting"))
+    stages = ", to and from other pipeline stages" if "between stages" in used else ""
     note = (
-        "each rank: compute, rows to the experts, rows from the experts, collectives; "
+        f"each rank: compute, rows to the experts, rows from the experts, collectives{stages}; "
         "in the bars: layer.micro-batch, or the layer"
     )
     figure.legend(

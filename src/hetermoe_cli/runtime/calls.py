@@ -22,6 +22,7 @@ from hetermoe_cli.spec.world import Replica, World
 
 # by an action's lane
 COMMUNICATORS = ("world", "to experts", "from experts", "attending", "to next stage", "to stage before")
+PARITY = ("even", "odd")  # of a border between pipeline stages
 COUNTS = "int64"
 WIDEST = "widest"  # of the attending ranks' precisions
 
@@ -181,9 +182,11 @@ def _messages(
     expert of the receiver, and where rows go once per device how many these are."""
     world, process = seat
     number, rank = world.seat(process)
-    name, processes = lane_name(world, number, action.lane), world.replicas[number].processes
+    layout, processes = world.replicas[number].layout, world.replicas[number].processes
+    name = lane_name(world, number, action.lane)
+    if action.kind is Kind.CROSS:
+        name += f", {PARITY[layout.border(action.layer) % 2]}"
     senders, receivers = schedule.senders[action], schedule.receivers[action]
-    layout = world.replicas[number].layout
     directions: list[tuple[Operation, tuple[int, ...], tuple[int, ...]]] = [
         ("send", senders, receivers),
         ("receive", receivers, senders),

@@ -182,7 +182,7 @@ class Carrier:
     def _group(self, action: Action) -> ProcessGroup:
         mesh = self._mesh
         if action.kind is Kind.CROSS:
-            return mesh.stages[action.direction is Pass.BACKWARD]
+            return mesh.stages[2 * (self._layout.border(action.layer) % 2) + (action.direction is Pass.BACKWARD)]
         return mesh.to_experts if action.towards_experts else mesh.from_experts
 
     def _buffer(self, action: Action, rows: int) -> Tensor:

@@ -35,7 +35,8 @@ class Mesh:
     `wire`: where messages lie, the device with NCCL, the host with gloo. `ordered`: whether this rank's lanes call in
     one static order over all of them, as NCCL demands. `processes`: of this copy's ranks. `mail`: of both directions
     and of sums, where all ranks of this copy compute on CPUs of one machine. `patient`: all processes, over gloo.
-    `stages`: this copy's ranks, for what goes to the next pipeline stage and for what comes back, where there are such.
+    `stages`: this copy's ranks once more, for what goes to the next pipeline stage and for what comes back, over
+    borders of even and of odd numbers: what comes from one neighbour must not hold up what goes to the other.
     """
 
     rank: int
@@ -197,7 +198,7 @@ def _groups(
     """The lanes of this process' copy, and the groups of its shares by their members. All processes make all of them,
     in one order."""
     number, _ = world.seat(process)
-    counts = [4 if replica.layout.pipeline else 2 for replica in world.replicas]
+    counts = [2 + 2 * min(2, len(replica.layout.spans) - 1) for replica in world.replicas]
     copies = zip(world.replicas, counts, strict=True)
     lanes = [[_new_group(replica.processes) for _ in range(count)] for replica, count in copies][number]
     shared = _communicators(world.communicators(), process)

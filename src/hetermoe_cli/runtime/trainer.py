@@ -96,7 +96,8 @@ class Trainer:
         self._schedule = training_schedule(layout, len(world.replicas))
         self._last_of_runs = last_of_runs(self._schedule.compute[self.mesh.rank])
         self._validation = validation_schedule(layout)
-        self._first = replica.first + layout.first_sequence(self.mesh.rank)
+        sequences = layout.sequences_of(layout.span_of(self.mesh.rank)).get(self.mesh.rank, range(0))
+        self._first = replica.first + sequences.start
 
     def release_gradients(self) -> None:
         """Free the buffers of gradients between two steps, before `lay_out` makes others."""

@@ -131,6 +131,11 @@ class Span(NamedTuple):
         return range(self.first, self.end)
 
 
+def in_both(one: range, other: range) -> int:
+    """How many numbers two ranges have in common."""
+    return max(0, min(one.stop, other.stop) - max(one.start, other.start))
+
+
 class Layout(ExtendedSpec):
     """All that the schedule, the simulator and the engine need to know of a plan.
 
@@ -173,9 +178,12 @@ class Layout(ExtendedSpec):
             raise ValueError("pipeline: not with dense_state full: stages share out optimizer states only")
         for span in self.spans:
             found = sum(self.sequences_per_rank[rank] for rank in span.ranks)
-            if not found or found != self.sequences_per_micro_batch:
+            if not found:
+                raise ValueError(f"pipeline.{span.number}: none of its ranks attends to a sequence")
+            if found != self.sequences_per_micro_batch:
                 raise ValueError(
-                    f"pipeline.{span.number}: {found} sequences a micro-batch, the first stage has another"
+                    f"pipeline.{span.number}: {found} sequences a micro-batch, the first stage has "
+                    f"{self.sequences_per_micro_batch}"
                 )
             for layer in span.layers:
                 if not {*self.hosting(layer)} <= {*span.ranks}:
@@ -249,14 +257,20 @@ class Layout(ExtendedSpec):
             return sum(self.sequences_per_rank)
         return sum([self.sequences_per_rank[rank] for rank in self.pipeline[0].ranks])
 
-    def first_sequence(self, rank: int) -> int:
-        """The first of a micro-batch's sequences that `rank` attends to: those of a stage go to its ranks in turn."""
-        return sum([self.sequences_per_rank[other] for other in self.span_of(rank).ranks if other < rank])
+    def sequences_of(self, span: Span) -> dict[int, range]:
+        """Which of a micro-batch's sequences every attending rank of a stage has: they go to its ranks in turn."""
+        counts = [self.sequences_per_rank[rank] for rank in span.attending]
+        ends = accumulate(counts)
+        return {rank: range(end - n, end) for rank, n, end in zip(span.attending, counts, ends, strict=True)}
 
     def common(self, rank: int, other: int) -> int:
         """Sequences of a micro-batch that `rank` and `other`, of another pipeline stage, both attend to."""
-        pairs = [(self.first_sequence(each), self.sequences_per_rank[each]) for each in (rank, other)]
-        return max(0, min(first + count for first, count in pairs) - max(first for first, _ in pairs))
+        own, others = (self.sequences_of(self.span_of(each))[each] for each in (rank, other))
+        return in_both(own, others)
+
+    def border(self, layer: int) -> int:
+        """Of the border between two pipeline stages, before `layer`: its number."""
+        return self.span_at(layer).number - 1
 
     def windows_in_flight(self, rank: int) -> int:
         """Windows of micro-batches whose activations `rank` keeps at once: one more than stages follow (1F1B)."""

@@ -9,10 +9,11 @@ divides; they are dealt to the pipelines so that all end together. Layers per st
 for the best setup also GPipe. Weights and optimizer states are whole on every device that holds a layer.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from math import ceil, floor, gcd, inf
+from math import ceil, floor, inf
 
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.baselines.pipeline_cost import PipelineCost, Unit
@@ -74,21 +75,33 @@ def pp(cost: CostModel, limit: int, *, pipelines: int | None = None) -> Rival:
 
 
 def pipelines_of_nodes(cost: CostModel) -> list[tuple[float, Tuned]]:
-    """Like pp's, seconds first, with units of whole nodes alone: many devices are searched as fast as few. Nothing of
-    clusters with too many nodes."""
-    width = gcd(*(node.devices for node in cost.inputs.cluster.nodes))
-    return _Search(cost, quantum=width).ranked() if len(cost.devices) <= MOST_UNITS * width else []
+    """Like pp's, seconds first, with units of whole or half nodes alone: many devices are searched as fast as few.
+
+    Nodes of another size than most devices are in are left out; nothing of clusters with too many nodes.
+    """
+    members: dict[int, list[int]] = {}
+    for device in cost.devices:
+        members.setdefault(device.node, []).append(device.rank)
+    sizes = Counter(len(ranks) for ranks in members.values() for _ in ranks)
+    width = max(sizes, key=lambda size: (sizes[size], size))
+    whole = [ranks for ranks in members.values() if len(ranks) == width]
+    parts = 2 if width % 2 == 0 and 2 * len(whole) <= MOST_UNITS else 1
+    if len(whole) > MOST_UNITS:
+        return []
+    return _Search(cost, quantum=width // parts, ranks=[rank for ranks in whole for rank in ranks]).ranked()
 
 
 class _Search:
-    """`quantum`: what the width of units is a multiple of."""
+    """`quantum`: what the width of units is a multiple of; `ranks`: the only ones to be used."""
 
-    def __init__(self, cost: CostModel, pipelines: int | None = None, quantum: int = 1) -> None:
+    def __init__(
+        self, cost: CostModel, pipelines: int | None = None, quantum: int = 1, ranks: Sequence[int] | None = None
+    ) -> None:
         self.cost, self.batch, self.pipelines = cost, cost.train.global_batch_sequences, pipelines
         self._quantum = quantum
         self._costs: dict[tuple[int, int, Recompute], PipelineCost] = {}
         one = PipelineCost(cost, 1, 1, "none")
-        self.sorted = sorted(range(len(cost.devices)), key=lambda rank: one.unit((rank,)).layer)
+        self.sorted = sorted(ranks or range(len(cost.devices)), key=lambda rank: one.unit((rank,)).layer)
         self._rates: dict[tuple[int, int, int, Recompute], tuple[int, float]] = {}
 
     def costs(self, setup: Setup) -> PipelineCost:
