@@ -11,7 +11,6 @@ from single_device import trained
 from test_engine_equality import LENGTH, MODEL, arrays, batches
 from workers import run_workers
 
-from train_command import events
 from builders import make_groups_plan, make_inputs, make_layout, make_plan, make_profile
 from hetermoe_cli.model.training_state import training_tensors
 from hetermoe_cli.model.transformer import named_tensors
@@ -20,6 +19,7 @@ from hetermoe_cli.runtime.recorder import read_rebalances
 from hetermoe_cli.spec.plan import Inputs, Plan, world_of
 from hetermoe_cli.spec.run import Emulation, RunSpec
 from hetermoe_cli.spec.train import TrainSpec
+from train_command import events
 
 STEPS, EVERY = 12, 3
 TRAIN = TrainSpec(

@@ -1,5 +1,6 @@
 """The engine on CUDA against the reference on the CPU: one rank, a truly mixed pair, two ranks on one card, NCCL."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -106,5 +107,5 @@ def test_no_thread_waits_for_a_stream_and_spans_are_of_the_device(name: str, dev
             map(display_name, schedule.transfers_of(rank))
         )
         tasks.sort(key=lambda span: span.start)
-        for before, after in zip(tasks, tasks[1:], strict=False):
+        for before, after in itertools.pairwise(tasks):
             assert before.start <= before.end <= after.start + 1e-3

@@ -11,9 +11,9 @@ from builders import make_inputs, make_layout, make_model, make_plan, make_profi
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.cost.layout import CountedLoad, RecordedLoad
 from hetermoe_cli.model.data import Batches
-from hetermoe_cli.simulator import simulate
 from hetermoe_cli.planner.cluster.replayed import Replayed, replay_groups
 from hetermoe_cli.schedule.lower import training_schedules
+from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage, ScheduleChoice
 from hetermoe_cli.spec.plan import Group, Plan
 from hetermoe_cli.spec.run import Emulation, RunSpec

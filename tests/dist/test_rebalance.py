@@ -73,7 +73,7 @@ def in_other_places(world: World, placements: Placements) -> World:
 
 
 def work(rank: int, case: Case, placements: Placements | None, dense_state: str):
-    """Per step the loss and the states that this rank would save, or has a copy of; experts move after the first step."""
+    """Per step the loss and the states that this rank would save, or has a copy of. Experts move after the first."""
     from hetermoe_cli.runtime.mesh import join
     from hetermoe_cli.runtime.rebalance import move_experts
     from hetermoe_cli.runtime.trainer import Trainer

@@ -1,7 +1,7 @@
 """What the engine really calls is exactly the derived list, in its one order where lanes take turns."""
 
-from dataclasses import replace
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np

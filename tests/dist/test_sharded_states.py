@@ -9,7 +9,20 @@ import numpy as np
 import pytest
 import torch
 from test_engine_equality import (
-    BIAS, CASES, DENSE, LATENT, LENGTH, LOSSES, MIXED, SIGMOID, STEPS, Case, batches, hosts, reference, starve,
+    BIAS,
+    CASES,
+    DENSE,
+    LATENT,
+    LENGTH,
+    LOSSES,
+    MIXED,
+    SIGMOID,
+    STEPS,
+    Case,
+    batches,
+    hosts,
+    reference,
+    starve,
 )  # fmt: skip
 from test_groups_equality import ALL, ALONE, Groups
 from test_groups_equality import CASES as MIXED_GROUPS
@@ -63,7 +76,7 @@ GROUPS = {  # each gathers among its own ranks
     "replicated in both, other orders": Groups(
         copies=[
             (
-                Case([1, 1], hosts([1, 0], [2, 3], replicated=(5, 4)), 2, schedule="sequential", expert_order="between"),
+                Case([1, 1], hosts([1, 0], [2, 3], replicated=(5, 4)), 2, "sequential", expert_order="between"),
                 [1, 3],
             ),
             (Case([1, 1], hosts([0], [1, 2, 3], replicated=(4, 5)), 2, transfers="interleaved"), [0, 2]),

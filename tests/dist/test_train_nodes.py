@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from workers import run_workers
 
 from builders import make_groups_plan, make_inputs, make_layout, make_model, make_plan, make_profile
