@@ -69,7 +69,7 @@ def shape(tuned: Tuned, **changes: Any) -> Shape:
 
 
 def planned(given: Inputs, **wanted: Any) -> Plan:
-    return make_plan(given, PlanOptions(solver=SolverOptions(time_limit=4.0), wanted=Wanted(**wanted)))
+    return make_plan(given, PlanOptions(solver=SolverOptions(time_limit=1.0), wanted=Wanted(**wanted)))
 
 
 def test_units_become_stages() -> None:
@@ -309,7 +309,7 @@ def test_why_a_faster_pipeline_is_not_the_plan(reason: str, train: dict[str, Any
     if reason == "by name":
         expert_load = ExpertLoad(source="test", layers=[[0.25] * 4] * 12)
         given = given.model_copy(update={"expert_load": expert_load})
-    plan = make_plan(given, PlanOptions(assignment, SolverOptions(time_limit=2.0)))
+    plan = make_plan(given, PlanOptions(assignment, SolverOptions(time_limit=0.5)))
     assert not any(group.pipeline for group in plan.groups)
     (note,) = [note for note in plan.notes if note.startswith("a pipeline over layers would take")]
     assert reason in note
