@@ -52,6 +52,7 @@ def plan(root: Path, profiles: Path, output: Path, code: int = 0) -> str:
     return run("plan", *files, "--profiles", profiles, "--output", output, code=code)
 
 
+@pytest.mark.long
 def test_it_is_profiled_planned_and_trained(folder: Path, tmp_path: Path) -> None:
     (table,) = load(Profile, folder / "profiles" / "cpu.yaml").tables
     assert len(table.dense) == len(table.attention) == 3

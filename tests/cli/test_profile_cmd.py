@@ -114,6 +114,7 @@ def test_other_shapes_are_kept_and_the_same_shape_is_replaced(cli: Cli, tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["cpu.yaml"]  # no temporary file left
 
 
+@pytest.mark.long
 def test_tables_show_every_point_without_colour(cli: Cli, tmp_path: Path) -> None:
     code, out, err = cli(*SMALL_RUN, "--no-network", "--name", "lab", "--output", str(tmp_path))
     assert code == 0

@@ -175,7 +175,7 @@ def start(plan: Path, folder: Path, text: Path) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
 def test_interrupt_saves_and_leaves_with_130(plan_file: Path, text: Path, tmp_path: Path, number: int) -> None:
     folder = tmp_path / "run"
     process = start(plan_file, folder, text)

@@ -46,7 +46,8 @@ def run(name: str) -> list[tuple[dict[str, np.ndarray], float]]:
 once = cache(run)
 
 
-@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.long) for name in ("R=1", "R=4")), UNEVEN])
+@pytest.mark.long
+@pytest.mark.parametrize("name", CASES)
 def test_equals_reference_after_200_steps(name: str, reference: tuple[dict[str, np.ndarray], float]) -> None:
     for weights, loss in once(name):
         assert loss == pytest.approx(reference[1], abs=1e-9)

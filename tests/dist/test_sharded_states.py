@@ -314,7 +314,7 @@ def around(rank: int, precision: str) -> list[tuple[str, float, dict[str, np.nda
     return result
 
 
-@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+@pytest.mark.parametrize("precision", ["fp64", pytest.param("bf16", marks=pytest.mark.long)])
 def test_a_checkpoint_goes_through_all_plans_unchanged(precision: str) -> None:
     for (_, loss, saved), *others in run_workers(4, around, precision):
         assert saved.keys() == training_shapes(PAIR.model).keys()

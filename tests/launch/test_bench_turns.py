@@ -15,7 +15,7 @@ from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.plan import Plan
 from run_builders import measured_plan
 
-LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("ep", "gather_squeeze")]
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("ep", "gather_squeeze", "dist_ep")]
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,7 @@ def test_equal_pipelines_behind_one_nic_are_stages_of_copies() -> None:
     assert merged(setup([[(0, 1), (2, 3)]], [[2, 2]], [4])) is None
 
 
-@pytest.mark.parametrize("devices", [2, 9])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.long), 9])
 def test_stages_hold_what_copies_of_the_dense_part_do_not(devices: int) -> None:
     given = inputs([("new", devices)] * 2, layers=12, batch=36, memory=4 * 10**6, ffn_size=8)
     plan = planned(given)

@@ -49,6 +49,7 @@ def remedy(pattern: str, message: str) -> int:
     return int(match[1])
 
 
+@pytest.mark.long
 def test_more_devices() -> None:
     message = refused(tight(4e6))
     assert "rank 0 (new) needs 5.65 MB of 3.60 MB usable, most of it optimizer" in message
@@ -87,6 +88,7 @@ def test_states_that_all_devices_together_cannot_hold() -> None:
     assert lacking_states(CostModel(tight(1e10))) is None
 
 
+@pytest.mark.long
 def test_shorter_sequences() -> None:
     lacking: dict[str, Any] = {"memory": 9e6, "saved_bytes": 100_000, "batch": 16}
     message = refused(tight(**lacking))

@@ -119,7 +119,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+LONG = ("4 new + 4 old", "dense layer")  # 12 and 9 s
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in CASES])
 def test_equals_brute_force(name: str) -> None:
     plan = make_plan(CASES[name], TIGHT)
     best = brute_force(CASES[name])

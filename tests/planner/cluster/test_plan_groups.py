@@ -182,6 +182,7 @@ def test_groups_too_small_for_the_model_do_not_fit() -> None:
     assert caught.value.code == ExitCode.DOES_NOT_FIT
 
 
+@pytest.mark.long
 def test_the_plan_of_one_group_stands_where_the_search_over_groups_finds_nothing_that_fits() -> None:
     """As it looks at fewer layouts of a group than the search for one."""
     model = make_model(layers=1, experts=16, top_k=1)
