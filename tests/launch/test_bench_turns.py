@@ -92,7 +92,7 @@ def test_emulation_takes_any_plans_and_says_what_differs(folder: Folder) -> None
     assert "compare tokens/s" in said[1]
 
 
-@pytest.mark.parametrize("assignment", [*LONG, "dist_ep", "hetero_ep"])
+@pytest.mark.parametrize("assignment", [*LONG, "hetero_ep"])
 def test_a_baseline_is_a_plan_that_the_engine_takes(folder: Folder, assignment: str) -> None:
     inputs = make_inputs((("new", 2), ("old", 2)), global_batch_sequences=8)
     layout = RIVALS[assignment](CostModel(inputs), 8).layout
