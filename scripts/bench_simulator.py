@@ -18,7 +18,7 @@ import numpy as np
 
 import bars
 from hetermoe_cli.cost import CostModel, LayoutCost, Load
-from hetermoe_cli.cost.layout import RecordedLoad
+from hetermoe_cli.cost.load import RecordedLoad
 from hetermoe_cli.dataflow import dataflow
 from hetermoe_cli.planner.deal import number, rotate
 from hetermoe_cli.schedule.lower import training_schedule

@@ -10,7 +10,7 @@ import numpy as np
 from hetermoe_cli.cost.crossing import Crossing
 from hetermoe_cli.cost.curves import Cost
 from hetermoe_cli.cost.device import DeviceCost, ExpertRows
-from hetermoe_cli.cost.load import AssumedLoad, CountedLoad, Load, RecordedLoad, balanced_load
+from hetermoe_cli.cost.load import AssumedLoad, CountedLoad, Load, balanced_load
 from hetermoe_cli.cost.memory import Piece
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.ports import Matrix, Ranks, TransferCost
@@ -19,8 +19,6 @@ from hetermoe_cli.cost.sharers import Sharers
 from hetermoe_cli.schedule.action import Action, Kind, Pass, trips
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, Span
 from hetermoe_cli.spec.plan import Memory
-
-__all__ = ["CountedLoad", "LayoutCost", "Load", "RecordedLoad", "balanced_load"]
 
 
 class _Hosts(NamedTuple):

@@ -1,6 +1,6 @@
 """What a plan says in words: notes on its assumptions, and why nothing fits."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
@@ -68,6 +68,14 @@ def _left_out(cost: CostModel, layout: Layout) -> Iterator[str]:
     if idle:
         names = ", ".join(f"{rank} ({cost.devices[rank].type})" for rank in idle)
         yield f"left out on purpose, they would slow the others down: ranks {names}"
+
+
+def not_used(cost: CostModel, used: Collection[int], why: str) -> Iterator[str]:
+    """How many devices of every type are in no group."""
+    if left_out := set(range(len(cost.devices))) - set(used):
+        counts = {name: sum(cost.devices[rank].type == name for rank in left_out) for name in cost.types}
+        names = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        yield f"left out on purpose, {why}: {names}"
 
 
 def _no_gain(cost: CostModel, rivals: dict[str, Rival], found: Found) -> Iterator[str]:

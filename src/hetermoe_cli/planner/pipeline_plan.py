@@ -13,7 +13,7 @@ from hetermoe_cli.planner.cluster.explained import binding_of_groups
 from hetermoe_cli.planner.cluster.objective import Wanted, economy
 from hetermoe_cli.planner.cluster.plan_groups import ONE_GROUP
 from hetermoe_cli.planner.cluster.replayed import replay_groups
-from hetermoe_cli.planner.explain import sources
+from hetermoe_cli.planner.explain import not_used, sources
 from hetermoe_cli.planner.pipeline_bound import pipeline_bound
 from hetermoe_cli.planner.pipelines import Found, Setups, best_pipelines, plain_pipelines
 from hetermoe_cli.planner.solver import SolverOptions
@@ -142,10 +142,7 @@ def _planned(
 
 def _notes(told: str, cost: CostModel, groups: list[Group], used: list[int]) -> Iterator[str]:
     yield f"{'; '.join(_stages(cost, group) for group in groups)}; {told}"
-    if left_out := sorted(set(range(len(cost.devices))) - set(used)):
-        counts = {name: sum(cost.devices[rank].type == name for rank in left_out) for name in cost.types}
-        names = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-        yield f"left out on purpose, they would slow the others down: {names}"
+    yield from not_used(cost, used, "they would slow the others down")
     yield "the search over pipelines is heuristic; its lower bound is perfectly divisible work"
 
 

@@ -16,6 +16,7 @@ from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.sharers import Sharers
 from hetermoe_cli.errors import UserError
+from hetermoe_cli.planner.baselines.even import proportional
 from hetermoe_cli.planner.baselines.pipeline import Tuned
 from hetermoe_cli.planner.baselines.pipeline_cost import Unit
 from hetermoe_cli.planner.baselines.rival import recompute_choices, state_choices
@@ -211,18 +212,9 @@ def _placement(cost: CostModel, shape: Shape, stage: PipelineStage, ranks: Seque
         total = _own_sequences(cost, shape) * width / shape.parts
         rows = cost.rows_per_expert(total)
         speeds = [1 / sum(cost.of(ranks[local]).expert(rows)[:2]) for local in stage.ranks]
-        shares = [_in_proportion(experts, speeds)] * stage.layers
+        shares = proportional([experts], speeds) * stage.layers
     else:
         shares = rotate([experts] * stage.layers, width)
     for share in shares:
         counts = dict(zip(stage.ranks, share, strict=True))
         yield number([counts.get(local, 0) for local in range(len(ranks))], 0)
-
-
-def _in_proportion(total: int, speeds: Sequence[float]) -> list[int]:
-    """Each expert goes where all would be done first."""
-    counts = [0] * len(speeds)
-    for _ in range(total):
-        first = min(range(len(speeds)), key=lambda index: (counts[index] + 1) / speeds[index])
-        counts[first] += 1
-    return counts

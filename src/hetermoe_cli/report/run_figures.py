@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hetermoe_cli.cost.layout import RecordedLoad
+from hetermoe_cli.cost.load import RecordedLoad
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.runtime.recorder import METRICS, STATUS, load_path, read_metrics, read_rebalances

@@ -29,7 +29,7 @@ from hetermoe_cli.spec.layout import Layout
 Place = tuple[int, int]  # (layer, micro-batch)
 
 
-class Crossing(NamedTuple):
+class Tokens(NamedTuple):
     """Tokens of a micro-batch that go to, or come from, each rank of another pipeline stage, in their order."""
 
     sizes: list[int]
@@ -70,7 +70,7 @@ class Carrier:
             )
         }
         self._layout, self._length = layout, sequence_length
-        self._crossings: dict[int, Crossing] = {}
+        self._crossings: dict[int, Tokens] = {}
         places = [(layer, j) for layer in range(layout.layers) for j in range(layout.micro_batches)]
         self._routed: dict[Place, Future[Routing]] = {place: Future() for place in places}
         self._arrivals: dict[Place, Arrivals] = {}
@@ -121,13 +121,13 @@ class Carrier:
         place = action.layer, action.micro_batch
         return self._arrivals[place].sizes if action.towards_experts else self.routing(place).sizes
 
-    def crossing(self, action: Action) -> "Crossing":
+    def crossing(self, action: Action) -> Tokens:
         """What this rank has in common with those of the other pipeline stage; as much forward as backward."""
         if action.layer not in self._crossings:
             rank, layout, schedule = self._mesh.rank, self._layout, self._schedule
             others = schedule.receivers[action] if rank in schedule.senders[action] else schedule.senders[action]
             common = [layout.common(rank, other) if other in others else 0 for other in range(layout.world_size)]
-            self._crossings[action.layer] = Crossing([self._length * sequences for sequences in common])
+            self._crossings[action.layer] = Tokens([self._length * sequences for sequences in common])
         return self._crossings[action.layer]
 
     def departing(self, action: Action) -> Routing:

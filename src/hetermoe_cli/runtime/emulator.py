@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from hetermoe_cli.cost import LayoutCost
-from hetermoe_cli.cost.layout import CountedLoad, Load
+from hetermoe_cli.cost.load import CountedLoad, Load
 from hetermoe_cli.cost.ports import Matrix
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.runtime.board import Board

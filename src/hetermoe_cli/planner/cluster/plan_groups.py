@@ -17,7 +17,7 @@ from hetermoe_cli.planner.cluster.loaded import groups_under_load, mean_seconds
 from hetermoe_cli.planner.cluster.objective import HOUR, Wanted, economy, least_dollars
 from hetermoe_cli.planner.cluster.refine import refined
 from hetermoe_cli.planner.expert_load import load_notes
-from hetermoe_cli.planner.explain import sources
+from hetermoe_cli.planner.explain import not_used, sources
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.spec.plan import Bound, Economy, Inputs, Plan, Prediction, SolverReport
@@ -149,11 +149,8 @@ def bound_of_groups(cost: CostModel, limit: int, wanted: Wanted, paid: Economy |
 
 def _notes(cost: CostModel, found: FoundGroups, used: list[int], wanted: Wanted) -> Iterator[str]:
     yield from sources(cost)
-    if left_out := sorted(set(range(len(cost.devices))) - set(used)):
-        counts = {name: sum(cost.devices[rank].type == name for rank in left_out) for name in cost.types}
-        names = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-        why = "they would not pay for themselves" if wanted.needs_prices else "they would slow the others down"
-        yield f"left out on purpose, {why}: {names}"
+    why = "they would not pay for themselves" if wanted.needs_prices else "they would slow the others down"
+    yield from not_used(cost, used, why)
     replayed = found.replayed
     if len(found.groups) + len(found.groups[0].replicas) > 2:
         yield (

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
-from hetermoe_cli.cost.layout import LayoutCost, Load
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.load import Load
 from hetermoe_cli.cost.measured import MeasuredCost, MeasuredState
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.ports import TransferCost
