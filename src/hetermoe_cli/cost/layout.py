@@ -97,7 +97,7 @@ class LayoutCost:
             return self.cost.optimizer_seconds(self.cost.of(rank), self.parameters(rank))
         sequences, span = self.layout.sequences_per_rank[rank], self._span_of(action)
         place = (not action.layer, action.layer == span.first)  # dense layers; a stage that has none before it
-        key = (self.cost.devices[rank].type, sequences, action.kind, action.direction, place)
+        key = (self.cost.devices[rank].type, sequences, action.kind, action.direction, place, span.schedule.recompute)
         if key not in self._dense:
             self._dense[key] = self._dense_seconds(rank, action)
         return self._dense[key]
@@ -136,7 +136,8 @@ class LayoutCost:
         forward = sum(c.forward for c in costs)
         if action.direction is Pass.FORWARD:
             return forward
-        return sum(c.backward for c in costs) + (forward if self.layout.schedule.recompute_experts else 0.0)
+        again = self._span_of(action).schedule.recompute_experts
+        return sum(c.backward for c in costs) + (forward if again else 0.0)
 
     def _expert_cost(self, device: DeviceCost, rows: float) -> Cost:
         key = device.type, rows
@@ -146,7 +147,8 @@ class LayoutCost:
 
     def _dense_seconds(self, rank: int, action: Action) -> float:
         device, sequences = self.cost.of(rank), self.layout.sequences_per_rank[rank]
-        schedule, backward = self.layout.schedule, action.direction is Pass.BACKWARD
+        span, backward = self._span_of(action), action.direction is Pass.BACKWARD
+        schedule = span.schedule
         attention = self.cost.attention_cost(device, sequences, action.layer)
         if action.kind in (Kind.HEAD, Kind.PASS):
             last = self.cost.attention_cost(device, sequences, 1)
@@ -159,7 +161,7 @@ class LayoutCost:
             return attention.forward
         # where rows are sent again, the stage of the layer before runs again here: as long, but for dense layers; that
         # of the last layer runs with the head, or where gradients come back from the next pipeline stage
-        first = action.layer == self._span_of(action).first
+        first = action.layer == span.first
         again = schedule.recompute_attention and not (schedule.sends_again and first)
         return attention.backward + again * attention.forward
 
@@ -180,7 +182,7 @@ class LayoutCost:
             ports = self._static_ports(layer, action.towards_experts)
             self._transfers[key] = TransferCost(float(self._port_seconds(layer, micro_batch).max()), ports)
         seconds, ports = self._transfers[key]
-        return TransferCost(trips(action, self.layout.schedule) * seconds, ports)
+        return TransferCost(trips(action, self._span[layer].schedule) * seconds, ports)
 
     def _crossing(self, layer: int) -> Crossing:
         if layer not in self._crossings:
@@ -281,7 +283,7 @@ class LayoutCost:
             self.cost.of(rank),
             sequences=layout.sequences_per_rank[rank],
             sequences_per_micro_batch=layout.sequences_per_micro_batch,
-            schedule=layout.schedule,
+            schedule=span.schedule,
             hosted=[len(placement.experts[rank]) for placement in layout.placement],
             replicated=[len(layout.placement[layer].replicated) for layer in span.layers],
             rows=None if self.cost.shares is None else self.assumed_rows(rank),

@@ -8,7 +8,7 @@ from typing import Any
 
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.planner.baselines.pipeline import pipelines_of_nodes, pp
+from hetermoe_cli.planner.baselines.pipeline import overlapped_pipelines, pp
 from hetermoe_cli.planner.cluster.explained import binding_of_groups
 from hetermoe_cli.planner.cluster.objective import Wanted, economy
 from hetermoe_cli.planner.cluster.plan_groups import ONE_GROUP
@@ -27,7 +27,7 @@ SHARE_OF_NODES = 0.15  # the same where units are whole nodes: each replay takes
 
 def setups_of_nodes(cost: CostModel, assignment: Assignment, wanted: Wanted) -> Setups:
     """What is looked at where several groups are planned from the start, if anything is."""
-    return [] if reason_against(cost, assignment, wanted) else pipelines_of_nodes(cost)
+    return [] if reason_against(cost, assignment, wanted) else overlapped_pipelines(cost)
 
 
 def with_pipelines(
@@ -52,7 +52,7 @@ def pipelines_alone(inputs: Inputs, cost: CostModel, wanted: Wanted, solver: Sol
     began = time.monotonic()
     if reason_against(cost, "optimal", wanted):
         return None
-    setups = pp(cost, limit).pipelines if len(cost.devices) <= ONE_GROUP else pipelines_of_nodes(cost)
+    setups = pp(cost, limit).pipelines if len(cost.devices) <= ONE_GROUP else overlapped_pipelines(cost)
     found = best_pipelines(cost, setups, inf, SHARE * solver.time_limit, wanted.most_groups)
     if not found:
         return None

@@ -23,7 +23,7 @@ from hetermoe_cli.report.tasks import category
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.schedule.schedule import Schedule, inputs
-from hetermoe_cli.spec.layout import Layout, ScheduleChoice
+from hetermoe_cli.spec.layout import Layout, Span
 from hetermoe_cli.spec.plan import Inputs
 from hetermoe_cli.spec.run import RunSpec
 from hetermoe_cli.trace import Trace, display_name
@@ -67,7 +67,8 @@ class CopyTasks:
                 device = cost.cost.of(rank).type
                 for action in order:
                     kind = category(display_name(action))
-                    parts = _parts(action, self.layout.schedule, self.layout.layers)
+                    last = action.kind is Kind.HEAD
+                    parts = _parts(action, self.layout.spans[-1] if last else self.layout.span_at(action.layer))
                     known = all((step, rank, part) in self.seconds for part in parts)
                     if kind in KINDS and known:
                         predicted = _without(cost.seconds(rank, part) for part in parts)
@@ -161,14 +162,16 @@ def _load(spec: RunSpec, step: int, copy: int) -> RecordedLoad | None:
     return load
 
 
-def _parts(action: Action, schedule: ScheduleChoice, layers: int) -> list[Action]:
-    """The task, then what to take off it: with recompute a backward holds a forward too."""
+def _parts(action: Action, span: Span) -> list[Action]:
+    """The task, of a pipeline stage, then what to take off it: with recompute a backward holds a forward too."""
+    schedule = span.schedule
     again = {Kind.ATTENTION: schedule.recompute_attention, Kind.EXPERT: schedule.recompute_experts}
     if action.direction is Pass.FORWARD:
         return [action]
     if schedule.sends_again and action.kind in (Kind.HEAD, Kind.ATTENTION):
-        before = action.layer - 1 if action.kind is Kind.ATTENTION else layers - 1
-        return [action, Action(Kind.ATTENTION, Pass.FORWARD, before, action.micro_batch)] if before >= 0 else [action]
+        before = action.layer - 1 if action.kind is Kind.ATTENTION else span.end - 1
+        held = before in span.layers
+        return [action, Action(Kind.ATTENTION, Pass.FORWARD, before, action.micro_batch)] if held else [action]
     return [action, action._replace(direction=Pass.FORWARD)] if again.get(action.kind) else [action]
 
 

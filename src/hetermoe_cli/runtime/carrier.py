@@ -57,7 +57,7 @@ class Carrier:
         self._collectives = collectives
         self._mesh, self._maps, self._schedule, self._clock = mesh, maps, schedule, clock
         width, tail = empty.shape[1], tail_size(empty.dtype, maps[0].tail)
-        again = layout.schedule.sends_again * (width + tail)
+        again = layout.span_of(mesh.rank).schedule.sends_again * (width + tail)
         self._empty = {
             (kind, direction): empty.new_empty(0, width + more)
             for kind, direction, more in (

@@ -145,7 +145,7 @@ class Engine:
         dense = self._dense()
         if layer == self._span.first:
             self._documents[j] = dense.documents(self._batch(j)[0])
-        recompute = self.layout.schedule.recompute_attention
+        recompute = self._span.schedule.recompute_attention
         stage = AttentionStage.forward(dense, layer, inputs, recompute, self._documents[j])
         routed = stage.outputs()
         if routed.losses is not None:
@@ -164,7 +164,7 @@ class Engine:
         rows, arrived = self._receive(Action(Kind.DISPATCH, Pass.FORWARD, layer, j))
         arrivals = self._carrier.arrivals(place)
         parts = self.parts.experts_of(layer)
-        schedule, training = self.layout.schedule, torch.is_grad_enabled()
+        schedule, training = self._span.schedule, torch.is_grad_enabled()
         rows, weights = arrivals.group_weighted(rows, self._empty.shape[1])
         with torch.set_grad_enabled(training and not schedule.sends_again):
             stage = ExpertStage.forward(parts, rows, weights, arrivals.counts, schedule.recompute_experts)
@@ -194,7 +194,7 @@ class Engine:
         arrivals = self._carrier.arrivals(place)
         sending = Action(Kind.DISPATCH, Pass.BACKWARD, layer, j)
         given, rest = gradient[:, : self._empty.shape[1]], gradient[:, self._empty.shape[1] :]
-        if self.layout.schedule.sends_again:
+        if self._span.schedule.sends_again:
             rows, weights = arrivals.group_weighted(rest, self._empty.shape[1])
             stage = ExpertStage.forward(self.parts.experts_of(layer), rows, weights, arrivals.counts, recompute=False)
         else:
@@ -238,7 +238,7 @@ class Engine:
         self._gradients[place] = gradient
         routing, sending = self._carrier.routing(place), Action(Kind.COMBINE, Pass.BACKWARD, *place)
         out, width = self._room(sending, routing.most), self._empty.shape[1]
-        if self.layout.schedule.sends_again:
+        if self._span.schedule.sends_again:
             rows = self._wide(sending, routing.most) if out is None else out
             routing.gather(gradient.flatten(0, 1), rows[:, :width])
             routing.gather_weighted(*self._attention[place].again(), rows[:, width:])

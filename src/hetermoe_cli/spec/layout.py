@@ -108,15 +108,20 @@ class LayerPlacement(Spec):
     replicated: list[NonNegativeInt] = Field(default_factory=list)
 
 
-class PipelineStage(Spec):
-    """Some consecutive layers, and the ranks that attend in them and host their experts."""
+class PipelineStage(ExtendedSpec):
+    """Some consecutive layers, and the ranks that attend in them and host their experts. `recompute`: its own, where
+    it is not the schedule's."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"recompute"})
 
     layers: PositiveInt
     ranks: list[NonNegativeInt] = Field(min_length=1)
+    recompute: Recompute | None = None
 
 
 class Span(NamedTuple):
-    """A pipeline stage in its place: layers from `first` to before `end`; `ahead`: stages after it."""
+    """A pipeline stage in its place: layers from `first` to before `end`; `ahead`: stages after it. `schedule`: the
+    layout's, with the stage's own recomputation."""
 
     number: int
     first: int
@@ -124,6 +129,7 @@ class Span(NamedTuple):
     ranks: tuple[int, ...]
     attending: tuple[int, ...]
     ahead: int
+    schedule: ScheduleChoice
 
     @property
     def layers(self) -> range:
@@ -220,10 +226,22 @@ class Layout(ExtendedSpec):
         ends, last = accumulate(stage.layers for stage in stages), len(stages) - 1
         return tuple(
             [
-                Span(number, end - stage.layers, end, tuple(sorted(stage.ranks)), self._attending(stage), last - number)
+                Span(
+                    number,
+                    end - stage.layers,
+                    end,
+                    tuple(sorted(stage.ranks)),
+                    self._attending(stage),
+                    last - number,
+                    self._schedule_of(stage),
+                )
                 for number, (stage, end) in enumerate(zip(stages, ends, strict=True))
             ]
         )
+
+    def _schedule_of(self, stage: PipelineStage) -> ScheduleChoice:
+        own = stage.recompute
+        return self.schedule if own is None else self.schedule.model_copy(update={"recompute": own})
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> "Layout":
         """Without what was derived from other fields."""

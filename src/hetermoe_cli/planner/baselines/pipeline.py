@@ -3,19 +3,20 @@
 The searched space. Devices are sorted by the speed of a layer and cut into units of equal width, which work as one
 stage each (pipeline_cost.py). A pipeline has two stages at least. For every width and number of stages there are as
 many pipelines as go into all units, or into those of the fastest types alone. The units are dealt to the pipelines in
-turn, so that all have nearly the same types, and run fast first or slow first. Embedding and dense layers are on the
-first stage, the head is on the last. Micro-batches have any number of sequences that divides the batch and the width
-divides; they are dealt to the pipelines so that all end together. Layers per stage: see split. The order is 1F1B, and
-for the best setup also GPipe. Weights and optimizer states are whole on every device that holds a layer.
+turn, so that all have nearly the same types, and run fast first, slow first, or with the fastest at both ends.
+Embedding and dense layers are on the first stage, the head is on the last. Micro-batches have any number of sequences
+that divides the batch and the width divides; they are dealt to the pipelines so that all end together. Layers of every
+stage, and what it computes again: see layer_split.py. The order is 1F1B, and for the best setup also GPipe.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from math import ceil, floor, inf
+from math import ceil, inf
 
 from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.planner.baselines.layer_split import Held, Way, deal, split
 from hetermoe_cli.planner.baselines.pipeline_cost import PipelineCost, Unit
 from hetermoe_cli.planner.baselines.pipeline_run import Order, Pipeline, in_flight, run
 from hetermoe_cli.planner.baselines.rival import Rival, micro_batch_counts, recompute_choices
@@ -23,37 +24,43 @@ from hetermoe_cli.spec.train import Recompute
 
 MOST_DEVICES = 128  # beyond that the search takes seconds
 MOST_UNITS = 16  # nodes, as units
+FEW_DEVICES = 16  # up to which units of any width are looked at in windows
+WINDOWS = (1, 2, 4)  # micro-batches that are in flight together on a stage
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Pipelines before their layers are split. `micro_batches`: of all pipelines together."""
+    """Pipelines before their layers are split. `micro_batches`: of all pipelines together; `window` of them are in
+    flight together on a stage."""
 
     width: int
     stages: int
     pipelines: int
     micro_batches: int
-    recompute: Recompute
+    window: int = 1
 
     def __str__(self) -> str:
-        again = {"none": "", "all": ", recomputation"}.get(self.recompute, f", recomputation of {self.recompute}")
         width = f" of {self.width} devices" if self.width > 1 else ""
-        return f"{self.pipelines} x {self.stages} stages{width}{again}"
+        return f"{self.pipelines} x {self.stages} stages{width}"
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A setup with units and layers of every stage, and the micro-batches of every pipeline."""
+    """A setup with units, layers and recomputation of every stage, and the micro-batches of every pipeline."""
 
     setup: Setup
     order: Order
     units: list[list[Unit]]
     layers: list[list[int]]
+    recompute: list[list[Recompute]]
     micro_batches: list[int]
 
     def __str__(self) -> str:
         splits = sorted({"-".join(map(str, layers)) for layers in self.layers})
-        return f"{self.order}, R = {max(self.micro_batches)}, {self.setup}, layers {' or '.join(splits)}"
+        text = f"{self.order}, R = {max(self.micro_batches)}, {self.setup}, layers {' or '.join(splits)}"
+        again = sorted({"-".join(recompute) for recompute in self.recompute})
+        kept = {each for recompute in self.recompute for each in recompute} == {"none"}
+        return text if kept else f"{text}, recomputation {' or '.join(again)}"
 
 
 def pp(cost: CostModel, limit: int, *, pipelines: int | None = None) -> Rival:
@@ -74,11 +81,14 @@ def pp(cost: CostModel, limit: int, *, pipelines: int | None = None) -> Rival:
     return Rival(None, seconds, str(winner), found)
 
 
-def pipelines_of_nodes(cost: CostModel) -> list[tuple[float, Tuned]]:
-    """Like pp's, seconds first, with units of whole or half nodes alone: many devices are searched as fast as few.
+def overlapped_pipelines(cost: CostModel) -> list[tuple[float, Tuned]]:
+    """Like pp's, seconds first, with windows of several micro-batches as well, which overlap all-to-alls with compute.
 
-    Nodes of another size than most devices are in are left out; nothing of clusters with too many nodes.
+    Many devices are searched as fast as few, with units of whole or half nodes alone; nodes of another size than most
+    devices are in are left out then. Nothing of clusters with too many nodes.
     """
+    if len(cost.devices) <= FEW_DEVICES:
+        return _Search(cost, windows=WINDOWS).ranked()
     members: dict[int, list[int]] = {}
     for device in cost.devices:
         members.setdefault(device.node, []).append(device.rank)
@@ -88,35 +98,49 @@ def pipelines_of_nodes(cost: CostModel) -> list[tuple[float, Tuned]]:
     parts = 2 if width % 2 == 0 and 2 * len(whole) <= MOST_UNITS else 1
     if len(whole) > MOST_UNITS:
         return []
-    return _Search(cost, quantum=width // parts, ranks=[rank for ranks in whole for rank in ranks]).ranked()
+    used = [rank for ranks in whole for rank in ranks]
+    return _Search(cost, quantum=width // parts, ranks=used, windows=WINDOWS).ranked()
+
+
+def _ends_first(stages: list[Unit]) -> list[Unit]:
+    """The fastest first and last, the slowest between."""
+    return [*stages[::2], *stages[1::2][::-1]]
+
+
+_ORDERS: tuple[Callable[[list[Unit]], list[Unit]], ...] = (list, lambda stages: stages[::-1], _ends_first)
 
 
 class _Search:
     """`quantum`: what the width of units is a multiple of; `ranks`: the only ones to be used."""
 
     def __init__(
-        self, cost: CostModel, pipelines: int | None = None, quantum: int = 1, ranks: Sequence[int] | None = None
+        self,
+        cost: CostModel,
+        pipelines: int | None = None,
+        quantum: int = 1,
+        ranks: Sequence[int] | None = None,
+        windows: Sequence[int] = (1,),
     ) -> None:
         self.cost, self.batch, self.pipelines = cost, cost.train.global_batch_sequences, pipelines
-        self._quantum = quantum
-        self._costs: dict[tuple[int, int, Recompute], PipelineCost] = {}
-        one = PipelineCost(cost, 1, 1, "none")
+        self._quantum, self._windows, self._choices = quantum, windows, recompute_choices(cost)
+        self._costs: dict[tuple[int, int, Recompute, int], PipelineCost] = {}
+        one = PipelineCost(cost, 1, 1, self._choices[0])
         self.sorted = sorted(ranks or range(len(cost.devices)), key=lambda rank: one.unit((rank,)).layer)
-        self._rates: dict[tuple[int, int, int, Recompute], tuple[int, float]] = {}
+        self._rates: dict[tuple[int, int, int, int], tuple[int, float]] = {}
 
-    def costs(self, setup: Setup) -> PipelineCost:
-        key = (self.batch // setup.micro_batches, setup.width, setup.recompute)
+    def costs(self, setup: Setup, recompute: Recompute) -> PipelineCost:
+        key = (self.batch // setup.micro_batches, setup.width, recompute, setup.window)
         if key not in self._costs:
             self._costs[key] = PipelineCost(self.cost, *key)
         return self._costs[key]
 
     def setups(self) -> Iterator[Setup]:
-        """All setups in which every pipeline has a micro-batch and every device a sequence of it."""
+        """All setups in which every pipeline has a window of micro-batches and every device a sequence of each."""
         counts = micro_batch_counts(self.batch, self.batch)
-        for (width, stages, pipelines), count in product(self._shapes(), counts):
-            if count >= pipelines and self.batch // count % width == 0:
-                for recompute in recompute_choices(self.cost):
-                    yield Setup(width, stages, pipelines, count, recompute)
+        for (width, stages, pipelines), count, window in product(self._shapes(), counts, self._windows):
+            if count >= pipelines * window and count % window == 0 and self.batch // count % width == 0:
+                if window == 1 or width > 1:  # nothing overlaps where no rows travel
+                    yield Setup(width, stages, pipelines, count, window)
 
     def _shapes(self) -> list[tuple[int, int, int]]:
         """(width, stages, pipelines)."""
@@ -154,11 +178,11 @@ class _Search:
         """Lower bound: all layers of all micro-batches, perfectly divisible over the units that are used; infinite if
         these cannot hold the layers with one micro-batch at a time."""
         used = setup.stages * setup.pipelines
-        key = (used, self.batch // setup.micro_batches, setup.width, setup.recompute)
+        key = (used, self.batch // setup.micro_batches, setup.width, setup.window)
         if key not in self._rates:
-            costs, units = self.costs(setup), self._units(setup.width)[:used]
-            room = sum(costs.most_layers(unit, 1, False, False) for unit in units)
-            self._rates[key] = room, sum(1 / costs.unit(unit).layer for unit in units)
+            ways, units = [self.costs(setup, again) for again in self._choices], self._units(setup.width)[:used]
+            room = sum(max(costs.most_layers(unit, 1, False, False) for costs in ways) for unit in units)
+            self._rates[key] = room, sum(1 / min(costs.unit(unit).layer for costs in ways) for unit in units)
         room, rate = self._rates[key]
         if room < self.cost.model.layers * setup.pipelines:
             return inf
@@ -168,42 +192,67 @@ class _Search:
         return [tuple(self.sorted[at : at + width]) for at in range(0, len(self.sorted) - width + 1, width)]
 
     def tuned(self, setup: Setup, order: Order) -> Iterator[Tuned]:
-        """Fast first and slow first, each with layers and micro-batches; what does not fit is left out."""
+        """In every order of the stages, each with layers and micro-batches; what does not fit is left out."""
         units = self._units(setup.width)[: setup.stages * setup.pipelines]
-        for step in (1, -1) if len(self.cost.types) > 1 else (1,):
-            dealt = [units[index :: setup.pipelines][::step] for index in range(setup.pipelines)]
-            known: dict[object, list[int] | None] = {}
-            layers = [self._split(setup, stages, order, known) for stages in dealt]
-            if all(layers):
-                even = Tuned(setup, order, dealt, [part for part in layers if part], [1] * len(dealt))
+        fast_first = [units[index :: setup.pipelines] for index in range(setup.pipelines)]
+        orders: list[list[list[Unit]]] = []
+        for arranged in _ORDERS if len(self.cost.types) > 1 else _ORDERS[:1]:
+            dealt = [arranged(stages) for stages in fast_first]
+            orders += [dealt] if dealt not in orders else []
+        for dealt in orders:
+            known: dict[object, list[Held] | None] = {}
+            found = [self._split(setup, stages, order, known) for stages in dealt]
+            held = [part for part in found if part]
+            if len(held) == len(dealt):
+                layers = [[stage.layers for stage in part] for part in held]
+                recompute = [[self._choices[stage.way] for stage in part] for part in held]
+                even = Tuned(setup, order, dealt, layers, recompute, [1] * len(dealt))
                 seconds = [self._stage_seconds(even, index) for index in range(len(dealt))]
-                yield replace(even, micro_batches=deal(setup.micro_batches, seconds))
+                counts = deal(setup.micro_batches // setup.window, seconds)
+                yield replace(even, micro_batches=[count * setup.window for count in counts])
 
     def _split(
-        self, setup: Setup, units: Sequence[Unit], order: Order, known: dict[object, list[int] | None]
-    ) -> list[int] | None:
+        self, setup: Setup, units: Sequence[Unit], order: Order, known: dict[object, list[Held] | None]
+    ) -> list[Held] | None:
         """Layers of the stages; `known` of pipelines that cost the same."""
-        costs, last, each = self.costs(setup), len(units) - 1, ceil(setup.micro_batches / setup.pipelines)
-        key = tuple((costs.unit(unit), self.cost.devices[unit[-1]].type) for unit in units)
+        ways = [self.costs(setup, recompute) for recompute in self._choices]
+        last, each = len(units) - 1, ceil(setup.micro_batches / setup.window / setup.pipelines)
+        key = tuple((ways[0].unit(unit), self.cost.devices[unit[-1]].type) for unit in units)
         if key not in known:
-            most = [
-                costs.most_layers(unit, in_flight(order, stage, len(units), each), stage == 0, stage == last)
+            extra = [costs.extra(units) for costs in ways]
+            stages = [
+                [
+                    Way(
+                        costs.unit(unit).layer,
+                        extra[number][stage],
+                        costs.most_layers(unit, in_flight(order, stage, len(units), each), stage == 0, stage == last),
+                    )
+                    for number, costs in enumerate(ways)
+                ]
                 for stage, unit in enumerate(units)
             ]
-            seconds = [costs.unit(unit).layer for unit in units]
-            known[key] = split(self.cost.model.layers, seconds, costs.extra(units), most, each)
+            known[key] = split(self.cost.model.layers, stages, each)
         return known[key]
 
+    def _stage_costs(self, tuned: Tuned, index: int) -> list[tuple[float, float]]:
+        """Forward and backward of a window on every stage of a pipeline."""
+        units, window, result = tuned.units[index], tuned.setup.window, []
+        last = len(units) - 1
+        for stage, (unit, layers) in enumerate(zip(units, tuned.layers[index], strict=True)):
+            cost = self.costs(tuned.setup, tuned.recompute[index][stage]).unit(unit)
+            dense = cost.dense if stage == 0 else (0.0, 0.0)
+            # head, loss and their backward at once, as in every layout
+            forward = cost.forward * layers + dense[0] + (cost.head if stage == last else 0.0)
+            result.append((window * forward, window * (cost.backward * layers + dense[1])))
+        return result
+
     def _stage_seconds(self, tuned: Tuned, index: int) -> list[float]:
-        """Forward and backward of a micro-batch on every stage of a pipeline."""
-        costs, units = self.costs(tuned.setup), tuned.units[index]
-        layers = [count * costs.unit(unit).layer for unit, count in zip(units, tuned.layers[index], strict=True)]
-        return [own + extra for own, extra in zip(layers, costs.extra(units), strict=True)]
+        return [forward + backward for forward, backward in self._stage_costs(tuned, index)]
 
     def bound(self, tuned: Tuned) -> float:
-        """No stage is done before its own work and one micro-batch on all stages before it."""
+        """No stage is done before its own work and one window on all stages before it."""
         return max(
-            count * seconds[stage] + sum(seconds[:stage])
+            count // tuned.setup.window * seconds[stage] + sum(seconds[:stage])
             for index, count in enumerate(tuned.micro_batches)
             for seconds in [self._stage_seconds(tuned, index)]
             for stage in range(len(seconds))
@@ -211,57 +260,10 @@ class _Search:
 
     def seconds(self, tuned: Tuned) -> float:
         """Simulated iteration with gradient synchronisation and optimizer."""
-        costs = self.costs(tuned.setup)
-        pipelines = []
-        for units, layers, count in zip(tuned.units, tuned.layers, tuned.micro_batches, strict=True):
-            each = [costs.unit(unit) for unit in units]
-            forward = [one.forward * held for one, held in zip(each, layers, strict=True)]
-            backward = [one.backward * held for one, held in zip(each, layers, strict=True)]
-            forward[0], backward[0] = forward[0] + each[0].dense[0], backward[0] + each[0].dense[1]
-            forward[-1] += each[-1].head  # head, loss and their backward at once, as in every layout
-            pipelines.append(Pipeline(tuple(units), tuple(forward), tuple(backward), count))
-        drained = run(self.cost.network, pipelines, tuned.order, costs.message_bytes)
+        costs, pipelines, window = self.costs(tuned.setup, self._choices[0]), [], tuned.setup.window
+        for index, (units, count) in enumerate(zip(tuned.units, tuned.micro_batches, strict=True)):
+            forward, backward = zip(*self._stage_costs(tuned, index), strict=True)
+            pipelines.append(Pipeline(tuple(units), forward, backward, count // window))
+        drained = run(self.cost.network, pipelines, tuned.order, window * costs.message_bytes)
         stages = [list(zip(*pair, strict=True)) for pair in zip(tuned.units, tuned.layers, strict=True)]
         return drained + costs.update_seconds(stages)
-
-
-def split(
-    layers: int, seconds: Sequence[float], extra: Sequence[float], most: Sequence[int], micro_batches: int
-) -> list[int] | None:
-    """Layers per stage with the least sum of stages + (micro_batches - 1) x the slowest stage; None if none fits.
-
-    `seconds`: of a layer, by stage; `extra`: of what else a stage has. At least one and at most `most` layers a stage.
-    For every time that the slowest stage may take, the fastest stages are filled first, which gives the least sum.
-    """
-    if min(most) < 1 or sum(most) < layers or len(seconds) > layers:
-        return None
-    limits = sorted({t * n + e for t, e, m in zip(seconds, extra, most, strict=True) for n in range(1, m + 1)})
-    fastest = sorted(range(len(seconds)), key=lambda stage: seconds[stage])
-    best: list[int] | None = None
-    value = inf
-    for limit in limits:
-        if (micro_batches - 1) * limit >= value:
-            break
-        room = [min(m, floor((limit - e) / t + 1e-9)) for t, e, m in zip(seconds, extra, most, strict=True)]
-        if min(room) < 1 or sum(room) < layers:
-            continue
-        share, left = [1] * len(room), layers - len(room)
-        for stage in fastest:
-            added = min(left, room[stage] - 1)
-            share[stage] += added
-            left -= added
-        times = [t * n + e for t, e, n in zip(seconds, extra, share, strict=True)]
-        found = sum(times) + (micro_batches - 1) * max(times)
-        if found < value:
-            best, value = share, found
-    return best
-
-
-def deal(total: int, seconds: Sequence[Sequence[float]]) -> list[int]:
-    """Micro-batches per pipeline, at least one: each goes where it would end first."""
-    counts = [1] * len(seconds)
-    ends = [(sum(times), max(times)) for times in seconds]
-    for _ in range(total - len(seconds)):
-        first = min(range(len(counts)), key=lambda index: ends[index][0] + counts[index] * ends[index][1])
-        counts[first] += 1
-    return counts

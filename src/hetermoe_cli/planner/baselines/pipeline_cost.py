@@ -1,49 +1,41 @@
 """Seconds and bytes of pipeline stages. A stage is a unit of devices with expert parallelism inside.
 
 Each device of a unit attends to an equal part of the micro-batch and hosts an equal part of every layer's experts
-(rounded up); the unit's all-to-alls overlap with nothing, since a stage works on one micro-batch at a time. The router
-is taken as balanced: a unit holds all experts of its layers.
+(rounded up). The unit's all-to-alls overlap with nothing where a stage works on one micro-batch at a time, and with the
+compute of the others in windows of several: an estimate, which a replay corrects. The router is taken as balanced: a
+unit holds all experts of its layers.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from math import floor
+from functools import cached_property, partial
 
 import numpy as np
 
 from hetermoe_cli.cost.device import STATE_BYTES
+from hetermoe_cli.cost.memory import Piece
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.spec.layout import ScheduleChoice
-from hetermoe_cli.spec.train import Recompute
+from hetermoe_cli.spec.layout import Span
+from hetermoe_cli.spec.train import DenseState, Recompute
 
 Unit = tuple[int, ...]  # ranks
 
 
+def stage_state(cost: CostModel) -> DenseState:
+    """What stages share of the dense part's state: optimizer states, unless the training spec wants all of it whole."""
+    return "replicated" if cost.train.dense_state == "replicated" else "optimizer"
+
+
 @dataclass(frozen=True)
-class TypeCost:
-    """A device of one type in a unit. Seconds of a layer and micro-batch, bytes of a layer; no messages."""
+class UnitCost:
+    """A device of one type in a unit, or a unit as fast as its slowest device, with its all-to-alls. Seconds of a layer
+    and micro-batch."""
 
     forward: float
     backward: float  # with what is computed again
     dense: tuple[float, float]  # forward and backward of the dense layers, on the first stage
     head: float  # last norm, head, loss and their backward, at once
-    kept: float  # activations of a layer and micro-batch
-    kept_dense: float  # activations of the dense layers and a micro-batch
-    working: float  # largest working set of an attention and an expert task
-    working_dense: float  # that of the dense layers, where they are computed again
-    working_head: float  # the same where the head runs
-    usable: float  # memory limit less framework and message buffers
-
-
-@dataclass(frozen=True)
-class UnitCost:
-    """A unit as fast as its slowest device, with its all-to-alls. Seconds of a layer and micro-batch."""
-
-    forward: float
-    backward: float
-    dense: tuple[float, float]
-    head: float
 
     @property
     def layer(self) -> float:
@@ -52,13 +44,15 @@ class UnitCost:
 
 
 class PipelineCost:
-    """Costs of units of `width` devices on micro-batches of `sequences` sequences."""
+    """Costs of units of `width` devices on micro-batches of `sequences` sequences, `window` of them in flight together
+    on a stage."""
 
-    def __init__(self, cost: CostModel, sequences: int, width: int, recompute: Recompute) -> None:
+    def __init__(self, cost: CostModel, sequences: int, width: int, recompute: Recompute, window: int = 1) -> None:
         self.cost, self.sequences, self.width = cost, sequences, width
         self.hosted = -(-cost.model.experts // width)
-        self._again = ScheduleChoice.sequential(1, recompute=recompute)
+        self.schedule = cost.schedule(window, window, recompute, stage_state(cost))
         self._units: dict[Unit, UnitCost] = {}
+        self._most: dict[tuple[str, int, bool, bool], int] = {}
         self.types = {name: self._type(name) for name in cost.types}
 
     @property
@@ -66,28 +60,17 @@ class PipelineCost:
         """Hidden states, or their gradients, that a device passes on: its part of a micro-batch."""
         return self.sequences / self.width * self.cost.train.sequence_length * self.cost.row_bytes
 
-    def _type(self, name: str) -> TypeCost:
+    def _type(self, name: str) -> UnitCost:
         cost, device, own = self.cost, self.cost.types[name], self.sequences // self.width
-        rows, again = cost.rows_per_expert(self.sequences), self._again
-        attention, expert, head = device.attention(own), device.expert(rows), cost.head_cost(device, own)
-        dense = cost.dense_cost(device, own)
-        repeated = again.recompute_attention * attention.forward
-        repeated += again.recompute_experts * self.hosted * expert.forward
-        buffers = 4 * self.message_bytes  # one message each way, forward and backward
-        if self.width > 1:
-            buffers += cost.buffer_bytes(self.sequences, own, self.hosted / cost.model.experts, again)
-        return TypeCost(
+        attention, dense = device.attention(own), cost.dense_cost(device, own)
+        expert, head = device.expert(cost.rows_per_expert(self.sequences)), cost.head_cost(device, own)
+        repeated = self.schedule.recompute_attention * attention.forward
+        repeated += self.schedule.recompute_experts * self.hosted * expert.forward
+        return UnitCost(
             forward=attention.forward + self.hosted * expert.forward,
             backward=attention.backward + self.hosted * expert.backward + repeated,
-            dense=(dense.forward, dense.backward + again.recompute_attention * dense.forward),
+            dense=(dense.forward, dense.backward + self.schedule.recompute_attention * dense.forward),
             head=head.forward + head.backward,
-            kept=cost.attention_activation_bytes(device, own, again.recompute_attention)
-            + self.hosted * cost.expert_activation_bytes(device, rows, again),
-            kept_dense=cost.border_bytes(own, 1) if again.recompute_attention else dense.saved_bytes,
-            working=attention.saved_bytes + expert.saved_bytes,
-            working_dense=again.recompute_attention * dense.saved_bytes,
-            working_head=cost.transient_bytes(device, own, again) + expert.saved_bytes,
-            usable=device.memory_bytes * cost.train.memory_headroom - device.framework_bytes - buffers,
         )
 
     def unit(self, unit: Unit) -> UnitCost:
@@ -96,12 +79,17 @@ class PipelineCost:
             kinds = [self.types[name] for name in {self.cost.devices[rank].type for rank in unit}]
             exchange = self._exchange_seconds(unit)  # twice each way: dispatch and combine
             self._units[unit] = UnitCost(
-                max(kind.forward for kind in kinds) + 2 * exchange,
-                max(kind.backward for kind in kinds) + (2 + self._again.sends_again) * exchange,
+                self._overlapped(max(kind.forward for kind in kinds), 2 * exchange),
+                self._overlapped(max(kind.backward for kind in kinds), (2 + self.schedule.sends_again) * exchange),
                 max((kind.dense for kind in kinds), key=sum),
                 max(kind.head for kind in kinds),
             )
         return self._units[unit]
+
+    def _overlapped(self, computed: float, sent: float) -> float:
+        """Of a micro-batch: in a window, messages travel while others are computed; one alone has it all in turn."""
+        alone = computed + sent
+        return alone if self.schedule.window == 1 else max(computed, sent, alone / self.schedule.window)
 
     def extra(self, units: Sequence[Unit]) -> list[float]:
         """Seconds of what the stages of a pipeline have beside layers: dense layers first, the head last."""
@@ -131,31 +119,61 @@ class PipelineCost:
         return first * (embedding + dense) + last * (model.edge_parameters - embedding)
 
     def most_layers(self, unit: Unit, in_flight: int, first: bool, last: bool) -> int:
-        """Layers that every device of a unit holds with `in_flight` micro-batches between forward and backward."""
-        state = sum(STATE_BYTES[self.cost.train.precision])
-        edges, layer, room = self.edge_parameters(first, last) * state, self.layer_parameters * state, []
-        for name in {self.cost.devices[rank].type for rank in unit}:
-            kind = self.types[name]
-            left = kind.usable - (kind.working_head if last else kind.working) - edges
-            left -= first * (in_flight * kind.kept_dense + kind.working_dense)
-            room.append(floor(left / (layer + in_flight * kind.kept)))
-        return max(0, min(room))
+        """Layers that every device of a unit holds with `in_flight` windows between forward and backward."""
+        types = {self.cost.devices[rank].type for rank in unit}
+        return min([self._most_on(name, in_flight, first, last) for name in types])
+
+    def _most_on(self, name: str, in_flight: int, first: bool, last: bool) -> int:
+        key = name, in_flight, first, last
+        if key not in self._most:
+            limit = self.cost.types[name].memory_bytes * self.cost.train.memory_headroom
+            counts = range(1, self.cost.model.layers)  # a pipeline has two stages at least
+            needed = partial(self._needed, name, in_flight, first, last)
+            self._most[key] = bisect_right(counts, limit, key=needed)
+        return self._most[key]
+
+    def _needed(self, name: str, in_flight: int, first: bool, last: bool, layers: int) -> int:
+        """Bytes of a device that holds so many layers."""
+        model, end = self.cost.model, layers if first else 1 + layers
+        span = Span(0, 0 if first else 1, end, (), (), 0 if last else 1, self.schedule)
+        if last:
+            span = span._replace(first=model.layers - layers, end=model.layers)
+        return self.cost.memory(
+            self.cost.types[name],
+            sequences=self.sequences // self.width,
+            sequences_per_micro_batch=self.sequences,
+            schedule=self.schedule,
+            hosted=[self.hosted] * layers,
+            replicated=[],
+            attending=self.width,
+            stepped=self._stepped(layers, first, last),
+            piece=Piece(span, in_flight),
+        ).total_bytes
+
+    def _stepped(self, layers: int, first: bool, last: bool) -> float:
+        """Parameters that a device updates: of the dense part its share, where that is shared out."""
+        dense = layers * self.cost.model.attention_layer_parameters + self.edge_parameters(first, last)
+        experts = layers * self.hosted * self.cost.model.expert_parameters
+        return (
+            self.cost.dense_share(self.schedule, self.width) * dense
+            + self.cost.state_share(self.schedule, 1) * experts
+        )
 
     def update_seconds(self, pipelines: Sequence[Sequence[tuple[Unit, int]]]) -> float:
-        """What of the all-reduce follows the last backward, then the slowest optimizer step.
+        """What of the all-reduce follows the last backward, new weights of what is shared out, then the slowest
+        optimizer step.
 
         Pipelines: (unit, layers) of every stage.
         """
-        steps = [
-            self.cost.optimizer_seconds(
-                self.cost.of(rank),
-                layers * self.layer_parameters + self.edge_parameters(stage == 0, stage == len(pipeline) - 1),
-            )
-            for pipeline in pipelines
-            for stage, (unit, layers) in enumerate(pipeline)
-            for rank in unit
-        ]
-        return all_reduce_seconds(self.cost, self._rings(pipelines)) + max(steps)
+        steps, gathers = [0.0], [0.0]
+        for pipeline in pipelines:
+            for stage, (unit, layers) in enumerate(pipeline):
+                first, last = stage == 0, stage == len(pipeline) - 1
+                stepped = self._stepped(layers, first, last)
+                steps += [self.cost.optimizer_seconds(self.cost.of(rank), stepped) for rank in unit]
+                dense = layers * self.cost.model.attention_layer_parameters + self.edge_parameters(first, last)
+                gathers.append(self.cost.after_backward_seconds(self.schedule, unit, 0, dense))
+        return all_reduce_seconds(self.cost, self._rings(pipelines)) + max(gathers) + max(steps)
 
     def _rings(self, pipelines: Sequence[Sequence[tuple[Unit, int]]]) -> Iterator[tuple[Unit, int]]:
         """(ranks, gradient bytes) of layer 0 and what comes before it, whose backward comes last: the dense part over
