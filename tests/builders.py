@@ -19,6 +19,7 @@ from hetermoe_cli.spec.layout import (
     ExpertOrder,
     LayerPlacement,
     Layout,
+    PassOrder,
     PipelineStage,
     ScheduleChoice,
     ScheduleName,
@@ -176,6 +177,7 @@ def make_schedule(
     recompute: Recompute = "none",
     dense_state: DenseState = "replicated",
     dispatch: Dispatch = "per_expert",
+    passes: PassOrder = "in_turn",
 ) -> ScheduleChoice:
     """A schedule by name; windows of the largest size that leaves several."""
     widths = {"zebra": micro_batches, "sequential": 1}
@@ -188,6 +190,7 @@ def make_schedule(
         recompute=recompute,
         dense_state=dense_state,
         dispatch=dispatch,
+        passes=passes,
     )
 
 
@@ -267,6 +270,29 @@ def make_groups_plan(inputs: Inputs, *groups: tuple[Layout, Sequence[list[int]]]
     return Plan.model_validate(whole.model_copy(update=changes).model_dump())
 
 
+def _schedule(
+    draw: st.DrawFn,
+    schedules: Sequence[ScheduleName],
+    orders: Sequence[ExpertOrder],
+    most: int,
+    recompute: Recompute,
+    states: Sequence[DenseState],
+) -> ScheduleChoice:
+    """Any legal one of up to `most` micro-batches."""
+    experts, transfers = draw(st.sampled_from(orders)), draw(st.sampled_from(get_args(TransferOrder)))
+    state = draw(st.sampled_from(states))
+    weaves = (experts, transfers) == ("after", "layered") and state != "full"
+    return make_schedule(
+        draw(st.sampled_from(schedules)),
+        draw(st.integers(1, most)),
+        experts=experts,
+        transfers=transfers,
+        recompute=recompute,
+        dense_state=state,
+        passes=draw(st.sampled_from(get_args(PassOrder) if weaves else ["in_turn"])),
+    )
+
+
 @st.composite
 def layouts(
     draw: st.DrawFn,
@@ -286,14 +312,7 @@ def layouts(
     recompute: Recompute = draw(st.sampled_from(get_args(Recompute)))
     states = [state for state in get_args(DenseState) if (recompute, state) != ("full", "full")]
     return Layout(
-        schedule=make_schedule(
-            draw(st.sampled_from(schedules)),
-            draw(st.integers(1, 4)),
-            experts=draw(st.sampled_from(orders)),
-            transfers=draw(st.sampled_from(get_args(TransferOrder))),
-            recompute=recompute,
-            dense_state=draw(st.sampled_from(states)),
-        ),
+        schedule=_schedule(draw, schedules, orders, 4, recompute, states),
         sequences_per_rank=draw(st.lists(st.integers(0, 2), min_size=world, max_size=world).filter(any)),
         placement=placement,
     )
@@ -308,7 +327,8 @@ def pipelines(draw: st.DrawFn) -> Layout:
     shares, stages, placement = [0] * sum(sizes), [], []
     for size in sizes:
         ranks, order = order[:size], order[size:]
-        stages.append(PipelineStage(layers=draw(st.integers(1, 2)), ranks=ranks))
+        own = draw(st.sampled_from([None, *get_args(Recompute)]))
+        stages.append(PipelineStage(layers=draw(st.integers(1, 2)), ranks=ranks, recompute=own))
         for _ in range(sequences):
             shares[draw(st.sampled_from(ranks))] += 1
         for _ in range(stages[-1].layers):
@@ -316,14 +336,8 @@ def pipelines(draw: st.DrawFn) -> Layout:
             by_rank = [[e for e, host in enumerate(hosts) if host == rank] for rank in range(sum(sizes))]
             everywhere = [e for e, host in enumerate(hosts) if host == -1]
             placement.append(LayerPlacement(experts=by_rank, replicated=everywhere))
-    schedule = make_schedule(
-        draw(st.sampled_from(get_args(ScheduleName))),
-        draw(st.integers(1, 6)),
-        experts=draw(st.sampled_from(get_args(ExpertOrder))),
-        transfers=draw(st.sampled_from(get_args(TransferOrder))),
-        recompute=draw(st.sampled_from(get_args(Recompute))),
-        dense_state=draw(st.sampled_from(["replicated", "optimizer"])),
-    )
+    recompute = draw(st.sampled_from(get_args(Recompute)))
+    schedule = _schedule(draw, get_args(ScheduleName), get_args(ExpertOrder), 6, recompute, ["replicated", "optimizer"])
     return Layout(schedule=schedule, sequences_per_rank=shares, placement=placement, pipeline=stages)
 
 

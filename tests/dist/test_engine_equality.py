@@ -13,7 +13,15 @@ from builders import make_schedule
 from hetermoe_cli.model.data import END_OF_TEXT, Batches
 from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
 from hetermoe_cli.model.transformer import Transformer, initialise, named_state, named_tensors, parameter_slices
-from hetermoe_cli.spec.layout import ExpertOrder, LayerPlacement, Layout, PipelineStage, ScheduleName, TransferOrder
+from hetermoe_cli.spec.layout import (
+    ExpertOrder,
+    LayerPlacement,
+    Layout,
+    PassOrder,
+    PipelineStage,
+    ScheduleName,
+    TransferOrder,
+)
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.train import Dispatch, Documents, Recompute, TrainSpec
 from hetermoe_cli.spec.world import World
@@ -39,6 +47,7 @@ class Case:
     router: str = "learned"
     documents: Documents = "joined"
     dispatch: Dispatch = "per_expert"
+    passes: PassOrder = "in_turn"
     pipeline: list[PipelineStage] = field(default_factory=list)
     features: dict[str, Any] = field(default_factory=dict)
 
@@ -59,6 +68,7 @@ class Case:
             transfers=self.transfers,
             recompute=self.recompute,
             dispatch=self.dispatch,
+            passes=self.passes,
         )
         return Layout(
             schedule=choice, sequences_per_rank=self.sequences, placement=self.placement, pipeline=self.pipeline
@@ -150,6 +160,24 @@ CASES = {
     "pipeline, EP and zebra, uneven, windows": Case(
         [1, 1, 2, 0], TWO_STAGES, 4, schedule="windowed", pipeline=stages((1, [0, 1]), (2, [2, 3])), features=LOSSES
     ),
+    "pipeline of 3 stages, woven, dense layers": Case(
+        [1, 1, 1], ONE_EACH, 8, schedule="sequential", passes="woven", pipeline=stages((1, [0]), (1, [1]), (1, [2])),
+        features=BIAS | DENSE,
+    ),
+    "pipeline, woven, every stage its own recomputation": Case(
+        [1, 1, 2, 0], TWO_STAGES, 4, schedule="sequential", passes="woven", documents="masked", features=LOSSES,
+        pipeline=[
+            PipelineStage(layers=1, ranks=[0, 1], recompute="attention"),
+            PipelineStage(layers=2, ranks=[2, 3], recompute="full"),
+        ],
+    ),
+    "mixed, windows, woven": Case(
+        [1, 1, 0, 0], MIXED, 4, schedule="windowed", passes="woven", features=CAPACITY | SIGMOID
+    ),
+    "EP 2 woven, full recompute, once per device": Case(
+        [1, 1], hosts([0, 1, 2], [3, 4, 5]), 4, schedule="sequential", passes="woven", recompute="full",
+        dispatch="per_device", features={"top_k": 3},
+    ),
     "1+1 sequential": Case([4, 0], hosts([], list(range(6))), 2, schedule="sequential"),
     "1+1 balanced router": Case([4, 0], hosts([], list(range(6))), 2, router="balanced"),
     "1+1 all replicated": Case([4, 0], hosts([], [], replicated=tuple(range(6))), 2),
@@ -226,6 +254,7 @@ OVER_GLOO = [
     "mixed, windows, between, once per device",
     "EP 2 between, interleaved",
     "left out",
+    "pipeline, woven, every stage its own recomputation",
 ]
 
 

@@ -36,6 +36,8 @@ NAMES = [
     "pipeline, EP and zebra, uneven, windows",
     "pipeline of 3 stages",
     "pipeline, full recompute, documents",
+    "pipeline, woven, every stage its own recomputation",
+    "mixed, windows, woven",
 ]
 STATES = [(name, "replicated") for name in NAMES]
 STATES += [("pipeline, last ranks first, recompute", "optimizer")]
@@ -93,7 +95,7 @@ def width(action: Action, layout: Layout, model: ModelConfig) -> int:
     tail = tail_size(torch.float64, 2 * model.top_k if layout.schedule.dispatch == "per_device" else 1)
     if action.kind is Kind.DISPATCH:
         return model.hidden_size + tail
-    again = action.direction is Pass.BACKWARD and layout.schedule.sends_again
+    again = action.direction is Pass.BACKWARD and layout.span_at(action.layer).schedule.sends_again
     return model.hidden_size + again * (model.hidden_size + tail)
 
 

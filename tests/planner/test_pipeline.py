@@ -1,18 +1,22 @@
 """PP: orders, event simulation and layer split against hand calculation and brute force."""
 
+from dataclasses import replace
 from itertools import product
 from math import inf
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import make_inputs, make_model, make_profile
-from hetermoe_cli.cost import CostModel
+from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.cost.ports import Network
-from hetermoe_cli.planner.baselines.pipeline import MOST_DEVICES, Setup, Tuned, _Search, deal, pp, split
+from hetermoe_cli.planner.baselines.layer_split import Held, Way, deal, split, useful
+from hetermoe_cli.planner.baselines.pipeline import MOST_DEVICES, Setup, Tuned, _Search, pp
 from hetermoe_cli.planner.baselines.pipeline_cost import PipelineCost, all_reduce_seconds
 from hetermoe_cli.planner.baselines.pipeline_run import Order, Pipeline, in_flight, run, stage_order
+from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage, ScheduleChoice
 from hetermoe_cli.spec.plan import Inputs
 
 
@@ -35,8 +39,8 @@ def network(devices: int) -> Network:
 
 
 def text(order: Order, stage: int, stages: int, micro_batches: int) -> str:
-    tasks = stage_order(order, stage, stages, micro_batches)
-    return " ".join(f"{'F' if task.forward else 'B'}{task.micro_batch}" for task in tasks)
+    found = stage_order(order, stage, stages, micro_batches)
+    return " ".join("+".join(f"{'F' if task.forward else 'B'}{task.micro_batch}" for task in step) for step in found)
 
 
 def test_orders_by_hand() -> None:
@@ -44,15 +48,18 @@ def test_orders_by_hand() -> None:
     assert text("1F1B", 2, 3, 4) == "F0 B0 F1 B1 F2 B2 F3 B3"
     assert text("1F1B", 0, 3, 1) == "F0 B0"
     assert text("GPipe", 0, 3, 2) == "F0 F1 B0 B1"
+    assert text("woven", 0, 2, 5) == "F0 F1 F2 F3+B0 F4+B1 B2 B3 B4"
+    assert text("woven", 1, 2, 5) == "F0 F1+B0 F2+B1 F3+B2 F4+B3 B4"
 
 
-@given(st.sampled_from(["1F1B", "GPipe"]), st.integers(1, 6), st.integers(1, 8), st.data())
+@given(st.sampled_from(get_args(Order)), st.integers(1, 6), st.integers(1, 8), st.data())
 def test_micro_batches_in_flight(order: Order, stages: int, micro_batches: int, data: st.DataObject) -> None:
     stage = data.draw(st.integers(0, stages - 1))
     alive = most = 0
-    for task in stage_order(order, stage, stages, micro_batches):
-        alive += 1 if task.forward else -1
+    for step in stage_order(order, stage, stages, micro_batches):
+        alive += any(task.forward for task in step)
         most = max(most, alive)
+        alive -= any(not task.forward for task in step)
     assert most == in_flight(order, stage, stages, micro_batches)
 
 
@@ -82,10 +89,22 @@ def test_units_send_side_by_side() -> None:
     assert run(network(4), [pipeline], "1F1B", 1e9) == pytest.approx(8)
 
 
-def value(seconds: list[float], head: float, share: list[int], micro_batches: int) -> float:
-    times = [t * n for t, n in zip(seconds, share, strict=True)]
-    times[-1] += head
+def test_woven_steps_by_hand() -> None:
+    """Stage 1: F0 from 1, F1 and B0 from 2 to 4.5, then F2 and B1 to 7 and B2 to 9; stage 0 has gone forward thrice at
+    3, and ends with B0 at 6.5, B1 at 9, B2 at 11."""
+    pipeline = Pipeline(((0,), (1,)), (1.0, 1.0), (2.0, 2.0), 3, (2.5, 2.5))
+    assert run(network(2), [pipeline], "woven", 0.0) == pytest.approx(11)
+
+
+def value(held: list[Held], micro_batches: int) -> float:
+    times = [one.seconds for one in held]
     return sum(times) + (micro_batches - 1) * max(times)
+
+
+def plain_ways(seconds: list[float], head: float, most: list[int]) -> list[list[Way]]:
+    """One for each stage; the last one has a head."""
+    last = len(seconds) - 1
+    return [[Way("none", t, head * (i == last), m)] for i, (t, m) in enumerate(zip(seconds, most, strict=True))]
 
 
 @given(
@@ -97,20 +116,42 @@ def value(seconds: list[float], head: float, share: list[int], micro_batches: in
 def test_split_against_brute_force(
     stages: list[tuple[float, int]], layers: int, head: float, micro_batches: int
 ) -> None:
-    seconds, most = [t for t, _ in stages], [m for _, m in stages]
-    shares = [list(s) for s in product(*(range(1, m + 1) for m in most)) if sum(s) == layers]
-    best = min((value(seconds, head, share, micro_batches) for share in shares), default=inf)
-    found = split(layers, seconds, [0.0] * (len(stages) - 1) + [head], most, micro_batches)
+    ways = plain_ways([t for t, _ in stages], head, [m for _, m in stages])
+    shares = [s for s in product(*(range(1, m + 1) for _, m in stages)) if sum(s) == layers]
+    every = [[Held(count, way) for count, (way,) in zip(share, ways, strict=True)] for share in shares]
+    best = min((value(held, micro_batches) for held in every), default=inf)
+    found = split(layers, ways, micro_batches)
     assert (found is None) == (best == inf)
     if found:
-        assert found in shares
-        assert value(seconds, head, found, micro_batches) == pytest.approx(best)
+        assert found in every
+        assert value(found, micro_batches) == pytest.approx(best)
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4)), min_size=1, max_size=3), min_size=1, max_size=3),
+    st.integers(1, 6),
+)
+def test_the_slowest_stage_is_as_fast_as_any_recomputation_lets_it_be(
+    stages: list[list[tuple[int, int]]], layers: int
+) -> None:
+    every = [[Way("none", float(t), 0.0, m) for t, m in ways] for ways in stages]
+    options = [[Held(n, way) for way in ways for n in range(1, way.most + 1)] for ways in every]
+    best = min(
+        (max(h.seconds for h in c) for c in product(*options) if sum(h.layers for h in c) == layers), default=inf
+    )
+    found = split(layers, [useful(ways) for ways in every], 10**6)
+    assert (max(held.seconds for held in found) if found else inf) == best
 
 
 def test_split_keeps_to_memory() -> None:
-    assert split(4, [1.0, 3.0], [0.0, 0.0], [4, 4], 8) == [3, 1]
-    assert split(4, [1.0, 3.0], [0.0, 0.0], [2, 4], 8) == [2, 2]
-    assert split(4, [1.0, 3.0], [0.0, 0.0], [2, 1], 8) is None
+    def layers(most: list[int]) -> list[int]:
+        return [held.layers for held in split(4, plain_ways([1.0, 3.0], 0.0, most), 8) or []]
+
+    assert layers([4, 4]) == [3, 1]
+    assert layers([2, 4]) == [2, 2]
+    assert layers([2, 1]) == []
+    ways = [[Way("none", 1.0, 0.0, 2), Way("all", 1.5, 0.0, 4)], [Way("none", 5.0, 0.0, 4)]]
+    assert [(held.layers, held.way.recompute) for held in split(4, ways, 8) or []] == [(3, "all"), (1, "none")]
 
 
 def test_micro_batches_go_where_they_end_first() -> None:
@@ -120,13 +161,16 @@ def test_micro_batches_go_where_they_end_first() -> None:
 
 def test_memory_moves_layers_to_the_other_stage() -> None:
     cost = CostModel(inputs([("new", 1), ("old", 1)]))
-    costs = PipelineCost(cost, 1, 1, "none")
-    layer = costs.layer_parameters * 16
-    fixed = costs.types["old"].working_head + costs.edge_parameters(False, True) * 16 + 10**6 + 4 * costs.message_bytes
     for layers in (1, 2, 3):
-        room = fixed + layers * (layer + 1 * costs.types["old"].kept)
-        tight = CostModel(inputs([("new", 1), ("old", 1)], old_memory=int(room / 0.9) + 10))
-        assert PipelineCost(tight, 1, 1, "none").most_layers((1,), 1, False, True) == layers
+        stages = [PipelineStage(layers=4 - layers, ranks=[0]), PipelineStage(layers=layers, ranks=[1])]
+        placement = [LayerPlacement(experts=[[0, 1, 2, 3], []])] * (4 - layers)
+        placement += [LayerPlacement(experts=[[], [0, 1, 2, 3]])] * layers
+        schedule = ScheduleChoice.sequential(4)
+        layout = Layout(schedule=schedule, sequences_per_rank=[1, 1], placement=placement, pipeline=stages)
+        room = LayoutCost(cost, layout).memory(1).total_bytes
+        for more, most in ((0.01, layers), (-0.01, layers - 1)):
+            tight = CostModel(inputs([("new", 1), ("old", 1)], old_memory=int((1 + more) * room / 0.9)))
+            assert PipelineCost(tight, 1, 1, "none").most_layers((1,), 1, False, True) == most
     assert "layers 3-1" in pp(cost, 16).reason  # the old one takes twice as long
 
 
@@ -147,15 +191,17 @@ def test_pp_is_as_fast_as_the_best_of_all_splits(nodes: list[tuple[str, int]]) -
         for share in product(range(1, 5), repeat=setup.stages):
             if sum(share) == 4:
                 for order in (units, units[::-1]):
-                    tuned = Tuned(setup, "1F1B", [order], [list(share)], [setup.micro_batches])
+                    again = [["none"] * setup.stages]
+                    tuned = Tuned(setup, "1F1B", [order], [list(share)], again, [setup.micro_batches])
                     fastest = min(fastest, search.seconds(tuned))
     assert pp(search.cost, 16).seconds == pytest.approx(fastest, rel=0.01)
 
 
 def test_bounds_are_below_the_simulated_time() -> None:
-    search = _Search(CostModel(inputs([("new", 1)] * 2 + [("old", 1)] * 2, batch=8)))
+    search = _Search(CostModel(inputs([("new", 1)] * 2 + [("old", 1)] * 2, batch=8)), passes=("in_turn", "woven"))
+    assert {setup.passes for setup in search.setups()} == {"in_turn", "woven"}
     for setup in search.setups():
-        for tuned in search.tuned(setup, "1F1B"):
+        for tuned in search.tuned(setup, "woven" if setup.passes == "woven" else "1F1B"):
             seconds = search.seconds(tuned)
             assert search.work(setup) <= search.bound(tuned) * (1 + 1e-9)
             assert search.bound(tuned) <= seconds
@@ -200,7 +246,7 @@ def test_dense_layers_are_work_and_memory_of_the_first_stage() -> None:
     more = two.edge_parameters(True, False) - one.edge_parameters(True, False)
     assert more == 2 * model.dense_layer_parameters
     assert two.edge_parameters(False, True) == one.edge_parameters(False, True)
-    tuned = Tuned(Setup(1, 2, 1, 4, "none"), "1F1B", [units], [[2, 2]], [4])
+    tuned = Tuned(Setup(1, 2, 1, 4), "1F1B", [units], [[2, 2]], [["none", "none"]], [4])
     before, after = _Search(plain)._stage_seconds(tuned, 0), _Search(dense)._stage_seconds(tuned, 0)
     assert after == pytest.approx([before[0] + 9.0, before[1]])
     drained = _Search(dense).seconds(tuned) - two.update_seconds([[((0,), 2), ((1,), 2)]])
@@ -216,6 +262,8 @@ def test_too_many_devices_are_not_searched() -> None:
 
 
 def test_setups_text() -> None:
-    setup = Setup(width=2, stages=2, pipelines=3, micro_batches=12, recompute="all")
-    tuned = Tuned(setup, "1F1B", [[(0, 1), (2, 3)]] * 3, [[6, 2]] * 3, [4, 4, 4])
-    assert str(tuned) == "1F1B, R = 4, 3 x 2 stages of 2 devices, recomputation, layers 6-2"
+    setup = Setup(width=2, stages=2, pipelines=3, micro_batches=12)
+    tuned = Tuned(setup, "1F1B", [[(0, 1), (2, 3)]] * 3, [[6, 2]] * 3, [["none", "none"]] * 3, [4, 4, 4])
+    assert str(tuned) == "1F1B, R = 4, 3 x 2 stages of 2 devices, layers 6-2"
+    again = replace(tuned, recompute=[["all", "none"]] * 3)
+    assert str(again) == "1F1B, R = 4, 3 x 2 stages of 2 devices, layers 6-2, recomputation all-none"

@@ -1,7 +1,6 @@
 """planner/pipelines.py and pipeline_plan.py: setups of pp as layouts with stages, and when they become the plan."""
 
 from dataclasses import replace
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ from hypothesis import strategies as st
 from builders import make_cost, make_inputs, make_layout, make_model, make_profile, pipelines
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.planner.baselines.pipeline import Setup, Tuned, pipelines_of_nodes, pp
+from hetermoe_cli.planner.baselines.pipeline import Setup, Tuned, overlapped_pipelines, pp
 from hetermoe_cli.planner.cluster.objective import Wanted
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.pipeline_bound import pipeline_bound
 from hetermoe_cli.planner.pipeline_plan import WORTH, with_pipelines
-from hetermoe_cli.planner.pipelines import Shape, best_pipelines, groups_of, merged, timed
+from hetermoe_cli.planner.pipelines import Shape, best_pipelines, fitted, groups_of, merged, timed
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.solver import SolverOptions
@@ -28,6 +27,7 @@ from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.load import ExpertLoad
 from hetermoe_cli.spec.plan import Inputs, Plan
+from hetermoe_cli.spec.train import Recompute
 
 SLOW = Link(bandwidth_gigabytes_per_second=3e-6, latency_microseconds=0.0)
 
@@ -40,6 +40,7 @@ def inputs(
     slow: bool = False,
     ffn_size: int = 224,
     memory: int = 10**10,
+    saved_bytes: int = 100,
     train: dict[str, Any] | None = None,
     **other: Any,
 ) -> Inputs:
@@ -47,7 +48,7 @@ def inputs(
     `ffn_size`: of experts, small ones where most parameters are to be the dense part's."""
     model = make_model(layers=layers, experts=4, ffn_size=ffn_size)
     profiles = {
-        "new": make_profile("new", model=model, memory_bytes=memory),
+        "new": make_profile("new", model=model, memory_bytes=memory, saved_bytes=saved_bytes),
         "old": make_profile("old", model=model, attention_seconds=2.0, expert_seconds=0.02, memory_bytes=memory),
     }
     used = {name: profiles[name] for name, _ in nodes}
@@ -61,11 +62,8 @@ def inputs(
 def setup(units: list[list[tuple[int, ...]]], layers: list[list[int]], counts: list[int]) -> Tuned:
     """Pipelines of those units."""
     width, stages = len(units[0][0]), len(units[0])
-    return Tuned(Setup(width, stages, len(units), sum(counts), "none"), "1F1B", units, layers, counts)
-
-
-def shape(tuned: Tuned, **changes: Any) -> Shape:
-    return replace(Shape(tuned, "none", "replicated"), **changes)
+    recompute: list[list[Recompute]] = [["none"] * stages for _ in units]
+    return Tuned(Setup(width, stages, len(units), sum(counts)), "1F1B", units, layers, recompute, counts)
 
 
 def planned(given: Inputs, **wanted: Any) -> Plan:
@@ -75,7 +73,7 @@ def planned(given: Inputs, **wanted: Any) -> Plan:
 def test_units_become_stages() -> None:
     """Ranks 3, 1 | 0, 2 of a micro-batch of two sequences; the plan's ranks are ascending."""
     cost = CostModel(inputs([("new", 2), ("old", 2)]))
-    (group,) = groups_of(cost, shape(setup([[(3, 1), (0, 2)]], [[3, 1]], [4])))
+    (group,) = groups_of(cost, Shape(setup([[(3, 1), (0, 2)]], [[3, 1]], [4])))
     assert group.replicas == [[0, 1, 2, 3]]
     assert [(stage.layers, stage.ranks) for stage in group.pipeline] == [(3, [1, 3]), (1, [0, 2])]
     assert (group.sequences_per_rank, group.schedule.micro_batches, group.schedule.window) == ([1] * 4, 4, 1)
@@ -87,27 +85,27 @@ def test_units_become_stages() -> None:
 def test_equal_pipelines_are_copies_and_others_are_not() -> None:
     equal = CostModel(inputs([("new", 1)] * 4))
     tuned = setup([[(0,), (2,)], [(1,), (3,)]], [[2, 2], [2, 2]], [4, 4])
-    (group,) = groups_of(equal, shape(tuned))
+    (group,) = groups_of(equal, Shape(tuned))
     assert group.replicas == [[0, 2], [1, 3]]
-    assert [group.replicas for group in groups_of(equal, shape(replace(tuned, micro_batches=[5, 3])))] == [
+    assert [group.replicas for group in groups_of(equal, Shape(replace(tuned, micro_batches=[5, 3])))] == [
         [[0, 2]],
         [[1, 3]],
     ]
     mixed = CostModel(inputs([("new", 1), ("new", 1), ("new", 1), ("old", 1)]))
-    assert len(groups_of(mixed, shape(tuned))) == 2
+    assert len(groups_of(mixed, Shape(tuned))) == 2
 
 
 def test_copies_have_their_nodes_and_nics_alike() -> None:
     cost = CostModel(inputs([("new", 2), ("new", 1), ("new", 1)], nics=2))
     tuned = setup([[(0,), (1,)], [(2,), (3,)]], [[2, 2], [2, 2]], [4, 4])
-    assert len(groups_of(cost, shape(tuned))) == 2
+    assert len(groups_of(cost, Shape(tuned))) == 2
 
 
 def test_pipelines_that_would_share_a_nic_are_none() -> None:
     tuned = setup([[(0,), (2,)], [(1,), (3,)]], [[2, 2], [2, 2]], [4, 4])
     shared, own = (CostModel(inputs([("new", 2), ("new", 2)], nics=nics)) for nics in (1, 2))
-    assert timed(shared, groups_of(shared, shape(tuned))) == []
-    ((seconds, groups),) = timed(own, groups_of(own, shape(tuned)))
+    assert timed(shared, groups_of(shared, Shape(tuned))) == []
+    ((seconds, groups),) = timed(own, groups_of(own, Shape(tuned)))
     assert seconds == replay_groups(own.inputs, groups).seconds
 
 
@@ -117,12 +115,12 @@ def test_equal_pipelines_behind_one_nic_are_stages_of_copies() -> None:
     shared, own = (CostModel(inputs([("new", 2), ("new", 2)], nics=nics)) for nics in (1, 2))
     one = merged(tuned)
     assert one is not None
-    (group,) = groups_of(shared, shape(one, copies=True))
+    (group,) = groups_of(shared, Shape(one, copies=True))
     assert [(stage.layers, stage.ranks) for stage in group.pipeline] == [(3, [0, 1]), (1, [2, 3])]
     assert all(layer.replicated == [0, 1, 2, 3] for layer in group.placement)
     assert (group.sequences_per_rank, group.schedule.micro_batches) == ([1] * 4, 4)
     ((seconds, _),) = timed(shared, [group])
-    assert seconds == pytest.approx(timed(own, groups_of(own, shape(tuned)))[0][0], rel=0.05)
+    assert seconds == pytest.approx(timed(own, groups_of(own, Shape(tuned)))[0][0], rel=0.05)
     assert merged(replace(tuned, micro_batches=[5, 3])) is None
     assert merged(replace(tuned, layers=[[3, 1], [2, 2]])) is None
     assert merged(setup([[(0, 1), (2, 3)]], [[2, 2]], [4])) is None
@@ -148,36 +146,58 @@ def test_no_stages_where_none_are_wanted() -> None:
 def test_a_pipeline_of_single_devices_takes_as_long_as_pp_says() -> None:
     cost = CostModel(inputs([("new", 1), ("new", 1), ("old", 1)]))
     estimate, tuned = pp(cost, 16).pipelines[0]
-    ((seconds, _),) = timed(cost, groups_of(cost, shape(tuned)))
+    ((seconds, _),) = timed(cost, groups_of(cost, Shape(tuned)))
     assert seconds == pytest.approx(estimate, rel=0.03)
 
 
 def test_experts_by_speed_where_a_stage_mixes_types() -> None:
     cost = CostModel(inputs([("new", 1), ("old", 1), ("new", 1), ("old", 1)]))
     tuned = setup([[(0, 1), (2, 3)]], [[2, 2]], [4])
-    (even,), (fast,) = (groups_of(cost, shape(tuned, by_speed=by_speed)) for by_speed in (False, True))
+    (even,), (fast,) = (groups_of(cost, Shape(tuned, by_speed=by_speed)) for by_speed in (False, True))
     assert [len(experts) for experts in even.placement[0].experts] == [2, 2, 0, 0]
     assert [len(experts) for experts in fast.placement[0].experts] == [3, 1, 0, 0]
     assert [len(experts) for experts in fast.placement[3].experts] == [0, 0, 3, 1]
 
 
-def test_windows_of_the_same_micro_batches_or_of_parts_of_them() -> None:
-    cost = CostModel(inputs([("new", 2), ("new", 2)], batch=16))
-    tuned = setup([[(0, 1), (2, 3)]], [[2, 2]], [4])
-    (same,), (parts,) = (groups_of(cost, shape(tuned, window=2, parts=parts)) for parts in (1, 2))
-    assert (same.schedule.micro_batches, same.sequences_per_rank) == (4, [2] * 4)
-    assert (parts.schedule.micro_batches, parts.sequences_per_rank) == (8, [1] * 4)
-    assert same.schedule.window == parts.schedule.window == 2
-    assert same.sequences == parts.sequences == 16
-    assert timed(cost, [same])[0][0] < inf
+def test_woven_passes_hide_what_travels_in_a_stage() -> None:
+    link = Link(bandwidth_gigabytes_per_second=1.2e-5, latency_microseconds=0.0)
+    cost = CostModel(inputs([("new", 2), ("new", 2)], batch=32, interconnect=link))
+    tuned = setup([[(0, 1), (2, 3)]], [[2, 2]], [16])
+    both = replace(tuned, setup=replace(tuned.setup, passes="woven"), order="woven")
+    ((in_turn, _),), ((woven, (group,)),) = (timed(cost, groups_of(cost, Shape(each))) for each in (tuned, both))
+    assert group.schedule.passes == "woven"
+    assert woven < 0.85 * in_turn
+    estimate, best = overlapped_pipelines(cost)[0]
+    assert best.setup.passes == "woven"
+    assert estimate == pytest.approx(timed(cost, groups_of(cost, Shape(best)))[0][0], rel=0.1)
+
+
+def test_what_does_not_fit_is_computed_again_on_its_own_stage() -> None:
+    """The first stage keeps activations of more micro-batches."""
+    nodes, again = [("new", 1)] * 4, {"recompute": "auto"}
+    tuned = setup([[(0,), (1,), (2,), (3,)]], [[3, 1, 1, 1]], [8])
+    roomy = CostModel(inputs(nodes, layers=6, saved_bytes=2000, train=again))
+    (group,) = groups_of(roomy, Shape(tuned))
+    needed = [LayoutCost(roomy, group.layout).memory(rank).total_bytes for rank in range(4)]
+    assert needed[0] > max(needed[1:])
+    memory = int((needed[0] - 1) / roomy.train.memory_headroom)
+    tight = CostModel(inputs(nodes, layers=6, memory=memory, saved_bytes=2000, train=again))
+    found = fitted(tight, Shape(tuned))
+    assert found is not None
+    shape, (_, (leaner,)) = found
+    assert shape.tuned.recompute == [["attention", "none", "none", "none"]]
+    assert [stage.recompute for stage in leaner.pipeline] == ["attention", None, None, None]
+    assert overflow(LayoutCost(tight, leaner.layout)) is None
+    assert "layers 0-2 on ranks 0 with recomputation of attention" in pipeline_line(leaner.layout)
+    assert fitted(CostModel(inputs(nodes, layers=6, memory=memory, saved_bytes=2000)), Shape(tuned)) is None
 
 
 def test_the_best_is_no_slower_than_the_plain_setups_and_fits() -> None:
     cost = CostModel(inputs([("new", 2), ("old", 2)], batch=16))
     setups = pp(cost, 16).pipelines
-    found = best_pipelines(cost, setups, inf, 60.0)
+    found = best_pipelines(cost, setups, 60.0)
     assert found is not None
-    plain = [seconds for _, tuned in setups[:2] for seconds, _ in timed(cost, groups_of(cost, shape(tuned)))]
+    plain = [seconds for _, tuned in setups[:2] for seconds, _ in timed(cost, groups_of(cost, Shape(tuned)))]
     assert found[0] <= min(plain)
     assert all(g.fits for g in replay_groups(cost.inputs, found[1]).groups)
 
@@ -186,7 +206,7 @@ def test_the_best_is_no_slower_than_the_plain_setups_and_fits() -> None:
 def test_memory_is_never_exceeded(memory: int) -> None:
     cost = CostModel(inputs([("new", 1), ("new", 1), ("new", 1), ("old", 1)], memory=memory))
     roomy = CostModel(inputs([("new", 1), ("new", 1), ("new", 1), ("old", 1)]))
-    found = best_pipelines(cost, pp(roomy, 16).pipelines, inf, 60.0)  # setups that were not made for so little
+    found = best_pipelines(cost, pp(roomy, 16).pipelines, 60.0)  # setups that were not made for so little
     for g in replay_groups(cost.inputs, found[1]).groups if found else ():
         assert g.fits
     if memory == 2_000_000:
@@ -220,15 +240,10 @@ def test_no_more_pipelines_than_groups_are_allowed() -> None:
     cost = CostModel(inputs([("new", 1)] * 4, layers=2, batch=16))
     setups = pp(cost, 16).pipelines
     for most in (1, 2, None):
-        found = best_pipelines(cost, setups, inf, 60.0, most)
+        found = best_pipelines(cost, setups, 60.0, most)
         copies = sum(len(group.replicas) for group in found[1]) if found else 0
         assert copies <= (most or 4)
-    assert best_pipelines(cost, setups, 1e-3, 60.0) is None  # all far slower
-
-
-def test_nothing_fits_a_fully_sharded_dense_part() -> None:
-    cost = CostModel(inputs([("new", 1), ("new", 1)], train={"dense_state": "full"}))
-    assert best_pipelines(cost, pp(cost, 16).pipelines, inf, 60.0) is None
+    assert overlapped_pipelines(cost, 1e-3) == []  # all far slower
 
 
 def test_slow_links_make_a_pipeline_the_plan(tmp_path: Path) -> None:
@@ -285,7 +300,7 @@ def test_a_single_pipeline_is_one_group() -> None:
 def test_a_node_of_another_size_is_left_out() -> None:
     """Adding a device does not end the search for pipelines."""
     cost = CostModel(inputs([("new", 4)] * 5 + [("old", 1)], slow=True, batch=32, layers=12))
-    found = pipelines_of_nodes(cost)
+    found = overlapped_pipelines(cost)
     assert found
     assert all(rank < 20 for _, tuned in found for units in tuned.units for unit in units for rank in unit)
     assert {len(unit) % 2 for _, tuned in found for units in tuned.units for unit in units} == {0}
@@ -294,10 +309,10 @@ def test_a_node_of_another_size_is_left_out() -> None:
 
 def test_many_devices_are_searched_by_whole_nodes() -> None:
     given = inputs([("new", 4)] * 5, slow=True, batch=32, layers=12)
-    assert all(len(unit) % 2 == 0 for _, tuned in pipelines_of_nodes(CostModel(given)) for unit in tuned.units[0])
+    assert all(len(unit) % 2 == 0 for _, tuned in overlapped_pipelines(CostModel(given)) for unit in tuned.units[0])
     plan = planned(given)
     assert any(group.pipeline for group in plan.groups)
-    assert pipelines_of_nodes(CostModel(inputs([("new", 1)] * 17))) == []
+    assert overlapped_pipelines(CostModel(inputs([("new", 1)] * 17))) == []
 
 
 @pytest.mark.parametrize(
@@ -325,7 +340,7 @@ def test_a_pipeline_that_is_not_faster_is_no_plan_and_no_note() -> None:
 
 def test_gradients_of_a_layer_go_round_the_ranks_of_its_stage_in_all_groups() -> None:
     cost = CostModel(inputs([("new", 1)] * 4))
-    groups = groups_of(cost, shape(setup([[(0,), (2,)], [(1,), (3,)]], [[3, 1], [3, 1]], [4, 4])))
+    groups = groups_of(cost, Shape(setup([[(0,), (2,)], [(1,), (3,)]], [[3, 1], [3, 1]], [4, 4])))
     replayed = replay_groups(cost.inputs, groups, cost)
     for layer, reduce in enumerate(replayed.groups[0].reduces):
         ring = [0, 1] if layer < 3 else [2, 3]
@@ -340,9 +355,9 @@ def test_gradients_of_a_layer_go_round_the_ranks_of_its_stage_in_all_groups() ->
 
 @pytest.mark.parametrize("state", ["replicated", "optimizer"])
 def test_new_weights_of_stages_on_other_nics_are_gathered_side_by_side(state: Any) -> None:
-    cost = CostModel(inputs([("new", 1)] * 4))
+    cost = CostModel(inputs([("new", 1)] * 4, train={"dense_state": state}))
     tuned = setup([[(0,), (2,)], [(1,), (3,)]], [[2, 2], [2, 2]], [4, 4])
-    replayed = replay_groups(cost.inputs, groups_of(cost, shape(tuned, state=state)), cost)
+    replayed = replay_groups(cost.inputs, groups_of(cost, Shape(tuned)), cost)
     reduces = [reduce.seconds for reduce in replayed.groups[0].reduces]  # half the bytes, as the gather
     stages = sum(reduces[:2]), sum(reduces[2:])
     assert replayed.after == pytest.approx(max(stages) if state == "optimizer" else 0.0)

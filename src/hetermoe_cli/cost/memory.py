@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from hetermoe_cli.cost.curves import Cost
 from hetermoe_cli.cost.device import STATE_BYTES, DeviceCost, ExpertRows
-from hetermoe_cli.spec.layout import ScheduleChoice, Span
+from hetermoe_cli.spec.layout import ScheduleChoice, Span, windows_ahead
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.plan import Memory
 from hetermoe_cli.spec.profile import BYTES_PER_ELEMENT
@@ -203,10 +203,12 @@ class MemoryModel:
     ) -> float:
         """Messages in flight: rows of the own tokens each way, and rows for a share of all experts. A host's working
         set is one of them; the gradients of a whole window may wait for it, as heads are done before experts. Where
-        they bring rows with them, they count where they come from as well."""
+        they bring rows with them, they count where they come from as well. Woven passes have messages of two windows.
+        """
         waiting = (1 + schedule.sends_again) * schedule.window
         own = waiting if schedule.sends_again else 1
         rows = (1 + own) * sequences + (1 + waiting) * hosted_share * sequences_per_micro_batch
+        rows *= 2 if schedule.passes == "woven" else 1
         return rows * self.train.sequence_length * self.model.top_k * self.row_bytes
 
     def memory(
@@ -253,7 +255,8 @@ class MemoryModel:
         buffers = self.buffer_bytes(sequences_per_micro_batch, sequences, share, schedule)
         if piece:  # hidden states and gradients of two windows, to and from each stage beside
             buffers += self.border_bytes(sequences, 2 * 2 * piece.neighbours * schedule.window)
-        windows = (piece.windows if piece else 1) * schedule.window
+        alive = min(windows_ahead(schedule.passes, 0) + 1, schedule.micro_batches // schedule.window)
+        windows = (piece.windows if piece else alive) * schedule.window
         return Memory(
             weights_bytes=int(weights),
             gradients_bytes=int(gradients),

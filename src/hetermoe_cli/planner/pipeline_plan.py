@@ -3,15 +3,13 @@
 import datetime
 import time
 from collections.abc import Iterator
-from math import inf
 from typing import Any
 
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.planner.baselines.pipeline import overlapped_pipelines, pp
+from hetermoe_cli.planner.baselines.pipeline import overlapped_pipelines
 from hetermoe_cli.planner.cluster.explained import binding_of_groups
 from hetermoe_cli.planner.cluster.objective import Wanted, economy
-from hetermoe_cli.planner.cluster.plan_groups import ONE_GROUP
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.explain import not_used, sources
 from hetermoe_cli.planner.pipeline_bound import pipeline_bound
@@ -20,27 +18,23 @@ from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.spec.plan import Assignment, Bound, Group, Inputs, Plan, Prediction, SolverReport
 
 WORTH = 0.01  # of the iteration: by how much pipelines, or several groups, must be faster
+NEAR = 1.05  # times what is to be beaten: what replays are faster than estimates at most
 _NONE = "no pipeline fits as a plan: into memory, into --max-groups, or with NICs of its own"
 SHARE = 0.3  # of the time limit, beside what other plans take
 SHARE_OF_NODES = 0.15  # the same where units are whole nodes: each replay takes longer, and the others get the rest
 
 
-def setups_of_nodes(cost: CostModel, assignment: Assignment, wanted: Wanted) -> Setups:
-    """What is looked at where several groups are planned from the start, if anything is."""
-    return [] if reason_against(cost, assignment, wanted) else overlapped_pipelines(cost)
-
-
 def with_pipelines(
-    plan: Plan, cost: CostModel, setups: Setups, wanted: Wanted, seconds_left: float, limit: int
+    plan: Plan, cost: CostModel, rivals: Setups, wanted: Wanted, seconds_left: float, limit: int
 ) -> Plan:
-    """Pipelines of `setups` (those of pp, with its seconds) that are clearly faster than `plan`, or that were asked for
-    (assignment pp); else the plan, and why not where pp is faster. `limit`: the largest R of layouts, for the bound."""
+    """Pipelines that are clearly faster than `plan`, or that were asked for (assignment pp: the first of `rivals` that
+    fits); else the plan, and why not where pp is faster. `limit`: the largest R of layouts, for the bound."""
     began, seconds = time.monotonic(), plan.predicted.iteration_seconds
     if plan.assignment == "pp":
-        return _instead(plan, cost, _pp(plan, cost, setups), wanted, limit, began)
+        return _instead(plan, cost, _pp(plan, cost, rivals), wanted, limit, began)
     against, found = reason_against(cost, plan.assignment, wanted), None
     if not against:
-        found = best_pipelines(cost, setups, seconds, seconds_left, wanted.most_groups)
+        found = best_pipelines(cost, overlapped_pipelines(cost, NEAR * seconds), seconds_left, wanted.most_groups)
         if found and found[0] < (1 - WORTH) * seconds:
             return _instead(plan, cost, found[1], wanted, limit, began)
     told = [*plan.notes, *_not_chosen(plan, against, found)]
@@ -52,8 +46,7 @@ def pipelines_alone(inputs: Inputs, cost: CostModel, wanted: Wanted, solver: Sol
     began = time.monotonic()
     if reason_against(cost, "optimal", wanted):
         return None
-    setups = pp(cost, limit).pipelines if len(cost.devices) <= ONE_GROUP else overlapped_pipelines(cost)
-    found = best_pipelines(cost, setups, inf, SHARE * solver.time_limit, wanted.most_groups)
+    found = best_pipelines(cost, overlapped_pipelines(cost), SHARE * solver.time_limit, wanted.most_groups)
     if not found:
         return None
     base = {
@@ -152,8 +145,7 @@ def _stages(cost: CostModel, group: Group) -> str:
     for span in group.layout.spans:
         types = [cost.devices[ranks[local]].type for local in span.ranks]
         names = " + ".join(f"{types.count(name)} {name}" for name in dict.fromkeys(types))
-        parts.append(
-            f"{span.first}-{span.end - 1} on {names}" if span.end - span.first > 1 else f"{span.first} on {names}"
-        )
+        layers = f"{span.first}-{span.end - 1}" if span.end - span.first > 1 else str(span.first)
+        parts.append(f"{layers} on {names}{group.layout.recomputation_of(span)}")
     copies = f"{len(group.replicas)} pipelines of " if len(group.replicas) > 1 else ""
     return f"{copies}{len(parts)} pipeline stages: layers {', '.join(parts)}"

@@ -27,11 +27,10 @@ from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage
 from hetermoe_cli.spec.plan import Group
 from hetermoe_cli.spec.train import Recompute
 
-FAR = 1.2  # times what is to be beaten, by pp's estimate: what overlapping all-to-alls may gain
 CANDIDATES = 4  # setups that are replayed
 IMPROVED = 2  # of these, those that are varied
 
-Setups = Sequence[tuple[float, Tuned]]  # with the seconds of pp, the fastest first
+Setups = Sequence[tuple[float, Tuned]]  # with estimated seconds, the fastest first
 Found = tuple[float, list[Group]]  # seconds of an iteration, and a group of every pipeline that differs from the others
 
 
@@ -45,15 +44,11 @@ class Shape:
     copies: bool = False
 
 
-def best_pipelines(
-    cost: CostModel, setups: Setups, beat: float, seconds: float, most_groups: int | None = None
-) -> Found | None:
-    """The fastest that fit of `setups` (with the seconds of pp, fastest first), with at most so many pipelines side by
-    side. What is far slower than `beat` is not looked at; no more than one is once `seconds` are gone. Balanced routers
-    only."""
+def best_pipelines(cost: CostModel, setups: Setups, seconds: float, most_groups: int | None = None) -> Found | None:
+    """The fastest that fit of `setups` (with estimated seconds, fastest first), with at most so many pipelines side by
+    side. No more than one is looked at once `seconds` are gone. Balanced routers only."""
     end = time.monotonic() + seconds
-    near = [(estimate, tuned) for estimate, tuned in setups if estimate < FAR * beat]
-    plain = _plain(cost, near, end, most_groups)
+    plain = _plain(cost, setups, end, most_groups)
     found = [one for _, one in plain]
     for shape, _ in plain[:IMPROVED]:
         varied = fitted(cost, replace(shape, by_speed=True)) if _mixed(cost, shape) and time.monotonic() < end else None
@@ -213,7 +208,9 @@ def _layout(cost: CostModel, shape: Shape, index: int) -> Layout:
         )
         for unit, held, again in zip(units, layers, recompute, strict=True)
     ]
-    schedule = cost.schedule(tuned.micro_batches[index], tuned.setup.window, usual, stage_state(cost))
+    setup, count = tuned.setup, tuned.micro_batches[index]
+    schedule = cost.schedule(count, 1, usual, stage_state(cost))
+    schedule = schedule.model_copy(update={"passes": setup.passes})
     placement = [layer for stage in stages for layer in _placement(cost, shape, stage, ranks)]
     sequences = [_own_sequences(cost, shape)] * len(ranks)
     return Layout(schedule=schedule, sequences_per_rank=sequences, placement=placement, pipeline=stages)

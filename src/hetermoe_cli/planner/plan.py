@@ -23,7 +23,7 @@ from hetermoe_cli.planner.pipeline_plan import (
     SHARE_OF_NODES,
     WORTH,
     pipelines_alone,
-    setups_of_nodes,
+    reason_against,
     with_pipelines,
 )
 from hetermoe_cli.planner.pipelines import Setups
@@ -65,14 +65,14 @@ def make_plan(
 
     limit = options.max_micro_batches
     try:
-        plan, setups, seconds_left = _without_stages(cost, options, progress)
+        plan, rivals, seconds_left = _without_stages(cost, options, progress)
     except UserError as error:
         may = error.code in (ExitCode.DOES_NOT_FIT, ExitCode.SOLVER) and options.assignment == "optimal"
         alone = pipelines_alone(embed(inputs), cost, wanted, options.solver, limit) if may else None
         if alone is None:
             raise
         return alone
-    result = with_pipelines(plan, cost, setups, wanted, seconds_left, limit)
+    result = with_pipelines(plan, cost, rivals, wanted, seconds_left, limit)
     return _told(result) if options.explain else result
 
 
@@ -87,13 +87,12 @@ def _told(plan: Plan) -> Plan:
 def _without_stages(
     cost: CostModel, options: PlanOptions, progress: Callable[[str], None]
 ) -> tuple[Plan, Setups, float]:
-    """The best plan without pipeline stages, the setups of pipelines to be looked at, and for how many seconds."""
+    """The best plan without pipeline stages, pipelines of the rival pp, and for how many seconds to look at others."""
     wanted, time_limit = options.wanted, options.solver.time_limit
     if options.assignment == "optimal" and wants_groups(cost, wanted):
-        setups = setups_of_nodes(cost, options.assignment, wanted)
-        aside = SHARE_OF_NODES * time_limit if setups else 0.0
+        aside = 0.0 if reason_against(cost, options.assignment, wanted) else SHARE_OF_NODES * time_limit
         solver = replace(options.solver, time_limit=time_limit - aside)
-        return _plan_groups(cost, replace(options, solver=solver), progress), setups, aside
+        return _plan_groups(cost, replace(options, solver=solver), progress), (), aside
     plan, rivals = _plan_one_group(cost, options, progress)
     if options.assignment == "optimal" and wanted.most_groups != 1:
         plan = _one_or_several(plan, cost, options, progress)

@@ -61,7 +61,10 @@ def pipeline_line(layout: Layout) -> str:
     """`pipeline  2 stages: layers 0-15 on ranks 0-7, 16-31 on ranks 8-15`; nothing where there are no stages."""
     if not layout.pipeline:
         return ""
-    parts = [f"{ranges(list(span.layers))} on ranks {ranges(list(span.ranks))}" for span in layout.spans]
+    parts = [
+        f"{ranges(list(span.layers))} on ranks {ranges(list(span.ranks))}{layout.recomputation_of(span)}"
+        for span in layout.spans
+    ]
     return f"pipeline  {len(parts)} stage{'s' * (len(parts) > 1)}: layers {', '.join(parts)}"
 
 

@@ -13,7 +13,8 @@ from hetermoe_cli.schedule.zebra import (
     Part,
     Windows,
     part_of,
-    passes,
+    place_in_pass,
+    steps,
     training_order,
     validation_order,
     windows_of,
@@ -91,23 +92,28 @@ def _transfer_order(
     and one after the last layer.
 
     They go by when they would begin if all forward passes of a window took as long, all backward ones twice that, and
-    what a stage transfers during one were evenly spread over it. What crosses to another stage comes where its task
-    ends, later than it would in the middle of its place: ahead of time it would hold up what shares its ports.
+    what a stage transfers during one were evenly spread over it; of woven passes, if all tasks took as long. What
+    crosses to another stage comes where its task ends, later than it would in the middle of its place: ahead of time
+    it would hold up what shares its ports.
     """
     layers, last = borders[-1], len(borders) - 2
-    found: list[tuple[float, int, Action]] = []
+    found: list[tuple[float, int, bool, Action]] = []
     after: dict[Action, Action] = {}
-    starts = _starts(last + 1, windows)
+    times = _times(last + 1, windows)
     for number, (first, end) in enumerate(pairwise(borders)):
         part = Part(True, (False,) * layers, first, end, last - number)
         by_pass, own = _orders_of_stage(order_of, part, windows, gathered)
         for key, transfers in by_pass.items():
-            step = _LENGTH[key[0]] / max(1, len(transfers))
             for place, transfer in enumerate(transfers):
-                begins = starts[number][key] + step * (place + (1 if transfer.kind is Kind.CROSS else 0.5))
-                found.append((begins, -number, transfer))
+                if windows.passes == "woven":
+                    begins, length = times[number][_pass_of(transfer, windows)]
+                    begins += length * place_in_pass(transfer, part.layers) / (2 * len(part.layers) + 1)
+                else:
+                    begins, length = times[number][key]
+                    begins += length / len(transfers) * (place + (1 if transfer.kind is Kind.CROSS else 0.5))
+                found.append((begins, -number, transfer.direction is Pass.BACKWARD, transfer))
         after |= own
-    return tuple([transfer for *_, transfer in sorted(found, key=lambda one: one[:2])]), after
+    return tuple([transfer for *_, transfer in sorted(found, key=lambda one: one[:3])]), after
 
 
 def _orders_of_stage(
@@ -127,7 +133,8 @@ def _orders_of_stage(
     with the gradients. Weights are gathered at the same places, before gradients, as stages wait for them.
     """
     layers = len(part.hosts)
-    stages = [a for a in order_of(part, windows) if a.kind in _OF_ATTENDING]
+    own = [a for a in order_of(part, windows) if a.kind in _OF_ATTENDING]
+    stages = sorted(own, key=lambda a: (a.micro_batch // windows.width, a.direction is Pass.BACKWARD))
     found = gathers(stages, layers) if gathered else []
     after = {gather.action: gather.after for gather in found if gather.after}
     collectives = _reduces(stages, layers, windows, gathered)
@@ -167,23 +174,31 @@ def _pass_of(action: Action, windows: Windows) -> _PassOf:
     return action.direction, action.micro_batch // windows.width
 
 
-def _starts(stages: int, windows: Windows) -> list[dict[_PassOf, float]]:
-    """When every pass of every pipeline stage would start (_transfer_order); backward ones of a validation never do."""
+def _times(stages: int, windows: Windows) -> list[dict[_PassOf, tuple[float, float]]]:
+    """When every pass of every pipeline stage would start, and how long it would take (_transfer_order); backward ones
+    of a validation never do."""
     orders = [
-        [(way, window[0] // windows.width) for way, window in passes(s, windows)] for s in reversed(range(stages))
+        [[(way, window[0] // windows.width) for way, window in step] for step in steps(s, windows)]
+        for s in reversed(range(stages))
     ]
-    starts: list[dict[_PassOf, float]] = [{} for _ in orders]
+    times: list[dict[_PassOf, tuple[float, float]]] = [{} for _ in orders]
     free = [0.0] * stages
     while any(orders):
         for number, left in enumerate(orders):
-            before = number + (1 if left and left[0][0] is Pass.BACKWARD else -1)
-            if not left or (0 <= before < stages and left[0] not in starts[before]):
+            needed = [
+                times[before].get(key)
+                for key in (left[0] if left else ())
+                for before in [number + (1 if key[0] is Pass.BACKWARD else -1)]
+                if 0 <= before < stages
+            ]
+            if not left or None in needed:
                 continue
-            key = left.pop(0)
-            ready = starts[before][key] + _LENGTH[key[0]] if 0 <= before < stages else 0.0
-            starts[number][key] = max(free[number], ready)
-            free[number] = starts[number][key] + _LENGTH[key[0]]
-    return starts
+            begins = max([free[number], *[sum(one) for one in needed if one]])
+            step = left.pop(0)
+            length = sum(_LENGTH[way] for way, _ in step)
+            times[number] |= dict.fromkeys(step, (begins, length))
+            free[number] = begins + length
+    return times
 
 
 def _reduces(stages: Order | list[Action], layers: int, windows: Windows, gathered: bool) -> dict[Action, list[Action]]:

@@ -5,12 +5,30 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from hetermoe_cli.schedule.action import Action, Kind, Pass
-from hetermoe_cli.spec.layout import ExpertOrder, Layout, TransferOrder
+from hetermoe_cli.spec.layout import ExpertOrder, Layout, PassOrder, TransferOrder, windows_ahead
 
 SYNCHRONISE = Action(Kind.SYNCHRONISE, Pass.BACKWARD)
 OPTIMIZER = Action(Kind.OPTIMIZER, Pass.BACKWARD)
 
 Order = tuple[Action, ...]
+
+_FORWARD_PLACES = {  # of a layer's tasks and transfers in it; P and X carry the layer after the last one
+    Kind.ATTENTION: 0.0,
+    Kind.DISPATCH: 0.5,
+    Kind.EXPERT: 1.0,
+    Kind.COMBINE: 1.5,
+    Kind.PASS: 0.0,
+    Kind.CROSS: 0.5,
+}
+_BACKWARD_PLACES = {
+    Kind.PASS: 2.0,
+    Kind.COMBINE: 0.5,
+    Kind.EXPERT: 1.0,
+    Kind.DISPATCH: 1.5,
+    Kind.ATTENTION: 2.0,
+    Kind.REDUCE: 2.25,  # the head's carries a layer more
+    Kind.CROSS: 2.5,
+}
 
 
 class Part(NamedTuple):
@@ -32,12 +50,13 @@ class Part(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """What a choice means for orders: micro-batches, those of a window, and the two orders (spec.layout)."""
+    """What a choice means for orders: micro-batches, those of a window, and the three orders (spec.layout)."""
 
     micro_batches: int
     width: int
     experts: ExpertOrder = "after"
     transfers: TransferOrder = "layered"
+    passes: PassOrder = "in_turn"
 
 
 def part_of(layout: Layout, rank: int) -> Part:
@@ -53,7 +72,7 @@ def part_of(layout: Layout, rank: int) -> Part:
 def windows_of(layout: Layout) -> Windows:
     """The layout's windows."""
     choice = layout.schedule
-    return Windows(choice.micro_batches, choice.window, choice.experts, choice.transfers)
+    return Windows(choice.micro_batches, choice.window, choice.experts, choice.transfers, choice.passes)
 
 
 # The planner asks for the same few orders again and again, and a thousand ranks have few parts between them.
@@ -61,14 +80,16 @@ def windows_of(layout: Layout) -> Windows:
 def training_order(part: Part, windows: Windows) -> Order:
     """Compute order of one training iteration.
 
-    Window by window (`passes`): forward layer by layer, all micro-batches of a layer in turn; the head with its own
+    Window by window (`steps`): forward layer by layer, all micro-batches of a layer in turn; the head with its own
     backward; backward layer by layer from the last. Experts of an attending rank run after the layer's attention of
     all micro-batches in the window (in backward before it), or between: one micro-batch behind (in backward ahead).
     """
     actions: list[Action] = []
-    for direction, window in passes(part.ahead, windows):
-        run = _forward if direction is Pass.FORWARD else _backward
-        actions += run(part, window, windows.experts)
+    for step in steps(part.ahead, windows):
+        found: list[Action] = []
+        for direction, window in step:
+            found += (_forward if direction is Pass.FORWARD else _backward)(part, window, windows.experts)
+        actions += found if len(step) == 1 else sorted(found, key=lambda action: place_in_pass(action, part.layers))
     return (*actions, SYNCHRONISE, OPTIMIZER)
 
 
@@ -83,16 +104,28 @@ def validation_order(part: Part, windows: Windows) -> Order:
     return tuple(actions)
 
 
-def passes(ahead: int, windows: Windows) -> list[tuple[Pass, range]]:
-    """Windows in the order of 1F1B: as many go forward first as pipeline stages follow (`ahead`), then one forward and
-    one backward in turn. Without a pipeline, each goes forward and backward at once."""
-    found = _ranges(windows)
-    ahead = min(ahead, len(found))
-    result = [(Pass.FORWARD, window) for window in found[:ahead]]
+def steps(ahead: int, windows: Windows) -> list[list[tuple[Pass, range]]]:
+    """Windows in the order of 1F1B, where `ahead` pipeline stages follow: some go forward first (windows_ahead),
+    then one forward and one backward in turn, or woven into one step. Without a pipeline, each goes forward and
+    backward at once, or is woven into the next one."""
+    found, woven = _ranges(windows), windows.passes == "woven"
+    ahead = min(windows_ahead(windows.passes, ahead), len(found))
+    result = [[(Pass.FORWARD, window)] for window in found[:ahead]]
     for number, window in enumerate(found):
-        result += [(Pass.FORWARD, following) for following in found[number + ahead :][:1]]
-        result.append((Pass.BACKWARD, window))
+        following = [(Pass.FORWARD, later) for later in found[number + ahead :][:1]]
+        backward = (Pass.BACKWARD, window)
+        result += [[*following, backward]] if woven else [*[[one] for one in following], [backward]]
     return result
+
+
+def place_in_pass(action: Action, layers: range) -> float:
+    """How far into its pass a task or transfer of a pipeline stage is: a layer is 2 long, and begins with attention
+    (backward: with what it waits for); transfers are in the middle between the tasks at their ends."""
+    if action.kind is Kind.HEAD:
+        return 0.0
+    if action.direction is Pass.FORWARD:
+        return 2 * (action.layer - layers.start) + _FORWARD_PLACES[action.kind]
+    return max(0.0, 2 * (layers.stop - 1 - action.layer) + _BACKWARD_PLACES[action.kind])
 
 
 def _ranges(windows: Windows) -> list[range]:

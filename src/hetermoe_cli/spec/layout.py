@@ -13,6 +13,14 @@ from hetermoe_cli.spec.train import DenseState, Dispatch, Recompute
 ScheduleName = Literal["zebra", "windowed", "sequential"]
 ExpertOrder = Literal["after", "between"]
 TransferOrder = Literal["layered", "interleaved"]
+PassOrder = Literal["in_turn", "woven"]
+
+
+def windows_ahead(passes: PassOrder, stages: int) -> int:
+    """Windows that go forward before the first backward, where so many pipeline stages follow: as many (1F1B). Woven,
+    two for each, as a step needs what the stage before made in the last step and what the one behind made in this, and
+    one for the stage itself."""
+    return stages if passes == "in_turn" else 2 * stages + 1
 
 
 class ScheduleChoice(ExtendedSpec):
@@ -25,9 +33,11 @@ class ScheduleChoice(ExtendedSpec):
     but what attention stages read: rows are sent to the experts once more, with the gradients. `dense_state`: what
     attending ranks share of the dense part's state; if anything, holders of an expert share its masters and moments.
     `dispatch`: whether a token's row goes once to every expert that it chose, or to every rank that hosts some of them.
+    `passes`: one window after another, or a window's backward woven into the forward of a later one, so that what one
+    waits for travels while the other computes; which keeps twice as many windows alive.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"dispatch"})
+    later: ClassVar[frozenset[str]] = frozenset({"dispatch", "passes"})
 
     micro_batches: PositiveInt
     window: PositiveInt
@@ -36,6 +46,7 @@ class ScheduleChoice(ExtendedSpec):
     recompute: Recompute = "none"
     dense_state: DenseState = "replicated"
     dispatch: Dispatch = "per_expert"
+    passes: PassOrder = "in_turn"
 
     @model_validator(mode="after")
     def _check(self) -> "ScheduleChoice":
@@ -43,7 +54,13 @@ class ScheduleChoice(ExtendedSpec):
             raise ValueError(f"window {self.window} does not divide micro_batches {self.micro_batches}")
         if self.sends_again and self.dense_state == "full":
             raise ValueError("recompute full needs the weights of two layers at once: not with dense_state full")
+        if self.passes == "woven" and not self._weaves:
+            raise ValueError("passes woven: not with dense_state full, experts between or transfers interleaved")
         return self
+
+    @property
+    def _weaves(self) -> bool:
+        return self.dense_state != "full" and (self.experts, self.transfers) == ("after", "layered")
 
     @classmethod
     def zebra(cls, micro_batches: int, *, recompute: Recompute = "none") -> "ScheduleChoice":
@@ -65,7 +82,7 @@ class ScheduleChoice(ExtendedSpec):
     @property
     def in_default_order(self) -> bool:
         """Whether the planner's bounds are of this order."""
-        return (self.experts, self.transfers) == ("after", "layered")
+        return (self.experts, self.transfers, self.passes) == ("after", "layered", "in_turn")
 
     @property
     def shares_states(self) -> bool:
@@ -88,13 +105,19 @@ class ScheduleChoice(ExtendedSpec):
         before: an attention stage's backward that of the layer before, the head the last one's."""
         return self.recompute == "full"
 
+    @property
+    def recomputation(self) -> str:
+        """In words."""
+        words = {"none": "no recomputation", "all": "recomputation", "full": "full recomputation"}
+        return words.get(self.recompute, f"recomputation of {self.recompute}")
+
     def __str__(self) -> str:
         parts = [self.name, f"R = {self.micro_batches}"]
         parts += [f"windows of {self.window}"] * (self.name == "windowed")
+        parts += ["passes woven"] * (self.passes == "woven")
         parts += ["experts between micro-batches"] * (self.experts == "between")
         parts += ["transfers interleaved"] * (self.transfers == "interleaved")
-        again = {"all": ["recomputation"], "none": [], "full": ["full recomputation"]}
-        parts += again.get(self.recompute, [f"recomputation of {self.recompute}"])
+        parts += [self.recomputation] * (self.recompute != "none")
         shared = {"optimizer": ["optimizer states sharded"], "full": ["dense part fully sharded"]}
         parts += shared.get(self.dense_state, [])
         parts += ["rows once per device"] * (self.dispatch == "per_device")
@@ -286,13 +309,20 @@ class Layout(ExtendedSpec):
         own, others = (self.sequences_of(self.span_of(each))[each] for each in (rank, other))
         return in_both(own, others)
 
+    def recomputation_of(self, span: Span) -> str:
+        """` with recomputation of attention`; nothing where all pipeline stages do the same."""
+        same = len({each.schedule.recompute for each in self.spans}) == 1
+        return "" if same else f" with {span.schedule.recomputation}"
+
     def border(self, layer: int) -> int:
         """Of the border between two pipeline stages, before `layer`: its number."""
         return self.span_at(layer).number - 1
 
     def windows_in_flight(self, rank: int) -> int:
-        """Windows of micro-batches whose activations `rank` keeps at once: one more than stages follow (1F1B)."""
-        return min(self.span_of(rank).ahead + 1, self.schedule.micro_batches // self.schedule.window)
+        """Windows of micro-batches whose activations `rank` keeps at once: one more than go forward ahead of its first
+        backward."""
+        most = self.schedule.micro_batches // self.schedule.window
+        return min(windows_ahead(self.schedule.passes, self.span_of(rank).ahead) + 1, most)
 
     @property
     def attending(self) -> list[int]:

@@ -1,13 +1,17 @@
 """How a pipeline's layers are split over its stages, and its micro-batches over pipelines."""
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from math import floor, inf
 from typing import NamedTuple
+
+from hetermoe_cli.spec.train import Recompute
 
 
 class Way(NamedTuple):
     """A stage with one kind of recomputation: seconds of a layer, of what else it has, and most layers that fit."""
 
+    recompute: Recompute
     layer: float
     extra: float
     most: int
@@ -22,10 +26,24 @@ class Way(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What a stage gets: layers, and which of its ways."""
+    """What a stage gets."""
 
     layers: int
-    way: int
+    way: Way
+
+    @property
+    def seconds(self) -> float:
+        """Of a micro-batch."""
+        return self.way.seconds(self.layers)
+
+
+def useful(ways: Iterable[Way]) -> list[Way]:
+    """Those that hold more layers than every faster one."""
+    result: list[Way] = []
+    for way in sorted(ways, key=lambda way: (way.layer, way.extra)):
+        if not result or way.most > result[-1].most:
+            result.append(way)
+    return result
 
 
 def split(layers: int, stages: Sequence[Sequence[Way]], micro_batches: int) -> list[Held] | None:
@@ -39,31 +57,37 @@ def split(layers: int, stages: Sequence[Sequence[Way]], micro_batches: int) -> l
     if min(most) < 1 or sum(most) < layers or len(stages) > layers:
         return None
     limits = sorted({way.seconds(n) for ways in stages for way in ways for n in range(1, way.most + 1)})
+    first = bisect_left(limits, True, key=lambda limit: _holds(layers, _room(stages, limit)))
     fastest = sorted(range(len(stages)), key=lambda stage: min(way.layer for way in stages[stage]))
     best: list[Held] | None = None
     value = inf
-    for limit in limits:
+    for limit in limits[first:]:
         if (micro_batches - 1) * limit >= value:
             break
-        room = [max(way.room(limit) for way in ways) for ways in stages]
-        if min(room) < 1 or sum(room) < layers:
-            continue
+        room = _room(stages, limit)
         share, left = [1] * len(room), layers - len(room)
         for stage in fastest:
             added = min(left, room[stage] - 1)
             share[stage] += added
             left -= added
         held = [_fastest(ways, count) for ways, count in zip(stages, share, strict=True)]
-        times = [ways[one.way].seconds(one.layers) for ways, one in zip(stages, held, strict=True)]
+        times = [one.seconds for one in held]
         found = sum(times) + (micro_batches - 1) * max(times)
         if found < value:
             best, value = held, found
     return best
 
 
+def _room(stages: Sequence[Sequence[Way]], limit: float) -> list[int]:
+    return [max([way.room(limit) for way in ways]) for ways in stages]
+
+
+def _holds(layers: int, room: Sequence[int]) -> bool:
+    return min(room) > 0 and sum(room) >= layers
+
+
 def _fastest(ways: Sequence[Way], layers: int) -> Held:
-    fitting = [number for number, way in enumerate(ways) if way.most >= layers]
-    return Held(layers, min(fitting, key=lambda number: ways[number].seconds(layers)))
+    return min((Held(layers, way) for way in ways if way.most >= layers), key=lambda held: held.seconds)
 
 
 def deal(total: int, seconds: Sequence[Sequence[float]]) -> list[int]:

@@ -14,30 +14,31 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil, inf
+from typing import get_args
 
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.planner.baselines.layer_split import Held, Way, deal, split
+from hetermoe_cli.planner.baselines.layer_split import Held, Way, deal, split, useful
 from hetermoe_cli.planner.baselines.pipeline_cost import PipelineCost, Unit
 from hetermoe_cli.planner.baselines.pipeline_run import Order, Pipeline, in_flight, run
 from hetermoe_cli.planner.baselines.rival import Rival, micro_batch_counts, recompute_choices
+from hetermoe_cli.spec.layout import PassOrder
 from hetermoe_cli.spec.train import Recompute
 
 MOST_DEVICES = 128  # beyond that the search takes seconds
 MOST_UNITS = 16  # nodes, as units
-FEW_DEVICES = 16  # up to which units of any width are looked at in windows
-WINDOWS = (1, 2, 4)  # micro-batches that are in flight together on a stage
+FEW_DEVICES = 16  # up to which units of any width are looked at with woven passes
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Pipelines before their layers are split. `micro_batches`: of all pipelines together; `window` of them are in
-    flight together on a stage."""
+    """Pipelines before their layers are split. `micro_batches`: of all pipelines together; `passes`: as of a
+    schedule."""
 
     width: int
     stages: int
     pipelines: int
     micro_batches: int
-    window: int = 1
+    passes: PassOrder = "in_turn"
 
     def __str__(self) -> str:
         width = f" of {self.width} devices" if self.width > 1 else ""
@@ -81,14 +82,15 @@ def pp(cost: CostModel, limit: int, *, pipelines: int | None = None) -> Rival:
     return Rival(None, seconds, str(winner), found)
 
 
-def overlapped_pipelines(cost: CostModel) -> list[tuple[float, Tuned]]:
-    """Like pp's, seconds first, with windows of several micro-batches as well, which overlap all-to-alls with compute.
+def overlapped_pipelines(cost: CostModel, below: float = inf) -> list[tuple[float, Tuned]]:
+    """Like pp's, seconds first, with woven passes as well, which overlap all-to-alls with compute; those that take less
+    than `below` seconds.
 
     Many devices are searched as fast as few, with units of whole or half nodes alone; nodes of another size than most
     devices are in are left out then. Nothing of clusters with too many nodes.
     """
     if len(cost.devices) <= FEW_DEVICES:
-        return _Search(cost, windows=WINDOWS).ranked()
+        return _Search(cost, passes=get_args(PassOrder)).ranked(below)
     members: dict[int, list[int]] = {}
     for device in cost.devices:
         members.setdefault(device.node, []).append(device.rank)
@@ -99,7 +101,7 @@ def overlapped_pipelines(cost: CostModel) -> list[tuple[float, Tuned]]:
     if len(whole) > MOST_UNITS:
         return []
     used = [rank for ranks in whole for rank in ranks]
-    return _Search(cost, quantum=width // parts, ranks=used, windows=WINDOWS).ranked()
+    return _Search(cost, quantum=width // parts, ranks=used, passes=get_args(PassOrder)).ranked(below)
 
 
 def _ends_first(stages: list[Unit]) -> list[Unit]:
@@ -119,28 +121,29 @@ class _Search:
         pipelines: int | None = None,
         quantum: int = 1,
         ranks: Sequence[int] | None = None,
-        windows: Sequence[int] = (1,),
+        passes: Sequence[PassOrder] = ("in_turn",),
     ) -> None:
         self.cost, self.batch, self.pipelines = cost, cost.train.global_batch_sequences, pipelines
-        self._quantum, self._windows, self._choices = quantum, windows, recompute_choices(cost)
-        self._costs: dict[tuple[int, int, Recompute, int], PipelineCost] = {}
+        self._quantum, self._passes, self._choices = quantum, passes, recompute_choices(cost)
+        self._costs: dict[tuple[int, int, Recompute, PassOrder], PipelineCost] = {}
         one = PipelineCost(cost, 1, 1, self._choices[0])
         self.sorted = sorted(ranks or range(len(cost.devices)), key=lambda rank: one.unit((rank,)).layer)
-        self._rates: dict[tuple[int, int, int, int], tuple[int, float]] = {}
+        self._rates: dict[tuple[int, int, int, PassOrder], tuple[int, float]] = {}
 
     def costs(self, setup: Setup, recompute: Recompute) -> PipelineCost:
-        key = (self.batch // setup.micro_batches, setup.width, recompute, setup.window)
+        key = (self.batch // setup.micro_batches, setup.width, recompute, setup.passes)
         if key not in self._costs:
             self._costs[key] = PipelineCost(self.cost, *key)
         return self._costs[key]
 
     def setups(self) -> Iterator[Setup]:
-        """All setups in which every pipeline has a window of micro-batches and every device a sequence of each."""
+        """All setups in which every pipeline has a micro-batch and every device a sequence of it. Where no rows travel,
+        none are woven."""
         counts = micro_batch_counts(self.batch, self.batch)
-        for (width, stages, pipelines), count, window in product(self._shapes(), counts, self._windows):
-            if count >= pipelines * window and count % window == 0 and self.batch // count % width == 0:
-                if window == 1 or width > 1:  # nothing overlaps where no rows travel
-                    yield Setup(width, stages, pipelines, count, window)
+        for (width, stages, pipelines), count in product(self._shapes(), counts):
+            if count >= pipelines and self.batch // count % width == 0:
+                for passes in self._passes if width > 1 else self._passes[:1]:
+                    yield Setup(width, stages, pipelines, count, passes)
 
     def _shapes(self) -> list[tuple[int, int, int]]:
         """(width, stages, pipelines)."""
@@ -159,15 +162,15 @@ class _Search:
             }
         )
 
-    def ranked(self) -> list[tuple[float, Tuned]]:
-        """Seconds of those in 1F1B order that were the best when they were found, or nearly so; the fastest first."""
+    def ranked(self, best: float = inf) -> list[tuple[float, Tuned]]:
+        """Seconds of those that were the best when they were found, or nearly so; the fastest first. `best`: what they
+        must beat. Woven or in 1F1B order."""
         found: list[tuple[float, Tuned]] = []
-        best = inf
         bounds = [(self.work(setup), setup) for setup in self.setups()]
         for bound, setup in sorted(bounds, key=lambda pair: pair[0]):
             if bound >= best:
                 break
-            for tuned in self.tuned(setup, "1F1B"):
+            for tuned in self.tuned(setup, "woven" if setup.passes == "woven" else "1F1B"):
                 if self.bound(tuned) < best:
                     seconds = self.seconds(tuned)
                     best = min(best, seconds)
@@ -178,7 +181,7 @@ class _Search:
         """Lower bound: all layers of all micro-batches, perfectly divisible over the units that are used; infinite if
         these cannot hold the layers with one micro-batch at a time."""
         used = setup.stages * setup.pipelines
-        key = (used, self.batch // setup.micro_batches, setup.width, setup.window)
+        key = (used, self.batch // setup.micro_batches, setup.width, setup.passes)
         if key not in self._rates:
             ways, units = [self.costs(setup, again) for again in self._choices], self._units(setup.width)[:used]
             room = sum(max(costs.most_layers(unit, 1, False, False) for costs in ways) for unit in units)
@@ -205,54 +208,51 @@ class _Search:
             held = [part for part in found if part]
             if len(held) == len(dealt):
                 layers = [[stage.layers for stage in part] for part in held]
-                recompute = [[self._choices[stage.way] for stage in part] for part in held]
+                recompute = [[stage.way.recompute for stage in part] for part in held]
                 even = Tuned(setup, order, dealt, layers, recompute, [1] * len(dealt))
                 seconds = [self._stage_seconds(even, index) for index in range(len(dealt))]
-                counts = deal(setup.micro_batches // setup.window, seconds)
-                yield replace(even, micro_batches=[count * setup.window for count in counts])
+                yield replace(even, micro_batches=deal(setup.micro_batches, seconds))
 
     def _split(
         self, setup: Setup, units: Sequence[Unit], order: Order, known: dict[object, list[Held] | None]
     ) -> list[Held] | None:
         """Layers of the stages; `known` of pipelines that cost the same."""
         ways = [self.costs(setup, recompute) for recompute in self._choices]
-        last, each = len(units) - 1, ceil(setup.micro_batches / setup.window / setup.pipelines)
+        last, each = len(units) - 1, ceil(setup.micro_batches / setup.pipelines)
         key = tuple((ways[0].unit(unit), self.cost.devices[unit[-1]].type) for unit in units)
         if key not in known:
             extra = [costs.extra(units) for costs in ways]
-            stages = [
-                [
-                    Way(
-                        costs.unit(unit).layer,
-                        extra[number][stage],
-                        costs.most_layers(unit, in_flight(order, stage, len(units), each), stage == 0, stage == last),
-                    )
-                    for number, costs in enumerate(ways)
+            stages: list[list[Way]] = []
+            for stage, unit in enumerate(units):
+                at = in_flight(order, stage, len(units), each), stage == 0, stage == last
+                found = [
+                    Way(again, costs.unit(unit).layer, other[stage], costs.most_layers(unit, *at))
+                    for again, costs, other in zip(self._choices, ways, extra, strict=True)
                 ]
-                for stage, unit in enumerate(units)
-            ]
+                stages.append(useful(found))
             known[key] = split(self.cost.model.layers, stages, each)
         return known[key]
 
-    def _stage_costs(self, tuned: Tuned, index: int) -> list[tuple[float, float]]:
-        """Forward and backward of a window on every stage of a pipeline."""
-        units, window, result = tuned.units[index], tuned.setup.window, []
+    def _stage_costs(self, tuned: Tuned, index: int) -> list[tuple[float, float, float]]:
+        """Forward, backward and both of a micro-batch on every stage of a pipeline."""
+        units, result = tuned.units[index], []
         last = len(units) - 1
         for stage, (unit, layers) in enumerate(zip(units, tuned.layers[index], strict=True)):
             cost = self.costs(tuned.setup, tuned.recompute[index][stage]).unit(unit)
             dense = cost.dense if stage == 0 else (0.0, 0.0)
             # head, loss and their backward at once, as in every layout
-            forward = cost.forward * layers + dense[0] + (cost.head if stage == last else 0.0)
-            result.append((window * forward, window * (cost.backward * layers + dense[1])))
+            extra = dense[0] + (cost.head if stage == last else 0.0)
+            both = cost.layer * layers + extra + dense[1]
+            result.append((cost.forward * layers + extra, cost.backward * layers + dense[1], both))
         return result
 
     def _stage_seconds(self, tuned: Tuned, index: int) -> list[float]:
-        return [forward + backward for forward, backward in self._stage_costs(tuned, index)]
+        return [both for *_, both in self._stage_costs(tuned, index)]
 
     def bound(self, tuned: Tuned) -> float:
-        """No stage is done before its own work and one window on all stages before it."""
+        """No stage is done before its own work and one micro-batch on all stages before it."""
         return max(
-            count // tuned.setup.window * seconds[stage] + sum(seconds[:stage])
+            count * seconds[stage] + sum(seconds[:stage])
             for index, count in enumerate(tuned.micro_batches)
             for seconds in [self._stage_seconds(tuned, index)]
             for stage in range(len(seconds))
@@ -260,10 +260,10 @@ class _Search:
 
     def seconds(self, tuned: Tuned) -> float:
         """Simulated iteration with gradient synchronisation and optimizer."""
-        costs, pipelines, window = self.costs(tuned.setup, self._choices[0]), [], tuned.setup.window
+        costs, pipelines = self.costs(tuned.setup, self._choices[0]), []
         for index, (units, count) in enumerate(zip(tuned.units, tuned.micro_batches, strict=True)):
-            forward, backward = zip(*self._stage_costs(tuned, index), strict=True)
-            pipelines.append(Pipeline(tuple(units), forward, backward, count // window))
-        drained = run(self.cost.network, pipelines, tuned.order, window * costs.message_bytes)
+            forward, backward, both = zip(*self._stage_costs(tuned, index), strict=True)
+            pipelines.append(Pipeline(tuple(units), forward, backward, count, both))
+        drained = run(self.cost.network, pipelines, tuned.order, costs.message_bytes)
         stages = [list(zip(*pair, strict=True)) for pair in zip(tuned.units, tuned.layers, strict=True)]
         return drained + costs.update_seconds(stages)

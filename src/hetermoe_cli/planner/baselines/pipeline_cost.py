@@ -1,22 +1,22 @@
 """Seconds and bytes of pipeline stages. A stage is a unit of devices with expert parallelism inside.
 
 Each device of a unit attends to an equal part of the micro-batch and hosts an equal part of every layer's experts
-(rounded up). The unit's all-to-alls overlap with nothing where a stage works on one micro-batch at a time, and with the
-compute of the others in windows of several: an estimate, which a replay corrects. The router is taken as balanced: a
-unit holds all experts of its layers.
+(rounded up). The unit's all-to-alls overlap with nothing where a stage works on one micro-batch at a time. Where a
+forward is woven into a backward, what one waits for travels while the other computes: an estimate, which a replay
+corrects. The router is taken as balanced: a unit holds all experts of its layers.
 """
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
+from math import floor
 
 import numpy as np
 
 from hetermoe_cli.cost.device import STATE_BYTES
 from hetermoe_cli.cost.memory import Piece
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.spec.layout import Span
+from hetermoe_cli.spec.layout import PassOrder, Span
 from hetermoe_cli.spec.train import DenseState, Recompute
 
 Unit = tuple[int, ...]  # ranks
@@ -34,25 +34,24 @@ class UnitCost:
 
     forward: float
     backward: float  # with what is computed again
+    layer: float  # both, as they follow each other or are woven into each other
     dense: tuple[float, float]  # forward and backward of the dense layers, on the first stage
     head: float  # last norm, head, loss and their backward, at once
 
-    @property
-    def layer(self) -> float:
-        """Forward and backward."""
-        return self.forward + self.backward
-
 
 class PipelineCost:
-    """Costs of units of `width` devices on micro-batches of `sequences` sequences, `window` of them in flight together
-    on a stage."""
+    """Costs of units of `width` devices on micro-batches of `sequences` sequences. `passes`: as of a schedule."""
 
-    def __init__(self, cost: CostModel, sequences: int, width: int, recompute: Recompute, window: int = 1) -> None:
+    def __init__(
+        self, cost: CostModel, sequences: int, width: int, recompute: Recompute, passes: PassOrder = "in_turn"
+    ) -> None:
         self.cost, self.sequences, self.width = cost, sequences, width
         self.hosted = -(-cost.model.experts // width)
-        self.schedule = cost.schedule(window, window, recompute, stage_state(cost))
+        schedule = cost.schedule(2, 1, recompute, stage_state(cost))
+        self.schedule = schedule.model_copy(update={"passes": passes})
         self._units: dict[Unit, UnitCost] = {}
         self._most: dict[tuple[str, int, bool, bool], int] = {}
+        self._bytes: dict[tuple[str, bool, bool], list[list[int]]] = {}
         self.types = {name: self._type(name) for name in cost.types}
 
     @property
@@ -66,9 +65,12 @@ class PipelineCost:
         expert, head = device.expert(cost.rows_per_expert(self.sequences)), cost.head_cost(device, own)
         repeated = self.schedule.recompute_attention * attention.forward
         repeated += self.schedule.recompute_experts * self.hosted * expert.forward
+        forward = attention.forward + self.hosted * expert.forward
+        backward = attention.backward + self.hosted * expert.backward + repeated
         return UnitCost(
-            forward=attention.forward + self.hosted * expert.forward,
-            backward=attention.backward + self.hosted * expert.backward + repeated,
+            forward=forward,
+            backward=backward,
+            layer=forward + backward,
             dense=(dense.forward, dense.backward + self.schedule.recompute_attention * dense.forward),
             head=head.forward + head.backward,
         )
@@ -78,18 +80,18 @@ class PipelineCost:
         if unit not in self._units:
             kinds = [self.types[name] for name in {self.cost.devices[rank].type for rank in unit}]
             exchange = self._exchange_seconds(unit)  # twice each way: dispatch and combine
+            sent = 2 * exchange, (2 + self.schedule.sends_again) * exchange
+            computed = max(kind.forward for kind in kinds), max(kind.backward for kind in kinds)
+            forward, backward = (own + travelling for own, travelling in zip(computed, sent, strict=True))
+            woven = max(sum(computed), sum(sent), backward)
             self._units[unit] = UnitCost(
-                self._overlapped(max(kind.forward for kind in kinds), 2 * exchange),
-                self._overlapped(max(kind.backward for kind in kinds), (2 + self.schedule.sends_again) * exchange),
+                forward,
+                backward,
+                woven if self.schedule.passes == "woven" else forward + backward,
                 max((kind.dense for kind in kinds), key=sum),
                 max(kind.head for kind in kinds),
             )
         return self._units[unit]
-
-    def _overlapped(self, computed: float, sent: float) -> float:
-        """Of a micro-batch: in a window, messages travel while others are computed; one alone has it all in turn."""
-        alone = computed + sent
-        return alone if self.schedule.window == 1 else max(computed, sent, alone / self.schedule.window)
 
     def extra(self, units: Sequence[Unit]) -> list[float]:
         """Seconds of what the stages of a pipeline have beside layers: dense layers first, the head last."""
@@ -119,25 +121,33 @@ class PipelineCost:
         return first * (embedding + dense) + last * (model.edge_parameters - embedding)
 
     def most_layers(self, unit: Unit, in_flight: int, first: bool, last: bool) -> int:
-        """Layers that every device of a unit holds with `in_flight` windows between forward and backward."""
+        """Layers that every device of a unit holds with `in_flight` micro-batches between forward and backward."""
         types = {self.cost.devices[rank].type for rank in unit}
         return min([self._most_on(name, in_flight, first, last) for name in types])
 
     def _most_on(self, name: str, in_flight: int, first: bool, last: bool) -> int:
+        """Memory is linear in the layers, and in the micro-batches of each."""
         key = name, in_flight, first, last
         if key not in self._most:
-            limit = self.cost.types[name].memory_bytes * self.cost.train.memory_headroom
-            counts = range(1, self.cost.model.layers)  # a pipeline has two stages at least
-            needed = partial(self._needed, name, in_flight, first, last)
-            self._most[key] = bisect_right(counts, limit, key=needed)
+            (one, more), (two, most) = self._edges(name, first, last)
+            one, two = one + (in_flight - 1) * (more - one), two + (in_flight - 1) * (most - two)
+            left = self.cost.types[name].memory_bytes * self.cost.train.memory_headroom - one
+            fitting = 1 + floor(left / (two - one)) if left >= 0 else 0
+            self._most[key] = min(fitting, self.cost.model.layers - 1)  # a pipeline has two stages at least
         return self._most[key]
+
+    def _edges(self, name: str, first: bool, last: bool) -> list[list[int]]:
+        """Bytes of a device that holds one layer and two layers, with one micro-batch and two of each."""
+        key = name, first, last
+        if key not in self._bytes:
+            self._bytes[key] = [[self._needed(name, n, first, last, layers) for n in (1, 2)] for layers in (1, 2)]
+        return self._bytes[key]
 
     def _needed(self, name: str, in_flight: int, first: bool, last: bool, layers: int) -> int:
         """Bytes of a device that holds so many layers."""
-        model, end = self.cost.model, layers if first else 1 + layers
-        span = Span(0, 0 if first else 1, end, (), (), 0 if last else 1, self.schedule)
-        if last:
-            span = span._replace(first=model.layers - layers, end=model.layers)
+        model = self.cost.model
+        begin = 0 if first else model.layers - layers if last else 1
+        span = Span(0, begin, begin + layers, (), (), 0 if last else 1, self.schedule)
         return self.cost.memory(
             self.cost.types[name],
             sequences=self.sequences // self.width,
@@ -155,8 +165,7 @@ class PipelineCost:
         dense = layers * self.cost.model.attention_layer_parameters + self.edge_parameters(first, last)
         experts = layers * self.hosted * self.cost.model.expert_parameters
         return (
-            self.cost.dense_share(self.schedule, self.width) * dense
-            + self.cost.state_share(self.schedule, 1) * experts
+            self.cost.dense_share(self.schedule, self.width) * dense + self.cost.state_share(self.schedule, 1) * experts
         )
 
     def update_seconds(self, pipelines: Sequence[Sequence[tuple[Unit, int]]]) -> float:

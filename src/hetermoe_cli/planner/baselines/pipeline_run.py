@@ -6,44 +6,62 @@ from heapq import heappop, heappush
 from typing import Literal, NamedTuple
 
 from hetermoe_cli.cost.ports import Network
+from hetermoe_cli.spec.layout import windows_ahead
 
-Order = Literal["1F1B", "GPipe"]
+Order = Literal["1F1B", "GPipe", "woven"]
 
 
 Ranks = tuple[int, ...]  # of a stage
 
 
 class Task(NamedTuple):
-    """Forward or backward of a micro-batch."""
+    """Forward or backward of a micro-batch, or of a window of them."""
 
     forward: bool
     micro_batch: int
 
 
+Step = tuple[Task, ...]  # of a stage: one task, or a forward and a backward woven into each other
+
+
 @dataclass(frozen=True)
 class Pipeline:
-    """The ranks of every stage, and seconds of a micro-batch on each."""
+    """The ranks of every stage, and seconds of a micro-batch on each. `both`: of two, woven into each other."""
 
     stages: tuple[Ranks, ...]
     forward: tuple[float, ...]
     backward: tuple[float, ...]
     micro_batches: int
+    both: tuple[float, ...] = ()
+
+    def seconds(self, stage: int, step: Step) -> float:
+        """Of a step."""
+        if len(step) > 1:
+            return self.both[stage]
+        return self.forward[stage] if step[0].forward else self.backward[stage]
 
 
-def stage_order(order: Order, stage: int, stages: int, micro_batches: int) -> list[Task]:
-    """GPipe runs all forwards first, 1F1B as many as stages follow, then a forward and a backward in turn."""
-    warm = micro_batches if order == "GPipe" else min(micro_batches, stages - 1 - stage)
-    result = [Task(True, index) for index in range(warm)]
+def stage_order(order: Order, stage: int, stages: int, micro_batches: int) -> list[Step]:
+    """GPipe runs all forwards first, the others some (windows_ahead), then a forward and a backward in turn, or both
+    at once."""
+    warm = min(micro_batches, _ahead(order, stage, stages, micro_batches))
+    result: list[Step] = [(Task(True, index),) for index in range(warm)]
     for index in range(micro_batches):
-        if warm + index < micro_batches:
-            result.append(Task(True, warm + index))
-        result.append(Task(False, index))
+        backward, forward = Task(False, index), [Task(True, later) for later in range(warm + index, micro_batches)[:1]]
+        result += [(*forward, backward)] if order == "woven" else [*[(task,) for task in forward], (backward,)]
     return result
 
 
 def in_flight(order: Order, stage: int, stages: int, micro_batches: int) -> int:
     """Micro-batches between forward and backward on a stage, at most."""
-    return micro_batches if order == "GPipe" else min(micro_batches, stages - stage)
+    return min(micro_batches, _ahead(order, stage, stages, micro_batches) + 1)
+
+
+def _ahead(order: Order, stage: int, stages: int, micro_batches: int) -> int:
+    """Forwards before the first backward, if there are as many."""
+    if order == "GPipe":
+        return micro_batches
+    return windows_ahead("woven" if order == "woven" else "in_turn", stages - 1 - stage)
 
 
 def run(network: Network, pipelines: Sequence[Pipeline], order: Order, message_bytes: float) -> float:
@@ -55,12 +73,12 @@ def run(network: Network, pipelines: Sequence[Pipeline], order: Order, message_b
             state.left[ranks] = stage_order(order, stage, stages, pipeline.micro_batches)[::-1]
             state.ready[ranks] = set()
         for index in range(pipeline.micro_batches):
-            state.push(0.0, pipeline, 0, Task(True, index), arrived=True)
+            state.push(0.0, pipeline, 0, (Task(True, index),), arrived=True)
     return state.finish()
 
 
 class _Run:
-    """Events in order of time: a task's input is there, or a task is done.
+    """Events in order of time: a task's input is there, or a step is done.
 
     A message takes its ports in the order in which the messages are ready, one at a time.
     """
@@ -68,27 +86,28 @@ class _Run:
     def __init__(self, network: Network, message_bytes: float) -> None:
         self.network, self.bytes = network, message_bytes
         self.free = [0.0] * network.count  # since when, by port
-        self.left: dict[Ranks, list[Task]] = {}  # by stage, the next task last
+        self.left: dict[Ranks, list[Step]] = {}  # by stage, the next one last
         self.ready: dict[Ranks, set[Task]] = {}
         self.busy: set[Ranks] = set()
-        self.events: list[tuple[float, int, Pipeline, int, Task, bool]] = []
+        self.events: list[tuple[float, int, Pipeline, int, Step, bool]] = []
         self._count = 0  # keeps events of one time in the order in which they were found
 
-    def push(self, time: float, pipeline: Pipeline, stage: int, task: Task, *, arrived: bool) -> None:
+    def push(self, time: float, pipeline: Pipeline, stage: int, step: Step, *, arrived: bool) -> None:
         self._count += 1
-        heappush(self.events, (time, self._count, pipeline, stage, task, arrived))
+        heappush(self.events, (time, self._count, pipeline, stage, step, arrived))
 
     def finish(self) -> float:
         """Run all events; the time of the last."""
         time = 0.0
         while self.events:
-            time, _, pipeline, stage, task, arrived = heappop(self.events)
+            time, _, pipeline, stage, step, arrived = heappop(self.events)
             ranks = pipeline.stages[stage]
             if arrived:
-                self.ready[ranks].add(task)
+                self.ready[ranks].update(step)
             else:
                 self.busy.remove(ranks)
-                self._follow(time, pipeline, stage, task)
+                for task in step:
+                    self._follow(time, pipeline, stage, task)
             self._start(time, pipeline, stage)
         if any(self.left.values()):
             raise AssertionError("pipeline order: some task never starts")
@@ -97,23 +116,22 @@ class _Run:
     def _start(self, time: float, pipeline: Pipeline, stage: int) -> None:
         ranks = pipeline.stages[stage]
         left, ready = self.left[ranks], self.ready[ranks]
-        if ranks in self.busy or not left or left[-1] not in ready:
+        if ranks in self.busy or not left or not ready.issuperset(left[-1]):
             return
-        task = left.pop()
-        ready.remove(task)
+        step = left.pop()
+        ready.difference_update(step)
         self.busy.add(ranks)
-        seconds = pipeline.forward[stage] if task.forward else pipeline.backward[stage]
-        self.push(time + seconds, pipeline, stage, task, arrived=False)
+        self.push(time + pipeline.seconds(stage, step), pipeline, stage, step, arrived=False)
 
     def _follow(self, time: float, pipeline: Pipeline, stage: int, task: Task) -> None:
         """What a task that is done makes possible."""
         if task.forward and stage == len(pipeline.stages) - 1:
-            self.push(time, pipeline, stage, Task(False, task.micro_batch), arrived=True)
+            self.push(time, pipeline, stage, (Task(False, task.micro_batch),), arrived=True)
             return
         target = stage + 1 if task.forward else stage - 1
         if target >= 0:
             arrival = self._send(time, pipeline.stages[stage], pipeline.stages[target])
-            self.push(arrival, pipeline, target, task, arrived=True)
+            self.push(arrival, pipeline, target, (task,), arrived=True)
 
     def _send(self, time: float, sources: Ranks, targets: Ranks) -> float:
         """Each device sends its part to the one of equal place; all parts travel together."""
