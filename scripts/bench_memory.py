@@ -122,6 +122,15 @@ SHAPES = [
         micro_batches=4,
     ),
     Shape(
+        "woven",
+        {"layers": 6, "hidden_size": 384, "ffn_size": 512},
+        length=1024,
+        sequences=[1, 1],
+        hosted=[3, 3],
+        schedule={"window": 1, "passes": "woven"},
+        micro_batches=4,
+    ),
+    Shape(
         "masters",
         {"layers": 6, "hidden_size": 512, "ffn_size": 768},
         length=256,

@@ -200,6 +200,21 @@ def test_dead_worker_ends_the_run_with_its_error(plan_file: Path, text: Path, tm
     assert not (folder / "status.json").exists()
 
 
+def test_a_worker_that_hears_nothing_is_not_waited_for(plan_file: Path, text: Path, tmp_path: Path) -> None:
+    """Stopped, it hears neither gloo nor torch's SIGTERM, after which torch would wait 30 s."""
+    folder = tmp_path / "run"
+    process = start(plan_file, folder, text)
+    workers = subprocess.run(["pgrep", "-f", str(folder / "run.yaml")], capture_output=True, text=True).stdout.split()
+    ranks = {0: b"RANK=0", 1: b"RANK=1"}
+    environments = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in map(int, workers)}
+    deaf, victim = (next(pid for pid, found in environments.items() if ranks[rank] in found) for rank in (0, 1))
+    os.kill(deaf, signal.SIGSTOP)
+    os.kill(victim, signal.SIGKILL)
+    _, errors = process.communicate(timeout=25)
+    assert process.returncode == 6
+    assert "worker of rank 1 died (signal SIGKILL)" in errors
+
+
 def test_existing_run_is_not_overwritten(plan_file: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text("kept\n")

@@ -5,7 +5,9 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
@@ -13,7 +15,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.launch.meeting import Meeting
+from hetermoe_cli.launch.meeting import FAILURE_SECONDS, Meeting
 from hetermoe_cli.launch.rendezvous import StaticRendezvous
 from hetermoe_cli.runtime.peers import DISK_TIMEOUT, TIMEOUT
 
@@ -24,7 +26,8 @@ _POLL_SECONDS = 0.5
 
 
 class Agent(LocalElasticAgent):
-    """Its workers are killed at once when another node has ended, which they may not notice; `killed`: which were."""
+    """Its workers are killed when another node or one of them has ended, which they may not notice; `killed`: which
+    were."""
 
     def __init__(self, command: list[str], workers: int, meeting: Meeting, logs: Path) -> None:
         for name in list(logging.root.manager.loggerDict):
@@ -52,16 +55,20 @@ class Agent(LocalElasticAgent):
         try:
             self._meeting.watch()
         except UserError:
-            for worker in self.get_worker_group().workers:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(worker.id, signal.SIGKILL)
-                    self.killed.add(worker.id)
+            self._kill()
             raise
 
+    def _kill(self) -> None:
+        for worker in self.get_worker_group().workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.id, signal.SIGKILL)
+                self.killed.add(worker.id)
+
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        """Once one has failed, torch's asks the others to end and waits 30 s for them. Some do not hear it: gloo, which
-        wakes who waits for a message when a peer dies, forgets who has just begun to send it one."""
-        with self._watched():
+        """Once one has failed, torch's asks the others to end and waits 30 s for them; here they have less. Some do not
+        hear it: gloo, which wakes who waits for a message when a peer dies, forgets who has just begun to send it one.
+        """
+        with self._watched(FAILURE_SECONDS):
             result: RunResult = super()._monitor_workers(worker_group)
         return result
 
@@ -71,16 +78,29 @@ class Agent(LocalElasticAgent):
             super()._shutdown(death_sig, timeout)
 
     @contextlib.contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Around what waits for workers to end, and looks at nothing else meanwhile."""
+    def _watched(self, patience: float = inf) -> Iterator[None]:
+        """Around what waits for workers to end, and looks at nothing else meanwhile; for so many seconds once one has
+        ended."""
         over = threading.Event()
-        threading.Thread(target=self._watch_until, args=(over,), daemon=True).start()
+        threading.Thread(target=self._watch_until, args=(over, patience), daemon=True).start()
         try:
             yield
         finally:
             over.set()
 
-    def _watch_until(self, over: threading.Event) -> None:
+    def _watch_until(self, over: threading.Event, patience: float) -> None:
+        began = time.monotonic()
         with contextlib.suppress(UserError):
             while not over.wait(_POLL_SECONDS):
                 self._watch()
+                if time.monotonic() - began > patience and any(_ended(w.id) for w in self.get_worker_group().workers):
+                    self._kill()
+                    return
+
+
+def _ended(process: int) -> bool:
+    """Whether a child has ended, reaped or not; it is left to be reaped."""
+    try:
+        return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True

@@ -21,7 +21,7 @@ _PATIENCE_SECONDS = 600.0  # for others to be started; what they check may take 
 _BEAT_SECONDS = 1.0
 _SILENCE_SECONDS = 30.0  # without a beat: that launcher is gone, so workers here are ended
 _SHORT_SILENCE_SECONDS = 6.0  # the same where there is only an end to wait for
-_FAILURE_SECONDS = 5.0  # for workers here to leave by themselves once those of another node have failed
+FAILURE_SECONDS = 5.0  # for workers to leave by themselves once one has failed, here or on another node
 _END_SECONDS = 20.0  # the same once they have come to a good end: the last files are still written
 _VERDICT_SECONDS = 60.0
 _HEARD_SECONDS = 10.0
@@ -153,7 +153,7 @@ class Meeting:
             if (ended := self._ended()) is not None:
                 failed, error = ended
                 self._first_end = self._first_end or now
-                if now - self._first_end > (_FAILURE_SECONDS if failed else _END_SECONDS):
+                if now - self._first_end > (FAILURE_SECONDS if failed else _END_SECONDS):
                     raise error
             self._refuse_silent()
 
@@ -203,7 +203,7 @@ class Meeting:
 
     def _all_ends(self, own: End) -> dict[int, End]:
         """Node 0's own end and those of the others that came and are not gone, or fewer if one explains a failure."""
-        ends, deadline = {0: own}, time.monotonic() + (2 * _FAILURE_SECONDS if own.failed else _END_SECONDS)
+        ends, deadline = {0: own}, time.monotonic() + (2 * FAILURE_SECONDS if own.failed else _END_SECONDS)
         while True:
             came = self._came()
             for node in came:

@@ -9,8 +9,9 @@ from hetermoe_cli.spec.layout import ExpertOrder, Layout, ScheduleChoice, Transf
 
 
 def other_schedules(own: ScheduleChoice) -> list[ScheduleChoice]:
-    """The schedule in every other order; with two micro-batches in flight both orders of transfers are the same."""
-    if own.window == 1:
+    """The schedule in every other order; with two micro-batches in flight both orders of transfers are the same. Woven
+    passes have one order only."""
+    if own.window == 1 or own.passes == "woven":
         return []
     orders = product(get_args(ExpertOrder), get_args(TransferOrder))
     found = [own.model_copy(update={"experts": experts, "transfers": transfers}) for experts, transfers in orders]

@@ -1,8 +1,7 @@
-"""Pipelines as plans: the best setups of the rival `pp` as layouts with stages, replayed, and improved.
+"""Pipelines as plans: setups of baselines/pipeline.py as layouts with stages, replayed, and improved.
 
-Every unit of a setup becomes a pipeline stage. What pp finds fast is replayed; a stage that
-does not fit computes more again. The fastest are then varied: experts in proportion to speed where a stage mixes device
-types; the best also in other orders.
+Every unit of a setup becomes a pipeline stage. What is estimated to be fast is replayed; a stage that does not fit
+computes more again. Where stages mix device types, the fastest are replayed with experts in proportion to speed too.
 """
 
 import time
@@ -20,7 +19,6 @@ from hetermoe_cli.planner.baselines.pipeline_cost import stage_state
 from hetermoe_cli.planner.baselines.rival import recompute_choices
 from hetermoe_cli.planner.cluster.replayed import group_cost, joined, replay_group
 from hetermoe_cli.planner.deal import number, rotate
-from hetermoe_cli.planner.orders import other_schedules
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage
@@ -53,8 +51,7 @@ def best_pipelines(cost: CostModel, setups: Setups, seconds: float, most_groups:
     for shape, _ in plain[:IMPROVED]:
         varied = fitted(cost, replace(shape, by_speed=True)) if _mixed(cost, shape) and time.monotonic() < end else None
         found += [varied[1]] if varied else []
-    best = min(found, key=lambda one: one[0], default=None)
-    return best and min([best, *_other_orders(cost, best[1])], key=lambda one: one[0])
+    return min(found, key=lambda one: one[0], default=None)
 
 
 def plain_pipelines(cost: CostModel, setups: Setups) -> Found | None:
@@ -65,7 +62,7 @@ def plain_pipelines(cost: CostModel, setups: Setups) -> Found | None:
 def _plain(
     cost: CostModel, setups: Iterable[tuple[float, Tuned]], end: float, most_groups: int | None = None
 ) -> list[tuple[Shape, Found]]:
-    """The first CANDIDATES that fit, one micro-batch at a time, the fastest first."""
+    """The first CANDIDATES that fit, the fastest first."""
     allowed = [tuned for _, tuned in setups if most_groups is None or len(tuned.units) <= most_groups]
     plain: list[tuple[Shape, Found]] = []
     for tuned in allowed:
@@ -126,16 +123,6 @@ def _mixed(cost: CostModel, shape: Shape) -> bool:
     """Whether experts are shared out over devices of several types."""
     units = [unit for units in shape.tuned.units for unit in units]
     return not shape.copies and any(len({cost.devices[rank].type for rank in unit}) > 1 for unit in units)
-
-
-def _other_orders(cost: CostModel, groups: Sequence[Group]) -> list[Found]:
-    """The same groups with experts between micro-batches, and with transfers interleaved."""
-    orders = [[group.schedule, *other_schedules(group.schedule)] for group in groups]
-    found: list[Found] = []
-    for schedules in list(zip(*orders, strict=True))[1:]:
-        pairs = zip(groups, schedules, strict=True)
-        found += timed(cost, [group.model_copy(update={"schedule": schedule}) for group, schedule in pairs])
-    return found
 
 
 def timed(cost: CostModel, groups: list[Group]) -> list[Found]:

@@ -6,7 +6,8 @@ many pipelines as go into all units, or into those of the fastest types alone. T
 turn, so that all have nearly the same types, and run fast first, slow first, or with the fastest at both ends.
 Embedding and dense layers are on the first stage, the head is on the last. Micro-batches have any number of sequences
 that divides the batch and the width divides; they are dealt to the pipelines so that all end together. Layers of every
-stage, and what it computes again: see layer_split.py. The order is 1F1B, and for the best setup also GPipe.
+stage, and what it computes again: see layer_split.py. The order is 1F1B, and for the best setup also GPipe. A stage's
+devices share out optimizer states unless the training spec wants them whole.
 """
 
 from collections import Counter
