@@ -102,8 +102,7 @@ def test_more_than_16_ranks_are_drawn_as_a_stated_subset(world: int, stated: boo
     ranks = [text for text in found if text.startswith("rank ")]
     assert len(ranks) == MAX_RANKS
     assert (ranks[0], ranks[-1]) == ("rank 0: x", f"rank {world - 1}: x")
-    drawn = ", ".join(text.removeprefix("rank ").removesuffix(": x") for text in ranks)
-    assert (f"a plan; 16 of 40 ranks drawn: {drawn}" in found) is stated
+    assert ("a plan; 16 of 40 ranks drawn" in found) is stated
 
 
 def test_without_matplotlib_the_error_tells_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def draw_timeline(panels: Sequence[Panel], labels: Sequence[str], title: str, fi
         _draw_panel(axis, panel, ranks, labels, end, places)
         axis.set_title(_heading(panel, panels[0]), loc="left", fontsize=10)
     _time_axis(axes[-1], end)
-    subset = f"; {len(ranks)} of {len(labels)} ranks drawn: {', '.join(map(str, ranks))}" * (len(ranks) < len(labels))
+    subset = f"; {len(ranks)} of {len(labels)} ranks drawn" * (len(ranks) < len(labels))
     figure.suptitle(title + subset, fontsize=11, fontweight="bold")
     _legend(figure, {category(span.name) for panel in panels for span in panel.trace.spans})
     return encoded(figure, file_format)
