@@ -21,10 +21,11 @@ from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.runtime.recorder import read_metrics
 from hetermoe_cli.spec.cluster import ClusterSpec, Link, NodeGroup
 from hetermoe_cli.spec.files import dump
-from hetermoe_cli.spec.layout import LayerPlacement, Layout, ScheduleChoice
+from hetermoe_cli.spec.layout import LayerPlacement, Layout
 from hetermoe_cli.spec.library import collect_inputs
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.profile import Precision
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 from hetermoe_cli.spec.train import TrainSpec
 
 FOLDER, PROFILES = ROOT / "runs" / "bench-gpu", ROOT / "profiles"

@@ -9,9 +9,10 @@ from emulated_plans import manual_plan
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.spec.cluster import ClusterSpec
 from hetermoe_cli.spec.files import dump, load
-from hetermoe_cli.spec.layout import LayerPlacement, Layout, ScheduleChoice
+from hetermoe_cli.spec.layout import LayerPlacement, Layout
 from hetermoe_cli.spec.library import collect_inputs
 from hetermoe_cli.spec.model import ModelConfig
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 from hetermoe_cli.spec.train import TrainSpec
 
 WRITTEN = "Written by scripts/bench_engine.py."

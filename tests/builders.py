@@ -15,16 +15,7 @@ from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import ClusterSpec, Link, NodeGroup
-from hetermoe_cli.spec.layout import (
-    ExpertOrder,
-    LayerPlacement,
-    Layout,
-    PassOrder,
-    PipelineStage,
-    ScheduleChoice,
-    ScheduleName,
-    TransferOrder,
-)
+from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.plan import Bound, Group, Inputs, Plan, Prediction, SolverReport
 from hetermoe_cli.spec.profile import (
@@ -37,6 +28,7 @@ from hetermoe_cli.spec.profile import (
     Precision,
     Profile,
 )
+from hetermoe_cli.spec.schedule_choice import ExpertOrder, PassOrder, ScheduleChoice, ScheduleName, TransferOrder
 from hetermoe_cli.spec.train import DenseState, Dispatch, Recompute, TrainSpec
 
 DAY = date(2026, 11, 24)

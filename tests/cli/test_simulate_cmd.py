@@ -14,8 +14,9 @@ from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.schedule.schedule import parse_schedule
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.files import dump
-from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage, ScheduleChoice
+from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage
 from hetermoe_cli.spec.plan import Plan
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 from hetermoe_cli.trace import Trace, read_trace
 
 

@@ -15,7 +15,8 @@ from hetermoe_cli.cost.sharers import Sharers
 from hetermoe_cli.schedule.action import parse_action
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
-from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage, ScheduleChoice
+from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
 FREE = Link(bandwidth_gigabytes_per_second=1e9, latency_microseconds=0.0)
 FORWARD, HEAD = 1 + 64 * 0.01, 3 * 64 * 0.005  # of a sequence: a layer with 64 rows; the head with its backward

@@ -14,9 +14,10 @@ from hetermoe_cli.model.data import Batches
 from hetermoe_cli.planner.cluster.replayed import Replayed, replay_groups
 from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.simulator import simulate
-from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage, ScheduleChoice
+from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage
 from hetermoe_cli.spec.plan import Group, Plan
 from hetermoe_cli.spec.run import Emulation, RunSpec
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 from hetermoe_cli.spec.train import DenseState, Dispatch
 from hetermoe_cli.trace import LANES, Span, Trace, display_name
 

@@ -13,16 +13,9 @@ from builders import make_schedule
 from hetermoe_cli.model.data import END_OF_TEXT, Batches
 from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
 from hetermoe_cli.model.transformer import Transformer, initialise, named_state, named_tensors, parameter_slices
-from hetermoe_cli.spec.layout import (
-    ExpertOrder,
-    LayerPlacement,
-    Layout,
-    PassOrder,
-    PipelineStage,
-    ScheduleName,
-    TransferOrder,
-)
+from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage
 from hetermoe_cli.spec.model import ModelConfig
+from hetermoe_cli.spec.schedule_choice import ExpertOrder, PassOrder, ScheduleName, TransferOrder
 from hetermoe_cli.spec.train import Dispatch, Documents, Recompute, TrainSpec
 from hetermoe_cli.spec.world import World
 

@@ -14,7 +14,8 @@ import reproduce_paper
 from hetermoe_cli.cost import LayoutCost
 from hetermoe_cli.planner.baselines.even import even_placement
 from hetermoe_cli.planner.replay import overflow
-from hetermoe_cli.spec.layout import Layout, ScheduleChoice
+from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 from paper_points import Case, Point, cost_of, model_of, point, setup_of, unit_of
 
 CASE = Case()

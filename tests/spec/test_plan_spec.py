@@ -10,8 +10,9 @@ from pydantic import ValidationError
 from builders import make_inputs, make_layout, make_model
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.files import dump, load
-from hetermoe_cli.spec.layout import LayerPlacement, Layout, ScheduleChoice
+from hetermoe_cli.spec.layout import LayerPlacement, Layout
 from hetermoe_cli.spec.plan import Group, Plan
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
 ZEBRA = ScheduleChoice.zebra(2)
 

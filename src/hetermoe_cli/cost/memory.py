@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 from hetermoe_cli.cost.curves import Cost
 from hetermoe_cli.cost.device import STATE_BYTES, DeviceCost, ExpertRows
-from hetermoe_cli.spec.layout import ScheduleChoice, Span, windows_ahead
+from hetermoe_cli.spec.layout import Span
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.plan import Memory
 from hetermoe_cli.spec.profile import BYTES_PER_ELEMENT
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice, windows_ahead
 from hetermoe_cli.spec.train import TrainSpec
 
 _WIDE_BYTES = 4  # what gradients of fp16 and bf16 are added up in

@@ -12,9 +12,9 @@ from hetermoe_cli.cost.memory import MemoryModel
 from hetermoe_cli.cost.ports import Network
 from hetermoe_cli.cost.shared_rows import reached
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.spec.layout import ScheduleChoice
 from hetermoe_cli.spec.plan import Inputs
 from hetermoe_cli.spec.profile import BYTES_PER_ELEMENT, AttentionPoint
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 from hetermoe_cli.spec.train import DenseState, Recompute
 
 

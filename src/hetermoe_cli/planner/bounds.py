@@ -22,7 +22,7 @@ from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.arrays import BoolArray, FloatArray
 from hetermoe_cli.planner.rates import ClassRates, device_rates
 from hetermoe_cli.spec.cluster import Device, Link
-from hetermoe_cli.spec.layout import ScheduleChoice
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
 TINY = 1e-30  # seconds; instead of dividing by zero
 STEPS = 24  # bisection steps: 2^-24 of the first interval

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hetermoe_cli.spec.cluster import Device
-from hetermoe_cli.spec.layout import LayerPlacement, Layout, ScheduleChoice
+from hetermoe_cli.spec.layout import LayerPlacement, Layout
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
 ALL = sys.maxsize  # devices apart
 

@@ -5,7 +5,8 @@ from typing import get_args
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.planner.replay import replay_seconds
-from hetermoe_cli.spec.layout import ExpertOrder, Layout, ScheduleChoice, TransferOrder
+from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.schedule_choice import ExpertOrder, ScheduleChoice, TransferOrder
 
 
 def other_schedules(own: ScheduleChoice) -> list[ScheduleChoice]:

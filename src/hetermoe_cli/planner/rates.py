@@ -15,7 +15,7 @@ from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.choice import Choice, DeviceClass, Symmetries, group
 from hetermoe_cli.planner.ports import Port, on_average
 from hetermoe_cli.schedule.action import Action, Kind, Pass
-from hetermoe_cli.spec.layout import ScheduleChoice
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from hetermoe_cli.planner.arrays import FloatArray, IntArray
 from hetermoe_cli.planner.baselines.rival import kept_choices, micro_batch_counts
 from hetermoe_cli.planner.choice import symmetry_keys
 from hetermoe_cli.spec.cluster import Device
-from hetermoe_cli.spec.layout import ScheduleChoice
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
 DEVICE_LEVEL_LIMIT = 8  # up to so many devices the search is over single devices
 MOST_COMBINATIONS = 40_000  # of one schedule; beyond that over classes

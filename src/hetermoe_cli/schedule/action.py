@@ -5,7 +5,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.spec.layout import ScheduleChoice
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
 
 class Kind(StrEnum):

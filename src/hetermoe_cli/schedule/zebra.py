@@ -5,7 +5,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from hetermoe_cli.schedule.action import Action, Kind, Pass
-from hetermoe_cli.spec.layout import ExpertOrder, Layout, PassOrder, TransferOrder, windows_ahead
+from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.schedule_choice import ExpertOrder, PassOrder, TransferOrder, windows_ahead
 
 SYNCHRONISE = Action(Kind.SYNCHRONISE, Pass.BACKWARD)
 OPTIMIZER = Action(Kind.OPTIMIZER, Pass.BACKWARD)
@@ -50,7 +51,7 @@ class Part(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """What a choice means for orders: micro-batches, those of a window, and the three orders (spec.layout)."""
+    """What a choice means for orders: micro-batches, those of a window, and the three orders (spec.schedule_choice)."""
 
     micro_batches: int
     width: int

@@ -18,10 +18,11 @@ from hetermoe_cli.spec.base import (
 )
 from hetermoe_cli.spec.cluster import ClusterSpec, Device, Link, Origin, devices
 from hetermoe_cli.spec.explanation import Explanation, Variant
-from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage, ScheduleChoice
+from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage
 from hetermoe_cli.spec.load import ExpertLoad
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.profile import Profile
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 from hetermoe_cli.spec.train import TrainSpec
 from hetermoe_cli.spec.world import World
 

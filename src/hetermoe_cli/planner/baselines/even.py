@@ -7,7 +7,8 @@ from math import floor
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.baselines.rival import Overlap, Rival, best, micro_batch_counts, windows, with_schedule
 from hetermoe_cli.planner.deal import number, rotate
-from hetermoe_cli.spec.layout import LayerPlacement, Layout, ScheduleChoice
+from hetermoe_cli.spec.layout import LayerPlacement, Layout
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
 
 def ep(cost: CostModel, limit: int, *, overlap: Overlap = "micro_batches") -> Rival:

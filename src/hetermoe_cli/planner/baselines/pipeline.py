@@ -22,7 +22,7 @@ from hetermoe_cli.planner.baselines.layer_split import Held, Way, deal, split, u
 from hetermoe_cli.planner.baselines.pipeline_cost import PipelineCost, Unit
 from hetermoe_cli.planner.baselines.pipeline_run import Order, Pipeline, in_flight, run
 from hetermoe_cli.planner.baselines.rival import Rival, micro_batch_counts, recompute_choices
-from hetermoe_cli.spec.layout import PassOrder
+from hetermoe_cli.spec.schedule_choice import PassOrder
 from hetermoe_cli.spec.train import Recompute
 
 MOST_DEVICES = 128  # beyond that the search takes seconds

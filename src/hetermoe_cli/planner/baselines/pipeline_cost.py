@@ -16,7 +16,8 @@ import numpy as np
 from hetermoe_cli.cost.device import STATE_BYTES
 from hetermoe_cli.cost.memory import Piece
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.spec.layout import PassOrder, Span
+from hetermoe_cli.spec.layout import Span
+from hetermoe_cli.spec.schedule_choice import PassOrder
 from hetermoe_cli.spec.train import DenseState, Recompute
 
 Unit = tuple[int, ...]  # ranks

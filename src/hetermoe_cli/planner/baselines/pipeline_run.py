@@ -6,7 +6,7 @@ from heapq import heappop, heappush
 from typing import Literal, NamedTuple
 
 from hetermoe_cli.cost.ports import Network
-from hetermoe_cli.spec.layout import windows_ahead
+from hetermoe_cli.spec.schedule_choice import windows_ahead
 
 Order = Literal["1F1B", "GPipe", "woven"]
 

@@ -13,8 +13,9 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.planner.baselines.parts import parted_seconds
 from hetermoe_cli.planner.orders import other_orders
 from hetermoe_cli.planner.replay import Overflow, busy_bound, over_steps, overflow, replay_seconds
-from hetermoe_cli.spec.layout import Layout, ScheduleChoice
+from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import Baseline
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 from hetermoe_cli.spec.train import DenseState, Recompute
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from hetermoe_cli.planner.baselines.rival import kept_choices, state_choices
 from hetermoe_cli.planner.cluster.parts import Kernels, Part
 from hetermoe_cli.planner.rates import ClassRates
 from hetermoe_cli.planner.space import divisors
-from hetermoe_cli.spec.layout import ScheduleChoice
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
 LEVEL_STEPS = 30
 

@@ -6,8 +6,8 @@ from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.cluster.compositions import Composition, ranks_of
 from hetermoe_cli.planner.rates import ClassRates, Times, device_rates, device_times
 from hetermoe_cli.spec.cluster import NodeGroup, Origin, subcluster
-from hetermoe_cli.spec.layout import ScheduleChoice
 from hetermoe_cli.spec.plan import Inputs
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
 
 def group_inputs(inputs: Inputs, ranks: list[int], sequences: int) -> Inputs:
