@@ -16,7 +16,17 @@ from hetermoe_cli.planner.cluster.objective import Wanted
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.pipeline_bound import pipeline_bound
 from hetermoe_cli.planner.pipeline_plan import WORTH, with_pipelines
-from hetermoe_cli.planner.pipelines import Shape, best_pipelines, fitted, groups_of, merged, timed
+from hetermoe_cli.planner.pipelines import (
+    Found,
+    Shape,
+    _costs,
+    _seconds,
+    _variants,
+    best_pipelines,
+    fitted,
+    groups_of,
+    merged,
+)
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.solver import SolverOptions
@@ -26,7 +36,7 @@ from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.load import ExpertLoad
-from hetermoe_cli.spec.plan import Inputs, Plan
+from hetermoe_cli.spec.plan import Group, Inputs, Plan
 from hetermoe_cli.spec.train import Recompute
 
 SLOW = Link(bandwidth_gigabytes_per_second=3e-6, latency_microseconds=0.0)
@@ -64,6 +74,12 @@ def setup(units: list[list[tuple[int, ...]]], layers: list[list[int]], counts: l
     width, stages = len(units[0][0]), len(units[0])
     recompute: list[list[Recompute]] = [["none"] * stages for _ in units]
     return Tuned(Setup(width, stages, len(units), sum(counts)), "1F1B", units, layers, recompute, counts)
+
+
+def timed(cost: CostModel, groups: list[Group]) -> list[Found]:
+    """Groups as they are, with their seconds; nothing if they do not fit, or would share NICs."""
+    costs = _costs(cost, groups)
+    return [] if not costs or any(map(overflow, costs)) else [(_seconds(cost, groups, costs), groups)]
 
 
 def planned(given: Inputs, **wanted: Any) -> Plan:
@@ -238,12 +254,40 @@ def test_the_head_may_be_where_no_attention_is() -> None:
 
 def test_no_more_pipelines_than_groups_are_allowed() -> None:
     cost = CostModel(inputs([("new", 1)] * 4, layers=2, batch=16))
-    setups = pp(cost, 16).pipelines
     for most in (1, 2, None):
-        found = best_pipelines(cost, setups, 60.0, most)
-        copies = sum(len(group.replicas) for group in found[1]) if found else 0
+        found = best_pipelines(cost, overlapped_pipelines(cost, most_pipelines=most), 60.0)
+        assert found is not None
+        copies = sum(len(group.replicas) for group in found[1])
         assert copies <= (most or 4)
     assert overlapped_pipelines(cost, 1e-3) == []  # all far slower
+
+
+def test_orders_of_alike_stages_are_looked_at_once() -> None:
+    cost = CostModel(inputs([("new", 1)] * 4 + [("old", 1)], layers=8))
+    found = [(tuned.setup, tuned.layers, types(cost, tuned)) for _, tuned in overlapped_pipelines(cost)]
+    assert all(found.count(one) == 1 for one in found)
+
+
+def types(cost: CostModel, tuned: Tuned) -> list[list[str]]:
+    return [[cost.devices[rank].type for unit in units for rank in unit] for units in tuned.units]
+
+
+def test_setups_whose_pipelines_would_share_nics_are_no_plans() -> None:
+    cost = CostModel(inputs([("new", 8)], batch=32))
+    assert all(tuned.setup.pipelines == 1 or tuned.setup.width == 1 for _, tuned in overlapped_pipelines(cost))
+
+
+def test_windows_of_two_are_looked_at() -> None:
+    cost = CostModel(inputs([("new", 2), ("new", 2)], batch=16))
+    tuned = setup([[(0, 1), (2, 3)]], [[2, 2]], [4])
+    (same,), (parts,) = (groups_of(cost, Shape(tuned, window=2, parts=parts)) for parts in (1, 2))
+    assert (same.schedule.micro_batches, same.sequences_per_rank) == (4, [2] * 4)
+    assert (parts.schedule.micro_batches, parts.sequences_per_rank) == (8, [1] * 4)
+    assert same.schedule.window == parts.schedule.window == 2
+    assert same.sequences == parts.sequences == 16
+    assert {(each.window, each.parts, each.tuned.setup.passes) for each in _variants(cost, Shape(tuned))} == {
+        (2, parts, passes) for parts in (1, 2) for passes in ("in_turn", "woven")
+    }
 
 
 def test_slow_links_make_a_pipeline_the_plan(tmp_path: Path) -> None:

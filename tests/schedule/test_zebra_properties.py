@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from math import ceil
 
 import pytest
 from hypothesis import assume, given
@@ -99,10 +100,20 @@ def test_no_rank_keeps_more_windows_than_it_must(layout: Layout) -> None:
         ends = {number: place for place, (way, number) in enumerate(tasks) if way is BACKWARD}
         begins = {number: place for place, (_, number) in reversed([*enumerate(tasks)])}
         kept = [sum(begins[n] <= place <= ends[n] for n in begins) for place in range(len(tasks))]
-        assert max(kept, default=layout.windows_in_flight(rank)) == layout.windows_in_flight(rank)
+        assert max(kept, default=ceil(layout.windows_in_flight(rank))) == ceil(layout.windows_in_flight(rank))
         for direction in (FORWARD, BACKWARD):
             numbers = [number for way, number in tasks if way is direction]
             assert numbers == sorted(numbers)
+
+
+@given(any_layouts())
+def test_one_window_is_woven_into_nothing(layout: Layout) -> None:
+    whole = {"window": layout.micro_batches, "experts": "after", "transfers": "layered", "dense_state": "replicated"}
+    in_turn, woven = (
+        layout.model_copy(update={"schedule": layout.schedule.model_copy(update={**whole, "passes": passes})})
+        for passes in ("in_turn", "woven")
+    )
+    assert training_schedule(woven) == training_schedule(in_turn)
 
 
 @given(layouts())

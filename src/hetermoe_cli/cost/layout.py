@@ -249,7 +249,7 @@ class LayoutCost:
         dense = self.cost.dense_of(self._piece(span))
         return self.cost.after_backward_seconds(self.layout.schedule, span.attending, copies, dense)
 
-    def _piece(self, span: Span, windows: int = 1) -> Piece | None:
+    def _piece(self, span: Span, windows: float = 1) -> Piece | None:
         return Piece(span, windows) if self.layout.pipeline else None
 
     def parameters(self, rank: int) -> float:

@@ -10,7 +10,7 @@ from hetermoe_cli.spec.layout import Span
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.plan import Memory
 from hetermoe_cli.spec.profile import BYTES_PER_ELEMENT
-from hetermoe_cli.spec.schedule_choice import ScheduleChoice, windows_ahead
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice, windows_alive
 from hetermoe_cli.spec.train import TrainSpec
 
 _WIDE_BYTES = 4  # what gradients of fp16 and bf16 are added up in
@@ -20,7 +20,7 @@ class Piece(NamedTuple):
     """Part of the model that a rank holds: its pipeline stage, which keeps activations of so many `windows` at once."""
 
     span: Span
-    windows: int = 1
+    windows: float = 1
 
     @property
     def neighbours(self) -> int:
@@ -254,9 +254,10 @@ class MemoryModel:
         if sequences:  # as if the layer with most copies were the one that hosts most: linear in both
             peak += max(replicated, default=0) * self.expert_transient_bytes(device, own, schedule)
         buffers = self.buffer_bytes(sequences_per_micro_batch, sequences, share, schedule)
-        if piece:  # hidden states and gradients of two windows, to and from each stage beside
-            buffers += self.border_bytes(sequences, 2 * 2 * piece.neighbours * schedule.window)
-        alive = min(windows_ahead(schedule.passes, 0) + 1, schedule.micro_batches // schedule.window)
+        if piece:  # hidden states and gradients of two windows, to and from each stage beside; woven, three may wait
+            waiting = 3 if schedule.passes == "woven" else 2
+            buffers += self.border_bytes(sequences, 2 * waiting * piece.neighbours * schedule.window)
+        alive = min(windows_alive(schedule.passes, 0, self.model.layers), schedule.micro_batches // schedule.window)
         windows = (piece.windows if piece else alive) * schedule.window
         return Memory(
             weights_bytes=int(weights),

@@ -79,8 +79,8 @@ class Agent(LocalElasticAgent):
 
     @contextlib.contextmanager
     def _watched(self, patience: float = inf) -> Iterator[None]:
-        """Around what waits for workers to end, and looks at nothing else meanwhile; for so many seconds once one has
-        ended."""
+        """Around what waits for workers to end, and looks at nothing else meanwhile; once one has, for so many seconds
+        in all."""
         over = threading.Event()
         threading.Thread(target=self._watch_until, args=(over, patience), daemon=True).start()
         try:

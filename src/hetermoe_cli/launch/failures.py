@@ -20,7 +20,7 @@ def failure(logs: Path, failures: Mapping[int, Any], killed: Collection[int]) ->
     """The worker that failed first, and the tail of its log, if that says more. `logs`: those of this node's workers.
 
     PeerFailure if all that failed here only lost a peer. `failures`: torch's, by rank; `killed`: processes that the
-    launcher has killed, as another node had ended.
+    launcher has killed, as another one had ended.
     """
     seen = min(failed.timestamp for failed in failures.values())
     tails = {rank: _lines(logs, failed.local_rank)[-_LOG_TAIL_LINES:] for rank, failed in failures.items()}

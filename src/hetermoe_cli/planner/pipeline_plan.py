@@ -34,7 +34,8 @@ def with_pipelines(
         return _instead(plan, cost, _pp(plan, cost, rivals), wanted, limit, began)
     against, found = reason_against(cost, plan.assignment, wanted), None
     if not against:
-        found = best_pipelines(cost, overlapped_pipelines(cost, NEAR * seconds), seconds_left, wanted.most_groups)
+        setups = overlapped_pipelines(cost, NEAR * seconds, wanted.most_groups)
+        found = best_pipelines(cost, setups, seconds_left)
         if found and found[0] < (1 - WORTH) * seconds:
             return _instead(plan, cost, found[1], wanted, limit, began)
     told = [*plan.notes, *_not_chosen(plan, against, found)]
@@ -46,7 +47,8 @@ def pipelines_alone(inputs: Inputs, cost: CostModel, wanted: Wanted, solver: Sol
     began = time.monotonic()
     if reason_against(cost, "optimal", wanted):
         return None
-    found = best_pipelines(cost, overlapped_pipelines(cost), SHARE * solver.time_limit, wanted.most_groups)
+    setups = overlapped_pipelines(cost, most_pipelines=wanted.most_groups)
+    found = best_pipelines(cost, setups, SHARE * solver.time_limit)
     if not found:
         return None
     base = {

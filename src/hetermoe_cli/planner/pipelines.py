@@ -1,13 +1,15 @@
 """Pipelines as plans: setups of baselines/pipeline.py as layouts with stages, replayed, and improved.
 
 Every unit of a setup becomes a pipeline stage. What is estimated to be fast is replayed; a stage that does not fit
-computes more again. Where stages mix device types, the fastest are replayed with experts in proportion to speed too.
+computes more again. The fastest are then varied: windows of two micro-batches, and experts in proportion to speed where
+a stage mixes device types.
 """
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
+from typing import get_args
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
@@ -23,6 +25,7 @@ from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage
 from hetermoe_cli.spec.plan import Group
+from hetermoe_cli.spec.schedule_choice import PassOrder
 from hetermoe_cli.spec.train import Recompute
 
 CANDIDATES = 4  # setups that are replayed
@@ -34,23 +37,26 @@ Found = tuple[float, list[Group]]  # seconds of an iteration, and a group of eve
 
 @dataclass(frozen=True)
 class Shape:
-    """How the pipelines of a setup run. `by_speed`: experts in proportion to speed; `copies`: all experts of a stage on
-    each of its ranks, so that no rows travel."""
+    """How the pipelines of a setup run. `window`: micro-batches that are in flight together, `parts` to each of the
+    setup's; `by_speed`: experts in proportion to speed; `copies`: all experts of a stage on each of its ranks, so that
+    no rows travel."""
 
     tuned: Tuned
+    window: int = 1
+    parts: int = 1
     by_speed: bool = False
     copies: bool = False
 
 
-def best_pipelines(cost: CostModel, setups: Setups, seconds: float, most_groups: int | None = None) -> Found | None:
-    """The fastest that fit of `setups` (with estimated seconds, fastest first), with at most so many pipelines side by
-    side. No more than one is looked at once `seconds` are gone. Balanced routers only."""
+def best_pipelines(cost: CostModel, setups: Setups, seconds: float) -> Found | None:
+    """The fastest that fit of `setups` (with estimated seconds, fastest first). No more than one is looked at once
+    `seconds` are gone. Balanced routers only."""
     end = time.monotonic() + seconds
-    plain = _plain(cost, setups, end, most_groups)
+    plain = _plain(cost, setups, end)
     found = [one for _, one in plain]
-    for shape, _ in plain[:IMPROVED]:
-        varied = fitted(cost, replace(shape, by_speed=True)) if _mixed(cost, shape) and time.monotonic() < end else None
-        found += [varied[1]] if varied else []
+    for varied in [varied for shape, _ in plain[:IMPROVED] for varied in _variants(cost, shape)]:
+        fitting = fitted(cost, varied) if time.monotonic() < end else None
+        found += [fitting[1]] if fitting else []
     return min(found, key=lambda one: one[0], default=None)
 
 
@@ -59,13 +65,10 @@ def plain_pipelines(cost: CostModel, setups: Setups) -> Found | None:
     return next((found for _, found in _plain(cost, setups, inf)), None)
 
 
-def _plain(
-    cost: CostModel, setups: Iterable[tuple[float, Tuned]], end: float, most_groups: int | None = None
-) -> list[tuple[Shape, Found]]:
+def _plain(cost: CostModel, setups: Iterable[tuple[float, Tuned]], end: float) -> list[tuple[Shape, Found]]:
     """The first CANDIDATES that fit, the fastest first."""
-    allowed = [tuned for _, tuned in setups if most_groups is None or len(tuned.units) <= most_groups]
     plain: list[tuple[Shape, Found]] = []
-    for tuned in allowed:
+    for _, tuned in setups:
         if len(plain) == CANDIDATES or (plain and time.monotonic() > end):
             break
         side_by_side = merged(tuned)
@@ -119,16 +122,17 @@ def merged(tuned: Tuned) -> Tuned | None:
     return replace(tuned, setup=one, units=[units], layers=[layers], recompute=again, micro_batches=counts[:1])
 
 
-def _mixed(cost: CostModel, shape: Shape) -> bool:
-    """Whether experts are shared out over devices of several types."""
-    units = [unit for units in shape.tuned.units for unit in units]
-    return not shape.copies and any(len({cost.devices[rank].type for rank in unit}) > 1 for unit in units)
-
-
-def timed(cost: CostModel, groups: list[Group]) -> list[Found]:
-    """The groups with the seconds of an iteration; nothing if they do not fit, or would share NICs."""
-    costs = _costs(cost, groups)
-    return [] if not costs or any(map(overflow, costs)) else [(_seconds(cost, groups, costs), groups)]
+def _variants(cost: CostModel, shape: Shape) -> Iterator[Shape]:
+    """Windows of two micro-batches, or of halves of one, with passes in turn and woven; experts by speed where they are
+    shared out over devices of several types. Nothing where no rows travel."""
+    tuned = shape.tuned
+    if shape.copies or tuned.setup.width == 1:
+        return
+    if any(len({cost.devices[rank].type for rank in unit}) > 1 for units in tuned.units for unit in units):
+        yield replace(shape, by_speed=True)
+    for parts, enough in ((1, not any(n % 2 for n in tuned.micro_batches)), (2, not _own_sequences(cost, shape) % 2)):
+        for passes in get_args(PassOrder) if enough else ():
+            yield replace(shape, tuned=replace(tuned, setup=replace(tuned.setup, passes=passes)), window=2, parts=parts)
 
 
 def _costs(cost: CostModel, groups: Sequence[Group]) -> list[LayoutCost]:
@@ -195,11 +199,10 @@ def _layout(cost: CostModel, shape: Shape, index: int) -> Layout:
         )
         for unit, held, again in zip(units, layers, recompute, strict=True)
     ]
-    setup, count = tuned.setup, tuned.micro_batches[index]
-    schedule = cost.schedule(count, 1, usual, stage_state(cost))
-    schedule = schedule.model_copy(update={"passes": setup.passes})
+    schedule = cost.schedule(tuned.micro_batches[index] * shape.parts, shape.window, usual, stage_state(cost))
+    schedule = schedule.model_copy(update={"passes": tuned.setup.passes})
     placement = [layer for stage in stages for layer in _placement(cost, shape, stage, ranks)]
-    sequences = [_own_sequences(cost, shape)] * len(ranks)
+    sequences = [_own_sequences(cost, shape) // shape.parts] * len(ranks)
     return Layout(schedule=schedule, sequences_per_rank=sequences, placement=placement, pipeline=stages)
 
 
@@ -210,7 +213,7 @@ def _placement(cost: CostModel, shape: Shape, stage: PipelineStage, ranks: Seque
         yield from [number([0] * len(ranks), experts)] * stage.layers
         return
     if shape.by_speed:
-        total = _own_sequences(cost, shape) * width
+        total = _own_sequences(cost, shape) * width / shape.parts
         rows = cost.rows_per_expert(total)
         speeds = [1 / sum(cost.of(ranks[local]).expert(rows)[:2]) for local in stage.ranks]
         shares = proportional([experts], speeds) * stage.layers

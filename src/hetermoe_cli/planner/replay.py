@@ -100,7 +100,7 @@ def busy_bound(cost: LayoutCost, *, exposed: bool = True) -> float:
     if layout.pipeline:
         return 0.0
     transfers = 0.0
-    if exposed and layout.schedule.name == "sequential":
+    if exposed and layout.schedule.name == "sequential" and layout.schedule.passes == "in_turn":
         there = [cost.transfer(Action(Kind.DISPATCH, Pass.FORWARD, layer)).seconds for layer in range(layout.layers)]
         transfers = 4 * sum(there)
     busiest = 0.0

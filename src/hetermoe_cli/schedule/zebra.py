@@ -27,7 +27,7 @@ _BACKWARD_PLACES = {
     Kind.EXPERT: 1.0,
     Kind.DISPATCH: 1.5,
     Kind.ATTENTION: 2.0,
-    Kind.REDUCE: 2.25,  # the head's carries a layer more
+    Kind.REDUCE: 3.75,  # behind the next layer's messages, for which ranks wait; the head's carries a layer more
     Kind.CROSS: 2.5,
 }
 
@@ -71,9 +71,10 @@ def part_of(layout: Layout, rank: int) -> Part:
 
 
 def windows_of(layout: Layout) -> Windows:
-    """The layout's windows."""
+    """The layout's windows. A single one is woven into nothing."""
     choice = layout.schedule
-    return Windows(choice.micro_batches, choice.window, choice.experts, choice.transfers, choice.passes)
+    passes = choice.passes if choice.micro_batches > choice.window else "in_turn"
+    return Windows(choice.micro_batches, choice.window, choice.experts, choice.transfers, passes)
 
 
 # The planner asks for the same few orders again and again, and a thousand ranks have few parts between them.
@@ -126,7 +127,7 @@ def place_in_pass(action: Action, layers: range) -> float:
         return 0.0
     if action.direction is Pass.FORWARD:
         return 2 * (action.layer - layers.start) + _FORWARD_PLACES[action.kind]
-    return max(0.0, 2 * (layers.stop - 1 - action.layer) + _BACKWARD_PLACES[action.kind])
+    return 2 * (layers.stop - 1 - action.layer) + _BACKWARD_PLACES[action.kind]
 
 
 def _ranges(windows: Windows) -> list[range]:

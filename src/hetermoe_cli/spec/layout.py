@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from pydantic import ConfigDict, Field, model_validator
 
 from hetermoe_cli.spec.base import ExtendedSpec, NonNegativeInt, PositiveInt, Spec
-from hetermoe_cli.spec.schedule_choice import ScheduleChoice, windows_ahead
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice, windows_alive
 from hetermoe_cli.spec.train import Recompute
 
 
@@ -198,19 +198,18 @@ class Layout(ExtendedSpec):
         return in_both(own, others)
 
     def recomputation_of(self, span: Span) -> str:
-        """` with recomputation of attention`; nothing where all pipeline stages do the same."""
-        same = len({each.schedule.recompute for each in self.spans}) == 1
+        """` with recomputation of attention`; nothing where all pipeline stages do as the schedule says."""
+        same = {each.schedule.recompute for each in self.spans} == {self.schedule.recompute}
         return "" if same else f" with {span.schedule.recomputation}"
 
     def border(self, layer: int) -> int:
         """Of the border between two pipeline stages, before `layer`: its number."""
         return self.span_at(layer).number - 1
 
-    def windows_in_flight(self, rank: int) -> int:
-        """Windows of micro-batches whose activations `rank` keeps at once: one more than go forward ahead of its first
-        backward."""
-        most = self.schedule.micro_batches // self.schedule.window
-        return min(windows_ahead(self.schedule.passes, self.span_of(rank).ahead) + 1, most)
+    def windows_in_flight(self, rank: int) -> float:
+        """Windows of micro-batches whose activations `rank` keeps at once."""
+        span, most = self.span_of(rank), self.schedule.micro_batches // self.schedule.window
+        return min(windows_alive(self.schedule.passes, span.ahead, len(span.layers)), most)
 
     @property
     def attending(self) -> list[int]:

@@ -20,6 +20,12 @@ def windows_ahead(passes: PassOrder, stages: int) -> int:
     return stages if passes == "in_turn" else 2 * stages + 1
 
 
+def windows_alive(passes: PassOrder, stages: int, layers: int) -> float:
+    """Windows whose activations a stage of so many layers keeps at once, if there are as many: those that go forward
+    ahead and the one at work; of a woven step's two, one fills up as the other empties, a layer ahead of it."""
+    return windows_ahead(passes, stages) + (1.0 if passes == "in_turn" else 1 / layers)
+
+
 class ScheduleChoice(ExtendedSpec):
     """Which order to run: R micro-batches in windows that go forward and backward one after another.
 
@@ -109,9 +115,8 @@ class ScheduleChoice(ExtendedSpec):
         return words.get(self.recompute, f"recomputation of {self.recompute}")
 
     def __str__(self) -> str:
-        parts = [self.name, f"R = {self.micro_batches}"]
+        parts = ["woven" if self.passes == "woven" else self.name, f"R = {self.micro_batches}"]
         parts += [f"windows of {self.window}"] * (self.name == "windowed")
-        parts += ["passes woven"] * (self.passes == "woven")
         parts += ["experts between micro-batches"] * (self.experts == "between")
         parts += ["transfers interleaved"] * (self.transfers == "interleaved")
         parts += [self.recomputation] * (self.recompute != "none")

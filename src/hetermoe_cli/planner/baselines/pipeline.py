@@ -13,6 +13,7 @@ devices share out optimizer states unless the training spec wants them whole.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from math import ceil, inf
 from typing import get_args
@@ -83,15 +84,18 @@ def pp(cost: CostModel, limit: int, *, pipelines: int | None = None) -> Rival:
     return Rival(None, seconds, str(winner), found)
 
 
-def overlapped_pipelines(cost: CostModel, below: float = inf) -> list[tuple[float, Tuned]]:
+def overlapped_pipelines(
+    cost: CostModel, below: float = inf, most_pipelines: int | None = None
+) -> list[tuple[float, Tuned]]:
     """Like pp's, seconds first, with woven passes as well, which overlap all-to-alls with compute; those that take less
-    than `below` seconds.
+    than `below` seconds. At most so many pipelines side by side, with NICs of their own unless they may be `merged`.
 
     Many devices are searched as fast as few, with units of whole or half nodes alone; nodes of another size than most
     devices are in are left out then. Nothing of clusters with too many nodes.
     """
+    search = partial(_Search, cost, passes=get_args(PassOrder), plans=True, most_pipelines=most_pipelines)
     if len(cost.devices) <= FEW_DEVICES:
-        return _Search(cost, passes=get_args(PassOrder)).ranked(below)
+        return search().ranked(below)
     members: dict[int, list[int]] = {}
     for device in cost.devices:
         members.setdefault(device.node, []).append(device.rank)
@@ -102,7 +106,7 @@ def overlapped_pipelines(cost: CostModel, below: float = inf) -> list[tuple[floa
     if len(whole) > MOST_UNITS:
         return []
     used = [rank for ranks in whole for rank in ranks]
-    return _Search(cost, quantum=width // parts, ranks=used, passes=get_args(PassOrder)).ranked(below)
+    return search(quantum=width // parts, ranks=used).ranked(below)
 
 
 def _ends_first(stages: list[Unit]) -> list[Unit]:
@@ -114,7 +118,8 @@ _ORDERS: tuple[Callable[[list[Unit]], list[Unit]], ...] = (list, lambda stages: 
 
 
 class _Search:
-    """`quantum`: what the width of units is a multiple of; `ranks`: the only ones to be used."""
+    """`quantum`: what the width of units is a multiple of; `ranks`: the only ones to be used. `plans`: only what can be
+    one (overlapped_pipelines)."""
 
     def __init__(
         self,
@@ -123,9 +128,12 @@ class _Search:
         quantum: int = 1,
         ranks: Sequence[int] | None = None,
         passes: Sequence[PassOrder] = ("in_turn",),
+        plans: bool = False,
+        most_pipelines: int | None = None,
     ) -> None:
         self.cost, self.batch, self.pipelines = cost, cost.train.global_batch_sequences, pipelines
         self._quantum, self._passes, self._choices = quantum, passes, recompute_choices(cost)
+        self._plans, self._most = plans, most_pipelines or len(cost.devices)
         self._costs: dict[tuple[int, int, Recompute, PassOrder], PipelineCost] = {}
         one = PipelineCost(cost, 1, 1, self._choices[0])
         self.sorted = sorted(ranks or range(len(cost.devices)), key=lambda rank: one.unit((rank,)).layer)
@@ -139,11 +147,11 @@ class _Search:
 
     def setups(self) -> Iterator[Setup]:
         """All setups in which every pipeline has a micro-batch and every device a sequence of it. Where no rows travel,
-        none are woven."""
+        or of one micro-batch alone, none are woven."""
         counts = micro_batch_counts(self.batch, self.batch)
         for (width, stages, pipelines), count in product(self._shapes(), counts):
-            if count >= pipelines and self.batch // count % width == 0:
-                for passes in self._passes if width > 1 else self._passes[:1]:
+            if pipelines <= min(count, self._most) and self.batch // count % width == 0:
+                for passes in self._passes if width > 1 and count > pipelines else self._passes[:1]:
                     yield Setup(width, stages, pipelines, count, passes)
 
     def _shapes(self) -> list[tuple[int, int, int]]:
@@ -196,14 +204,18 @@ class _Search:
         return [tuple(self.sorted[at : at + width]) for at in range(0, len(self.sorted) - width + 1, width)]
 
     def tuned(self, setup: Setup, order: Order) -> Iterator[Tuned]:
-        """In every order of the stages, each with layers and micro-batches; what does not fit is left out."""
+        """In every order of the stages that differs, each with layers and micro-batches; what does not fit, or cannot
+        be a plan, is left out."""
         units = self._units(setup.width)[: setup.stages * setup.pipelines]
         fast_first = [units[index :: setup.pipelines] for index in range(setup.pipelines)]
-        orders: list[list[list[Unit]]] = []
-        for arranged in _ORDERS if len(self.cost.types) > 1 else _ORDERS[:1]:
+        if self._plans and setup.width > 1 and self._share_nics(fast_first):
+            return
+        orders: dict[object, list[list[Unit]]] = {}
+        for arranged in _ORDERS:
             dealt = [arranged(stages) for stages in fast_first]
-            orders += [dealt] if dealt not in orders else []
-        for dealt in orders:
+            types = [tuple(self.cost.devices[r].type for unit in stages for r in unit) for stages in dealt]
+            orders.setdefault(tuple(types), dealt)
+        for dealt in orders.values():
             known: dict[object, list[Held] | None] = {}
             found = [self._split(setup, stages, order, known) for stages in dealt]
             held = [part for part in found if part]
@@ -213,6 +225,11 @@ class _Search:
                 even = Tuned(setup, order, dealt, layers, recompute, [1] * len(dealt))
                 seconds = [self._stage_seconds(even, index) for index in range(len(dealt))]
                 yield replace(even, micro_batches=deal(setup.micro_batches, seconds))
+
+    def _share_nics(self, pipelines: Sequence[Sequence[Unit]]) -> bool:
+        devices = [[self.cost.devices[rank] for unit in units for rank in unit] for units in pipelines]
+        nics = [{(device.node, device.nic) for device in own} for own in devices]
+        return sum(map(len, nics)) > len(set().union(*nics))
 
     def _split(
         self, setup: Setup, units: Sequence[Unit], order: Order, known: dict[object, list[Held] | None]
@@ -267,4 +284,4 @@ class _Search:
             pipelines.append(Pipeline(tuple(units), forward, backward, count, both))
         drained = run(self.cost.network, pipelines, tuned.order, costs.message_bytes)
         stages = [list(zip(*pair, strict=True)) for pair in zip(tuned.units, tuned.layers, strict=True)]
-        return drained + costs.update_seconds(stages)
+        return drained + costs.update_seconds(stages, hidden=not self._plans)

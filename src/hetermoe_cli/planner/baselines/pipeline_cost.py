@@ -131,22 +131,22 @@ class PipelineCost:
         key = name, in_flight, first, last
         if key not in self._most:
             (one, more), (two, most) = self._edges(name, first, last)
-            one, two = one + (in_flight - 1) * (more - one), two + (in_flight - 1) * (most - two)
+            one, two = one + (in_flight - 2) * (more - one), two + (in_flight - 2) * (most - two)
             left = self.cost.types[name].memory_bytes * self.cost.train.memory_headroom - one
             fitting = 1 + floor(left / (two - one)) if left >= 0 else 0
             self._most[key] = min(fitting, self.cost.model.layers - 1)  # a pipeline has two stages at least
         return self._most[key]
 
     def _edges(self, name: str, first: bool, last: bool) -> list[list[int]]:
-        """Bytes of a device that holds one layer and two layers, with one micro-batch and two of each."""
+        """Bytes of a device that holds one layer and two layers, with two micro-batches and three of each."""
         key = name, first, last
         if key not in self._bytes:
-            self._bytes[key] = [[self._needed(name, n, first, last, layers) for n in (1, 2)] for layers in (1, 2)]
+            self._bytes[key] = [[self._needed(name, n, first, last, layers) for n in (2, 3)] for layers in (1, 2)]
         return self._bytes[key]
 
     def _needed(self, name: str, in_flight: int, first: bool, last: bool, layers: int) -> int:
         """Bytes of a device that holds so many layers."""
-        model = self.cost.model
+        model, woven = self.cost.model, self.schedule.passes == "woven"
         begin = 0 if first else model.layers - layers if last else 1
         span = Span(0, begin, begin + layers, (), (), 0 if last else 1, self.schedule)
         return self.cost.memory(
@@ -158,7 +158,7 @@ class PipelineCost:
             replicated=[],
             attending=self.width,
             stepped=self._stepped(layers, first, last),
-            piece=Piece(span, in_flight),
+            piece=Piece(span, in_flight - 1 + 1 / layers if woven else in_flight),
         ).total_bytes
 
     def _stepped(self, layers: int, first: bool, last: bool) -> float:
@@ -169,9 +169,9 @@ class PipelineCost:
             self.cost.dense_share(self.schedule, self.width) * dense + self.cost.state_share(self.schedule, 1) * experts
         )
 
-    def update_seconds(self, pipelines: Sequence[Sequence[tuple[Unit, int]]]) -> float:
+    def update_seconds(self, pipelines: Sequence[Sequence[tuple[Unit, int]]], *, hidden: bool = True) -> float:
         """What of the all-reduce follows the last backward, new weights of what is shared out, then the slowest
-        optimizer step.
+        optimizer step. `hidden`: as _rings.
 
         Pipelines: (unit, layers) of every stage.
         """
@@ -183,21 +183,24 @@ class PipelineCost:
                 steps += [self.cost.optimizer_seconds(self.cost.of(rank), stepped) for rank in unit]
                 dense = layers * self.cost.model.attention_layer_parameters + self.edge_parameters(first, last)
                 gathers.append(self.cost.after_backward_seconds(self.schedule, unit, 0, dense))
-        return all_reduce_seconds(self.cost, self._rings(pipelines)) + max(gathers) + max(steps)
+        return all_reduce_seconds(self.cost, self._rings(pipelines, hidden)) + max(gathers) + max(steps)
 
-    def _rings(self, pipelines: Sequence[Sequence[tuple[Unit, int]]]) -> Iterator[tuple[Unit, int]]:
-        """(ranks, gradient bytes) of layer 0 and what comes before it, whose backward comes last: the dense part over
-        all devices that hold it, experts over those of equal place.
+    def _rings(self, pipelines: Sequence[Sequence[tuple[Unit, int]]], hidden: bool) -> Iterator[tuple[Unit, int]]:
+        """(ranks, gradient bytes): the dense part over all devices that hold it, experts over those of equal place.
 
-        All other gradients are taken to travel during backward, as those of a layout do, and in the rival's favour to
-        hold up none of its messages.
+        `hidden`: of layer 0 and what comes before it only, whose backward comes last. All other gradients travel during
+        backward, as those of a layout do, and in the rival's favour hold up none of its messages. Else of all layers,
+        as there is one micro-batch's backward only to hide them, and stage by stage, wherever pipelines are cut.
         """
         gradient, model = STATE_BYTES[self.cost.train.precision][1], self.cost.model
-        units = [pipeline[0][0] for pipeline in pipelines]
-        dense = model.attention_layer_parameters + self.edge_parameters(True, False)
-        yield _together(units), dense * gradient
-        experts = self.hosted * model.expert_parameters * gradient
-        yield from ((ranks, experts) for ranks in zip(*units, strict=True))
+        for stage, parts in enumerate(zip(*pipelines, strict=True)):
+            if hidden and stage:
+                return
+            units, layers = [unit for unit, _ in parts], 1 if hidden else max(count for _, count in parts)
+            edges = self.edge_parameters(stage == 0, stage == len(pipelines[0]) - 1 and not hidden)
+            yield _together(units), (layers * model.attention_layer_parameters + edges) * gradient
+            experts = layers * self.hosted * model.expert_parameters * gradient
+            yield from ((ranks, experts) for ranks in zip(*units, strict=True))
 
 
 def _together(units: Sequence[Unit]) -> Unit:
