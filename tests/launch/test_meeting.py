@@ -85,7 +85,7 @@ def test_a_check_that_fails_ends_all(failing: int) -> None:
 
 
 def test_workers_are_ended_when_those_of_another_node_have_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "_FAILURE_SECONDS", 0.5)
+    monkeypatch.setattr(meeting, "FAILURE_SECONDS", 0.5)
     results = meet(watch, refuse(ExitCode.WORKER_DIED), refuse(ExitCode.WORKER_DIED, PeerFailure))
     assert results == [(6, "node 1: no such text"), (6, "no such text"), (6, "node 1: no such text")]
 
