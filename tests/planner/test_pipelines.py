@@ -260,6 +260,9 @@ def test_no_more_pipelines_than_groups_are_allowed() -> None:
         copies = sum(len(group.replicas) for group in found[1])
         assert copies <= (most or 4)
     assert overlapped_pipelines(cost, 1e-3) == []  # all far slower
+    fastest, slowest = (overlapped_pipelines(cost)[place][0] for place in (0, -1))
+    below = (fastest + slowest) / 2
+    assert all(seconds < below for seconds, _ in overlapped_pipelines(cost, below))
 
 
 def test_orders_of_alike_stages_are_looked_at_once() -> None:

@@ -171,10 +171,10 @@ class _Search:
             }
         )
 
-    def ranked(self, best: float = inf) -> list[tuple[float, Tuned]]:
-        """Seconds of those that were the best when they were found, or nearly so; the fastest first. `best`: what they
-        must beat. Woven or in 1F1B order."""
-        found: list[tuple[float, Tuned]] = []
+    def ranked(self, below: float = inf) -> list[tuple[float, Tuned]]:
+        """Seconds of those that were the best when they were found, or nearly so, if they take less than `below`; the
+        fastest first. Woven or in 1F1B order."""
+        best, found = below, list[tuple[float, Tuned]]()
         bounds = [(self.work(setup), setup) for setup in self.setups()]
         for bound, setup in sorted(bounds, key=lambda pair: pair[0]):
             if bound >= best:
@@ -184,7 +184,7 @@ class _Search:
                     seconds = self.seconds(tuned)
                     best = min(best, seconds)
                     found.append((seconds, tuned))
-        return sorted(found, key=lambda pair: pair[0])
+        return sorted([pair for pair in found if pair[0] < below], key=lambda pair: pair[0])
 
     def work(self, setup: Setup) -> float:
         """Lower bound: all layers of all micro-batches, perfectly divisible over the units that are used; infinite if
