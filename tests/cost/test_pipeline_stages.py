@@ -163,8 +163,8 @@ def test_memory_of_a_staged_rank() -> None:
     kept = [layers * 2 * 64 * token + tensor for layers in (1, 2, 1)]  # attention and experts; a gradient that waits
     device = cost.cost.of(0)
     for rank, windows in enumerate((3, 2, 1)):
-        piece = cost._piece(cost.layout.span_of(rank))
-        transient = cost.cost.transient_bytes(device, 1, cost.layout.schedule, piece)
+        span = cost.layout.span_of(rank)
+        transient = cost.cost.transient_bytes(device, 1, cost.layout.schedule, span)
         experts = 4 * cost.cost.expert_transient_bytes(device, 16, cost.layout.schedule)
         largest = cost.cost.expert_task_bytes(device, 16)
         assert found[rank].activations_bytes == int(windows * kept[rank] + transient + experts + largest)
@@ -175,7 +175,14 @@ def test_memory_of_a_staged_rank() -> None:
 def test_only_the_last_stage_makes_room_for_the_head() -> None:
     cost = make_cost(staged([(1, [0]), (1, [1])], [1, 1])).cost
     layout = staged([(1, [0]), (1, [1])], [1, 1])
-    pieces = [LayoutCost(cost, layout)._piece(span) for span in layout.spans]
-    first, last = (cost.transient_bytes(cost.of(0), 1, layout.schedule, piece) for piece in pieces)
+    first, last = (cost.transient_bytes(cost.of(0), 1, layout.schedule, span) for span in layout.spans)
     assert first == 4 * cost.model.attention_layer_parameters  # fp32 beside narrow gradients
     assert last == cost.transient_bytes(cost.of(0), 1, layout.schedule) > first
+
+
+@pytest.mark.parametrize(("micro_batches", "alive"), [(8, [3.5, 2.0]), (3, [3.0, 2.0]), (1, [1.0, 1.0])])
+def test_of_a_woven_step_one_window_fills_up_as_the_other_empties(micro_batches: int, alive: list[float]) -> None:
+    layout = staged([(2, [0]), (1, [1])], [1, 1])
+    changes = {"micro_batches": micro_batches, "window": 1, "passes": "woven"}
+    woven = layout.model_copy(update={"schedule": layout.schedule.model_copy(update=changes)})
+    assert [woven.windows_in_flight(rank) for rank in (0, 1)] == alive

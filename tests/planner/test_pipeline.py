@@ -202,7 +202,7 @@ def test_bounds_are_below_the_simulated_time() -> None:
     search = _Search(CostModel(inputs([("new", 1)] * 2 + [("old", 1)] * 2, batch=8)), passes=("in_turn", "woven"))
     assert {setup.passes for setup in search.setups()} == {"in_turn", "woven"}
     for setup in search.setups():
-        for tuned in search.tuned(setup, "woven" if setup.passes == "woven" else "1F1B"):
+        for tuned in search.tuned(setup, setup.order):
             seconds = search.seconds(tuned)
             assert search.work(setup) <= search.bound(tuned) * (1 + 1e-9)
             assert search.bound(tuned) <= seconds

@@ -11,7 +11,6 @@ from hetermoe_cli.cost.crossing import Crossing
 from hetermoe_cli.cost.curves import Cost
 from hetermoe_cli.cost.device import DeviceCost, ExpertRows
 from hetermoe_cli.cost.load import AssumedLoad, CountedLoad, Load, balanced_load
-from hetermoe_cli.cost.memory import Piece
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.ports import Matrix, Ranks, TransferCost
 from hetermoe_cli.cost.shared_rows import once_per_device
@@ -246,16 +245,17 @@ class LayoutCost:
 
     def _synchronise_seconds(self, span: Span) -> float:
         copies = sum([len(self.layout.placement[layer].replicated) for layer in span.layers])
-        dense = self.cost.dense_of(self._piece(span))
+        dense = self.cost.dense_of(self._part(span))
         return self.cost.after_backward_seconds(self.layout.schedule, span.attending, copies, dense)
 
-    def _piece(self, span: Span, windows: float = 1) -> Piece | None:
-        return Piece(span, windows) if self.layout.pipeline else None
+    def _part(self, span: Span) -> Span | None:
+        """A pipeline stage, if it is not the whole model."""
+        return span if self.layout.pipeline else None
 
     def parameters(self, rank: int) -> float:
         """Parameters that `rank` updates; of what several ranks share out, its share."""
         model, span = self.cost.model, self.layout.span_of(rank)
-        attends, dense = self.layout.sequences_per_rank[rank] > 0, self.cost.dense_of(self._piece(span))
+        attends, dense = self.layout.sequences_per_rank[rank] > 0, self.cost.dense_of(self._part(span))
         if self.sharers:
             local = [self.layout.local_experts(layer, rank) for layer in range(model.layers)]
             parts = [(1 / counts[held]).sum() for counts, held in zip(self.sharers.experts, local, strict=True)]
@@ -289,7 +289,8 @@ class LayoutCost:
             rows=None if self.cost.shares is None else self.assumed_rows(rank),
             attending=len(span.attending),
             stepped=self.parameters(rank),
-            piece=self._piece(span, layout.windows_in_flight(rank)),
+            windows=layout.windows_in_flight(rank),
+            span=self._part(span),
         )
 
     def hosted_rows(self, rank: int) -> list[list[float]]:

@@ -2,7 +2,6 @@
 
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
 
 from hetermoe_cli.cost.curves import Cost
 from hetermoe_cli.cost.device import STATE_BYTES, DeviceCost, ExpertRows
@@ -10,22 +9,10 @@ from hetermoe_cli.spec.layout import Span
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.plan import Memory
 from hetermoe_cli.spec.profile import BYTES_PER_ELEMENT
-from hetermoe_cli.spec.schedule_choice import ScheduleChoice, windows_alive
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 from hetermoe_cli.spec.train import TrainSpec
 
 _WIDE_BYTES = 4  # what gradients of fp16 and bf16 are added up in
-
-
-class Piece(NamedTuple):
-    """Part of the model that a rank holds: its pipeline stage, which keeps activations of so many `windows` at once."""
-
-    span: Span
-    windows: float = 1
-
-    @property
-    def neighbours(self) -> int:
-        """Stages that it exchanges hidden states with."""
-        return (self.span.first > 0) + (self.span.ahead > 0)
 
 
 class MemoryModel:
@@ -71,15 +58,14 @@ class MemoryModel:
         """The same of the dense part, of which a fully sharded one is shared out within its group."""
         return 1 / attending if schedule.dense_state == "full" else self.state_share(schedule, attending)
 
-    def dense_of(self, piece: Piece | None) -> int:
-        """Dense parameters of a part of the model; of all of it without one."""
-        if piece is None:
+    def dense_of(self, span: Span | None) -> int:
+        """Dense parameters of a pipeline stage; of the whole model without one."""
+        if span is None:
             return self.model.dense_parameters
-        span = piece.span
         return sum([self.segment_parameters(layer) for layer in range(span.first, span.end + (not span.ahead))])
 
     def dense_state_bytes(
-        self, schedule: ScheduleChoice, attending: int, piece: Piece | None = None
+        self, schedule: ScheduleChoice, attending: int, span: Span | None = None
     ) -> tuple[float, float, float]:
         """Bytes (weights, gradients, optimizer) of the dense part on each of `attending` ranks.
 
@@ -87,7 +73,7 @@ class MemoryModel:
         gradients of the one at work while those before it are scattered. A narrow rank's share of the weights is its
         masters.
         """
-        state, dense, sizes = schedule.dense_state, self.dense_of(piece), STATE_BYTES[self.train.precision]
+        state, dense, sizes = schedule.dense_state, self.dense_of(span), STATE_BYTES[self.train.precision]
         weights, gradients, optimizer = (dense * size for size in sizes)
         if state != "full" or attending == 1:
             return weights, gradients, optimizer * self.dense_share(schedule, attending)
@@ -126,20 +112,20 @@ class MemoryModel:
         return self.border_bytes(sequences, 1) if recompute else device.attention(sequences).saved_bytes
 
     def attention_kept_bytes(
-        self, device: DeviceCost, sequences: int, recompute: bool, piece: Piece | None = None
+        self, device: DeviceCost, sequences: int, recompute: bool, span: Span | None = None
     ) -> float:
         """Kept by an attending device for one micro-batch, all its layers together.
 
         To this comes the gradient of what the head read, or of what a pipeline stage gave away, which waits for the
         last stage. What dense layers save is kept unless they are computed again.
         """
-        each, first = self.attention_activation_bytes(device, sequences, recompute), not piece or not piece.span.first
+        each, first = self.attention_activation_bytes(device, sequences, recompute), not span or not span.first
         dense = self.dense_cost(device, sequences).saved_bytes if first and not recompute else 0.0
-        layers = len(piece.span.layers) if piece else self.model.layers
+        layers = len(span.layers) if span else self.model.layers
         return layers * each + dense + self.border_bytes(sequences, 1)
 
     def transient_bytes(
-        self, device: DeviceCost, sequences: int, schedule: ScheduleChoice, piece: Piece | None = None
+        self, device: DeviceCost, sequences: int, schedule: ScheduleChoice, span: Span | None = None
     ) -> float:
         """Largest working set of a single attention or head task of an attending device, beside what is kept.
 
@@ -150,7 +136,7 @@ class MemoryModel:
         """
         if not sequences:
             return 0.0
-        layer = piece.span.first if piece else 0
+        layer = span.first if span else 0
         inputs = self.border_bytes(sequences, 1)
         matrix, narrow = self.model.hidden_size * self.model.vocab_size, self._narrow(device)
         # of the matrix: its new gradient, and in fp32 that and the sum of those before
@@ -161,7 +147,7 @@ class MemoryModel:
         again = max(0.0, self.attention_cost(device, sequences, layer).saved_bytes - inputs)
         if schedule.recompute_attention:
             stage += again
-        if piece and piece.span.ahead:
+        if span and span.ahead:
             head = 0.0
         return max(head, stage) + schedule.sends_again * schedule.window * again
 
@@ -224,15 +210,17 @@ class MemoryModel:
         rows: ExpertRows | None = None,
         attending: int = 1,
         stepped: float,
-        piece: Piece | None = None,
+        windows: float,
+        span: Span | None = None,
     ) -> Memory:
         """Bytes of one rank under a balanced router, or where its experts get `rows`.
 
         `hosted` and `replicated`: experts per layer. `attending`: ranks of the group that do, for a sharded dense part.
-        `stepped`: parameters whose masters and moments the rank holds. `piece`: where it holds a pipeline stage only.
+        `stepped`: parameters whose masters and moments the rank holds. `windows`: those alive at once. `span`: where it
+        holds a pipeline stage only.
         """
         held = sum(hosted) + (sum(replicated) if sequences else 0)
-        dense = self.dense_state_bytes(schedule, attending, piece) if sequences else (0.0, 0.0, 0.0)
+        dense = self.dense_state_bytes(schedule, attending, span) if sequences else (0.0, 0.0, 0.0)
         sizes = STATE_BYTES[self.train.precision]
         weights, gradients = (held * self.model.expert_parameters * sizes[kind] + dense[kind] for kind in (0, 1))
         expected, own = self.rows_per_expert(sequences_per_micro_batch), self.rows_per_expert(sequences)
@@ -248,22 +236,20 @@ class MemoryModel:
             largest = self.expert_task_bytes(device, expected) * bool(held)
             share, busiest = max(hosted, default=0) / self.model.experts, expected
         if sequences:
-            kept += self.attention_kept_bytes(device, sequences, schedule.recompute_attention, piece)
-        peak = self.transient_bytes(device, sequences, schedule, piece) + largest
+            kept += self.attention_kept_bytes(device, sequences, schedule.recompute_attention, span)
+        peak = self.transient_bytes(device, sequences, schedule, span) + largest
         peak += max(hosted, default=0) * self.expert_transient_bytes(device, busiest, schedule)
         if sequences:  # as if the layer with most copies were the one that hosts most: linear in both
             peak += max(replicated, default=0) * self.expert_transient_bytes(device, own, schedule)
         buffers = self.buffer_bytes(sequences_per_micro_batch, sequences, share, schedule)
-        if piece:  # hidden states and gradients of two windows, to and from each stage beside; woven, three may wait
+        if span:  # hidden states and gradients of two windows, to and from each stage beside; woven, three may wait
             waiting = 3 if schedule.passes == "woven" else 2
-            buffers += self.border_bytes(sequences, 2 * waiting * piece.neighbours * schedule.window)
-        alive = min(windows_alive(schedule.passes, 0, self.model.layers), schedule.micro_batches // schedule.window)
-        windows = (piece.windows if piece else alive) * schedule.window
+            buffers += self.border_bytes(sequences, 2 * waiting * span.neighbours * schedule.window)
         return Memory(
             weights_bytes=int(weights),
             gradients_bytes=int(gradients),
             optimizer_bytes=int(stepped * sizes[2]),
-            activations_bytes=int(windows * kept + peak),
+            activations_bytes=int(windows * schedule.window * kept + peak),
             buffers_bytes=int(buffers),
             framework_bytes=device.framework_bytes,
             capacity_bytes=device.memory_bytes,

@@ -14,7 +14,7 @@ from hetermoe_cli.cost.shared_rows import reached
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.plan import Inputs
 from hetermoe_cli.spec.profile import BYTES_PER_ELEMENT, AttentionPoint
-from hetermoe_cli.spec.schedule_choice import ScheduleChoice
+from hetermoe_cli.spec.schedule_choice import PassOrder, ScheduleChoice
 from hetermoe_cli.spec.train import DenseState, Recompute
 
 
@@ -55,15 +55,21 @@ class CostModel(MemoryModel):
         )
 
     def schedule(
-        self, micro_batches: int, window: int, recompute: Recompute, dense_state: DenseState
+        self,
+        micro_batches: int,
+        window: int,
+        recompute: Recompute,
+        dense_state: DenseState,
+        passes: PassOrder = "in_turn",
     ) -> ScheduleChoice:
-        """In the default order, with the training spec's dispatch."""
+        """In the default order of experts and transfers, with the training spec's dispatch."""
         return ScheduleChoice(
             micro_batches=micro_batches,
             window=window,
             recompute=recompute,
             dense_state=dense_state,
             dispatch=self.train.dispatch,
+            passes=passes,
         )
 
     @property

@@ -132,7 +132,8 @@ def _variants(cost: CostModel, shape: Shape) -> Iterator[Shape]:
         yield replace(shape, by_speed=True)
     for parts, enough in ((1, not any(n % 2 for n in tuned.micro_batches)), (2, not _own_sequences(cost, shape) % 2)):
         for passes in get_args(PassOrder) if enough else ():
-            yield replace(shape, tuned=replace(tuned, setup=replace(tuned.setup, passes=passes)), window=2, parts=parts)
+            setup = replace(tuned.setup, passes=passes)
+            yield replace(shape, tuned=replace(tuned, setup=setup, order=setup.order), window=2, parts=parts)
 
 
 def _costs(cost: CostModel, groups: Sequence[Group]) -> list[LayoutCost]:
@@ -199,8 +200,8 @@ def _layout(cost: CostModel, shape: Shape, index: int) -> Layout:
         )
         for unit, held, again in zip(units, layers, recompute, strict=True)
     ]
-    schedule = cost.schedule(tuned.micro_batches[index] * shape.parts, shape.window, usual, stage_state(cost))
-    schedule = schedule.model_copy(update={"passes": tuned.setup.passes})
+    count, passes = tuned.micro_batches[index] * shape.parts, tuned.setup.passes
+    schedule = cost.schedule(count, shape.window, usual, stage_state(cost), passes)
     placement = [layer for stage in stages for layer in _placement(cost, shape, stage, ranks)]
     sequences = [_own_sequences(cost, shape) // shape.parts] * len(ranks)
     return Layout(schedule=schedule, sequences_per_rank=sequences, placement=placement, pipeline=stages)

@@ -1,9 +1,10 @@
 """Lowering: compute orders -> Schedule, by adding every transfer with its senders and receivers."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from math import inf
 
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.gathers import gathers
@@ -185,20 +186,22 @@ def _times(stages: int, windows: Windows) -> list[dict[_PassOf, tuple[float, flo
     free = [0.0] * stages
     while any(orders):
         for number, left in enumerate(orders):
-            needed = [
-                times[before].get(key)
-                for key in (left[0] if left else ())
-                for before in [number + (1 if key[0] is Pass.BACKWARD else -1)]
-                if 0 <= before < stages
-            ]
-            if not left or None in needed:
-                continue
-            begins = max([free[number], *[sum(one) for one in needed if one]])
-            step = left.pop(0)
-            length = sum(_LENGTH[way] for way, _ in step)
-            times[number] |= dict.fromkeys(step, (begins, length))
-            free[number] = begins + length
+            if left and (ready := _ready(times, number, left[0])) < inf:
+                step = left.pop(0)
+                begins, length = max(free[number], ready), sum(_LENGTH[way] for way, _ in step)
+                times[number] |= dict.fromkeys(step, (begins, length))
+                free[number] = begins + length
     return times
+
+
+def _ready(times: Sequence[Mapping[_PassOf, tuple[float, float]]], number: int, step: Sequence[_PassOf]) -> float:
+    """When a stage has from those beside it what a step needs; infinite where that is not known yet."""
+    result = 0.0
+    for key in step:
+        beside = number + (1 if key[0] is Pass.BACKWARD else -1)
+        if 0 <= beside < len(times):
+            result = max(result, sum(times[beside].get(key, (inf, 0.0))))
+    return result
 
 
 def _reduces(stages: Order | list[Action], layers: int, windows: Windows, gathered: bool) -> dict[Action, list[Action]]:

@@ -47,6 +47,11 @@ class Span(NamedTuple):
         """Its layers."""
         return range(self.first, self.end)
 
+    @property
+    def neighbours(self) -> int:
+        """Stages that it exchanges hidden states with."""
+        return (self.first > 0) + (self.ahead > 0)
+
 
 def in_both(one: range, other: range) -> int:
     """How many numbers two ranges have in common."""

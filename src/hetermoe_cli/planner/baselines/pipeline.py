@@ -42,6 +42,11 @@ class Setup:
     micro_batches: int
     passes: PassOrder = "in_turn"
 
+    @property
+    def order(self) -> Order:
+        """That of its tasks."""
+        return "woven" if self.passes == "woven" else "1F1B"
+
     def __str__(self) -> str:
         width = f" of {self.width} devices" if self.width > 1 else ""
         return f"{self.pipelines} x {self.stages} stages{width}"
@@ -179,7 +184,7 @@ class _Search:
         for bound, setup in sorted(bounds, key=lambda pair: pair[0]):
             if bound >= best:
                 break
-            for tuned in self.tuned(setup, "woven" if setup.passes == "woven" else "1F1B"):
+            for tuned in self.tuned(setup, setup.order):
                 if self.bound(tuned) < best:
                     seconds = self.seconds(tuned)
                     best = min(best, seconds)

@@ -14,7 +14,6 @@ from math import floor
 import numpy as np
 
 from hetermoe_cli.cost.device import STATE_BYTES
-from hetermoe_cli.cost.memory import Piece
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.spec.layout import Span
 from hetermoe_cli.spec.schedule_choice import PassOrder
@@ -48,8 +47,7 @@ class PipelineCost:
     ) -> None:
         self.cost, self.sequences, self.width = cost, sequences, width
         self.hosted = -(-cost.model.experts // width)
-        schedule = cost.schedule(2, 1, recompute, stage_state(cost))
-        self.schedule = schedule.model_copy(update={"passes": passes})
+        self.schedule = cost.schedule(2, 1, recompute, stage_state(cost), passes)
         self._units: dict[Unit, UnitCost] = {}
         self._most: dict[tuple[str, int, bool, bool], int] = {}
         self._bytes: dict[tuple[str, bool, bool], list[list[int]]] = {}
@@ -158,16 +156,20 @@ class PipelineCost:
             replicated=[],
             attending=self.width,
             stepped=self._stepped(layers, first, last),
-            piece=Piece(span, in_flight - 1 + 1 / layers if woven else in_flight),
+            windows=in_flight - 1 + 1 / layers if woven else in_flight,  # as windows_alive
+            span=span,
         ).total_bytes
 
     def _stepped(self, layers: int, first: bool, last: bool) -> float:
         """Parameters that a device updates: of the dense part its share, where that is shared out."""
-        dense = layers * self.cost.model.attention_layer_parameters + self.edge_parameters(first, last)
-        experts = layers * self.hosted * self.cost.model.expert_parameters
+        dense, experts = self._dense(layers, first, last), layers * self.hosted * self.cost.model.expert_parameters
         return (
             self.cost.dense_share(self.schedule, self.width) * dense + self.cost.state_share(self.schedule, 1) * experts
         )
+
+    def _dense(self, layers: int, first: bool, last: bool) -> int:
+        """Parameters of the dense part of a stage."""
+        return layers * self.cost.model.attention_layer_parameters + self.edge_parameters(first, last)
 
     def update_seconds(self, pipelines: Sequence[Sequence[tuple[Unit, int]]], *, hidden: bool = True) -> float:
         """What of the all-reduce follows the last backward, new weights of what is shared out, then the slowest
@@ -181,7 +183,7 @@ class PipelineCost:
                 first, last = stage == 0, stage == len(pipeline) - 1
                 stepped = self._stepped(layers, first, last)
                 steps += [self.cost.optimizer_seconds(self.cost.of(rank), stepped) for rank in unit]
-                dense = layers * self.cost.model.attention_layer_parameters + self.edge_parameters(first, last)
+                dense = self._dense(layers, first, last)
                 gathers.append(self.cost.after_backward_seconds(self.schedule, unit, 0, dense))
         return all_reduce_seconds(self.cost, self._rings(pipelines, hidden)) + max(gathers) + max(steps)
 
@@ -197,8 +199,8 @@ class PipelineCost:
             if hidden and stage:
                 return
             units, layers = [unit for unit, _ in parts], 1 if hidden else max(count for _, count in parts)
-            edges = self.edge_parameters(stage == 0, stage == len(pipelines[0]) - 1 and not hidden)
-            yield _together(units), (layers * model.attention_layer_parameters + edges) * gradient
+            dense = self._dense(layers, stage == 0, stage == len(pipelines[0]) - 1 and not hidden)
+            yield _together(units), dense * gradient
             experts = layers * self.hosted * model.expert_parameters * gradient
             yield from ((ranks, experts) for ranks in zip(*units, strict=True))
 
