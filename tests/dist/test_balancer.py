@@ -16,6 +16,7 @@ from hetermoe_cli.model.training_state import training_tensors
 from hetermoe_cli.model.transformer import named_tensors
 from hetermoe_cli.planner.drift import NAMED
 from hetermoe_cli.runtime.recorder import read_rebalances
+from hetermoe_cli.spec.layout import LayerPlacement, PipelineStage
 from hetermoe_cli.spec.plan import Inputs, Plan, world_of
 from hetermoe_cli.spec.run import Emulation, RunSpec
 from hetermoe_cli.spec.train import TrainSpec
@@ -45,6 +46,20 @@ def two_groups(experts: float) -> Plan:
     other = make_layout((1, 0), (3, 3), layers=MODEL.layers, micro_batches=2)
     devices = inputs({"new": (3, experts), "old": (2, 3 * experts)})
     return make_groups_plan(devices, (pair, [[0, 1, 2]]), (other, [[3, 4]]))
+
+
+def two_stages(experts: float) -> Plan:
+    """Two stages of two ranks; of the second one rank attends."""
+    whole = make_layout((1, 1, 2, 0), (2, 1, 1, 2), layers=MODEL.layers, micro_batches=4)
+    first, second = (
+        LayerPlacement(experts=[[0, 1, 2], [3, 4, 5], [], []]),
+        LayerPlacement(experts=[[], [], [3, 4, 5], [0, 1, 2]]),
+    )
+    stages = [PipelineStage(layers=1, ranks=[0, 1]), PipelineStage(layers=MODEL.layers - 1, ranks=[2, 3])]
+    placement = [first, *[second] * (MODEL.layers - 1)]
+    return make_plan(
+        inputs({"new": (4, experts)}), whole.model_copy(update={"placement": placement, "pipeline": stages})
+    )
 
 
 def inputs(types: dict[str, tuple[int, float]]) -> Inputs:
@@ -214,7 +229,9 @@ def test_nothing_moves_and_nothing_is_told_twice_where_experts_cost_nothing(tmp_
     assert 1 <= len(decided) == len(events(tmp_path / "moving", "drift")) < STEPS // EVERY
 
 
-@pytest.mark.parametrize("plan", [one_group, pytest.param(two_groups, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "plan", [one_group, *(pytest.param(p, marks=pytest.mark.long) for p in (two_groups, two_stages))]
+)
 def test_an_emulated_run_goes_on_with_one_clock(tmp_path: Path, plan: Callable[[float], Plan]) -> None:
     """Emulated devices are as fast as profiled, whatever this machine does; spans of all steps are kept."""
     run = make_run(tmp_path / "moving", rebalance=True, emulate=True, plan=plan)

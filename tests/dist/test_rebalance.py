@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from test_engine_equality import BIAS, LENGTH, MIXED, STEPS, TRAIN, Case, arrays, batches, hosts, reference, starve
+from test_engine_equality import CASES as EQUAL
 from test_groups_equality import ALL
 from test_groups_equality import CASES as GROUPS
 from test_sharded_states import in_state, whole_weights
@@ -37,9 +38,17 @@ CASES = {
         Case([1, 1, 0, 0], hosts([], [], [4, 1, 2], [3, 0, 5]), 4, schedule="windowed"),
         [*hosts([], [], [4, 1, 2], [3, 0, 5])[:2], LayerPlacement(experts=[[], [], [0, 4, 1, 5], [3, 2]])],
     ),
+    "in pipeline stages, copies come and go": (
+        EQUAL["pipeline, EP and zebra, uneven, windows"],
+        [
+            LayerPlacement(experts=[[1], [3, 0], [], []], replicated=[2, 4, 5]),
+            LayerPlacement(experts=[[], [], [2, 1, 0], [3, 5, 4]]),
+            LayerPlacement(experts=[[], [], [5, 0], [4, 1]], replicated=[2, 3]),
+        ],
+    ),
 }  # fmt: skip
 FIRST = next(iter(CASES))
-SHARED = (FIRST, "2+2, back again", "one host -> all replicated", "beside copies that stay")
+SHARED = (FIRST, "2+2, back again", "one host -> all replicated", "beside copies that stay", list(CASES)[-1])
 STATES = [*((name, "replicated") for name in CASES), *((name, "optimizer") for name in SHARED), (FIRST, "full")]
 GROUP_CASES = {
     "three and two, both move": (

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from instances import random_inputs
 
-from builders import make_inputs, make_layout, make_model
+from builders import make_inputs, make_layout, make_model, pipelines
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.named import AIMS, Aim, Named
@@ -106,6 +106,26 @@ def test_every_aim_places_every_expert_within_the_room(seed: int, aim: Aim) -> N
     assert (taken <= named.room + 1e-6).all()
     if aim.same_counts:
         assert [list(map(len, p.experts)) for p in layout.placement] == [hosted] * inputs.model.layers
+
+
+@given(st.integers(0, 10**6), st.sampled_from(AIMS), pipelines())
+def test_experts_stay_in_their_pipeline_stage_within_the_room(seed: int, aim: Aim, start: Layout) -> None:
+    rng, world = random.Random(seed), start.world_size
+    inputs = random_inputs(
+        rng, devices=world, layers=start.layers, experts=start.experts, batch=start.micro_batches, tight=seed % 2 == 0
+    )
+    loaded = with_load(inputs, [[rng.randint(1, 100) for _ in range(start.experts)] for _ in range(start.layers)])
+    named = Named(CostModel(loaded), start)
+    layout = named.place(aim)
+    if layout is None:
+        return
+    Layout.model_validate(layout.model_dump())  # checks that stages host what is theirs
+    taken = sum(named.taken(layer, placement) for layer, placement in enumerate(layout.placement))
+    assert (taken <= named.room + 1e-6).all()
+    for layer in range(start.layers):
+        for placement in neighbours(named, layout, layer):
+            placements = [placement if other == layer else layout.placement[other] for other in range(start.layers)]
+            Layout.model_validate(layout.model_dump() | {"placement": placements})
 
 
 def two_hosts(load: list[float], *, olds: int = 2) -> tuple[Inputs, Layout]:

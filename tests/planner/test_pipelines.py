@@ -15,7 +15,7 @@ from hetermoe_cli.planner.baselines.pipeline import Setup, Tuned, overlapped_pip
 from hetermoe_cli.planner.cluster.objective import Wanted
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.pipeline_bound import pipeline_bound
-from hetermoe_cli.planner.pipeline_plan import WORTH, with_pipelines
+from hetermoe_cli.planner.pipeline_plan import WORTH, _best, with_pipelines
 from hetermoe_cli.planner.pipelines import (
     Found,
     Shape,
@@ -211,8 +211,7 @@ def test_what_does_not_fit_is_computed_again_on_its_own_stage() -> None:
 def test_the_best_is_no_slower_than_the_plain_setups_and_fits() -> None:
     cost = CostModel(inputs([("new", 2), ("old", 2)], batch=16))
     setups = pp(cost, 16).pipelines
-    found = best_pipelines(cost, setups, 60.0)
-    assert found is not None
+    found = best_pipelines(cost, setups, 60.0)[0]
     plain = [seconds for _, tuned in setups[:2] for seconds, _ in timed(cost, groups_of(cost, Shape(tuned)))]
     assert found[0] <= min(plain)
     assert all(g.fits for g in replay_groups(cost.inputs, found[1]).groups)
@@ -223,10 +222,10 @@ def test_memory_is_never_exceeded(memory: int) -> None:
     cost = CostModel(inputs([("new", 1), ("new", 1), ("new", 1), ("old", 1)], memory=memory))
     roomy = CostModel(inputs([("new", 1), ("new", 1), ("new", 1), ("old", 1)]))
     found = best_pipelines(cost, pp(roomy, 16).pipelines, 60.0)  # setups that were not made for so little
-    for g in replay_groups(cost.inputs, found[1]).groups if found else ():
-        assert g.fits
+    for _, groups in found:
+        assert all(g.fits for g in replay_groups(cost.inputs, groups).groups)
     if memory == 2_000_000:
-        assert found is None
+        assert not found
 
 
 @hypothesis.given(pipelines(), st.data())
@@ -255,9 +254,8 @@ def test_the_head_may_be_where_no_attention_is() -> None:
 def test_no_more_pipelines_than_groups_are_allowed() -> None:
     cost = CostModel(inputs([("new", 1)] * 4, layers=2, batch=16))
     for most in (1, 2, None):
-        found = best_pipelines(cost, overlapped_pipelines(cost, most_pipelines=most), 60.0)
-        assert found is not None
-        copies = sum(len(group.replicas) for group in found[1])
+        (_, groups), *_ = best_pipelines(cost, overlapped_pipelines(cost, most_pipelines=most), 60.0)
+        copies = sum(len(group.replicas) for group in groups)
         assert copies <= (most or 4)
     assert overlapped_pipelines(cost, 1e-3) == []  # all far slower
     fastest, slowest = (overlapped_pipelines(cost)[place][0] for place in (0, -1))
@@ -333,6 +331,52 @@ def test_the_rival_itself_can_be_planned() -> None:
             make_plan(given.model_copy(update={"train": train}), PlanOptions("pp", SolverOptions(time_limit=1.0)))
 
 
+def skewed(given: Inputs, *, samples: int = 0) -> Inputs:
+    """One expert of four gets half of a layer's rows; another one in every sample."""
+    layers = [[1.0 + 2 * (layer % 4 == e) for e in range(4)] for layer in range(given.model.layers)]
+    moving = [[layer[-n:] + layer[:-n] for layer in layers] for n in range(samples)]
+    return given.model_copy(update={"expert_load": ExpertLoad(source="test", layers=layers, samples=moving)})
+
+
+@pytest.mark.parametrize("samples", [0, 3])
+def test_experts_of_stages_are_placed_by_name(samples: int) -> None:
+    given = skewed(inputs([("new", 2), ("old", 2)], slow=True, batch=32, layers=12), samples=samples)
+    plan, without = planned(given), planned(given, stages=False)
+    assert all(group.pipeline for group in plan.groups)
+    assert plan.load is not None
+    assert plan.load.balanced_iteration_seconds is not None
+    assert plan.load.numbered_iteration_seconds is not None
+    seconds = plan.predicted.iteration_seconds
+    assert plan.load.balanced_iteration_seconds <= seconds <= plan.load.numbered_iteration_seconds * (1 + 1e-9)
+    assert seconds < (1 - WORTH) * without.predicted.iteration_seconds
+    steps = [replay_groups(step.inputs, plan.groups, step).seconds for step in CostModel(plan.inputs).steps]
+    assert len(steps) == max(1, samples)
+    assert seconds == pytest.approx(sum(steps) / len(steps))
+    assert plan.bound.iteration_seconds <= seconds
+    assert any("expert load assumed" in note for note in plan.notes)
+
+
+def test_the_rival_under_a_load_has_its_experts_by_number() -> None:
+    given = skewed(inputs([("new", 2), ("old", 2)], batch=8, layers=4))
+    plan = make_plan(given, PlanOptions("pp", SolverOptions(time_limit=1.0)))
+    assert plan.load is not None
+    assert plan.predicted.iteration_seconds == plan.load.numbered_iteration_seconds
+    assert plan.predicted.iteration_seconds >= plan.load.balanced_iteration_seconds  # type: ignore[operator]
+
+
+def test_pipelines_that_only_fit_with_a_balanced_router_are_left_out() -> None:
+    given = inputs([("new", 2), ("old", 2)], slow=True, batch=32, layers=12, saved_bytes=2000)
+    tuned = next(tuned for _, tuned in overlapped_pipelines(CostModel(given)) if tuned.setup.width == 2)
+    (_, groups) = best_pipelines(CostModel(given), [(1.0, tuned)], 0.0)[0]
+    fits = max(m.total_bytes for g in replay_groups(given, groups).groups for m in g.memory)
+    memory = int(fits / given.train.memory_headroom * 1.001)
+    hot = [[1e6, 1, 1, 1]] * given.model.layers
+    for layers, expected in (([[1.0] * 4] * given.model.layers, True), (hot, False)):
+        tight = inputs([("new", 2), ("old", 2)], slow=True, batch=32, layers=12, memory=memory, saved_bytes=2000)
+        tight = tight.model_copy(update={"expert_load": ExpertLoad(source="test", layers=layers)})
+        assert (_best(CostModel(tight), [(1.0, tuned)], 1.0, SolverOptions(time_limit=1.0)) is not None) is expected
+
+
 def test_a_single_pipeline_is_one_group() -> None:
     plan = planned(inputs([("new", 2), ("old", 2)], slow=True, batch=32, layers=12), most_groups=1)
     assert plan.group_count == 1
@@ -364,13 +408,10 @@ def test_many_devices_are_searched_by_whole_nodes() -> None:
 
 @pytest.mark.parametrize(
     ("reason", "train", "assignment"),
-    [("assignment ep", {}, "ep"), ("dense_state full", {"dense_state": "full"}, "optimal"), ("by name", {}, "optimal")],
+    [("assignment ep", {}, "ep"), ("dense_state full", {"dense_state": "full"}, "optimal")],
 )
 def test_why_a_faster_pipeline_is_not_the_plan(reason: str, train: dict[str, Any], assignment: Any) -> None:
     given = inputs([("new", 2), ("old", 2)], slow=True, batch=32, layers=12, train=train)
-    if reason == "by name":
-        expert_load = ExpertLoad(source="test", layers=[[0.25] * 4] * 12)
-        given = given.model_copy(update={"expert_load": expert_load})
     plan = make_plan(given, PlanOptions(assignment, SolverOptions(time_limit=0.5)))
     assert not any(group.pipeline for group in plan.groups)
     (note,) = [note for note in plan.notes if note.startswith("a pipeline over layers would take")]
@@ -380,7 +421,9 @@ def test_why_a_faster_pipeline_is_not_the_plan(reason: str, train: dict[str, Any
 def test_a_pipeline_that_is_not_faster_is_no_plan_and_no_note() -> None:
     plan = planned(inputs([("new", 2)], batch=8, layers=2))
     slower = plan.model_copy(update={"predicted": plan.predicted.model_copy(update={"iteration_seconds": 1e-3})})
-    kept = with_pipelines(slower, CostModel(plan.inputs), pp(CostModel(plan.inputs), 16).pipelines, Wanted(), 2.0, 16)
+    kept = with_pipelines(
+        slower, CostModel(plan.inputs), pp(CostModel(plan.inputs), 16).pipelines, Wanted(), 2.0, SolverOptions(), 16
+    )
     assert kept.groups == plan.groups
     assert kept.notes == plan.notes
 

@@ -198,7 +198,7 @@ def _improve(best: Best, aimed: Named) -> None:
         before = best.seconds
         while _improve_layers(best, aimed):
             pass
-        for schedule in schedules(best.cost, best.layout.micro_batches):
+        for schedule in [] if best.layout.pipeline else schedules(best.cost, best.layout.micro_batches):
             if schedule.micro_batches == best.layout.micro_batches and best.left > 0:
                 best.offer(best.layout.model_copy(update={"schedule": schedule}))
 

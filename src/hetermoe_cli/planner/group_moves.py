@@ -113,10 +113,12 @@ def _with_layer(layout: Layout, layer: int, placement: LayerPlacement) -> Layout
 
 
 def _kinds(cost: CostModel, layout: Layout) -> list[list[int]]:
-    """Ranks that can take each other's experts at equal compute: of one device type, with as many sequences."""
+    """Ranks that can take each other's experts at equal compute: of one device type and pipeline stage, with as many
+    sequences."""
     found: dict[object, list[int]] = {}
     for rank, device in enumerate(cost.devices):
-        found.setdefault((device.type, layout.sequences_per_rank[rank]), []).append(rank)
+        kind = device.type, layout.span_of(rank).number, layout.sequences_per_rank[rank]
+        found.setdefault(kind, []).append(rank)
     return list(found.values())
 
 

@@ -1,7 +1,11 @@
-"""Named experts -> ranks: every layer's work levelled against what the ranks of a given layout have time for."""
+"""Named experts -> ranks: every layer's work levelled against what the ranks of a given layout have time for.
+
+An expert stays in its layer's pipeline stage.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -51,17 +55,20 @@ class Named:
     def __init__(self, cost: CostModel, layout: Layout) -> None:
         self.cost, self.layout = cost, layout
         self.world, self.layers, self.experts = layout.world_size, layout.layers, layout.experts
-        self.attends = np.array(layout.sequences_per_rank) > 0
+        self._spans = [layout.span_of(rank) for rank in range(self.world)]
+        self.inside = np.array([[layer in span.layers for span in self._spans] for layer in range(self.layers)])
+        self._attends = self.inside & (np.array(layout.sequences_per_rank) > 0)
         self._probe = LayoutCost(cost, layout)
-        self._types = [device.type for device in cost.devices]
-        total = layout.sequences_per_micro_batch
-        self._share = cost.state_share(layout.schedule, len(layout.attending))  # of replicated experts' states
-        self._hosted = {name: self._tables(self._types.index(name), total) for name in cost.types}
-        pairs = list(zip(self._types, layout.sequences_per_rank, strict=True))
-        self._copied = {
-            (name, own): self._tables(pairs.index((name, own)), own, self._share) for name, own in set(pairs)
+        self._shares = {  # of replicated experts' states, by pipeline stage
+            span.number: cost.state_share(layout.schedule, len(span.attending)) for span in layout.spans
         }
-        self._pairs = pairs
+        self._kinds = [
+            (device.type, span.number, own)
+            for device, span, own in zip(cost.devices, self._spans, layout.sequences_per_rank, strict=True)
+        ]
+        kinds, total = {kind: self._kinds.index(kind) for kind in self._kinds}, layout.sequences_per_micro_batch
+        self._hosted = {kind[:2]: self._tables(rank, total) for kind, rank in kinds.items()}
+        self._copied = {kind: self._tables(rank, kind[2], self._shares[kind[1]]) for kind, rank in kinds.items()}
         shares = np.array([self._probe.cost.expert_rows(1, layer, range(self.experts)) for layer in range(self.layers)])
         self.hottest = np.argsort(-shares, axis=1, kind="stable")
         self.target = self._counted(self._seconds)
@@ -70,45 +77,43 @@ class Named:
 
     def _tables(self, rank: int, sequences: int, share: float = 1.0) -> tuple[FloatArray, FloatArray]:
         """([layers, experts] seconds, bytes) of experts on the device of `rank`, on the rows of `sequences`; `share`:
-        of their states that it holds."""
-        rows = [self.cost.expert_rows(sequences, layer, range(self.experts)) for layer in range(self.layers)]
-        seconds = [[self._seconds(rank, count, share) for count in layer] for layer in rows]
-        size = [[self._bytes(rank, count, share) for count in layer] for layer in rows]
-        return np.array(seconds), np.array(size)
+        of their states that it holds. Zero in other pipeline stages."""
+        seconds, size = np.zeros((2, self.layers, self.experts))
+        for layer in self._spans[rank].layers:
+            rows = self.cost.expert_rows(sequences, layer, range(self.experts))
+            seconds[layer] = [self._seconds(rank, count, share) for count in rows]
+            size[layer] = [self._bytes(rank, count, share) for count in rows]
+        return seconds, size
 
     def _seconds(self, rank: int, rows: float, share: float) -> float:
-        both = (Pass.FORWARD, Pass.BACKWARD)
+        both = [Action(Kind.EXPERT, each, self._spans[rank].first) for each in (Pass.FORWARD, Pass.BACKWARD)]
         step = self.cost.optimizer_seconds(self.cost.of(rank), share * self.cost.model.expert_parameters)
-        tasks = sum(self._probe.expert_seconds(rank, Action(Kind.EXPERT, direction), [rows]) for direction in both)
+        tasks = sum(self._probe.expert_seconds(rank, action, [rows]) for action in both)
         return tasks + step / self.layout.micro_batches
 
     def _bytes(self, rank: int, rows: float, share: float) -> float:
         weights, gradients, optimizer = STATE_BYTES[self.cost.train.precision]
         state = (weights + gradients + share * optimizer) * self.cost.model.expert_parameters
-        kept = self.cost.expert_activation_bytes(self.cost.of(rank), rows, self.layout.schedule)
-        return state + self.layout.schedule.window * kept
+        schedule, alive = self._spans[rank].schedule, self.layout.windows_in_flight(rank)
+        return state + alive * schedule.window * self.cost.expert_activation_bytes(self.cost.of(rank), rows, schedule)
 
     def _counted(self, of_rows: Callable[[int, float, float], float]) -> FloatArray:
         """[layers, ranks] what the layout's own counts take where every expert gets the mean rows.
 
         `of_rows(rank, rows, share)`: what one expert takes.
         """
-        total = self.layout.sequences_per_micro_batch
-        mean = {
-            (pair, copied): of_rows(self._pairs.index(pair), self.cost.rows_per_expert(sequences), share)
-            for pair in set(self._pairs)
-            for copied, sequences, share in ((False, total, 1.0), (True, pair[1], self._share))
-        }
-        return np.array(
-            [
-                [
-                    len(placement.experts[rank]) * mean[pair, False]
-                    + len(placement.replicated) * bool(pair[1]) * mean[pair, True]
-                    for rank, pair in enumerate(self._pairs)
-                ]
-                for placement in self.layout.placement
-            ]
-        )
+        total, placements = self.layout.sequences_per_micro_batch, self.layout.placement
+        hosted = np.array([[len(experts) for experts in placement.experts] for placement in placements])
+        copied = np.array([len(placement.replicated) for placement in placements])[:, None] * self._attends
+
+        @cache
+        def mean(kind: tuple[str, int, int]) -> tuple[float, float]:
+            rank, rows = self._kinds.index(kind), self.cost.rows_per_expert
+            return of_rows(rank, rows(total), 1.0), of_rows(rank, rows(kind[2]), self._shares[kind[1]])
+
+        of_hosted, of_copied = np.array([mean(kind) for kind in self._kinds]).T
+        result: FloatArray = hosted * of_hosted + copied * of_copied
+        return result
 
     def _room(self) -> FloatArray:
         """[ranks] bytes that experts may take together: the limit without what the layout needs for all else."""
@@ -120,14 +125,15 @@ class Named:
         """[ranks] bytes that a rank's buffers and working set grow by where it gets the hottest expert of all."""
         total = self.layout.sequences_per_micro_batch
         each = np.array([self.cost.expert_rows(total, layer, range(self.experts)) for layer in range(self.layers)])
-        hottest, share = float(each.max()), float((each.max(axis=1) / each.sum(axis=1)).max())
         result = np.zeros(self.world)
         for rank, sequences in enumerate(self.layout.sequences_per_rank):
+            inside, schedule = each[self._spans[rank].layers], self._spans[rank].schedule
+            hottest, share = float(inside.max()), float((inside.max(axis=1) / inside.sum(axis=1)).max())
             held = self._probe.assumed_rows(rank)
             most = max([*held.hosted, *held.replicated], default=0.0)
             device, task = self.cost.of(rank), self.cost.expert_task_bytes
             result[rank] = task(device, hottest) - task(device, most)
-            more, schedule = max(0.0, share - held.largest_share), self.layout.schedule
+            more = max(0.0, share - held.largest_share)
             rows = more * self.experts * self.cost.rows_per_expert(total)
             result[rank] += rows * self.cost.activation_row_bytes(device)
             result[rank] += self.cost.buffer_bytes(total, sequences, more, schedule)
@@ -136,16 +142,16 @@ class Named:
 
     def seconds(self, layer: int) -> FloatArray:
         """[ranks, experts] seconds of a hosted expert."""
-        return np.array([self._hosted[name][0][layer] for name in self._types])
+        return np.array([self._hosted[kind[:2]][0][layer] for kind in self._kinds])
 
     def size(self, layer: int) -> FloatArray:
         """[ranks, experts] bytes of a hosted expert."""
-        return np.array([self._hosted[name][1][layer] for name in self._types])
+        return np.array([self._hosted[kind[:2]][1][layer] for kind in self._kinds])
 
     def copied(self, layer: int, experts: Sequence[int] | IntArray) -> tuple[FloatArray, FloatArray]:
         """[ranks] seconds and bytes of replicated experts, zero where a rank does not attend."""
-        sums = [[self._copied[pair][kind][layer, experts].sum() for pair in self._pairs] for kind in (0, 1)]
-        seconds, size = np.array(sums) * self.attends
+        sums = [[self._copied[kind][table][layer, experts].sum() for kind in self._kinds] for table in (0, 1)]
+        seconds, size = np.array(sums) * self._attends[layer]
         return seconds, size
 
     def taken(self, layer: int, placement: LayerPlacement) -> FloatArray:
@@ -163,15 +169,21 @@ class Named:
 
     @property
     def steady(self) -> bool:
-        """Whether all layers have the same target."""
-        return bool((self.target == self.target[0]).all())
+        """Whether all layers (of a pipeline stage) have the same target."""
+        return bool(np.allclose(self.target, self._mean_target, rtol=1e-9, atol=0.0))
+
+    @property
+    def _mean_target(self) -> FloatArray:
+        """[layers, ranks] of each pipeline stage the mean over its layers."""
+        result: FloatArray = self.inside * (self.target.sum(axis=0) / self.inside.sum(axis=0))
+        return result
 
     def place(self, aim: Aim, exact: SolverOptions | None = None, spare: FloatArray | float = 0.0) -> Layout | None:
         """The layout with its experts placed by name; None where memory runs out on the way.
 
         `spare`: [ranks] bytes to leave free.
         """
-        target = np.repeat(self.target.mean(axis=0)[None], self.layers, axis=0) if aim.mean else self.target
+        target = self._mean_target if aim.mean else self.target
         later, left, late = self._expected.sum(axis=0), self.room - spare, np.zeros(self.world)
         result = []
         for layer in range(self.layers):
@@ -196,13 +208,14 @@ class Named:
         """
         given = self.layout.placement[layer]
         fewest, last = min(len(given.replicated) + aim.extra, self.experts), np.inf
-        most = np.array([len(e) if aim.same_counts else self.experts for e in given.experts])
+        most = np.array([len(e) if aim.same_counts else self.experts for e in given.experts]) * self.inside[layer]
+        attends, attending = self._attends[layer], self.layout.attending_at(layer)
         # an upper estimate: layers above the first reduce their copies' gradients during backward
-        none, one = (self.cost.synchronise_seconds(self.layout.schedule, self.layout.attending, n) for n in (0, 1))
+        none, one = (self.cost.synchronise_seconds(self.layout.schedule, attending, n) for n in (0, 1))
         for count in range(fewest, min(fewest + MORE_COPIES * aim.more_copies, self.experts) + 1):
             copies, rest = self.hottest[layer, :count], np.sort(self.hottest[layer, count:])
             seconds, size = self.copied(layer, copies)
-            if count and (size > room)[self.attends].any():
+            if count and (size > room)[attends].any():
                 continue
             work = LayerWork(
                 self.seconds(layer)[:, rest], offset + seconds, self.size(layer)[:, rest], room - size, most
@@ -212,8 +225,7 @@ class Named:
                 continue
             if not aim.carried:
                 hosts = self._spread(layer, hosts, rest, work, offset)
-            busy = self.attends if count else np.zeros(self.world, dtype=np.bool_)
-            peak = max(0.0, work.peak(hosts), float(work.offset[busy].max(initial=0.0)))
+            peak = max(0.0, work.peak(hosts), float(work.offset[attends].max(initial=0.0)) if count else 0.0)
             cost = peak * self.layout.micro_batches + (one - none) * (count - fewest)
             yield cost, placement_of(rest, hosts, copies, self.world), work.ends(hosts)
             if cost >= last:
@@ -226,7 +238,7 @@ class Named:
         if len(set(nics.tolist())) == self.world:
             return hosts
         rows = np.array(self.cost.expert_rows(1, layer, experts.tolist()))
-        kinds = list(zip(self._pairs, offset.round(12).tolist(), work.most.tolist(), strict=True))
+        kinds = list(zip(self._kinds, offset.round(12).tolist(), work.most.tolist(), strict=True))
         return spread(hosts, rows, work.size[hosts, np.arange(len(hosts))], work.room, kinds, nics)
 
 

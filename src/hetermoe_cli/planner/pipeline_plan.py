@@ -1,21 +1,29 @@
-"""The plan with pipeline stages, where it is faster than the best one without."""
+"""The plan with pipeline stages, where it is faster than the best one without.
+
+Under an expert load pipelines are found for a balanced router; then their experts are placed by name.
+"""
 
 import datetime
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.baselines.pipeline import overlapped_pipelines
 from hetermoe_cli.planner.cluster.explained import binding_of_groups
+from hetermoe_cli.planner.cluster.loaded import groups_under_load, mean_seconds
 from hetermoe_cli.planner.cluster.objective import Wanted, economy
-from hetermoe_cli.planner.cluster.replayed import replay_groups
+from hetermoe_cli.planner.cluster.replayed import group_cost, replay_groups
+from hetermoe_cli.planner.expert_load import load_notes, load_report
 from hetermoe_cli.planner.explain import not_used, sources
 from hetermoe_cli.planner.pipeline_bound import pipeline_bound
-from hetermoe_cli.planner.pipelines import Found, Setups, best_pipelines, plain_pipelines
+from hetermoe_cli.planner.pipelines import Setups, best_pipelines, plain_pipelines
+from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.solver import SolverOptions
-from hetermoe_cli.spec.plan import Assignment, Bound, Group, Inputs, Plan, Prediction, SolverReport
+from hetermoe_cli.spec.plan import Assignment, Bound, Group, Inputs, LoadReport, Plan, Prediction, SolverReport
 
 WORTH = 0.01  # of the iteration: by how much pipelines, or several groups, must be faster
 NEAR = 1.05  # times what is to be beaten: what replays are faster than estimates at most
@@ -24,8 +32,17 @@ SHARE = 0.3  # of the time limit, beside what other plans take
 SHARE_OF_NODES = 0.15  # the same where units are whole nodes: each replay takes longer, and the others get the rest
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Groups with pipeline stages, and the seconds of an iteration; under an expert load, what is to be told of it."""
+
+    seconds: float
+    groups: list[Group]
+    load: LoadReport | None = None
+
+
 def with_pipelines(
-    plan: Plan, cost: CostModel, rivals: Setups, wanted: Wanted, seconds_left: float, limit: int
+    plan: Plan, cost: CostModel, rivals: Setups, wanted: Wanted, seconds_left: float, solver: SolverOptions, limit: int
 ) -> Plan:
     """Pipelines that are clearly faster than `plan`, or that were asked for (assignment pp: the first of `rivals` that
     fits); else the plan, and why not where pp is faster. `limit`: the largest R of layouts, for the bound."""
@@ -34,10 +51,10 @@ def with_pipelines(
         return _instead(plan, cost, _pp(plan, cost, rivals), wanted, limit, began)
     against, found = reason_against(cost, plan.assignment, wanted), None
     if not against:
-        setups = overlapped_pipelines(cost, NEAR * seconds, wanted.most_groups)
-        found = best_pipelines(cost, setups, seconds_left)
-        if found and found[0] < (1 - WORTH) * seconds:
-            return _instead(plan, cost, found[1], wanted, limit, began)
+        setups = overlapped_pipelines(cost.balanced, NEAR * seconds, wanted.most_groups)
+        found = _best(cost, setups, seconds_left, solver)
+        if found and found.seconds < (1 - WORTH) * seconds:
+            return _instead(plan, cost, found, wanted, limit, began)
     told = [*plan.notes, *_not_chosen(plan, against, found)]
     return plan.model_copy(update={"notes": told})
 
@@ -47,8 +64,8 @@ def pipelines_alone(inputs: Inputs, cost: CostModel, wanted: Wanted, solver: Sol
     began = time.monotonic()
     if reason_against(cost, "optimal", wanted):
         return None
-    setups = overlapped_pipelines(cost, most_pipelines=wanted.most_groups)
-    found = best_pipelines(cost, setups, SHARE * solver.time_limit)
+    setups = overlapped_pipelines(cost.balanced, most_pipelines=wanted.most_groups)
+    found = _best(cost, setups, SHARE * solver.time_limit, solver)
     if not found:
         return None
     base = {
@@ -58,18 +75,40 @@ def pipelines_alone(inputs: Inputs, cost: CostModel, wanted: Wanted, solver: Sol
         "inputs": inputs,
         "inputs_sha256": inputs.hashes(),
     }
-    return _planned(base, "no plan without a pipeline fits", cost, found[1], wanted, limit, began)
+    return _planned(base, "no plan without a pipeline fits", cost, found, wanted, limit, began)
 
 
-def _pp(plan: Plan, cost: CostModel, setups: Setups) -> list[Group]:
-    """The groups of the rival itself. UserError if it does not fit, or cannot be what was asked for."""
+def _best(cost: CostModel, setups: Setups, seconds_left: float, solver: SolverOptions) -> Chosen | None:
+    """The fastest of the setups that fits; under an expert load, of those for a balanced router the first that does."""
+    for seconds, groups in best_pipelines(cost.balanced, setups, seconds_left):
+        if cost.inputs.expert_load is None:
+            return Chosen(seconds, groups)
+        try:
+            placed, report = groups_under_load(cost, groups, seconds, solver)
+        except UserError as error:
+            if error.code is not ExitCode.DOES_NOT_FIT:
+                raise
+        else:
+            return Chosen(mean_seconds(cost, placed), placed, report)
+    return None
+
+
+def _pp(plan: Plan, cost: CostModel, setups: Setups) -> Chosen:
+    """The rival itself, its experts placed by number. UserError if it does not fit, or cannot be what was asked for."""
     if against := reason_against(cost, "optimal", Wanted()):
         raise UserError(f"assignment pp: {against}: plan it without")
-    found = plain_pipelines(cost, setups)
+    found = plain_pipelines(cost.balanced, setups)
     if found is None:
         rival = plan.baselines["pp"]
         raise UserError(f"assignment pp: {_NONE if setups else rival.reason}", ExitCode.DOES_NOT_FIT)
-    return found[1]
+    seconds, groups = found
+    if cost.inputs.expert_load is None:
+        return Chosen(seconds, groups)
+    if any(full := [overflow(LayoutCost(group_cost(cost.inputs, group), group.layout)) for group in groups]):
+        worst = next(one for one in full if one)
+        raise UserError(f"assignment pp: does not fit under the expert load: {worst}", ExitCode.DOES_NOT_FIT)
+    under_load = mean_seconds(cost, groups)
+    return Chosen(under_load, groups, load_report(cost, seconds, under_load))
 
 
 def reason_against(cost: CostModel, assignment: Assignment, wanted: Wanted) -> str:
@@ -80,37 +119,36 @@ def reason_against(cost: CostModel, assignment: Assignment, wanted: Wanted) -> s
         return "--no-pipeline was asked for"
     if wanted.needs_prices:
         return "pipelines are planned for time alone"
-    if cost.inputs.expert_load:  # pp knows a balanced router only, and named.py only ranks that work on all layers
-        return "experts of its stages are not placed by name"
     if cost.train.dense_state == "full":
         return "its stages cannot share out all of the dense part, as dense_state full asks for"
     return ""
 
 
-def _not_chosen(plan: Plan, against: str, found: Found | None) -> Iterator[str]:
-    """A pipeline that would be faster, and why it is not the plan."""
+def _not_chosen(plan: Plan, against: str, found: Chosen | None) -> Iterator[str]:
+    """A pipeline that would be faster (with a balanced router), and why it is not the plan."""
     rival = plan.baselines.get("pp")
     if not rival or not rival.iteration_seconds or rival.iteration_seconds >= plan.predicted.iteration_seconds:
         return
-    replayed = f"as a plan it would take {found[0]:.3f} s" if found else ""
+    replayed = f"as a plan it would take {found.seconds:.3f} s" if found else ""
     yield (
         f"a pipeline over layers would take {rival.iteration_seconds:.3f} s (modelled), but "
         f"{against or replayed or _NONE}"
     )
 
 
-def _instead(plan: Plan, cost: CostModel, groups: list[Group], wanted: Wanted, limit: int, began: float) -> Plan:
-    """The plan of `groups`, with the rivals of `plan`, which it replaces."""
+def _instead(plan: Plan, cost: CostModel, chosen: Chosen, wanted: Wanted, limit: int, began: float) -> Plan:
+    """The plan of what was chosen, with the rivals of `plan`, which it replaces."""
     told = f"the best plan without a pipeline takes {plan.predicted.iteration_seconds:.3f} s"
-    return _planned(dict(plan), told, cost, groups, wanted, limit, began)
+    return _planned(dict(plan), told, cost, chosen, wanted, limit, began)
 
 
 def _planned(
-    base: dict[str, Any], told: str, cost: CostModel, groups: list[Group], wanted: Wanted, limit: int, began: float
+    base: dict[str, Any], told: str, cost: CostModel, chosen: Chosen, wanted: Wanted, limit: int, began: float
 ) -> Plan:
-    """The plan of `groups` with the other fields of `base`; `told`: of plans without a pipeline."""
+    """The plan of what was chosen with the other fields of `base`; `told`: of plans without a pipeline."""
+    seconds, groups, load = chosen.seconds, chosen.groups, chosen.load
     replayed, train = replay_groups(cost.inputs, groups, cost), cost.train
-    seconds, world, bound = replayed.seconds, len(cost.devices), pipeline_bound(cost, limit)
+    world, bound = len(cost.devices), pipeline_bound(cost, limit)
     used = sorted(rank for group in groups for ranks in group.replicas for rank in ranks)
     solver = base["solver"]
     spent = solver.seconds + time.monotonic() - began
@@ -121,7 +159,7 @@ def _planned(
         "predicted": Prediction(
             iteration_seconds=seconds,
             tokens_per_second=train.global_batch_sequences * train.sequence_length / seconds,
-            busy_share_per_rank=replayed.busy_share(world),
+            busy_share_per_rank=[share * replayed.seconds / seconds for share in replayed.busy_share(world)],
         ),
         "bound": Bound(iteration_seconds=bound, work_iteration_seconds=bound, exact_over="not solved"),
         "gap": max(0.0, 1 - bound / seconds),
@@ -129,8 +167,9 @@ def _planned(
         "memory": replayed.memory(cost),
         "economy": economy(cost, used, seconds, limit),
         "solver": solver.model_copy(update={"status": "feasible", "seconds": spent}),
+        "load": load,
         "explanation": binding_of_groups(replayed),
-        "notes": [*sources(cost), *_notes(told, cost, groups, used)],
+        "notes": [*sources(cost), *_notes(told, cost, groups, used), *(load_notes(load) if load else [])],
     }
     return Plan.model_validate({**base, **changes})
 

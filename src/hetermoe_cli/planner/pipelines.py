@@ -48,16 +48,16 @@ class Shape:
     copies: bool = False
 
 
-def best_pipelines(cost: CostModel, setups: Setups, seconds: float) -> Found | None:
-    """The fastest that fit of `setups` (with estimated seconds, fastest first). No more than one is looked at once
-    `seconds` are gone. Balanced routers only."""
+def best_pipelines(cost: CostModel, setups: Setups, seconds: float) -> list[Found]:
+    """Those that fit of `setups` (with estimated seconds, fastest first), and some variants, the fastest first. No more
+    than one is looked at once `seconds` are gone. Balanced routers only."""
     end = time.monotonic() + seconds
     plain = _plain(cost, setups, end)
     found = [one for _, one in plain]
     for varied in [varied for shape, _ in plain[:IMPROVED] for varied in _variants(cost, shape)]:
         fitting = fitted(cost, varied) if time.monotonic() < end else None
         found += [fitting[1]] if fitting else []
-    return min(found, key=lambda one: one[0], default=None)
+    return sorted(found, key=lambda one: one[0])
 
 
 def plain_pipelines(cost: CostModel, setups: Setups) -> Found | None:

@@ -72,7 +72,7 @@ def make_plan(
         if alone is None:
             raise
         return alone
-    result = with_pipelines(plan, cost, rivals, wanted, seconds_left, limit)
+    result = with_pipelines(plan, cost, rivals, wanted, seconds_left, options.solver, limit)
     return _told(result) if options.explain else result
 
 

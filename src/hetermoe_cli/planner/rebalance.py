@@ -1,8 +1,9 @@
 """Rebalancing: whether other places for named experts pay under a measured load, sequences and schedules kept.
 
-Experts move inside a group, each of which holds all of them. An iteration lasts as long as the slowest group's, so that
-groups are searched from the slowest on (group_moves.py), and only down to what those before still take; the rest stay
-as they are. What was found is replayed together, as moved experts can take longer to sum over groups.
+Experts move inside a group, each of which holds all of them, or inside a pipeline stage of it. An iteration lasts as
+long as the slowest group's, so that groups are searched from the slowest on (group_moves.py), and only down to what
+those before still take; the rest stay as they are. What was found is replayed together, as moved experts can take
+longer to sum over groups.
 """
 
 import time
@@ -24,7 +25,6 @@ from hetermoe_cli.spec.rebalance import Decision
 SOLVE_SECONDS = 3.0  # of all groups
 LEAST_GAIN = 0.02  # of the iteration: less is within what a prediction is off
 NOT_FASTER = "no placement is predicted to be clearly faster"
-IN_STAGES = "experts stay where they are in a plan with pipeline stages"
 UNSTEADY = "the load is not steady: what would have been best some steps ago is no better now than what is there"
 
 
@@ -46,8 +46,6 @@ def decide(
     """
     replayed = replay_measured(plan.inputs, groups, now)
     before, current = replayed.seconds, [g.group.layout for g in replayed.groups]
-    if all(layout.pipeline for layout in current):
-        return _stay(before, IN_STAGES)
     found = _search(plan, replayed, remaining_steps)
     layouts = [layout for layout in found.layouts if layout]
     if len(layouts) < len(current):
@@ -95,9 +93,7 @@ def _search(plan: Plan, replayed: Replayed, remaining_steps: int) -> _Found:
     floor = fastest = 0.0
     for place, number in enumerate(order):
         group = replayed.groups[number].group
-        staged = len(group.pipeline) > 0  # experts may move inside a stage only, which the search knows nothing of
-        if staged or (ready[number] <= floor and not full[number]):
-            floor = max(floor, ready[number]) if staged else floor
+        if ready[number] <= floor and not full[number]:
             fastest = max(fastest, ready[number] + replayed.optimizer)
             continue
         now = time.monotonic()

@@ -34,7 +34,8 @@ def neighbours(aimed: Named, layout: Layout, layer: int) -> Iterator[LayerPlacem
     if len(copies):
         coldest = copies[rank_of[copies].argmax()]
         more = np.append(hosted, coldest)
-        free = int((work.ends(hosts) + aimed.seconds(layer)[:, coldest]).argmin())
+        ends = work.ends(hosts) + aimed.seconds(layer)[:, coldest]
+        free = int(np.where(aimed.inside[layer], ends, np.inf).argmin())
         yield placement_of(more, np.append(hosts, free), copies[copies != coldest], aimed.world)
 
 
@@ -57,6 +58,6 @@ def hosts_of(placement: LayerPlacement) -> tuple[IntArray, IntArray]:
 
 def _work(aimed: Named, layer: int, hosted: IntArray, copies: IntArray) -> LayerWork:
     free = np.full(aimed.world, np.inf)
-    most = np.full(aimed.world, aimed.experts)
+    most = aimed.experts * aimed.inside[layer]
     seconds = aimed.seconds(layer)[:, hosted]
     return LayerWork(seconds, aimed.copied(layer, copies)[0] - aimed.target[layer], np.zeros(seconds.shape), free, most)

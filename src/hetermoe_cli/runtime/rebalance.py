@@ -1,8 +1,9 @@
 """Move experts between ranks between two steps: weights, masters and both moments, rank to rank, and run on.
 
-Experts move inside a copy of the model, as every one has them all; all copies do so at once. Layer by layer, so that a
-rank holds at most one layer's experts twice. Messages have exact sizes and are posted in one order on all ranks: by
-layer, expert, tensor and target. A group of experts that stays as it is is not touched.
+Experts move inside a copy of the model, as every one has them all, or inside a pipeline stage of it; all copies do so
+at once. Layer by layer, so that a rank holds at most one layer's experts twice. Messages have exact sizes and are
+posted in one order on all ranks: by layer, expert, tensor and target. A group of experts that stays as it is is not
+touched.
 """
 
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from hetermoe_cli.runtime.parts import Parts
 from hetermoe_cli.runtime.peers import peer_errors
 from hetermoe_cli.runtime.stage import ExpertParts
 from hetermoe_cli.runtime.trainer import Trainer
-from hetermoe_cli.spec.layout import LayerPlacement, Layout
+from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.rebalance import Rebalance
 from hetermoe_cli.spec.world import World
@@ -58,7 +59,7 @@ def move_experts(trainer: Trainer, model: ModelConfig, world: Layout | World, st
         if shards:
             shards.join(layer, trainer.optimizer, steps_taken)
         if old != new:
-            _move_layer(trainer, model, layer, new, travelling.get(layer, []), steps_taken)
+            _move_layer(trainer, model, layer, layout, travelling.get(layer, []), steps_taken)
         if shards:
             shards.cut(layer, world, trainer.optimizer, steps_taken)
     regroup(trainer.mesh, trainer.world, world)
@@ -72,11 +73,11 @@ def _shared_places(world: World, layer: int) -> list[object]:
 
 
 def _move_layer(
-    trainer: Trainer, model: ModelConfig, layer: int, new: LayerPlacement, travelling: list[Move], steps_taken: int
+    trainer: Trainer, model: ModelConfig, layer: int, layout: Layout, travelling: list[Move], steps_taken: int
 ) -> None:
     parts, optimizer, mesh = trainer.parts, trainer.optimizer, trainer.mesh
-    old = parts.experts_of(layer)
-    copies = new.replicated if parts.dense else []
+    old, new = parts.experts_of(layer), layout.placement[layer]
+    copies = new.replicated if layout.attends(mesh.rank, layer) else []
     hosted = _group(parts, mesh, model, layer, new.experts[mesh.rank], old.hosted)
     replicated = _group(parts, mesh, model, layer, copies, old.replicated)
     pairs = ((old.hosted, hosted), (old.replicated, replicated))

@@ -16,6 +16,7 @@ from hetermoe_cli.planner.cluster.groups import FAR, FoundGroups, find_groups
 from hetermoe_cli.planner.cluster.loaded import groups_under_load, mean_seconds
 from hetermoe_cli.planner.cluster.objective import HOUR, Wanted, economy, least_dollars
 from hetermoe_cli.planner.cluster.refine import refined
+from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.expert_load import load_notes
 from hetermoe_cli.planner.explain import not_used, sources
 from hetermoe_cli.planner.solver import SolverOptions
@@ -68,7 +69,8 @@ def plan_groups(
     found, load = refined(_with_state(cost.balanced, state), found, replace(solver, time_limit=left), limit), None
     if cost.inputs.expert_load:
         progress("placing experts by name")
-        found, load = groups_under_load(cost, found, solver)
+        groups, load = groups_under_load(cost, found.groups, found.replayed.seconds, solver)
+        found = replace(found, groups=groups, replayed=replay_groups(cost.inputs, groups, cost))
     train, world = cost.train, len(cost.devices)
     replayed = found.replayed
     seconds = mean_seconds(cost, found.groups) if load else replayed.seconds
