@@ -161,9 +161,24 @@ def test_a_peer_that_is_gone() -> None:
     pair.sockets[1][1].close()
     with pytest.raises(PeerLost, match="rank 1 is gone"):
         pair.send(rows)
-    with pytest.raises(PeerLost, match="rank 1 is gone"):
-        pair.outbox.room(16)
     other = Pair()
     other.sockets[1][0].close()
     with pytest.raises(PeerLost, match="nothing comes from rank 0"):
         other.inboxes[1].receive()
+
+
+def test_who_has_ended_frees_what_it_was_to_read_and_the_others_go_on() -> None:
+    """The last messages of a run: a rank may end before those that still tell each other their new weights."""
+    pair = Pair(readers=2)
+    rows = pair.write(torch.zeros(4))
+    where = address(rows)
+    for peer in (1, 2):
+        pair.send(rows, peer)
+    del rows
+    pair.inboxes[2].receive()
+    pair.inboxes[2].release()
+    pair.sockets[1][1].close()
+    again = pair.write(torch.ones(4))
+    assert address(again) == where
+    pair.send(again, 2)
+    assert pair.inboxes[2].receive().rows.view(torch.float32).tolist() == [1.0] * 4

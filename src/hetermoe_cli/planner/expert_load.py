@@ -24,6 +24,7 @@ from hetermoe_cli.planner.search import Found
 from hetermoe_cli.planner.single_moves import neighbours
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.planner.space import schedules
+from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import LoadReport
 
@@ -59,6 +60,8 @@ class Best:
             return False
         if over_steps(layout_cost, busy_bound) >= self.seconds:
             return False
+        if len(self.cost.steps) > 1 and simulate(layout_cost).seconds >= self.seconds:
+            return False  # steps are hardly ever faster in the mean than their mean
         seconds = replay_seconds(layout_cost)
         if seconds >= self.seconds:
             return False
@@ -135,8 +138,8 @@ def _aimed(best: Best, layouts: Sequence[Layout]) -> tuple[Named, Aim] | None:
     The counts of the best layout are a new aim, as long as that helps.
     """
     source = None
-    for layout in layouts:
-        source = _try_aims(best, layout) or source
+    for number, layout in enumerate(layouts):
+        source = _try_aims(best, layout, at_least_one=not number) or source
     source = _try_copies(best) or source
     while source and best.layout is not None and best.left > 0:
         if (better := _try_aims(best, best.layout)) is None:
@@ -145,13 +148,14 @@ def _aimed(best: Best, layouts: Sequence[Layout]) -> tuple[Named, Aim] | None:
     return source
 
 
-def _try_aims(best: Best, layout: Layout) -> tuple[Named, Aim] | None:
+def _try_aims(best: Best, layout: Layout, *, at_least_one: bool = False) -> tuple[Named, Aim] | None:
     """Every aim of one layout, while there is time or nothing fits; the one that the best layout is of, if any."""
     source, named = None, Named(best.cost, layout)
-    for aim in AIMS:
+    for number, aim in enumerate(AIMS):
         if aim.mean and named.steady:  # no other aim
             continue
-        if (best.left > 0 or best.layout is None) and _offer_aim(best, named, aim):
+        wanted = best.left > 0 or best.layout is None or (at_least_one and not number)
+        if wanted and _offer_aim(best, named, aim):
             source = named, aim
     return source
 

@@ -7,21 +7,20 @@ import datetime
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
-from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.baselines.pipeline import overlapped_pipelines
 from hetermoe_cli.planner.cluster.explained import binding_of_groups
-from hetermoe_cli.planner.cluster.loaded import groups_under_load, mean_seconds
+from hetermoe_cli.planner.cluster.loaded import groups_under_load, numbered_under_load
 from hetermoe_cli.planner.cluster.objective import Wanted, economy
-from hetermoe_cli.planner.cluster.replayed import group_cost, replay_groups
-from hetermoe_cli.planner.expert_load import load_notes, load_report
+from hetermoe_cli.planner.cluster.replayed import replay_groups
+from hetermoe_cli.planner.expert_load import load_notes
 from hetermoe_cli.planner.explain import not_used, sources
 from hetermoe_cli.planner.pipeline_bound import pipeline_bound
 from hetermoe_cli.planner.pipelines import Setups, best_pipelines, plain_pipelines
-from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.spec.plan import Assignment, Bound, Group, Inputs, LoadReport, Plan, Prediction, SolverReport
 
@@ -84,12 +83,12 @@ def _best(cost: CostModel, setups: Setups, seconds_left: float, solver: SolverOp
         if cost.inputs.expert_load is None:
             return Chosen(seconds, groups)
         try:
-            placed, report = groups_under_load(cost, groups, seconds, solver)
+            loaded = groups_under_load(cost, groups, seconds, solver)
         except UserError as error:
             if error.code is not ExitCode.DOES_NOT_FIT:
                 raise
         else:
-            return Chosen(mean_seconds(cost, placed), placed, report)
+            return Chosen(loaded.seconds, loaded.groups, loaded.report)
     return None
 
 
@@ -104,11 +103,10 @@ def _pp(plan: Plan, cost: CostModel, setups: Setups) -> Chosen:
     seconds, groups = found
     if cost.inputs.expert_load is None:
         return Chosen(seconds, groups)
-    if any(full := [overflow(LayoutCost(group_cost(cost.inputs, group), group.layout)) for group in groups]):
-        worst = next(one for one in full if one)
-        raise UserError(f"assignment pp: does not fit under the expert load: {worst}", ExitCode.DOES_NOT_FIT)
-    under_load = mean_seconds(cost, groups)
-    return Chosen(under_load, groups, load_report(cost, seconds, under_load))
+    loaded = numbered_under_load(cost, groups, seconds)
+    if loaded.seconds == inf:
+        raise UserError("assignment pp: fits with a balanced router only", ExitCode.DOES_NOT_FIT)
+    return Chosen(loaded.seconds, groups, loaded.report)
 
 
 def reason_against(cost: CostModel, assignment: Assignment, wanted: Wanted) -> str:

@@ -70,7 +70,7 @@ class Outbox:
         self._by_address: dict[int, _Room] = {}
 
     def room(self, size: int) -> Tensor:
-        """[size] uint8 to write a message in, as long as tensors refer to it. PeerLost if a receiver is gone."""
+        """[size] uint8 to write a message in, as long as tensors refer to it."""
         if not size:
             return torch.empty(0, dtype=torch.uint8)
         for peer in {peer for room in self._rooms for peer in room.readers}:
@@ -121,17 +121,20 @@ class Outbox:
             raise PeerLost(f"lost a peer: rank {peer} is gone ({error})") from error
 
     def _collect(self, peer: int) -> None:
-        """Learn what a receiver is done with."""
+        """Learn what a receiver is done with: everything if it is gone, be it that it has ended before this rank. Who
+        still needs it notices when sending or receiving."""
         while True:
             try:
                 done = self._connections[peer].recv(_DONE.size, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
-            except OSError as error:
-                raise PeerLost(f"lost a peer: rank {peer} is gone ({error})") from error
+            except OSError:
+                done = b""
+            finished = [self._rooms[_DONE.unpack(done)[0]]] if done else self._rooms
+            for room in finished:
+                room.readers.discard(peer)
             if not done:
-                raise PeerLost(f"lost a peer: rank {peer} is gone")
-            self._rooms[_DONE.unpack(done)[0]].readers.discard(peer)
+                return
 
 
 class Inbox:

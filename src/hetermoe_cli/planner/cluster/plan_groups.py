@@ -13,7 +13,7 @@ from hetermoe_cli.planner.cluster.bound import groups_bound
 from hetermoe_cli.planner.cluster.even_groups import EvenGroups, even_groups
 from hetermoe_cli.planner.cluster.explained import binding_of_groups
 from hetermoe_cli.planner.cluster.groups import FAR, FoundGroups, find_groups
-from hetermoe_cli.planner.cluster.loaded import groups_under_load, mean_seconds
+from hetermoe_cli.planner.cluster.loaded import groups_under_load
 from hetermoe_cli.planner.cluster.objective import HOUR, Wanted, economy, least_dollars
 from hetermoe_cli.planner.cluster.refine import refined
 from hetermoe_cli.planner.cluster.replayed import replay_groups
@@ -67,13 +67,14 @@ def plan_groups(
     left = max(0.0, solver.time_limit - (time.monotonic() - began)) if found.replayed.seconds < FAR * beat else 0.0
     state = found.groups[0].schedule.dense_state
     found, load = refined(_with_state(cost.balanced, state), found, replace(solver, time_limit=left), limit), None
+    seconds = found.replayed.seconds
     if cost.inputs.expert_load:
         progress("placing experts by name")
-        groups, load = groups_under_load(cost, found.groups, found.replayed.seconds, solver)
-        found = replace(found, groups=groups, replayed=replay_groups(cost.inputs, groups, cost))
+        loaded = groups_under_load(cost, found.groups, seconds, solver)
+        seconds, load = loaded.seconds, loaded.report
+        found = replace(found, groups=loaded.groups, replayed=replay_groups(cost.inputs, loaded.groups, cost))
     train, world = cost.train, len(cost.devices)
     replayed = found.replayed
-    seconds = mean_seconds(cost, found.groups) if load else replayed.seconds
     used = sorted(rank for group in found.groups for ranks in group.replicas for rank in ranks)
     paid = economy(cost, used, seconds, limit)
     bound = bound_of_groups(cost, limit, wanted, paid)

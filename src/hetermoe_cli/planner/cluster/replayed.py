@@ -163,6 +163,13 @@ def replay_groups(inputs: Inputs, groups: Sequence[Group], whole: CostModel | No
     return joined([replay_group(inputs, group) for group in groups], whole or CostModel(inputs))
 
 
+def iteration_seconds(inputs: Inputs, groups: Sequence[Group], whole: CostModel | None = None) -> float:
+    """`replay_groups(...).seconds`; of a single copy of the model, with half of the work."""
+    if len(groups) == len(groups[0].replicas) == 1:
+        return simulate(LayoutCost(group_cost(inputs, groups[0]), groups[0].layout)).seconds
+    return replay_groups(inputs, groups, whole).seconds
+
+
 def joined(done: list[ReplayedGroup], whole: CostModel) -> Replayed:
     """Replayed layouts side by side."""
     copies = [Copy(g.group.layout, ranks, g.cost) for g in done for ranks in g.group.replicas]
