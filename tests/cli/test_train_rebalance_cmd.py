@@ -41,7 +41,8 @@ def resumed_from(whole: Path, step: int, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("groups", [1, 2])
 def test_experts_move_and_a_resumed_run_goes_on_where_they_are(text: Path, tmp_path: Path, groups: int) -> None:
     dump(skewed_plan(groups=groups), tmp_path / "plan.yaml")
     common = ("--data", text, "--rebalance", "--drift-every", EVERY, "--checkpoint-every", SAVED, "--trace-steps", 0)

@@ -55,6 +55,7 @@ def test_equals_reference_after_200_steps(name: str, reference: tuple[dict[str, 
             np.testing.assert_allclose(value, reference[0][tensor], rtol=0, atol=1e-9, err_msg=tensor)
 
 
+@pytest.mark.long
 def test_same_plan_is_bit_exact() -> None:
     for (weights, loss), (again, loss_again) in zip(once(UNEVEN), run(UNEVEN), strict=True):
         assert loss == loss_again

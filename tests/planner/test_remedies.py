@@ -98,6 +98,7 @@ def test_shorter_sequences() -> None:
     assert fits(tight(**lacking, length=length), 16)
 
 
+@pytest.mark.long
 def test_a_smaller_batch_or_more_micro_batches() -> None:
     lacking: dict[str, Any] = {"memory": 12e6, "saved_bytes": 40_000}
     message = refused(tight(**lacking, batch=16), limit=2)
@@ -113,6 +114,7 @@ def test_no_single_change() -> None:
     assert "no one change is enough" in refused(tight(2e6))
 
 
+@pytest.mark.long
 def test_without_a_confirmation_the_least_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remedies, "SECONDS", -1.0)
     assert smallest_change(tight(3e6), 16) == "it would take at least one of these, perhaps more of it: 3 more new"

@@ -51,6 +51,7 @@ def test_a_milp_that_needs_more_time_gets_it(monkeypatch: pytest.MonkeyPatch) ->
     assert again.bound.iteration_seconds == pytest.approx(plan.bound.iteration_seconds, rel=1e-4)
 
 
+@pytest.mark.long
 def test_a_milp_is_not_begun_again_with_less_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where choices do not press: most of the time at once, and no second time with about as much."""
     granted, problems = [], []
@@ -70,6 +71,7 @@ def test_a_milp_is_not_begun_again_with_less_than_it_needs(monkeypatch: pytest.M
     assert len(set(problems)) == len(problems)
 
 
+@pytest.mark.long
 def test_a_solver_that_gives_up_ends_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not asked again, and the plan claims no more than the bounds from patterns."""
     asked = 0

@@ -109,6 +109,7 @@ def test_kernels_are_those_of_a_ranks_part_of_a_step() -> None:
     assert len(kernels.seconds(2)) == 2
 
 
+@pytest.mark.long
 def test_a_failed_installation_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^cannot install the rivals.*ERROR: .*nowhere") as caught:
         rivals_environment.environment(tmp_path / "venv", (str(tmp_path / "nowhere.whl"),))

@@ -90,6 +90,7 @@ def test_small_clusters_have_one_group_where_several_are_not_faster() -> None:
     assert plan.predicted.iteration_seconds == pytest.approx(one.predicted.iteration_seconds, rel=0.02)
 
 
+@pytest.mark.long
 def test_small_clusters_have_several_groups_where_rows_take_longer_than_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
