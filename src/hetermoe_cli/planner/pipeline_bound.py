@@ -4,18 +4,20 @@ Stages may be of one device each and of any type: the head need not be where att
 on one device. So each kind of work has shares of its own, in a linear program over the types. Nothing travels.
 """
 
+from collections import Counter
+
 import pulp
 
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.cluster.bound import SAFE, SECONDS
 from hetermoe_cli.planner.solver import SolverOptions, solve_problem
-from hetermoe_cli.planner.work import rows_of, type_speeds
+from hetermoe_cli.planner.work import work_by_kind
 
 
 def pipeline_bound(cost: CostModel, limit: int) -> float:
     """Seconds below which no pipelines can finish an iteration (0 where the program is not solved)."""
-    speeds = type_speeds(cost, limit)
-    work = {name: _seconds(cost, name, speed.row) for name, speed in speeds.items()}
+    work = work_by_kind(cost, limit)
+    counts = Counter(device.type for device in cost.devices)
     scale = sum(min(own[kind] for own in work.values()) for kind in next(iter(work.values())))
     problem = pulp.LpProblem("pipelines", pulp.LpMinimize)
     time = problem.add_variable("time", 0)  # in `scale`
@@ -27,19 +29,6 @@ def pipeline_bound(cost: CostModel, limit: int) -> float:
         for name, share in shares.items():
             busy[name] += share * (work[name][kind] / scale)
     for name, seconds in busy.items():
-        problem.addConstraint(seconds <= speeds[name].count * time)
+        problem.addConstraint(seconds <= counts[name] * time)
     run = solve_problem(problem, SolverOptions(time_limit=SECONDS))
     return run.objective * scale * SAFE if run.status == "optimal" else 0.0
-
-
-def _seconds(cost: CostModel, name: str, row: float) -> dict[str, float]:
-    """Of all work of each kind on one device of a type, at its best sizes; `row`: of one row in one layer."""
-    device, model, batch = cost.types[name], cost.model, cost.train.global_batch_sequences
-    sizes = range(1, batch + 1)
-    return {
-        "attention": model.layers * batch * min(sum(device.attention(n)[:2]) / n for n in sizes),
-        "dense": batch * min(sum(cost.dense_cost(device, n)[:2]) / n for n in sizes),
-        "head": batch * min(sum(cost.head_cost(device, n)[:2]) / n for n in sizes),
-        "step": cost.optimizer_seconds(device, model.dense_parameters),
-        "experts": row * rows_of(cost),
-    }

@@ -109,8 +109,33 @@ def _loaded_row_seconds(cost: CostModel, device: DeviceCost, sequences: int) -> 
     return max(forward + backward, TINY)  # zero where a curve, extended downwards, ends before the coldest expert
 
 
-def work_dollars(cost: CostModel, micro_batch_limit: int, dollars_per_second: Mapping[str, float]) -> float:
-    """Dollars below which no devices can do an iteration's work: each kind of it on the type that is cheapest at it."""
+def work_by_kind(cost: CostModel, limit: int) -> dict[str, dict[str, float]]:
+    """By device type and kind of work: seconds of all of it on one device, at its best sizes."""
+    return {name: _by_kind(cost, name, speed.row) for name, speed in type_speeds(cost, limit).items()}
+
+
+def _by_kind(cost: CostModel, name: str, row: float) -> dict[str, float]:
+    """`row`: seconds of one row in one layer."""
+    device, model, batch = cost.types[name], cost.model, cost.train.global_batch_sequences
+    sizes = range(1, batch + 1)
+    return {
+        "attention": model.layers * batch * min(sum(device.attention(n)[:2]) / n for n in sizes),
+        "dense": batch * min(sum(cost.dense_cost(device, n)[:2]) / n for n in sizes),
+        "head": batch * min(sum(cost.head_cost(device, n)[:2]) / n for n in sizes),
+        "step": cost.optimizer_seconds(device, model.dense_parameters),
+        "experts": row * rows_of(cost),
+    }
+
+
+def work_dollars(
+    cost: CostModel, micro_batch_limit: int, dollars_per_second: Mapping[str, float], *, stages: bool = False
+) -> float:
+    """Dollars below which no devices can do an iteration's work: each kind of it on the type that is cheapest at it.
+    `stages`: with pipeline stages, so that the head need not be where attention is."""
+    if stages:
+        work = work_by_kind(cost, micro_batch_limit)
+        kinds = next(iter(work.values()))
+        return sum(min(dollars_per_second[name] * own[kind] for name, own in work.items()) for kind in kinds)
     speeds = type_speeds(cost, micro_batch_limit)
     batch = cost.train.global_batch_sequences
     rows = rows_of(cost)

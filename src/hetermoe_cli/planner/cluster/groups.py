@@ -18,7 +18,7 @@ from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.cluster.compositions import Composition, compositions, ranks_of
 from hetermoe_cli.planner.cluster.curves import Curves
 from hetermoe_cli.planner.cluster.evaluate import FULL
-from hetermoe_cli.planner.cluster.objective import HOUR, Wanted, known_prices, prices
+from hetermoe_cli.planner.cluster.objective import Wanted, known_prices, merit, prices
 from hetermoe_cli.planner.cluster.packing import Limits, Packer, Packing
 from hetermoe_cli.planner.cluster.replayed import Replayed, joined, replay_group
 from hetermoe_cli.planner.cluster.trim import trimmed
@@ -221,14 +221,6 @@ class GroupSearch:
             if self.best and (error < CLOSE or self.past(0.9)):
                 return
 
-    def _merit(self, groups: list[Group], seconds: float) -> float:
-        """Seconds, or dollars of an iteration; the less the better."""
-        if self.wanted.objective == "time" or self.limits.prices is None:
-            return seconds
-        kinds = self.cluster.group_of_rank
-        ranks = [rank for group in groups for replica in group.replicas for rank in replica]
-        return seconds / HOUR * sum(self.limits.prices[kinds[rank]] for rank in ranks)
-
     def _unknown(self, c: Composition, share: int) -> bool:
         return share not in self.curves.points[c]
 
@@ -256,10 +248,11 @@ class GroupSearch:
                 refused = True
         if refused:
             return inf
-        merit = self._merit([g.group for g in done], replayed.seconds)
-        if merit < (self.best.merit if self.best else inf):
+        used = [rank for g in done for ranks in g.group.replicas for rank in ranks]
+        value = merit(self.cluster, self.wanted, used, replayed.seconds)
+        if value < (self.best.merit if self.best else inf):
             groups = [g.group for g in done]
-            self.best = FoundGroups(groups, replayed, len(self.curves.points), self.curves.evaluated, merit)
+            self.best = FoundGroups(groups, replayed, len(self.curves.points), self.curves.evaluated, value)
         copies = len(replayed.copies)
         better = [self.curves.reconsider(c, share, copies) for c, share, _ in chosen]
         return inf if any(better) else max(errors)

@@ -17,11 +17,11 @@ from hetermoe_cli.spec.plan import Group, LoadReport
 
 @dataclass(frozen=True)
 class Loaded:
-    """Groups under an expert load, the seconds of an iteration, and what is to be told of it."""
+    """Groups under an expert load, the seconds of an iteration, and what is to be told of it (nothing without one)."""
 
     groups: list[Group]
     seconds: float
-    report: LoadReport
+    report: LoadReport | None
 
 
 def groups_under_load(cost: CostModel, groups: Sequence[Group], balanced: float, options: SolverOptions) -> Loaded:

@@ -14,7 +14,14 @@ from hetermoe_cli.planner.cluster.even_groups import EvenGroups, even_groups
 from hetermoe_cli.planner.cluster.explained import binding_of_groups
 from hetermoe_cli.planner.cluster.groups import FAR, FoundGroups, find_groups
 from hetermoe_cli.planner.cluster.loaded import groups_under_load
-from hetermoe_cli.planner.cluster.objective import HOUR, Wanted, economy, least_dollars
+from hetermoe_cli.planner.cluster.objective import (
+    CHEAPEST_WORK,
+    Wanted,
+    economy,
+    least_dollars,
+    priced_bound,
+    why_not_used,
+)
 from hetermoe_cli.planner.cluster.refine import refined
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.expert_load import load_notes
@@ -143,17 +150,14 @@ def _no_slower(found: FoundGroups, rivals: Iterable[EvenGroups]) -> FoundGroups:
 def bound_of_groups(cost: CostModel, limit: int, wanted: Wanted, paid: Economy | None = None) -> Bound:
     """Seconds that no plan can beat. For the cost objective: at this plan's price, the dollars that none can beat."""
     bound = groups_bound(cost, limit)
-    if wanted.most_cost is not None:
-        bound = max(bound, least_dollars(cost, limit) / wanted.most_cost * HOUR)
-    if wanted.objective == "cost" and paid:
-        bound = least_dollars(cost, limit) / paid.dollars_per_hour * HOUR
+    if wanted.needs_prices:
+        bound = priced_bound(bound, least_dollars(cost, limit), wanted, paid)
     return Bound(iteration_seconds=bound, work_iteration_seconds=work_bound(cost, limit), exact_over="not solved")
 
 
 def _notes(cost: CostModel, found: FoundGroups, used: list[int], wanted: Wanted) -> Iterator[str]:
     yield from sources(cost)
-    why = "they would not pay for themselves" if wanted.needs_prices else "they would slow the others down"
-    yield from not_used(cost, used, why)
+    yield from not_used(cost, used, why_not_used(wanted))
     replayed = found.replayed
     if len(found.groups) + len(found.groups[0].replicas) > 2:
         yield (
@@ -161,6 +165,6 @@ def _notes(cost: CostModel, found: FoundGroups, used: list[int], wanted: Wanted)
             f"{replayed.synchronise / replayed.seconds:.1%} of the iteration; modelled on the NICs alone"
         )
     if wanted.objective == "cost":
-        yield "the gap is in tokens a dollar: to perfectly divisible work, each kind on the type that is cheapest at it"
+        yield CHEAPEST_WORK
     else:
         yield "the search over groups is heuristic; its lower bound is perfectly divisible work with NICs and memory"

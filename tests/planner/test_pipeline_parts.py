@@ -1,0 +1,85 @@
+"""Pipelines by dollars: on the devices that pay, within a limit, never worse than a plan without stages."""
+
+import pytest
+from test_pipelines import inputs
+
+from hetermoe_cli.cost import CostModel
+from hetermoe_cli.planner.cluster.objective import Wanted, dollars_per_hour, least_dollars, merit
+from hetermoe_cli.planner.cluster.replayed import replay_groups
+from hetermoe_cli.planner.pipeline_bound import pipeline_bound
+from hetermoe_cli.planner.pipeline_parts import promising_parts
+from hetermoe_cli.planner.plan import PlanOptions, make_plan
+from hetermoe_cli.planner.solver import SolverOptions
+from hetermoe_cli.planner.work import work_dollars
+from hetermoe_cli.spec.plan import Inputs, Plan
+
+
+def priced(dollars: dict[str, float], **options: int) -> Inputs:
+    """Nodes of two devices on slow links, and what a device of each type costs an hour."""
+    given = inputs([(name, 2) for name in ("old", "new") * 2], slow=True, batch=32, layers=12, **options)
+    groups = [node.model_copy(update={"price_per_hour": dollars[node.device]}) for node in given.cluster.nodes]
+    return given.model_copy(update={"cluster": given.cluster.model_copy(update={"nodes": groups})})
+
+
+def planned(given: Inputs, **wanted: object) -> Plan:
+    options = PlanOptions(solver=SolverOptions(time_limit=1.5), wanted=Wanted(**wanted))  # type: ignore[arg-type]
+    return make_plan(given, options)
+
+
+def used(plan: Plan) -> list[int]:
+    return sorted(rank for group in plan.groups for ranks in group.replicas for rank in ranks)
+
+
+def test_the_most_tokens_a_dollar_come_from_the_devices_that_pay() -> None:
+    given = priced({"new": 1.0, "old": 30.0}, memory=20_000_000)  # a node does not hold the model
+    plan, without = planned(given, objective="cost"), planned(given, objective="cost", stages=False)
+    assert any(group.pipeline for group in plan.groups)
+    assert plan.objective == "cost"
+    assert {given.devices()[rank].type for rank in used(plan)} == {"new"}
+    assert set(used(plan)) <= {2, 3, 6, 7}
+    assert plan.economy is not None
+    assert without.economy is not None
+    assert plan.economy.tokens_per_dollar > 1.01 * without.economy.tokens_per_dollar
+    assert plan.economy.tokens_per_dollar <= plan.economy.most_tokens_per_dollar
+    assert 1 - plan.gap == pytest.approx(plan.economy.tokens_per_dollar / plan.economy.most_tokens_per_dollar)
+    assert replay_groups(plan.inputs, plan.groups).seconds == pytest.approx(plan.predicted.iteration_seconds)
+    assert any("tokens a dollar" in note and "without a pipeline" in note for note in plan.notes)
+    assert any("they would not pay for themselves: 4 old" in note for note in plan.notes)
+
+
+def test_a_limit_on_cost_is_kept_and_a_higher_one_is_no_slower() -> None:
+    given, seconds = priced({"new": 2.0, "old": 1.0}), []
+    for most in (4.0, 12.0):
+        plan = planned(given, most_cost=most)
+        assert dollars_per_hour(given.cluster, used(plan)) <= most
+        assert plan.bound.iteration_seconds <= plan.predicted.iteration_seconds
+        seconds.append(plan.predicted.iteration_seconds)
+    assert seconds == sorted(seconds, reverse=True)
+    assert seconds[0] > seconds[-1]
+
+
+def test_parts_are_those_that_may_be_used_the_best_first() -> None:
+    given = priced({"new": 2.0, "old": 1.0})
+    cost, batch = CostModel(given), given.train.global_batch_sequences
+    for wanted in (Wanted("cost"), Wanted(most_cost=8.0), Wanted("cost", most_cost=5.0)):
+        parts = promising_parts(cost, wanted, float("inf"), 1.05, 60.0)
+        values = [merit(given.cluster, wanted, part.ranks, part.setups[0][0]) for part in parts]
+        assert 0 < len(values) <= 3
+        assert values == sorted(values)
+        for part in parts:
+            assert dollars_per_hour(given.cluster, part.ranks) <= (wanted.most_cost or 12.0)
+            assert part.cost.train.global_batch_sequences == batch
+            assert [given.devices()[rank].type for rank in part.ranks] == [d.type for d in part.cost.devices]
+    assert not promising_parts(cost, Wanted(most_cost=1.0), float("inf"), 1.05, 60.0)  # no two devices
+
+
+def test_bounds_of_stages_are_no_higher_than_those_without() -> None:
+    given = priced({"new": 2.0, "old": 1.0})
+    cost = CostModel(given)
+    prices = {"new": 2.0, "old": 1.0}
+    assert 0 < work_dollars(cost, 16, prices, stages=True) <= work_dollars(cost, 16, prices)
+    assert least_dollars(cost, 16, stages=True) == pytest.approx(work_dollars(cost, 16, prices, stages=True) / 3600)
+    # no part of the cluster is faster than all of it, nor cheaper than each work on the type that is cheapest at it
+    assert least_dollars(cost, 16, stages=True) <= dollars_per_hour(given.cluster, range(8)) / 3600 * pipeline_bound(
+        cost, 16
+    )
