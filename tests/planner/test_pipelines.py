@@ -16,7 +16,7 @@ from hetermoe_cli.planner.cluster.objective import Wanted
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.pipeline_bound import pipeline_bound
 from hetermoe_cli.planner.pipeline_parts import PartSetups
-from hetermoe_cli.planner.pipeline_plan import WORTH, _best, with_pipelines
+from hetermoe_cli.planner.pipeline_plan import WORTH, PipelineSearch
 from hetermoe_cli.planner.pipelines import (
     Found,
     Shape,
@@ -316,6 +316,21 @@ def test_slow_links_make_a_pipeline_the_plan(tmp_path: Path) -> None:
     assert all(memory.total_bytes <= limit * memory.capacity_bytes for memory in plan.memory)
 
 
+def test_why_other_pipelines_and_the_plan_without_lost() -> None:
+    given = inputs([("new", 2), ("old", 2)], slow=True, batch=32, layers=12)
+    plan = make_plan(given, PlanOptions(solver=SolverOptions(time_limit=1.0), explain=True))
+    assert plan.explanation is not None
+    lost = {one.family: one for one in plan.explanation.runner_ups}
+    assert lost["no pipeline stages"].schedule.startswith(("zebra", "windowed", "sequential"))
+    assert any("pipeline of" in family or "pipelines of" in family for family in lost)
+    for one in lost.values():
+        assert one.iteration_seconds == pytest.approx(plan.predicted.iteration_seconds * (1 + one.slower))
+        assert "of its critical path" in one.reason
+        assert sum(one.critical_path.values()) == pytest.approx(1)
+    assert len(lost) == len(plan.explanation.runner_ups) > 1
+    assert [one.slower for one in lost.values()] == sorted(one.slower for one in lost.values())
+
+
 def test_the_rival_itself_can_be_planned() -> None:
     given = inputs([("new", 2), ("old", 2)], batch=8, layers=4)
     plan = make_plan(given, PlanOptions("pp", SolverOptions(time_limit=1.0)))
@@ -374,8 +389,12 @@ def test_pipelines_that_only_fit_with_a_balanced_router_are_left_out() -> None:
     for layers, expected in (([[1.0] * 4] * given.model.layers, True), (hot, False)):
         tight = inputs([("new", 2), ("old", 2)], slow=True, batch=32, layers=12, memory=memory, saved_bytes=2000)
         tight = tight.model_copy(update={"expert_load": ExpertLoad(source="test", layers=layers)})
-        part = PartSetups(CostModel(tight), [0, 1, 2, 3], [(1.0, tuned)])
-        assert (_best(part, Wanted(), 1.0, SolverOptions(time_limit=1.0)) is not None) is expected
+        cost = CostModel(tight)
+        search, part = (
+            PipelineSearch(cost, Wanted(), SolverOptions(time_limit=1.0), 16),
+            PartSetups(cost, [0, 1, 2, 3], [(1.0, tuned)]),
+        )
+        assert (search.best(part, 1.0) is not None) is expected
 
 
 def test_a_single_pipeline_is_one_group() -> None:
@@ -422,9 +441,8 @@ def test_why_a_faster_pipeline_is_not_the_plan(reason: str, train: dict[str, Any
 def test_a_pipeline_that_is_not_faster_is_no_plan_and_no_note() -> None:
     plan = planned(inputs([("new", 2)], batch=8, layers=2))
     slower = plan.model_copy(update={"predicted": plan.predicted.model_copy(update={"iteration_seconds": 1e-3})})
-    kept = with_pipelines(
-        slower, CostModel(plan.inputs), pp(CostModel(plan.inputs), 16).pipelines, Wanted(), 2.0, SolverOptions(), 16
-    )
+    cost = CostModel(plan.inputs)
+    kept = PipelineSearch(cost, Wanted(), SolverOptions(), 16).instead_of(slower, pp(cost, 16).pipelines, 2.0)
     assert kept.groups == plan.groups
     assert kept.notes == plan.notes
 

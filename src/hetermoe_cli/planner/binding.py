@@ -102,11 +102,11 @@ def _lost(cost: LayoutCost, winner: Explanation, seconds: float, other: RunnerUp
         iteration_seconds=taken,
         slower=slower,
         critical_path=path,
-        reason=_reason(path, taken, winner.critical_path, seconds) if slower > SAME else "as fast",
+        reason=reason_lost(path, taken, winner.critical_path, seconds) if slower > SAME else "as fast",
     )
 
 
-def _reason(path: dict[str, float], seconds: float, winners: dict[str, float], fastest: float) -> str:
+def reason_lost(path: dict[str, float], seconds: float, winners: dict[str, float], fastest: float) -> str:
     """The resource that the path spends more time on than the winner's, by the most."""
 
     def more(name: str) -> float:

@@ -22,9 +22,8 @@ from hetermoe_cli.planner.pipeline_plan import (
     SHARE,
     SHARE_OF_NODES,
     WORTH,
-    pipelines_alone,
+    PipelineSearch,
     reason_against,
-    with_pipelines,
 )
 from hetermoe_cli.planner.pipelines import Setups
 from hetermoe_cli.planner.replay import replay_seconds, typical
@@ -63,25 +62,16 @@ def make_plan(
             "--objective, --max-cost, --max-groups and --no-pipeline go with --assignment optimal: leave one out"
         )
 
-    limit = options.max_micro_batches
+    pipelines = PipelineSearch(cost, wanted, options.solver, options.max_micro_batches, options.explain)
     try:
         plan, rivals, seconds_left = _without_stages(cost, options, progress)
     except UserError as error:
         may = error.code in (ExitCode.DOES_NOT_FIT, ExitCode.SOLVER) and options.assignment == "optimal"
-        alone = pipelines_alone(embed(inputs), cost, wanted, options.solver, limit) if may else None
+        alone = pipelines.alone(embed(inputs)) if may else None
         if alone is None:
             raise
         return alone
-    result = with_pipelines(plan, cost, rivals, wanted, seconds_left, options.solver, limit)
-    return _told(result) if options.explain else result
-
-
-def _told(plan: Plan) -> Plan:
-    """With pipeline stages there are no runner-ups: say so."""
-    if not any(group.pipeline for group in plan.groups):
-        return plan
-    missing = "runner-ups are known of plans without pipeline stages only: --no-pipeline --explain"
-    return plan.model_copy(update={"notes": [*plan.notes, missing]})
+    return pipelines.instead_of(plan, rivals, seconds_left)
 
 
 def _without_stages(
