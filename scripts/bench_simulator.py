@@ -25,10 +25,10 @@ from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.schedule.zebra import part_of, training_order, windows_of
 from hetermoe_cli.simulator import SimulatedTrace, compute_seconds, replay
 from hetermoe_cli.spec.cluster import ClusterSpec, NodeGroup
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
 from hetermoe_cli.spec.library import collect_inputs, default_folders
 from hetermoe_cli.spec.model import load_model
-from hetermoe_cli.spec.plan import Inputs
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 from hetermoe_cli.spec.train import TrainSpec
 

@@ -15,9 +15,10 @@ from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import ClusterSpec, Link, NodeGroup
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage
 from hetermoe_cli.spec.model import ModelConfig
-from hetermoe_cli.spec.plan import Bound, Group, Inputs, Plan, Prediction, SolverReport
+from hetermoe_cli.spec.plan import Bound, Group, Plan, Prediction, SolverReport
 from hetermoe_cli.spec.profile import (
     AttentionPoint,
     DensePoint,

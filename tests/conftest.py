@@ -4,8 +4,9 @@ import pytest
 from hypothesis import settings
 
 from builders import make_inputs, make_layout, make_plan
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import Layout
-from hetermoe_cli.spec.plan import Inputs, Plan
+from hetermoe_cli.spec.plan import Plan
 
 settings.register_profile("hetermoe", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("hetermoe")

@@ -16,8 +16,9 @@ from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.runtime.recorder import load_path, trace_path
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.files import dump
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import Layout
-from hetermoe_cli.spec.plan import Inputs, Plan
+from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.spec.profile import KernelTable, Profile
 from hetermoe_cli.spec.run import Emulation, RunSpec
 from hetermoe_cli.trace import Trace

@@ -18,8 +18,8 @@ from hetermoe_cli.schedule.lower import training_schedule, validation_schedule
 from hetermoe_cli.schedule.schedule import Schedule, inputs, parse_schedule
 from hetermoe_cli.simulator import check_deadlock, simulate
 from hetermoe_cli.spec.cluster import Link
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
-from hetermoe_cli.spec.plan import Inputs
 from hetermoe_cli.trace import Span, Trace, display_name
 from reference_simulator import reference_spans
 

@@ -16,8 +16,9 @@ from hetermoe_cli.profiler.refit import KINDS
 from hetermoe_cli.report.run_load import read_load
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.files import dump, load
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import Layout
-from hetermoe_cli.spec.plan import Inputs, Plan
+from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.spec.train import DenseState
 from train_command import events, train
 

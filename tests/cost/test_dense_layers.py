@@ -8,8 +8,8 @@ from hetermoe_cli.cost.measured import MeasuredCost
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.planner.plan import embed
 from hetermoe_cli.schedule.action import Kind, parse_action
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import Layout
-from hetermoe_cli.spec.plan import Inputs
 
 PLAIN = make_model()
 DENSE = make_model(dense_layers=2, dense_ffn_size=96)

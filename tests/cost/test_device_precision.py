@@ -8,7 +8,7 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.planner.explain import sources
 from hetermoe_cli.planner.plan import embed
 from hetermoe_cli.spec.files import parse
-from hetermoe_cli.spec.plan import Inputs
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.profile import Profile
 from hetermoe_cli.spec.run import RunSpec
 from hetermoe_cli.spec.train import TrainSpec

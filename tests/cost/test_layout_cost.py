@@ -11,8 +11,8 @@ from hetermoe_cli.cost.load import RecordedLoad
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import Action, Kind, parse_action
 from hetermoe_cli.schedule.lower import training_schedule
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import Layout
-from hetermoe_cli.spec.plan import Inputs
 from hetermoe_cli.spec.profile import Precision, Profile
 
 # Builder defaults: 64 tokens a sequence, top-2 of 4 experts, so a sequence gives every expert 32 rows of 128 bytes.

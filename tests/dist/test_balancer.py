@@ -16,8 +16,9 @@ from hetermoe_cli.model.training_state import training_tensors
 from hetermoe_cli.model.transformer import named_tensors
 from hetermoe_cli.planner.drift import NAMED
 from hetermoe_cli.runtime.recorder import read_rebalances
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import LayerPlacement, PipelineStage
-from hetermoe_cli.spec.plan import Inputs, Plan, world_of
+from hetermoe_cli.spec.plan import Plan, world_of
 from hetermoe_cli.spec.run import Emulation, RunSpec
 from hetermoe_cli.spec.train import TrainSpec
 from train_command import events

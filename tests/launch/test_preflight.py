@@ -7,7 +7,8 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.launch import preflight
 from hetermoe_cli.launch.preflight import check_devices, check_nodes, check_one_node
 from hetermoe_cli.launch.started import started_plan
-from hetermoe_cli.spec.plan import Group, Inputs, Plan
+from hetermoe_cli.spec.inputs import Inputs
+from hetermoe_cli.spec.plan import Group, Plan
 from hetermoe_cli.spec.profile import DeviceFacts
 
 

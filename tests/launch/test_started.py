@@ -5,7 +5,8 @@ import pytest
 from builders import make_inputs, make_layout, make_plan
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.launch.started import started_plan
-from hetermoe_cli.spec.plan import Group, Inputs, Plan
+from hetermoe_cli.spec.inputs import Inputs
+from hetermoe_cli.spec.plan import Group, Plan
 
 LAYOUT = make_layout((1, 0), (0, 4), micro_batches=2)
 

@@ -25,8 +25,8 @@ from hetermoe_cli.planner.baselines.roles import (
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.report.plan_table import RIVAL_NAMES
 from hetermoe_cli.simulator import simulate
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import Layout
-from hetermoe_cli.spec.plan import Inputs
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 from hetermoe_cli.spec.train import TrainSpec
 

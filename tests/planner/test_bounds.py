@@ -25,8 +25,8 @@ from hetermoe_cli.planner.space import kinds
 from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.load import ExpertLoad
-from hetermoe_cli.spec.plan import Inputs
 
 
 def test_equal_shares_of_an_optimizer_step_are_not_bound_to_the_work() -> None:

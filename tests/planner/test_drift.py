@@ -5,8 +5,8 @@ import pytest
 from builders import make_groups_plan, make_inputs, make_layout, make_model, make_plan
 from hetermoe_cli.cost.measured import MeasuredState
 from hetermoe_cli.planner.drift import Departure, Drift, find_drift
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.load import ExpertLoad
-from hetermoe_cli.spec.plan import Inputs
 
 LAYOUT = make_layout((1, 0, 0), (0, 2, 2), layers=2)
 INPUTS = make_inputs((("new", 2), ("old", 1)), model=make_model(layers=2, experts=4, top_k=1))

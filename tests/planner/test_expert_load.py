@@ -17,9 +17,9 @@ from hetermoe_cli.planner.replay import replay_seconds, typical
 from hetermoe_cli.planner.single_moves import neighbours
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.simulator import simulate
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.load import ExpertLoad
-from hetermoe_cli.spec.plan import Inputs
 
 OPTIONS = PlanOptions(solver=SolverOptions(time_limit=10.0))
 

@@ -7,7 +7,7 @@ from hetermoe_cli.cost import CostModel
 from hetermoe_cli.planner.baselines.even import ep
 from hetermoe_cli.planner.baselines.ideal import ep_ideal, ep_ideal_charged, exchange_seconds
 from hetermoe_cli.spec.cluster import Link
-from hetermoe_cli.spec.plan import Inputs
+from hetermoe_cli.spec.inputs import Inputs
 
 BATCH = 8
 

@@ -10,7 +10,7 @@ from hetermoe_cli.planner.baselines.roles import dist_ep, find_roles, split_layo
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
-from hetermoe_cli.spec.plan import Inputs
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
 BOTH = (Pass.FORWARD, Pass.BACKWARD)

@@ -16,8 +16,8 @@ from hetermoe_cli.planner.baselines.layer_split import Held, Way, deal, split, u
 from hetermoe_cli.planner.baselines.pipeline import MOST_DEVICES, Setup, Tuned, _Search, pp
 from hetermoe_cli.planner.baselines.pipeline_cost import PipelineCost, all_reduce_seconds
 from hetermoe_cli.planner.baselines.pipeline_run import Order, Pipeline, in_flight, run, stage_order
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage
-from hetermoe_cli.spec.plan import Inputs
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
 

@@ -11,7 +11,8 @@ from hetermoe_cli.planner.pipeline_parts import promising_parts
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.planner.work import work_dollars
-from hetermoe_cli.spec.plan import Inputs, Plan
+from hetermoe_cli.spec.inputs import Inputs
+from hetermoe_cli.spec.plan import Plan
 
 
 def priced(dollars: dict[str, float], **options: int) -> Inputs:

@@ -35,9 +35,10 @@ from hetermoe_cli.report.plan_table import devices_table, pipeline_line
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.files import dump, load
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.load import ExpertLoad
-from hetermoe_cli.spec.plan import Group, Inputs, Plan
+from hetermoe_cli.spec.plan import Group, Plan
 from hetermoe_cli.spec.train import Recompute
 
 SLOW = Link(bandwidth_gigabytes_per_second=3e-6, latency_microseconds=0.0)

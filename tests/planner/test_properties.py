@@ -17,8 +17,8 @@ from hetermoe_cli.planner.prepared import Prepared
 from hetermoe_cli.planner.solver import Run, SolverOptions
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import LayerPlacement
-from hetermoe_cli.spec.plan import Inputs
 from hetermoe_cli.spec.schedule_choice import ExpertOrder, TransferOrder
 
 OPTIONS = PlanOptions(solver=SolverOptions(time_limit=10.0), wanted=Wanted(most_groups=1))

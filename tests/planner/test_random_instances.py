@@ -16,8 +16,8 @@ from hetermoe_cli.planner.deal import number
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.simulator import simulate
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
-from hetermoe_cli.spec.plan import Inputs
 
 GAP = 1e-5
 

@@ -17,9 +17,10 @@ from hetermoe_cli.planner.rebalance import NOT_FASTER, UNSTEADY
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage
 from hetermoe_cli.spec.load import ExpertLoad
-from hetermoe_cli.spec.plan import Group, Inputs, Plan
+from hetermoe_cli.spec.plan import Group, Plan
 from hetermoe_cli.spec.rebalance import Decision
 
 EXPERTS, LAYERS = 8, 2

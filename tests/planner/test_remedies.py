@@ -12,7 +12,8 @@ from hetermoe_cli.planner import remedies
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.remedies import fits, lacking_states, possible, smallest_change
 from hetermoe_cli.planner.solver import SolverOptions
-from hetermoe_cli.spec.plan import Inputs, Plan
+from hetermoe_cli.spec.inputs import Inputs
+from hetermoe_cli.spec.plan import Plan
 
 
 def tight(

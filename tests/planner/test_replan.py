@@ -6,7 +6,8 @@ from builders import make_inputs, make_layout, make_plan
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.launch.started import started_plan
 from hetermoe_cli.planner.replan import without_nodes
-from hetermoe_cli.spec.plan import Inputs, Plan
+from hetermoe_cli.spec.inputs import Inputs
+from hetermoe_cli.spec.plan import Plan
 
 NODES = [("new", 2), ("old", 1), ("new", 1)]
 

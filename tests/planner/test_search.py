@@ -14,7 +14,7 @@ from hetermoe_cli.planner.ilp import Model
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.solver import Run, SolverOptions
 from hetermoe_cli.spec.cluster import Link
-from hetermoe_cli.spec.plan import Inputs
+from hetermoe_cli.spec.inputs import Inputs
 
 LIMIT = 600.0
 

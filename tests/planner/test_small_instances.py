@@ -13,8 +13,8 @@ from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
-from hetermoe_cli.spec.plan import Inputs
 
 TIGHT = PlanOptions(solver=SolverOptions(relative_gap=1e-5), wanted=Wanted(most_groups=1))
 

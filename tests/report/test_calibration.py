@@ -17,7 +17,8 @@ from hetermoe_cli.runtime.recorder import load_path, trace_path
 from hetermoe_cli.schedule.action import Kind
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.files import dump
-from hetermoe_cli.spec.plan import Inputs, Plan
+from hetermoe_cli.spec.inputs import Inputs
+from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.trace import Trace, read_trace
 from run_builders import measured_plan, scaled_inputs, write_run
 

@@ -12,7 +12,8 @@ from hetermoe_cli.errors import UserError
 
 if TYPE_CHECKING:
     from hetermoe_cli.spec.change import Change
-    from hetermoe_cli.spec.plan import Inputs, Plan
+    from hetermoe_cli.spec.inputs import Inputs
+    from hetermoe_cli.spec.plan import Plan
 
 
 class AssignmentChoice(StrEnum):

@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.load import ExpertLoad
-from hetermoe_cli.spec.plan import Inputs
 
 
 class MeasuredState(NamedTuple):

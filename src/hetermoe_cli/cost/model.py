@@ -12,7 +12,7 @@ from hetermoe_cli.cost.memory import MemoryModel
 from hetermoe_cli.cost.ports import Network
 from hetermoe_cli.cost.shared_rows import reached
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.spec.plan import Inputs
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.profile import BYTES_PER_ELEMENT, AttentionPoint
 from hetermoe_cli.spec.schedule_choice import PassOrder, ScheduleChoice
 from hetermoe_cli.spec.train import DenseState, Recompute

@@ -14,8 +14,9 @@ from hetermoe_cli.runtime.calls import check
 from hetermoe_cli.runtime.recorder import CHECKPOINTS, METRICS
 from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.spec.files import load
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.model import ROUTER_FIELDS, ModelConfig
-from hetermoe_cli.spec.plan import Group, Inputs, Plan
+from hetermoe_cli.spec.plan import Group, Plan
 from hetermoe_cli.spec.profile import Precision
 from hetermoe_cli.spec.run import Emulation, RunSpec
 

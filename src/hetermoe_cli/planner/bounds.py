@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.arrays import BoolArray, FloatArray
-from hetermoe_cli.planner.rates import ClassRates, device_rates
+from hetermoe_cli.planner.device_rates import ClassRates, device_rates
 from hetermoe_cli.spec.cluster import Device, Link
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 

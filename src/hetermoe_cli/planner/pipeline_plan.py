@@ -25,7 +25,8 @@ from hetermoe_cli.planner.pipeline_told import lost_pipelines, not_chosen, pipel
 from hetermoe_cli.planner.pipelines import Found, Setups, best_pipelines, plain_pipelines
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.spec.explanation import Explanation
-from hetermoe_cli.spec.plan import Assignment, Bound, Group, Inputs, LoadReport, Plan, Prediction, SolverReport
+from hetermoe_cli.spec.inputs import Inputs
+from hetermoe_cli.spec.plan import Assignment, Bound, Group, LoadReport, Plan, Prediction, SolverReport
 
 WORTH = 0.01  # of the iteration, or its dollars: by how much pipelines, or several groups, must be better
 NEAR = 1.05  # times what is to be beaten: what replays are faster than estimates at most

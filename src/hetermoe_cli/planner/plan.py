@@ -33,7 +33,8 @@ from hetermoe_cli.planner.solver import SolverOptions, check_available
 from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.explanation import Explanation
-from hetermoe_cli.spec.plan import Assignment, Bound, Group, Inputs, OneGroup, Plan, Prediction, SolverReport
+from hetermoe_cli.spec.inputs import Inputs
+from hetermoe_cli.spec.plan import Assignment, Bound, Group, OneGroup, Plan, Prediction, SolverReport
 from hetermoe_cli.spec.profile import AttentionPoint
 
 BESIDE = 0.5  # of the time limit for several groups that nobody asked for, where one is planned first

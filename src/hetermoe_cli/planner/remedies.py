@@ -17,7 +17,7 @@ from hetermoe_cli.planner.replay import size_text
 from hetermoe_cli.planner.search import search
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.spec.change import Change, changed_cluster
-from hetermoe_cli.spec.plan import Inputs
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.train import TrainSpec
 
 MOST_ADDED = 64  # devices

@@ -11,8 +11,9 @@ from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.spec.change import Change, changed_cluster
 from hetermoe_cli.spec.cluster import ClusterSpec
 from hetermoe_cli.spec.explanation import Variant
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.library import load_profiles
-from hetermoe_cli.spec.plan import Inputs, Plan
+from hetermoe_cli.spec.plan import Plan
 
 
 def changed_inputs(inputs: Inputs, change: Change, folders: Sequence[Path]) -> Inputs:

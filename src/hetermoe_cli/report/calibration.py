@@ -28,7 +28,7 @@ from hetermoe_cli.report.link_fit import LinkFit, fit_link
 from hetermoe_cli.report.run_figures import REPLAYED_STEPS
 from hetermoe_cli.report.run_tasks import Place, RunTasks, Samples, read_run_tasks
 from hetermoe_cli.spec.cluster import LinkRecord
-from hetermoe_cli.spec.plan import Inputs
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.profile import KernelTable, Profile
 
 _DISTURBED = 0.5  # spread of measured / predicted

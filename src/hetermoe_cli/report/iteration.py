@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from hetermoe_cli.report.tables import table
 from hetermoe_cli.report.tasks import category, in_words, role
-from hetermoe_cli.spec.plan import Inputs, Plan
+from hetermoe_cli.spec.inputs import Inputs
+from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.trace import Trace
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from hetermoe_cli.profiler.refit import Sample
 from hetermoe_cli.report.run_tasks import CopyTasks
 from hetermoe_cli.schedule.action import Action, Kind
 from hetermoe_cli.spec.cluster import Link
-from hetermoe_cli.spec.plan import Inputs
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.trace import Span, display_name, lane_of
 
 _FEWEST_TRANSFERS = 8

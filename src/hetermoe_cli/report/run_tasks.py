@@ -23,8 +23,8 @@ from hetermoe_cli.report.tasks import category
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.schedule.schedule import Schedule, inputs
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import Layout, Span
-from hetermoe_cli.spec.plan import Inputs
 from hetermoe_cli.spec.run import RunSpec
 from hetermoe_cli.trace import Trace, display_name
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.cluster import ClusterSpec, Link, LinkRecord
 from hetermoe_cli.spec.files import load
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.model import ModelConfig
-from hetermoe_cli.spec.plan import Inputs
 from hetermoe_cli.spec.profile import Profile
 from hetermoe_cli.spec.train import TrainSpec
 

@@ -6,7 +6,7 @@ from typing import Any
 from builders import make_inputs, make_model, make_profile
 from hetermoe_cli.cost import CostModel
 from hetermoe_cli.spec.cluster import Link
-from hetermoe_cli.spec.plan import Inputs
+from hetermoe_cli.spec.inputs import Inputs
 
 
 def fleet(

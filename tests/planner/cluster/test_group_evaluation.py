@@ -15,7 +15,8 @@ from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.schedule.zebra import OPTIMIZER
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
-from hetermoe_cli.spec.plan import Group, Inputs
+from hetermoe_cli.spec.inputs import Inputs
+from hetermoe_cli.spec.plan import Group
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 from hetermoe_cli.spec.train import DenseState
 

@@ -9,8 +9,9 @@ from hetermoe_cli.planner.cluster.objective import Wanted
 from hetermoe_cli.planner.cluster.plan_groups import plan_groups
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.solver import SolverOptions
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.load import ExpertLoad
-from hetermoe_cli.spec.plan import Inputs, Plan
+from hetermoe_cli.spec.plan import Plan
 
 
 def plan(inputs: Inputs) -> Plan:

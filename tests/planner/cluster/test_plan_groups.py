@@ -20,7 +20,8 @@ from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
-from hetermoe_cli.spec.plan import Group, Inputs, Plan
+from hetermoe_cli.spec.inputs import Inputs
+from hetermoe_cli.spec.plan import Group, Plan
 
 SLOW = 1e-3  # GB/s: rows that leave a node take long
 PRICED = {"nodes": [("new", 2, 2), ("old", 2, 2)], "prices": [3.0, 1.0]}

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from hetermoe_cli.planner.baselines.rival import kept_choices, state_choices
 from hetermoe_cli.planner.cluster.parts import Kernels, Part
-from hetermoe_cli.planner.rates import ClassRates
+from hetermoe_cli.planner.device_rates import ClassRates
 from hetermoe_cli.planner.space import divisors
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 

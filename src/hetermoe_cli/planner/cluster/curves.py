@@ -10,7 +10,7 @@ from hetermoe_cli.planner.cluster.compositions import Composition
 from hetermoe_cli.planner.cluster.evaluate import Evaluated, evaluate
 from hetermoe_cli.planner.cluster.parts import Kernels, Part
 from hetermoe_cli.planner.cluster.synchronise import expected_seconds
-from hetermoe_cli.spec.plan import Inputs
+from hetermoe_cli.spec.inputs import Inputs
 
 USUAL = 6  # micro-batches of a group, about
 TRIES = 4  # options that are evaluated at a point, if their estimates are better than what was found

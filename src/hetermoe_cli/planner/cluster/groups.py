@@ -24,7 +24,8 @@ from hetermoe_cli.planner.cluster.replayed import Replayed, joined, replay_group
 from hetermoe_cli.planner.cluster.trim import trimmed
 from hetermoe_cli.planner.remedies import lacking_states
 from hetermoe_cli.planner.solver import SolverOptions
-from hetermoe_cli.spec.plan import Group, Inputs
+from hetermoe_cli.spec.inputs import Inputs
+from hetermoe_cli.spec.plan import Group
 
 ROUNDS = 10  # of packing and computing or replaying what was chosen
 LAST_ROUND = 100  # if not one packing could be replayed before

@@ -28,7 +28,8 @@ from hetermoe_cli.planner.expert_load import load_notes
 from hetermoe_cli.planner.explain import not_used, sources
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.planner.work import work_bound
-from hetermoe_cli.spec.plan import Bound, Economy, Inputs, Plan, Prediction, SolverReport
+from hetermoe_cli.spec.inputs import Inputs
+from hetermoe_cli.spec.plan import Bound, Economy, Plan, Prediction, SolverReport
 from hetermoe_cli.spec.train import DenseState
 
 RIVALS_SHARE = 0.05  # of the time limit, for each rival

@@ -21,8 +21,9 @@ from hetermoe_cli.planner.cluster.synchronise import Copy, after_backward_second
 from hetermoe_cli.schedule.action import Kind
 from hetermoe_cli.schedule.zebra import OPTIMIZER
 from hetermoe_cli.simulator import SimulatedTrace, simulate
+from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import Layout
-from hetermoe_cli.spec.plan import Group, Inputs, Memory
+from hetermoe_cli.spec.plan import Group, Memory
 
 
 class GroupCost(LayoutCost):
