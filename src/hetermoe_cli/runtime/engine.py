@@ -1,7 +1,6 @@
 """The zebra engine: one kind of worker that runs its part of a Schedule on real tensors and messages."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,14 +10,13 @@ from torch import Tensor
 from hetermoe_cli.model.copies import upload
 from hetermoe_cli.model.documents import Documents
 from hetermoe_cli.model.transformer import DenseModel
-from hetermoe_cli.runtime.calls import has_counts
 from hetermoe_cli.runtime.carrier import Carrier, Place
 from hetermoe_cli.runtime.clock import Clock
 from hetermoe_cli.runtime.collectives import Collectives
-from hetermoe_cli.runtime.direct import DirectLane
-from hetermoe_cli.runtime.lanes import Lanes, Parcel
+from hetermoe_cli.runtime.lanes import Lanes
 from hetermoe_cli.runtime.mesh import Mesh
 from hetermoe_cli.runtime.parts import Parts
+from hetermoe_cli.runtime.rows import Rows
 from hetermoe_cli.runtime.shared_rows import layer_map
 from hetermoe_cli.runtime.stage import AttentionStage, ExpertStage
 from hetermoe_cli.schedule.action import Action, Kind, Pass
@@ -27,7 +25,6 @@ from hetermoe_cli.schedule.schedule import Schedule, inputs
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.model import ModelConfig
 
-MOST_AHEAD = 32  # micro-batches sent before a rank reads: a socket's queue holds 49 messages with counts of 256 experts
 Batch = Callable[[int], tuple[Tensor, Tensor]]  # micro-batch -> this rank's tokens and targets, both [B, S]
 
 
@@ -44,6 +41,7 @@ class Engine:
         self._span = layout.span_of(mesh.rank)
         self._maps = [layer_map(layout, layer, mesh.rank, model.top_k, mesh.device) for layer in range(layout.layers)]
         self._empty = torch.empty((0, model.hidden_size), dtype=parts.exchange, device=mesh.device)
+        self._width = model.hidden_size
         self._lanes = Lanes(mesh)
         self._handlers: dict[tuple[Kind, Pass], Callable[[Action], None]] = {
             (Kind.ATTENTION, Pass.FORWARD): self._attention_forward,
@@ -71,18 +69,18 @@ class Engine:
         attends = self.layout.pipeline and self.parts.dense is not None
         length = batch(0)[0].shape[1] if attends else 0
         self._carrier = Carrier(self.layout, self.mesh, self._maps, self._empty, schedule, clock, collectives, length)
+        self._rows = Rows(self.mesh, self.parts, self._maps, self._lanes, self._carrier, clock)
         self._attention: dict[Place, AttentionStage] = {}
         self._documents: dict[int, Documents | None] = {}
         self._gradients: dict[Place, Tensor] = {}  # [B, S, H] of what the stage behind a layer read
         self._experts: dict[Place, ExpertStage] = {}
-        self._kept: dict[Action, tuple[Tensor, Parcel]] = {}  # rows some of which stay on this rank
         self.loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         self.router_losses = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         order, layers = schedule.compute[self.mesh.rank], self.layout.layers
         training = any(action.direction is Pass.BACKWARD for action in order)
         following = self._following(schedule)
         dropped = releases(schedule, order, layers) if self.layout.gathers else {}
-        self._lanes.start(schedule, self._carrier.carry, self._direct(schedule, clock))
+        self._rows.start(schedule, self.layout.schedule.window)
         try:
             with torch.set_grad_enabled(training):
                 self._give(following.pop(None, []))
@@ -152,30 +150,30 @@ class Engine:
             self.router_losses += routed.losses.detach()
         routing = self._maps[layer].route(routed.experts)
         sending = Action(Kind.DISPATCH, Pass.FORWARD, layer, j)
-        rows = routing.gather_weighted(*stage.take_rows(), self._wide(sending, routing.most))
+        rows = routing.gather_weighted(*stage.take_rows(), self._rows.wide(sending, routing.most))
         self._attention[place] = stage
         self._carrier.routed(place, routing)
         self._clock.counted(layer, j, routing)
-        self._clock.compute(action, self._began, arrived)
-        self._send(sending, rows, routing)
+        self._clock.compute(action, self._rows.began, arrived)
+        self._rows.send(sending, rows, routing)
 
     def _expert_forward(self, action: Action) -> None:
         layer, j = place = action.layer, action.micro_batch
-        rows, arrived = self._receive(Action(Kind.DISPATCH, Pass.FORWARD, layer, j))
+        rows, arrived = self._rows.receive(Action(Kind.DISPATCH, Pass.FORWARD, layer, j))
         arrivals = self._carrier.arrivals(place)
         parts = self.parts.experts_of(layer)
         schedule, training = self._span.schedule, torch.is_grad_enabled()
-        rows, weights = arrivals.group_weighted(rows, self._empty.shape[1])
+        rows, weights = arrivals.group_weighted(rows, self._width)
         with torch.set_grad_enabled(training and not schedule.sends_again):
             stage = ExpertStage.forward(parts, rows, weights, arrivals.counts, schedule.recompute_experts)
         sending = Action(Kind.COMBINE, Pass.FORWARD, layer, j)
-        outputs = arrivals.ungroup(stage.take_outputs(), self._room(sending, arrivals.rows))
+        outputs = arrivals.ungroup(stage.take_outputs(), self._rows.room(sending, arrivals.rows))
         if training and not schedule.sends_again:
             self._experts[place] = stage
-        self._clock.compute(action, self._began, arrived, arrivals.counts)
+        self._clock.compute(action, self._rows.began, arrived, arrivals.counts)
         if not training:
             self._carrier.computed(place)
-        self._send(sending, outputs, arrivals)
+        self._rows.send(sending, outputs, arrivals)
 
     def _head(self, action: Action) -> None:
         last, j = self.layout.layers - 1, action.micro_batch
@@ -183,51 +181,51 @@ class Engine:
         loss = self._dense().loss(hidden, upload(self._batch(j)[1], self.mesh.device))
         self.loss += loss.detach()
         if action.direction is Pass.FORWARD:
-            self._clock.compute(action, self._began, arrived)
+            self._clock.compute(action, self._rows.began, arrived)
             return
         (loss * self._loss_scale).backward()  # type: ignore[no-untyped-call]
         self._return((last, j), hidden.grad, action, arrived)
 
     def _expert_backward(self, action: Action) -> None:
         layer, j = place = action.layer, action.micro_batch
-        gradient, arrived = self._receive(Action(Kind.COMBINE, Pass.BACKWARD, layer, j))
+        gradient, arrived = self._rows.receive(Action(Kind.COMBINE, Pass.BACKWARD, layer, j))
         arrivals = self._carrier.arrivals(place)
         sending = Action(Kind.DISPATCH, Pass.BACKWARD, layer, j)
-        given, rest = gradient[:, : self._empty.shape[1]], gradient[:, self._empty.shape[1] :]
+        given, rest = gradient[:, : self._width], gradient[:, self._width :]
         if self._span.schedule.sends_again:
-            rows, weights = arrivals.group_weighted(rest, self._empty.shape[1])
+            rows, weights = arrivals.group_weighted(rest, self._width)
             stage = ExpertStage.forward(self.parts.experts_of(layer), rows, weights, arrivals.counts, recompute=False)
         else:
             stage = self._experts.pop(place)
         gradients = stage.backward(arrivals.group(given))
-        rows = arrivals.ungroup_weighted(*gradients, self._wide(sending, arrivals.rows))
-        self._clock.compute(action, self._began, arrived, arrivals.counts)
+        rows = arrivals.ungroup_weighted(*gradients, self._rows.wide(sending, arrivals.rows))
+        self._clock.compute(action, self._rows.began, arrived, arrivals.counts)
         self._carrier.computed(place)
-        self._send(sending, rows, arrivals)
+        self._rows.send(sending, rows, arrivals)
 
     def _attention_backward(self, action: Action) -> None:
         layer, j = place = action.layer, action.micro_batch
-        rows, arrived = self._receive(Action(Kind.DISPATCH, Pass.BACKWARD, layer, j))
+        rows, arrived = self._rows.receive(Action(Kind.DISPATCH, Pass.BACKWARD, layer, j))
         routing = self._carrier.routing(place)
         self._carrier.forget(place)
-        rows, weights = routing.gradients(rows, self._empty.shape[1])
+        rows, weights = routing.gradients(rows, self._width)
         stage, hidden = self._attention.pop(place), self._gradients.pop(place)
         gradient = stage.backward(hidden, rows.contiguous(), weights, self._loss_scale)
         if layer > self._span.first:
             self._return((layer - 1, j), gradient, action, arrived)
             return
-        self._clock.compute(action, self._began, arrived)
+        self._clock.compute(action, self._rows.began, arrived)
         if layer:
             assert gradient is not None
-            self._cross(Action(Kind.CROSS, Pass.BACKWARD, layer, j), gradient)
+            self._rows.cross(Action(Kind.CROSS, Pass.BACKWARD, layer, j), gradient)
 
     def _pass_forward(self, action: Action) -> None:
         hidden, arrived = self._border_before(action.layer, action.micro_batch)
-        self._clock.compute(action, self._began, arrived)
-        self._cross(action._replace(kind=Kind.CROSS), hidden.detach())
+        self._clock.compute(action, self._rows.began, arrived)
+        self._rows.cross(action._replace(kind=Kind.CROSS), hidden.detach())
 
     def _pass_backward(self, action: Action) -> None:
-        rows, arrived = self._receive(action._replace(kind=Kind.CROSS))
+        rows, arrived = self._rows.receive(action._replace(kind=Kind.CROSS))
         place = action.layer - 1, action.micro_batch
         self._return(place, self._as_hidden(rows, action.micro_batch), action, arrived)
 
@@ -237,106 +235,38 @@ class Engine:
         assert gradient is not None
         self._gradients[place] = gradient
         routing, sending = self._carrier.routing(place), Action(Kind.COMBINE, Pass.BACKWARD, *place)
-        out, width = self._room(sending, routing.most), self._empty.shape[1]
+        out, width = self._rows.room(sending, routing.most), self._width
         if self._span.schedule.sends_again:
-            rows = self._wide(sending, routing.most) if out is None else out
+            rows = self._rows.wide(sending, routing.most) if out is None else out
             routing.gather(gradient.flatten(0, 1), rows[:, :width])
             routing.gather_weighted(*self._attention[place].again(), rows[:, width:])
         else:
             rows = routing.gather(gradient.flatten(0, 1), out)
-        self._clock.compute(action, self._began, arrived)
-        self._send(sending, rows, routing)
+        self._clock.compute(action, self._rows.began, arrived)
+        self._rows.send(sending, rows, routing)
 
     # Rows in and out.
 
     def _border_before(self, layer: int, j: int) -> tuple[Tensor, float]:
         """What the stage after layer - 1 reads, a leaf, and when it arrived: tokens for the first stage."""
         if layer == 0:
-            self._began = self._clock.mark()
+            self._rows.began = self._clock.mark()
             return upload(self._batch(j)[0], self.mesh.device), 0.0
         if layer == self._span.first:
-            rows, arrived = self._receive(Action(Kind.CROSS, Pass.FORWARD, layer, j))
+            rows, arrived = self._rows.receive(Action(Kind.CROSS, Pass.FORWARD, layer, j))
             return self._as_hidden(rows, j).requires_grad_(torch.is_grad_enabled()), arrived
         before = layer - 1, j
-        rows, arrived = self._receive(Action(Kind.COMBINE, Pass.FORWARD, *before))
+        rows, arrived = self._rows.receive(Action(Kind.COMBINE, Pass.FORWARD, *before))
         hidden = self._attention[before].combined(self._carrier.routing(before).summed(rows))
         if not torch.is_grad_enabled():
             del self._attention[before]
             self._carrier.forget(before)
         return hidden, arrived
 
-    def _send(self, action: Action, rows: Tensor, parcel: Parcel) -> None:
-        """Hand rows (sorted by target rank, as `parcel` tells) to the lane; this rank's own stay here.
-
-        Others get them in the precision of the exchange.
-        """
-        layer_map = self._maps[action.layer]
-        if layer_map.attends and layer_map.slots(self.mesh.rank):
-            self._kept[action] = rows, parcel
-        self._clock.sent(action)
-        self._lanes.put(action, _in(self.parts.exchange, rows), parcel)
-
-    def _cross(self, action: Action, hidden: Tensor) -> None:
-        """Hand [B, S, H] to the lane that brings it to another pipeline stage."""
-        self._clock.sent(action)
-        self._lanes.put(action, _in(self.parts.exchange, hidden.flatten(0, 1)), self._carrier.crossing(action))
-
     def _as_hidden(self, rows: Tensor, j: int) -> Tensor:
         """[B * S, H] as [B, S, H]."""
         return rows.view(*self._batch(j)[0].shape, -1)
 
-    def _direct(self, schedule: Schedule, clock: Clock) -> dict[int, DirectLane]:
-        """Lanes 1 and 2, where the ranks of this copy share memory."""
-        threads = self.mesh.ordered or clock.waits or self.layout.schedule.window > MOST_AHEAD
-        mail = () if threads else self.mesh.mail
-        return {
-            lane: DirectLane(self.mesh.rank, one, schedule, lane, self._carrier, clock)
-            for lane, one in enumerate(mail[:2], 1)
-        }
-
-    def _room(self, action: Action, rows: int) -> Tensor | None:
-        """[rows, H] to write in what `action` will send, where that saves a copy."""
-        if self.parts.exchange != self.parts.dtype:
-            return None
-        return self._lanes.room(action, rows, self._carrier.empty(action))
-
-    def _wide(self, action: Action, rows: int) -> Tensor:
-        """[rows, H + tail] to write in what a dispatch will send."""
-        room, width = self._room(action, rows), self._carrier.empty(action).shape[1]
-        return self._empty.new_empty(rows, width, dtype=self.parts.dtype) if room is None else room
-
-    def _receive(self, action: Action) -> tuple[Tensor, Any]:
-        """Rows of `action` by source rank, this rank's own among them, and when they arrived.
-
-        The task that needs them begins here, as the simulator has it: what it does to take them in is its own work.
-        """
-        handoff = self._lanes.get(action)
-        kept = self._kept.pop(action, None)
-        if handoff is None:
-            self._began = self._clock.mark()
-            assert kept is not None
-            if has_counts(action):
-                self._carrier.stays((action.layer, action.micro_batch))
-            own = self._own(*kept)  # perhaps in a room, which experts would hold until backward
-            return (own.clone() if self.mesh.mail and has_counts(action) else own), 0.0
-        handoff.wait()
-        self._began = self._clock.mark()
-        rows = _in(self.parts.dtype, handoff.whole())
-        if kept is not None and len(own := self._own(*kept)):
-            start = sum(self._carrier.incoming(action)[: self.mesh.rank])
-            rows[start : start + len(own)] = own
-        return rows, handoff.end
-
-    def _own(self, rows: Tensor, parcel: Parcel) -> Tensor:
-        """What of `rows` stays on this rank."""
-        start = sum(parcel.sizes[: self.mesh.rank])
-        return rows[start : start + parcel.sizes[self.mesh.rank]]
-
     def _dense(self) -> DenseModel:
         assert self.parts.dense is not None
         return self.parts.dense
-
-
-def _in(dtype: torch.dtype, rows: Tensor) -> Tensor:
-    """`rows` in a precision; `Tensor.to` takes 10 us to do nothing between two large tasks."""
-    return rows if rows.dtype == dtype else rows.to(dtype)
