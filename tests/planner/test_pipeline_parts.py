@@ -1,13 +1,16 @@
-"""Pipelines by dollars: on the devices that pay, within a limit, never worse than a plan without stages."""
+"""Pipelines on parts of a cluster: equal ones side by side; and by dollars, on the devices that pay, within a limit."""
 
 import pytest
 from test_pipelines import inputs
 
 from hetermoe_cli.cost import CostModel
+from hetermoe_cli.planner import pipeline_parts
+from hetermoe_cli.planner.baselines import pipeline
 from hetermoe_cli.planner.cluster.objective import Wanted, dollars_per_hour, least_dollars, merit
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.pipeline_bound import pipeline_bound
-from hetermoe_cli.planner.pipeline_parts import promising_parts
+from hetermoe_cli.planner.pipeline_parts import promising_parts, whole_setups
+from hetermoe_cli.planner.pipelines import best_pipelines
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.planner.work import work_dollars
@@ -61,16 +64,17 @@ def test_a_limit_on_cost_is_kept_and_a_higher_one_is_no_slower() -> None:
 
 def test_parts_are_those_that_may_be_used_the_best_first() -> None:
     given = priced({"new": 2.0, "old": 1.0})
-    cost, batch = CostModel(given), given.train.global_batch_sequences
+    cost = CostModel(given)
     for wanted in (Wanted("cost"), Wanted(most_cost=8.0), Wanted("cost", most_cost=5.0)):
         parts = promising_parts(cost, wanted, float("inf"), 1.05, 60.0)
-        values = [merit(given.cluster, wanted, part.ranks, part.setups[0][0]) for part in parts]
+        used_by = [sorted(r for stages in setups[0][1].units for unit in stages for r in unit) for setups in parts]
+        values = [
+            merit(given.cluster, wanted, ranks, setups[0][0]) for ranks, setups in zip(used_by, parts, strict=True)
+        ]
         assert 0 < len(values) <= 3
         assert values == sorted(values)
-        for part in parts:
-            assert dollars_per_hour(given.cluster, part.ranks) <= (wanted.most_cost or 12.0)
-            assert part.cost.train.global_batch_sequences == batch
-            assert [given.devices()[rank].type for rank in part.ranks] == [d.type for d in part.cost.devices]
+        for ranks in used_by:
+            assert dollars_per_hour(given.cluster, ranks) <= (wanted.most_cost or 12.0)
     assert not promising_parts(cost, Wanted(most_cost=1.0), float("inf"), 1.05, 60.0)  # no two devices
 
 
@@ -84,3 +88,37 @@ def test_bounds_of_stages_are_no_higher_than_those_without() -> None:
     assert least_dollars(cost, 16, stages=True) <= dollars_per_hour(given.cluster, range(8)) / 3600 * pipeline_bound(
         cost, 16
     )
+
+
+def many_nodes(new: int, old: int, monkeypatch: pytest.MonkeyPatch) -> CostModel:
+    """More nodes than are looked at together, of one device each on slow links."""
+    for module in (pipeline, pipeline_parts):
+        monkeypatch.setattr(module, "MOST_UNITS", 4)
+    monkeypatch.setattr(pipeline, "FEW_DEVICES", 1)
+    return CostModel(inputs([("new", 2)] * new + [("old", 2)] * old, slow=True, batch=48, layers=12))
+
+
+@pytest.mark.parametrize(("new", "old"), [(3, 3), (5, 1), (4, 3)])
+def test_many_nodes_have_pipelines_on_equal_parts_side_by_side(
+    new: int, old: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cost = many_nodes(new, old, monkeypatch)
+    setups = whole_setups(cost, float("inf"), None)
+    assert setups
+    assert [seconds for seconds, _ in setups] == sorted(seconds for seconds, _ in setups)
+    for _, tuned in setups:
+        ranks = [rank for stages in tuned.units for unit in stages for rank in unit]
+        assert len(ranks) == len(set(ranks)) <= 2 * (new + old)
+        assert len(tuned.units) == len(tuned.layers) == len(tuned.micro_batches) == tuned.setup.pipelines > 1
+        assert sum(tuned.micro_batches) == tuned.setup.micro_batches
+    seconds, groups = best_pipelines(cost, setups[:1], 0.0)[0]
+    assert sum(len(group.replicas) * group.sequences for group in groups) == 48
+    assert seconds == pytest.approx(replay_groups(cost.inputs, groups).seconds)
+    assert seconds >= pipeline_bound(cost, 16)
+    assert all(g.fits for g in replay_groups(cost.inputs, groups).groups)
+
+
+def test_parts_are_no_more_than_the_groups_that_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = many_nodes(3, 3, monkeypatch)
+    assert not whole_setups(cost, float("inf"), 1)
+    assert {tuned.setup.pipelines for _, tuned in whole_setups(cost, float("inf"), 2)} == {2}

@@ -15,7 +15,6 @@ from hetermoe_cli.planner.baselines.pipeline import Setup, Tuned, overlapped_pip
 from hetermoe_cli.planner.cluster.objective import Wanted
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.pipeline_bound import pipeline_bound
-from hetermoe_cli.planner.pipeline_parts import PartSetups
 from hetermoe_cli.planner.pipeline_plan import WORTH, PipelineSearch
 from hetermoe_cli.planner.pipelines import (
     Found,
@@ -391,11 +390,8 @@ def test_pipelines_that_only_fit_with_a_balanced_router_are_left_out() -> None:
         tight = inputs([("new", 2), ("old", 2)], slow=True, batch=32, layers=12, memory=memory, saved_bytes=2000)
         tight = tight.model_copy(update={"expert_load": ExpertLoad(source="test", layers=layers)})
         cost = CostModel(tight)
-        search, part = (
-            PipelineSearch(cost, Wanted(), SolverOptions(time_limit=1.0), 16),
-            PartSetups(cost, [0, 1, 2, 3], [(1.0, tuned)]),
-        )
-        assert (search.best(part, 1.0) is not None) is expected
+        search = PipelineSearch(cost, Wanted(), SolverOptions(time_limit=1.0), 16)
+        assert (search.best([(1.0, tuned)], 1.0) is not None) is expected
 
 
 def test_a_single_pipeline_is_one_group() -> None:

@@ -1,55 +1,85 @@
-"""Pipelines where dollars count: on which devices, as those that are left out cost nothing.
+"""Pipelines on parts of a cluster: on equal ones side by side where it has many nodes; and where dollars count on some
+of its devices, as those that are left out cost nothing.
 
-Parts of the cluster, whole nodes where they are many, are looked at from where the objective is likely to be best: for
+For dollars, parts whole nodes where they are many, are looked at from where the objective is likely to be best: for
 the most tokens a dollar those of one kind first, from few devices on, as every stage more waits longer for its turn;
 for the fastest within a limit from what costs most.
 """
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from hetermoe_cli.cost.device import STATE_BYTES
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.planner.baselines.pipeline import FEW_DEVICES, overlapped_pipelines
+from hetermoe_cli.planner.baselines.pipeline import FEW_DEVICES, MOST_UNITS, Tuned, overlapped_pipelines, spread
 from hetermoe_cli.planner.cluster.compositions import Composition, compositions
 from hetermoe_cli.planner.cluster.objective import HOUR, Wanted, dollars_per_hour, merit
-from hetermoe_cli.planner.cluster.parts import Part
+from hetermoe_cli.planner.cluster.parts import Part, group_inputs
 from hetermoe_cli.planner.pipelines import Setups
 from hetermoe_cli.spec.cluster import ClusterSpec
-from hetermoe_cli.spec.plan import Group
 
-REPLAYED = 3  # parts
-
-
-@dataclass(frozen=True)
-class PartSetups:
-    """Setups on some devices, with costs of these alone; `ranks`: theirs in the whole cluster."""
-
-    cost: CostModel
-    ranks: list[int]
-    setups: Setups
-
-    def whole(self, groups: list[Group]) -> list[Group]:
-        """The same groups, with ranks of the whole cluster."""
-        return [
-            Group.of(group.layout, [[self.ranks[rank] for rank in replica] for replica in group.replicas])
-            for group in groups
-        ]
+REPLAYED = 3  # parts that are looked at for dollars
+PARTS = 3  # numbers of equal parts
 
 
-def promising_parts(cost: CostModel, wanted: Wanted, below: float, near: float, seconds: float) -> list[PartSetups]:
-    """A few parts with setups that are estimated to be less than `below` by the objective, the best first; one that is
-    `near` times as much as the best so far may still be better. At least one part is looked at, others while there is
-    time (`seconds`)."""
+def whole_setups(cost: CostModel, below: float, most_pipelines: int | None) -> Setups:
+    """On the whole cluster, as overlapped_pipelines; of more nodes than it looks at, in equal parts side by side, with
+    nodes left out that are one too many. Estimates leave out what parts have to sum together."""
+    kinds, batch = list(_nodes_by_kind(cost).values()), cost.train.global_batch_sequences
+    if sum(map(len, kinds)) <= MOST_UNITS:
+        return overlapped_pipelines(cost, below, most_pipelines)
+    found: list[tuple[float, Tuned]] = []
+    for number in _numbers_of_parts(list(map(len, kinds)), batch, most_pipelines):
+        ranks = [_part_of(kinds, part, number) for part in range(number)]
+        part = CostModel(group_inputs(cost.inputs, ranks[0], batch // number), number)
+        most = most_pipelines and most_pipelines // number
+        found += [(seconds, spread(tuned, ranks)) for seconds, tuned in overlapped_pipelines(part, below, most)]
+        below = min([below, *(seconds for seconds, _ in found)])
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def _part_of(kinds: Sequence[Sequence[list[int]]], part: int, number: int) -> list[int]:
+    """Ranks of one of so many equal parts: as many nodes of each kind."""
+    shares = [nodes[part * (len(nodes) // number) :][: len(nodes) // number] for nodes in kinds]
+    return sorted(rank for nodes in shares for node in nodes for rank in node)
+
+
+def _nodes_by_kind(cost: CostModel) -> dict[object, list[list[int]]]:
+    """The ranks of every node, nodes with the same devices and links together."""
+    found: dict[object, list[list[int]]] = {}
+    for ranks in cost.inputs.nodes:
+        own = [cost.devices[rank] for rank in ranks]
+        nics = [device.nic - own[0].nic for device in own]
+        kind = tuple([(device.type, device.network, device.interconnect) for device in own]), tuple(nics)
+        found.setdefault(kind, []).append(ranks)
+    return found
+
+
+def _numbers_of_parts(counts: Sequence[int], batch: int, most_pipelines: int | None) -> list[int]:
+    """How many equal parts of so many nodes of each kind: each has at least two nodes and no more than are looked at;
+    those that leave out the fewest nodes, the largest parts first."""
+    nodes = sum(counts)
+    sizes = {number: sum(count // number for count in counts) for number in range(2, nodes // 2 + 1)}
+    fitting = [
+        number
+        for number, size in sizes.items()
+        if 2 <= size <= MOST_UNITS and batch % number == 0 and number <= (most_pipelines or nodes)
+    ]
+    return sorted(fitting, key=lambda number: (nodes - number * sizes[number], number))[:PARTS]
+
+
+def promising_parts(cost: CostModel, wanted: Wanted, below: float, near: float, seconds: float) -> list[Setups]:
+    """Setups on a few parts, on each by itself, that are estimated to be less than `below` by the objective, the best
+    part first; one that is `near` times as much as the best so far may still be better. At least one part is looked at,
+    others while there is time (`seconds`)."""
     end, cluster, batch = time.monotonic() + seconds, cost.inputs.cluster, cost.train.global_batch_sequences
-    found: list[tuple[float, PartSetups]] = []
+    found: list[tuple[float, Setups]] = []
     for dollars, part in _in_order(cost, wanted):
-        own = part.cost(batch)
         most_seconds = below / dollars * HOUR if wanted.objective == "cost" else below
-        if setups := overlapped_pipelines(own.balanced, near * most_seconds, wanted.most_groups):
+        if setups := overlapped_pipelines(part.cost(batch).balanced, near * most_seconds, wanted.most_groups):
             estimate = merit(cluster, wanted, part.ranks, setups[0][0])
             below = min(below, estimate)
-            found.append((estimate, PartSetups(own, part.ranks, setups)))
+            found.append((estimate, [(taken, spread(tuned, [part.ranks])) for taken, tuned in setups]))
         if time.monotonic() > end:
             break
     return [setups for _, setups in sorted(found, key=lambda pair: pair[0])[:REPLAYED]]

@@ -12,7 +12,6 @@ from typing import Any
 
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.planner.baselines.pipeline import overlapped_pipelines
 from hetermoe_cli.planner.cluster.explained import binding_of_groups
 from hetermoe_cli.planner.cluster.loaded import Loaded, groups_under_load, numbered_under_load
 from hetermoe_cli.planner.cluster.objective import Wanted, economy, least_dollars, merit, priced_bound
@@ -20,7 +19,7 @@ from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.expert_load import load_notes
 from hetermoe_cli.planner.explain import sources
 from hetermoe_cli.planner.pipeline_bound import pipeline_bound
-from hetermoe_cli.planner.pipeline_parts import PartSetups, promising_parts
+from hetermoe_cli.planner.pipeline_parts import promising_parts, whole_setups
 from hetermoe_cli.planner.pipeline_told import lost_pipelines, not_chosen, pipeline_notes, without_stages
 from hetermoe_cli.planner.pipelines import Found, Setups, best_pipelines, plain_pipelines
 from hetermoe_cli.planner.solver import SolverOptions
@@ -97,17 +96,15 @@ class PipelineSearch:
     def _search(self, known: float, seconds_left: float) -> Chosen | None:
         """The best pipelines by the objective, which should be less than `known`."""
         if not self.wanted.needs_prices:
-            setups = overlapped_pipelines(self.cost.balanced, NEAR * known, self.wanted.most_groups)
-            return self.best(PartSetups(self.cost, list(range(len(self.cost.devices))), setups), seconds_left)
+            return self.best(whole_setups(self.cost.balanced, NEAR * known, self.wanted.most_groups), seconds_left)
         parts = promising_parts(self.cost, self.wanted, known, NEAR, seconds_left)
-        found = [self.best(part, seconds_left / len(parts)) for part in parts]
+        found = [self.best(setups, seconds_left / len(parts)) for setups in parts]
         return min((one for one in found if one), key=lambda one: one.merit, default=None)
 
-    def best(self, part: PartSetups, seconds_left: float) -> Chosen | None:
-        """The best of the setups that fits; under an expert load, of those for a balanced router the first that
+    def best(self, setups: Setups, seconds_left: float) -> Chosen | None:
+        """The best of `setups` that fits; under an expert load, of those for a balanced router the first that
         does."""
-        fitting = best_pipelines(part.cost.balanced, part.setups, seconds_left)
-        found = [(seconds, part.whole(groups)) for seconds, groups in fitting]
+        found = best_pipelines(self.cost.balanced, setups, seconds_left)
         for seconds, groups in sorted(found, key=lambda one: self._merit(one[1], one[0])):
             loaded = Loaded(groups, seconds, None)
             if self.cost.inputs.expert_load:

@@ -71,6 +71,21 @@ class Tuned:
         return text if kept else f"{text}, recomputation {' or '.join(again)}"
 
 
+def spread(tuned: Tuned, ranks: Sequence[Sequence[int]]) -> Tuned:
+    """What was tuned for a part of a cluster, side by side on equal parts of the whole: rank r is `ranks[part][r]`."""
+    setup, parts = tuned.setup, len(ranks)
+    whole = replace(setup, pipelines=parts * setup.pipelines, micro_batches=parts * setup.micro_batches)
+    units = [[tuple(own[rank] for rank in unit) for unit in stages] for own in ranks for stages in tuned.units]
+    return replace(
+        tuned,
+        setup=whole,
+        units=units,
+        layers=parts * tuned.layers,
+        recompute=parts * tuned.recompute,
+        micro_batches=parts * tuned.micro_batches,
+    )
+
+
 def pp(cost: CostModel, limit: int, *, pipelines: int | None = None) -> Rival:
     """The best pipeline of the searched space. `limit` is for the R of layouts; a pipeline needs more.
 
