@@ -6,8 +6,9 @@ from builders import BACKWARD, make_cost, make_inputs, make_layout, make_model, 
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.cost.measured import MeasuredCost
 from hetermoe_cli.errors import UserError
+from hetermoe_cli.planner.device_rates import device_rates
 from hetermoe_cli.planner.plan import embed
-from hetermoe_cli.schedule.action import Kind, parse_action
+from hetermoe_cli.schedule.action import Kind, Pass, parse_action
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import Layout
 
@@ -31,6 +32,30 @@ def test_the_first_attention_stage_alone_takes_longer(recompute: str, backward: 
             expected = plain.seconds(rank, action) + more * sequences * SECONDS
             assert dense.seconds(rank, action) == pytest.approx(expected)
             assert dense.seconds_by_rank(action)[rank] == dense.seconds(rank, action)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_sent_again_the_first_stage_runs_again_behind_it(layers: int) -> None:
+    """With the second layer's backward, or the head where there is no second layer."""
+    models = [model.model_copy(update={"layers": layers}) for model in (PLAIN, DENSE)]
+    layout = make_layout((2, 1), (2, 2), layers=layers, recompute="full")
+    plain, dense = (make_cost(layout, model=model) for model in models)
+    again = "0HB1" if layers == 1 else "1AB1"
+    more = {"0AF1": 1.0, "0AB1": BACKWARD, "1AF1": 0.0, "1AB1": 0.0, "2AB1": 0.0, "0HB1": 0.0} | {again: 1.0}
+    for name, factor in more.items():
+        action = parse_action(name)
+        if action.kind is Kind.HEAD or action.layer < layers:
+            expected = plain.seconds(0, action) + factor * 2 * SECONDS
+            assert dense.seconds(0, action) == pytest.approx(expected), name
+            assert dense.seconds_by_rank(action)[0] == dense.seconds(0, action)
+    rates = device_rates(dense.cost, 0, 2, layout.schedule, 3)
+    stages = [parse_action(f"{layer}A{way}1") for layer in range(layers) for way in "FB"]
+    for action in stages:
+        way = int(action.direction is Pass.BACKWARD)
+        assert rates.stage(action.layer, way) == pytest.approx(dense.seconds(0, action))
+    tasks = [*stages, parse_action("0HB1")]
+    assert rates.attending(layers) == pytest.approx(sum(dense.seconds(0, action) for action in tasks))
+    assert rates.scaled(2.0).attending(layers) == pytest.approx(rates.attending(layers) / 2)
 
 
 def test_gradients_go_with_those_of_layer_0() -> None:

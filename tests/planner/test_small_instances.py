@@ -111,6 +111,9 @@ CASES = {
     "3 types": instance((("new", 1), ("old", 1), ("older", 1)), experts=3, batch=4),
     "4 new + 4 old": instance((("new", 4), ("old", 4)), experts=2, batch=2, old=2.0),
     "3 new + 3 old, a NIC each": instance((("new", 1),) * 3 + (("old", 1),) * 3, experts=2, batch=2, old=1.5),
+    "dense layer, full recompute": instance(
+        (("new", 1), ("old", 1)), experts=3, layers=2, batch=4, dense_layers=1, recompute="full"
+    ),
     "dense layer": instance((("new", 1), ("old", 1)), experts=3, layers=2, batch=4, dense_layers=1),
     "dense layers, recompute": instance(
         (("new", 2), ("old", 1)), experts=2, batch=4, dense_layers=2, recompute="auto", memory={"new": 2_200_000}

@@ -95,7 +95,7 @@ class LayoutCost:
         if action.kind is Kind.OPTIMIZER:
             return self.cost.optimizer_seconds(self.cost.of(rank), self.parameters(rank))
         sequences, span = self.layout.sequences_per_rank[rank], self._span_of(action)
-        place = (not action.layer, action.layer == span.first)  # dense layers; a stage that has none before it
+        place = _place(action), action.layer == span.first  # dense layers; a stage that has none before it
         key = (self.cost.devices[rank].type, sequences, action.kind, action.direction, place, span.schedule.recompute)
         if key not in self._dense:
             self._dense[key] = self._dense_seconds(rank, action)
@@ -105,7 +105,7 @@ class LayoutCost:
         """Seconds [world] of a compute action (not S) on every rank that has a part in it."""
         shape = self._shape(action.layer, action.micro_batch) if action.kind is Kind.EXPERT else None
         span = self._span_of(action)
-        key = action.kind, action.direction, shape, not action.layer, span.number, action.layer == span.first
+        key = action.kind, action.direction, shape, _place(action), span.number, action.layer == span.first
         if key not in self._by_rank:
             self._by_rank[key] = found = np.zeros(self.layout.world_size)
             for rank in self._ranks_of(action):
@@ -149,20 +149,20 @@ class LayoutCost:
         span, backward = self._span_of(action), action.direction is Pass.BACKWARD
         schedule = span.schedule
         attention = self.cost.attention_cost(device, sequences, action.layer)
+        # where rows are sent again, the stage of the layer before runs again with a layer's backward, the last one's
+        # with the head, or where gradients come back from the next pipeline stage
+        before = self.cost.model.layers if action.kind is Kind.HEAD else action.layer
+        sent = schedule.sends_again and self.cost.attention_cost(device, sequences, before - 1).forward
         if action.kind in (Kind.HEAD, Kind.PASS):
-            last = self.cost.attention_cost(device, sequences, 1)
-            again = backward * schedule.sends_again * last.forward
             if action.kind is Kind.PASS:  # its combine is in the profiled seconds of the attention stage that follows
-                return again
+                return backward * sent
             head = self.cost.head_cost(device, sequences)
-            return head.forward + backward * head.backward + again
+            return head.forward + backward * (head.backward + sent)
         if not backward:
             return attention.forward
-        # where rows are sent again, the stage of the layer before runs again here: as long, but for dense layers; that
-        # of the last layer runs with the head, or where gradients come back from the next pipeline stage
-        first = action.layer == span.first
-        again = schedule.recompute_attention and not (schedule.sends_again and first)
-        return attention.backward + again * attention.forward
+        if schedule.sends_again:
+            return attention.backward + (action.layer > span.first) * sent
+        return attention.backward + schedule.recompute_attention * attention.forward
 
     def transfer(self, action: Action) -> TransferCost:
         """Seconds of a transfer, and the ports that the layout lets it use.
@@ -313,6 +313,11 @@ class LayoutCost:
             replicated=[count for rows in copies for count in rows],
             largest_share=max(map(sum, hosted)) / rows_of_layer,
         )
+
+
+def _place(action: Action) -> int:
+    """Layers above the second cost the same: the first has the dense layers, which may run again with the second."""
+    return min(action.layer, 2)
 
 
 def _hosts(placement: LayerPlacement) -> _Hosts:

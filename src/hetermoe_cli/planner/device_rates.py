@@ -17,6 +17,7 @@ class ClassRates:
 
     attention: tuple[float, float]
     dense: tuple[float, float]  # what dense layers add to the first attention stage, less what it need not run again
+    second: float  # what of dense layers the second layer's backward runs again
     head: float
     hosted: tuple[float, float]  # one hosted expert on the rows of a whole micro-batch
     replicated: tuple[float, float]  # one replicated expert on the device's own rows
@@ -33,11 +34,12 @@ class ClassRates:
 
     def stage(self, layer: int, way: int) -> float:
         """Attention stage of `layer`, forward (0) or backward (1)."""
-        return self.attention[way] + (0.0 if layer else self.dense[way])
+        more = self.dense[way] if layer == 0 else self.second if (layer, way) == (1, 1) else 0.0
+        return self.attention[way] + more
 
     def attending(self, layers: int) -> float:
         """All attention stages of a micro-batch, both ways, and its head."""
-        return layers * sum(self.attention) + sum(self.dense) + self.head
+        return layers * sum(self.attention) + sum(self.dense) + (layers > 1) * self.second + self.head
 
     def scaled(self, unit: float) -> "ClassRates":
         """The same with all times in units of `unit` seconds."""
@@ -45,6 +47,7 @@ class ClassRates:
             self,
             attention=(self.attention[0] / unit, self.attention[1] / unit),
             dense=(self.dense[0] / unit, self.dense[1] / unit),
+            second=self.second / unit,
             head=self.head / unit,
             hosted=(self.hosted[0] / unit, self.hosted[1] / unit),
             replicated=(self.replicated[0] / unit, self.replicated[1] / unit),
@@ -59,6 +62,7 @@ class Times(NamedTuple):
 
     attention: tuple[float, float]
     dense: tuple[float, float]
+    second: float
     head: float
     hosted: tuple[float, float]
     replicated: tuple[float, float]
@@ -78,15 +82,18 @@ def device_times(cost: CostModel, rank: int, sequences: int, schedule: ScheduleC
             return probe.seconds(rank, forward), probe.seconds(rank, backward)
         return probe.expert_seconds(rank, forward, [rows]), probe.expert_seconds(rank, backward, [rows])
 
-    attention = dense = 0.0, 0.0
+    attention, dense, second = (0.0, 0.0), (0.0, 0.0), 0.0
     if sequences:
         first = attention = pair(Kind.ATTENTION)
         if cost.model.dense_layers or schedule.sends_again:
-            attention = pair(Kind.ATTENTION, layer=1)  # the probe has no such layer, but attention asks its number only
+            # the probe has no such layers, but attention asks their number only
+            attention, second = pair(Kind.ATTENTION, layer=2), pair(Kind.ATTENTION, layer=1)[1]
+            second -= attention[1]
         dense = first[0] - attention[0], first[1] - attention[1]
     return Times(
         attention=attention,
         dense=dense,
+        second=second,
         head=pair(Kind.HEAD)[1] if sequences else 0.0,
         hosted=pair(Kind.EXPERT, cost.rows_per_expert(total)),
         replicated=pair(Kind.EXPERT, cost.rows_per_expert(sequences)) if sequences else (0.0, 0.0),

@@ -111,7 +111,8 @@ class Rows:
         for r, c in zip(rates.of, rates.classes, strict=True):
             if c.attends:
                 both = schedule.micro_batches * r.attending(rates.layers)
-                start = max(start, both - schedule.window * (rates.layers * r.attention[1] + r.dense[1]))
+                backward = rates.layers * r.attention[1] + r.dense[1] + (rates.layers > 1) * r.second
+                start = max(start, both - schedule.window * backward)
         copies = np.asarray(each * self.patterns.replicated, dtype=np.float64)
         return Row(Of.WHOLE, start + sum(base for base, _ in reduces[1:]), copies, copies)
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.errors import UserError
 from hetermoe_cli.planner.baselines.parts import parted_seconds
 from hetermoe_cli.planner.orders import other_orders
 from hetermoe_cli.planner.replay import Overflow, busy_bound, over_steps, overflow, replay_seconds
@@ -57,12 +56,10 @@ def micro_batch_counts(batch: int, limit: int) -> list[int]:
 def recompute_choices(cost: CostModel) -> list[Recompute]:
     """What the training spec allows, cheapest first. `auto` sends rows again only of models with many choices a token:
     where these are few, experts do not keep much more than attention, and all that is searched takes longer."""
-    wanted, dense = cost.train.recompute, cost.model.dense_layers
-    if wanted == "full" and dense:
-        raise UserError("training spec: field recompute: full is not for models with dense_layers: take all or auto")
+    wanted = cost.train.recompute
     if wanted != "auto":
         return [wanted]
-    return [each for each in get_args(Recompute) if each != "full" or (cost.model.top_k > FEW_CHOICES and not dense)]
+    return [each for each in get_args(Recompute) if each != "full" or cost.model.top_k > FEW_CHOICES]
 
 
 def state_choices(cost: CostModel) -> list[DenseState]:
