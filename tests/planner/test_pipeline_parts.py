@@ -1,11 +1,14 @@
 """Pipelines on parts of a cluster: equal ones side by side; and by dollars, on the devices that pay, within a limit."""
 
+from typing import Any
+
 import pytest
 from test_pipelines import inputs
 
 from hetermoe_cli.cost import CostModel
 from hetermoe_cli.planner import pipeline_parts
 from hetermoe_cli.planner.baselines import pipeline
+from hetermoe_cli.planner.baselines.pipeline_cost import PipelineCost
 from hetermoe_cli.planner.cluster.objective import Wanted, dollars_per_hour, least_dollars, merit
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.pipeline_bound import pipeline_bound
@@ -103,7 +106,7 @@ def test_many_nodes_have_pipelines_on_equal_parts_side_by_side(
     new: int, old: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cost = many_nodes(new, old, monkeypatch)
-    setups = whole_setups(cost, float("inf"), None)
+    setups = whole_setups(cost, float("inf"), None, 60.0)
     assert setups
     assert [seconds for seconds, _ in setups] == sorted(seconds for seconds, _ in setups)
     for _, tuned in setups:
@@ -120,5 +123,29 @@ def test_many_nodes_have_pipelines_on_equal_parts_side_by_side(
 
 def test_parts_are_no_more_than_the_groups_that_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     cost = many_nodes(3, 3, monkeypatch)
-    assert not whole_setups(cost, float("inf"), 1)
-    assert {tuned.setup.pipelines for _, tuned in whole_setups(cost, float("inf"), 2)} == {2}
+    assert not whole_setups(cost, float("inf"), 1, 60.0)
+    assert {tuned.setup.pipelines for _, tuned in whole_setups(cost, float("inf"), 2, 60.0)} == {2}
+
+
+def test_larger_parts_are_looked_at_where_smaller_ones_do_not_hold_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost, sizes = many_nodes(8, 8, monkeypatch), []
+    search = pipeline_parts.overlapped_pipelines
+
+    def none_on_few_nodes(part: CostModel, *rest: Any) -> list[tuple[float, pipeline.Tuned]]:
+        sizes.append(len(part.inputs.nodes))
+        return search(part, *rest) if len(part.inputs.nodes) > 4 else []
+
+    monkeypatch.setattr(pipeline_parts, "overlapped_pipelines", none_on_few_nodes)
+    assert whole_setups(cost, float("inf"), None, 60.0)
+    assert sizes == [4, 2, 8]
+
+
+def test_as_many_layers_as_memory_holds() -> None:
+    """Woven, memory is not quite linear in the layers."""
+    given = inputs([("new", 2)] * 2, layers=12, memory=30_000_000, saved_bytes=1000)
+    costs = PipelineCost(CostModel(given), 2, 2, "none", "woven")
+    room = given.train.memory_headroom * 30_000_000
+    for in_flight in range(1, 30):
+        most = costs.most_layers((0, 1), in_flight, False, False)
+        assert most < 11
+        assert not most or costs._needed("new", in_flight, False, False, most) <= room

@@ -22,19 +22,25 @@ REPLAYED = 3  # parts that are looked at for dollars
 PARTS = 3  # numbers of equal parts
 
 
-def whole_setups(cost: CostModel, below: float, most_pipelines: int | None) -> Setups:
+def whole_setups(cost: CostModel, below: float, most_pipelines: int | None, seconds: float) -> Setups:
     """On the whole cluster, as overlapped_pipelines; of more nodes than it looks at, in equal parts side by side, with
-    nodes left out that are one too many. Estimates leave out what parts have to sum together."""
-    kinds, batch = list(_nodes_by_kind(cost).values()), cost.train.global_batch_sequences
+    nodes left out that are one too many. Larger parts are looked at where no smaller ones hold the model. No more
+    numbers of parts than one once `seconds` are gone. Estimates leave out what parts have to sum together."""
+    kinds, end = list(_nodes_by_kind(cost).values()), time.monotonic() + seconds
     if sum(map(len, kinds)) <= MOST_UNITS:
         return overlapped_pipelines(cost, below, most_pipelines)
     found: list[tuple[float, Tuned]] = []
-    for number in _numbers_of_parts(list(map(len, kinds)), batch, most_pipelines):
-        ranks = [_part_of(kinds, part, number) for part in range(number)]
-        part = CostModel(group_inputs(cost.inputs, ranks[0], batch // number), number)
-        most = most_pipelines and most_pipelines // number
-        found += [(seconds, spread(tuned, ranks)) for seconds, tuned in overlapped_pipelines(part, below, most)]
-        below = min([below, *(seconds for seconds, _ in found)])
+    for least, most in ((2, MOST_UNITS), (MOST_UNITS + 1, 2 * MOST_UNITS)):
+        for number in _numbers_of_parts(cost, list(map(len, kinds)), range(least, most + 1), most_pipelines):
+            if found and time.monotonic() > end:
+                break
+            ranks = [_part_of(kinds, part, number) for part in range(number)]
+            part = CostModel(group_inputs(cost.inputs, ranks[0], cost.train.global_batch_sequences // number), number)
+            setups = overlapped_pipelines(part, below, most_pipelines and most_pipelines // number, most)
+            found += [(taken, spread(tuned, ranks)) for taken, tuned in setups]
+            below = min([below, *(taken for taken, _ in found)])
+        if found:
+            break
     return sorted(found, key=lambda pair: pair[0])
 
 
@@ -55,17 +61,13 @@ def _nodes_by_kind(cost: CostModel) -> dict[object, list[list[int]]]:
     return found
 
 
-def _numbers_of_parts(counts: Sequence[int], batch: int, most_pipelines: int | None) -> list[int]:
-    """How many equal parts of so many nodes of each kind: each has at least two nodes and no more than are looked at;
-    those that leave out the fewest nodes, the largest parts first."""
-    nodes = sum(counts)
-    sizes = {number: sum(count // number for count in counts) for number in range(2, nodes // 2 + 1)}
-    fitting = [
-        number
-        for number, size in sizes.items()
-        if 2 <= size <= MOST_UNITS and batch % number == 0 and number <= (most_pipelines or nodes)
-    ]
-    return sorted(fitting, key=lambda number: (nodes - number * sizes[number], number))[:PARTS]
+def _numbers_of_parts(cost: CostModel, counts: Sequence[int], sizes: range, most_pipelines: int | None) -> list[int]:
+    """How many equal parts of so many nodes of each kind, if each has one of `sizes`: those that leave out the fewest
+    nodes, the largest parts first."""
+    nodes, batch = sum(counts), cost.train.global_batch_sequences
+    found = {number: sum(count // number for count in counts) for number in range(2, (most_pipelines or nodes) + 1)}
+    fitting = [number for number, size in found.items() if size in sizes and batch % number == 0]
+    return sorted(fitting, key=lambda number: (nodes - number * found[number], number))[:PARTS]
 
 
 def promising_parts(cost: CostModel, wanted: Wanted, below: float, near: float, seconds: float) -> list[Setups]:

@@ -96,7 +96,8 @@ class PipelineSearch:
     def _search(self, known: float, seconds_left: float) -> Chosen | None:
         """The best pipelines by the objective, which should be less than `known`."""
         if not self.wanted.needs_prices:
-            return self.best(whole_setups(self.cost.balanced, NEAR * known, self.wanted.most_groups), seconds_left)
+            setups = whole_setups(self.cost.balanced, NEAR * known, self.wanted.most_groups, seconds_left)
+            return self.best(setups, seconds_left)
         parts = promising_parts(self.cost, self.wanted, known, NEAR, seconds_left)
         found = [self.best(setups, seconds_left / len(parts)) for setups in parts]
         return min((one for one in found if one), key=lambda one: one.merit, default=None)

@@ -105,13 +105,13 @@ def pp(cost: CostModel, limit: int, *, pipelines: int | None = None) -> Rival:
 
 
 def overlapped_pipelines(
-    cost: CostModel, below: float = inf, most_pipelines: int | None = None
+    cost: CostModel, below: float = inf, most_pipelines: int | None = None, most_units: int = MOST_UNITS
 ) -> list[tuple[float, Tuned]]:
     """Like pp's, seconds first, with woven passes as well, which overlap all-to-alls with compute; those that take less
     than `below` seconds. At most so many pipelines side by side, with NICs of their own unless they may be `merged`.
 
     Many devices are searched as fast as few, with units of whole or half nodes alone; nodes of another size than most
-    devices are in are left out then. Nothing of clusters with too many nodes.
+    devices are in are left out then. Nothing of clusters with more than `most_units` nodes.
     """
     search = partial(_Search, cost, passes=get_args(PassOrder), plans=True, most_pipelines=most_pipelines)
     if len(cost.devices) <= FEW_DEVICES:
@@ -123,7 +123,7 @@ def overlapped_pipelines(
     width = max(sizes, key=lambda size: (sizes[size], size))
     whole = [ranks for ranks in members.values() if len(ranks) == width]
     parts = 2 if width % 2 == 0 and 2 * len(whole) <= MOST_UNITS else 1
-    if len(whole) > MOST_UNITS:
+    if len(whole) > most_units:
         return []
     used = [rank for ranks in whole for rank in ranks]
     return search(quantum=width // parts, ranks=used).ranked(below)

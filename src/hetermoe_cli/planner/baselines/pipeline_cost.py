@@ -125,14 +125,17 @@ class PipelineCost:
         return min([self._most_on(name, in_flight, first, last) for name in types])
 
     def _most_on(self, name: str, in_flight: int, first: bool, last: bool) -> int:
-        """Memory is linear in the layers, and in the micro-batches of each."""
+        """Memory is linear in the layers, and in the micro-batches of each; woven, nearly so."""
         key = name, in_flight, first, last
         if key not in self._most:
             (one, more), (two, most) = self._edges(name, first, last)
             one, two = one + (in_flight - 2) * (more - one), two + (in_flight - 2) * (most - two)
-            left = self.cost.types[name].memory_bytes * self.cost.train.memory_headroom - one
-            fitting = 1 + floor(left / (two - one)) if left >= 0 else 0
-            self._most[key] = min(fitting, self.cost.model.layers - 1)  # a pipeline has two stages at least
+            room = self.cost.types[name].memory_bytes * self.cost.train.memory_headroom
+            fitting = 1 + floor((room - one) / (two - one)) if room >= one else 0
+            fitting = min(fitting, self.cost.model.layers - 1)  # a pipeline has two stages at least
+            while fitting and self._needed(name, in_flight, first, last, fitting) > room:
+                fitting -= 1
+            self._most[key] = fitting
         return self._most[key]
 
     def _edges(self, name: str, first: bool, last: bool) -> list[list[int]]:
