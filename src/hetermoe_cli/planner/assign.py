@@ -64,7 +64,7 @@ def assign(work: LayerWork, exact: SolverOptions | None = None) -> IntArray | No
     if hosts is None or not len(hosts):
         return hosts
     hosts = swapped(work, hosts)
-    if exact and work.seconds.size <= MOST_BINARIES:
+    if exact and np.count_nonzero(work.most) * len(hosts) <= MOST_BINARIES:
         return _solved(work, hosts, exact)
     return hosts
 

@@ -67,7 +67,8 @@ class Named:
             for device, span, own in zip(cost.devices, self._spans, layout.sequences_per_rank, strict=True)
         ]
         kinds, total = {kind: self._kinds.index(kind) for kind in self._kinds}, layout.sequences_per_micro_batch
-        self._hosted = {kind[:2]: self._tables(rank, total) for kind, rank in kinds.items()}
+        hosted = cost.state_share(layout.schedule, 1)
+        self._hosted = {kind[:2]: self._tables(rank, total, hosted) for kind, rank in kinds.items()}
         self._copied = {kind: self._tables(rank, kind[2], self._shares[kind[1]]) for kind, rank in kinds.items()}
         shares = np.array([self._probe.cost.expert_rows(1, layer, range(self.experts)) for layer in range(self.layers)])
         self.hottest = np.argsort(-shares, axis=1, kind="stable")
@@ -75,7 +76,7 @@ class Named:
         self._expected = self._counted(self._bytes)
         self.room = self._room()
 
-    def _tables(self, rank: int, sequences: int, share: float = 1.0) -> tuple[FloatArray, FloatArray]:
+    def _tables(self, rank: int, sequences: int, share: float) -> tuple[FloatArray, FloatArray]:
         """([layers, experts] seconds, bytes) of experts on the device of `rank`, on the rows of `sequences`; `share`:
         of their states that it holds. Zero in other pipeline stages."""
         seconds, size = np.zeros((2, self.layers, self.experts))
@@ -105,11 +106,12 @@ class Named:
         total, placements = self.layout.sequences_per_micro_batch, self.layout.placement
         hosted = np.array([[len(experts) for experts in placement.experts] for placement in placements])
         copied = np.array([len(placement.replicated) for placement in placements])[:, None] * self._attends
+        hosted_share = self.cost.state_share(self.layout.schedule, 1)
 
         @cache
         def mean(kind: tuple[str, int, int]) -> tuple[float, float]:
             rank, rows = self._kinds.index(kind), self.cost.rows_per_expert
-            return of_rows(rank, rows(total), 1.0), of_rows(rank, rows(kind[2]), self._shares[kind[1]])
+            return of_rows(rank, rows(total), hosted_share), of_rows(rank, rows(kind[2]), self._shares[kind[1]])
 
         of_hosted, of_copied = np.array([mean(kind) for kind in self._kinds]).T
         result: FloatArray = hosted * of_hosted + copied * of_copied

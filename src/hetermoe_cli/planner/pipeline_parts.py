@@ -8,6 +8,7 @@ for the fastest within a limit from what costs most.
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from hetermoe_cli.cost.device import STATE_BYTES
 from hetermoe_cli.cost.model import CostModel
@@ -18,7 +19,6 @@ from hetermoe_cli.planner.cluster.parts import Part, group_inputs
 from hetermoe_cli.planner.pipelines import Setups
 from hetermoe_cli.spec.cluster import ClusterSpec
 
-REPLAYED = 3  # parts that are looked at for dollars
 PARTS = 3  # numbers of equal parts
 
 
@@ -71,9 +71,9 @@ def _numbers_of_parts(cost: CostModel, counts: Sequence[int], sizes: range, most
 
 
 def promising_parts(cost: CostModel, wanted: Wanted, below: float, near: float, seconds: float) -> list[Setups]:
-    """Setups on a few parts, on each by itself, that are estimated to be less than `below` by the objective, the best
-    part first; one that is `near` times as much as the best so far may still be better. At least one part is looked at,
-    others while there is time (`seconds`)."""
+    """Setups on parts of the cluster, on each by itself, that are estimated to be less than `below` by the objective,
+    the best part first; what is `near` times as much as the best so far may still be better. Parts are looked at until
+    `seconds` are gone and one has setups."""
     end, cluster, batch = time.monotonic() + seconds, cost.inputs.cluster, cost.train.global_batch_sequences
     found: list[tuple[float, Setups]] = []
     for dollars, part in _in_order(cost, wanted):
@@ -82,17 +82,18 @@ def promising_parts(cost: CostModel, wanted: Wanted, below: float, near: float, 
             estimate = merit(cluster, wanted, part.ranks, setups[0][0])
             below = min(below, estimate)
             found.append((estimate, [(taken, spread(tuned, [part.ranks])) for taken, tuned in setups]))
-        if time.monotonic() > end:
+        if found and time.monotonic() > end:
             break
-    return [setups for _, setups in sorted(found, key=lambda pair: pair[0])[:REPLAYED]]
+    return [setups for _, setups in sorted(found, key=lambda pair: pair[0])]
 
 
 def _in_order(cost: CostModel, wanted: Wanted) -> list[tuple[float, Part]]:
-    """Parts that may be used, with what an hour costs."""
+    """Parts that may be used, with what an hour costs (where dollars do not count, the devices)."""
     cluster = cost.inputs.cluster
     wide = [c for c in compositions(cluster) if sum(c) > 1 and _whole(cluster, c)]
     parts = [Part(cost.inputs, c, 1) for c in wide if _holds(cost, c)]
-    priced = [(dollars_per_hour(cluster, part.ranks), part) for part in parts]
+    hourly = partial(dollars_per_hour, cluster) if wanted.needs_prices else len
+    priced = [(float(hourly(part.ranks)), part) for part in parts]
     allowed = [pair for pair in priced if merit(cluster, wanted, pair[1].ranks, 0.0) == 0]
     if wanted.objective == "time":
         return sorted(allowed, key=lambda pair: -pair[0])

@@ -30,6 +30,8 @@ from hetermoe_cli.spec.plan import Assignment, Bound, Group, LoadReport, Plan, P
 WORTH = 0.01  # of the iteration, or its dollars: by how much pipelines, or several groups, must be better
 NEAR = 1.05  # times what is to be beaten: what replays are faster than estimates at most
 NONE_FITS = "no pipeline fits as a plan: into memory, into --max-groups, or with NICs of its own"
+REPLAYED = 3  # parts of the cluster, where dollars count
+PATIENCE = 10.0  # seconds to look at parts where nothing fits otherwise
 SHARE = 0.3  # of the time limit, beside what other plans take
 SHARE_OF_NODES = 0.15  # the same where units are whole nodes: each replay takes longer, and the others get the rest
 
@@ -95,12 +97,25 @@ class PipelineSearch:
 
     def _search(self, known: float, seconds_left: float) -> Chosen | None:
         """The best pipelines by the objective, which should be less than `known`."""
-        if not self.wanted.needs_prices:
-            setups = whole_setups(self.cost.balanced, NEAR * known, self.wanted.most_groups, seconds_left)
-            return self.best(setups, seconds_left)
-        parts = promising_parts(self.cost, self.wanted, known, NEAR, seconds_left)
-        found = [self.best(setups, seconds_left / len(parts)) for setups in parts]
-        return min((one for one in found if one), key=lambda one: one.merit, default=None)
+        if self.wanted.needs_prices:
+            parts = promising_parts(self.cost, self.wanted, known, NEAR, seconds_left)
+        else:
+            parts = [whole_setups(self.cost.balanced, NEAR * known, self.wanted.most_groups, seconds_left)]
+        found = self._on_parts(parts, seconds_left)
+        if not found and known == inf:  # what is estimated to fit need not: any part, however slow
+            found = self._on_parts(promising_parts(self.cost, self.wanted, inf, inf, PATIENCE), seconds_left)
+        return min(found, key=lambda one: one.merit, default=None)
+
+    def _on_parts(self, parts: Sequence[Setups], seconds_left: float) -> list[Chosen]:
+        """The best of the first parts that have any that fits; of no more than one once the time is gone."""
+        found: list[Chosen] = []
+        end = time.monotonic() + seconds_left
+        for setups in parts:
+            if len(found) == REPLAYED or (found and time.monotonic() > end):
+                break
+            best = self.best(setups, seconds_left / REPLAYED)
+            found += [best] if best else []
+        return found
 
     def best(self, setups: Setups, seconds_left: float) -> Chosen | None:
         """The best of `setups` that fits; under an expert load, of those for a balanced router the first that
@@ -126,16 +141,21 @@ class PipelineSearch:
         if against := reason_against(self.cost, "optimal", Wanted()):
             raise UserError(f"assignment pp: {against}: plan it without")
         found = plain_pipelines(self.cost.balanced, setups)
-        if found is None:
+        if not found:
             rival = plan.baselines["pp"]
             raise UserError(f"assignment pp: {NONE_FITS if setups else rival.reason}", ExitCode.DOES_NOT_FIT)
-        seconds, groups = found
         if self.cost.inputs.expert_load is None:
+            seconds, groups = found[0]
             return Chosen(seconds, groups, seconds)
-        loaded = numbered_under_load(self.cost, groups, seconds)
-        if loaded.seconds == inf:
-            raise UserError("assignment pp: fits with a balanced router only", ExitCode.DOES_NOT_FIT)
-        return Chosen(loaded.seconds, groups, loaded.seconds, loaded.report)
+        loaded = [numbered_under_load(self.cost, groups, seconds) for seconds, groups in found]
+        fastest = min(loaded, key=lambda one: one.seconds)
+        if fastest.seconds == inf:
+            raise UserError(
+                "assignment pp: fits with a balanced router, but with its experts by number not under the expert load: "
+                "plan with --assignment optimal, which places them by name, or add memory",
+                ExitCode.DOES_NOT_FIT,
+            )
+        return Chosen(fastest.seconds, fastest.groups, fastest.seconds, fastest.report)
 
     def _replaced(self, plan: Plan, chosen: Chosen, began: float) -> Plan:
         """The plan of what was chosen, with the rivals of `plan`, which it replaces."""
@@ -180,10 +200,18 @@ class PipelineSearch:
         }
         return Plan.model_validate({**base, **changes})
 
+    def _asked(self, beaten: Plan | None) -> str:
+        """Why a plan that takes less time was not chosen."""
+        if beaten and beaten.assignment == "pp":
+            return "pp was asked for"
+        return "it trains fewer tokens a dollar" if self.wanted.objective == "cost" else "it is hardly faster"
+
     def _explained(self, explanation: Explanation, chosen: Chosen, beaten: Plan | None) -> Explanation:
         # under a load others are known for a balanced router only
         others = () if chosen.load else chosen.others
-        lost = lost_pipelines(self.cost, explanation, chosen.seconds, chosen.groups, others, beaten)
+        lost = lost_pipelines(
+            self.cost, explanation, chosen.seconds, chosen.groups, others, beaten, self._asked(beaten)
+        )
         return explanation.model_copy(update={"runner_ups": lost})
 
 

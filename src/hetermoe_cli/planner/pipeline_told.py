@@ -1,6 +1,7 @@
 """What a plan says of its pipeline stages, of pipelines that lost, and of the plan that they replaced."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.binding import SAME, reason_lost
@@ -54,6 +55,15 @@ def _stages(cost: CostModel, group: Group) -> str:
     return f"{copies}{len(parts)} pipeline stages: layers {', '.join(parts)}"
 
 
+class _Lost(NamedTuple):
+    """A plan that was not chosen."""
+
+    family: str
+    schedule: str
+    seconds: float
+    path: dict[str, float]
+
+
 def lost_pipelines(
     cost: CostModel,
     winner: Explanation,
@@ -61,41 +71,40 @@ def lost_pipelines(
     groups: Sequence[Group],
     others: Sequence[Found],
     beaten: Plan | None,
+    asked: str,
 ) -> list[LostLayout]:
     """Why others lost against `groups`, which take `seconds`: the best of each family, and the plan without stages that
-    was `beaten`."""
+    was `beaten`. `asked`: why a faster one did."""
     best: dict[str, Found] = {}
     for other in sorted(others, key=lambda one: one[0]):
         best.setdefault(_family(other[1]), other)
     best.pop(_family(groups), None)
-    lost = [
-        _lost(name, cost, binding_of_groups(replay_groups(cost.inputs, found, cost)), taken, found, winner, seconds)
-        for name, (taken, found) in list(best.items())[:RUNNER_UPS]
-    ]
+    lost = [_replayed(cost, family, found) for family, found in list(best.items())[:RUNNER_UPS]]
     if beaten and beaten.explanation:
-        taken, found = beaten.predicted.iteration_seconds, beaten.groups
-        lost.append(_lost("no pipeline stages", cost, beaten.explanation, taken, found, winner, seconds))
-    return sorted(lost, key=lambda one: one.iteration_seconds)
+        path, taken = beaten.explanation.critical_path, beaten.predicted.iteration_seconds
+        lost.append(_Lost("no pipeline stages", str(beaten.groups[0].schedule), taken, path))
+    return [_told(one, winner, seconds, asked) for one in sorted(lost, key=lambda one: one.seconds)]
 
 
-def _lost(
-    family: str,
-    cost: CostModel,
-    explanation: Explanation,
-    taken: float,
-    groups: Sequence[Group],
-    winner: Explanation,
-    seconds: float,
-) -> LostLayout:
-    path, slower = explanation.critical_path, max(0.0, taken / seconds - 1)
-    staged = any(group.pipeline for group in groups)
+def _replayed(cost: CostModel, family: str, found: Found) -> _Lost:
+    seconds, groups = found
+    path = binding_of_groups(replay_groups(cost.inputs, groups, cost)).critical_path
+    return _Lost(family, "; ".join(_stages(cost, group) for group in groups), seconds, path)
+
+
+def _told(lost: _Lost, winner: Explanation, seconds: float, asked: str) -> LostLayout:
+    ratio, reason = lost.seconds / seconds, "as fast"
+    if ratio < 1 - SAME:
+        reason = f"{1 - ratio:.1%} faster, but {asked}"
+    elif ratio > 1 + SAME:
+        reason = reason_lost(lost.path, lost.seconds, winner.critical_path, seconds)
     return LostLayout(
-        family=family,
-        schedule="; ".join(_stages(cost, group) for group in groups) if staged else str(groups[0].schedule),
-        iteration_seconds=taken,
-        slower=slower,
-        critical_path=path,
-        reason=reason_lost(path, taken, winner.critical_path, seconds) if slower > SAME else "as fast",
+        family=lost.family,
+        schedule=lost.schedule,
+        iteration_seconds=lost.seconds,
+        slower=max(0.0, ratio - 1),
+        critical_path=lost.path,
+        reason=reason,
     )
 
 

@@ -60,9 +60,9 @@ def best_pipelines(cost: CostModel, setups: Setups, seconds: float) -> list[Foun
     return sorted(found, key=lambda one: one[0])
 
 
-def plain_pipelines(cost: CostModel, setups: Setups) -> Found | None:
-    """The fastest of `setups` that fits, as it is: what `pp` stands for."""
-    return next((found for _, found in _plain(cost, setups, inf)), None)
+def plain_pipelines(cost: CostModel, setups: Setups) -> list[Found]:
+    """Those of the first `setups` that fit, as they are, the fastest first: what `pp` stands for."""
+    return [found for _, found in _plain(cost, setups, inf)]
 
 
 def _plain(cost: CostModel, setups: Iterable[tuple[float, Tuned]], end: float) -> list[tuple[Shape, Found]]:

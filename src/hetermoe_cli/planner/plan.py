@@ -153,7 +153,7 @@ def _plan_one_group(
     if inputs.expert_load:
         progress("placing experts by name")
         found, load = under_load(cost, found, others, options.solver, work)
-    own = options.assignment in ("optimal", "pp")  # of pp its stages are put in place of it (with_pipelines)
+    own = options.assignment in ("optimal", "pp")  # of pp its stages are put in place of it (PipelineSearch)
     layout = found.layout if own else rivals[options.assignment].layout
     if layout is None:
         raise _no_layout(cost, rivals, options, found)

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 
-from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.measured import MeasuredState
 from hetermoe_cli.cost.moving import moves, moving_seconds
 from hetermoe_cli.planner.cluster.replayed import Replayed, replay_measured, replay_moved
 from hetermoe_cli.planner.group_moves import Search, search
-from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import Group, Plan
 from hetermoe_cli.spec.rebalance import Decision
@@ -109,7 +107,7 @@ def _search(plan: Plan, replayed: Replayed, remaining_steps: int) -> _Found:
 
 def _overflows(replayed: Replayed) -> list[bool]:
     """Whether each group exceeds the memory of its devices."""
-    return [overflow(LayoutCost(g.cost, g.group.layout)) is not None for g in replayed.groups]
+    return [not g.fits for g in replayed.groups]
 
 
 def _by_rank(plan: Plan) -> dict[int, Group]:

@@ -14,6 +14,7 @@ from hetermoe_cli.planner.cluster.groups import FoundGroups, GroupSearch, may_sp
 from hetermoe_cli.planner.cluster.objective import Wanted, least_dollars
 from hetermoe_cli.planner.cluster.plan_groups import _of_one_state
 from hetermoe_cli.planner.cluster.replayed import replay_groups
+from hetermoe_cli.planner.pipeline_plan import PipelineSearch
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.solver import SolverOptions
@@ -97,7 +98,7 @@ def test_small_clusters_have_several_groups_where_rows_take_longer_than_gradient
 ) -> None:
     inputs = two_nodes(SLOW, batch=128)
     best = planned(inputs)
-    monkeypatch.setattr("hetermoe_cli.planner.plan.with_pipelines", lambda plan, *_: plan)
+    monkeypatch.setattr(PipelineSearch, "instead_of", lambda self, plan, *_: plan)
     plan, one = planned(inputs), planned(inputs, most_groups=1)
     assert best.predicted.iteration_seconds <= plan.predicted.iteration_seconds
     assert plan.group_count > 1

@@ -8,7 +8,8 @@ from statistics import fmean
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.planner.cluster.replayed import group_cost, iteration_seconds
+from hetermoe_cli.planner.cluster.parts import group_inputs
+from hetermoe_cli.planner.cluster.replayed import iteration_seconds
 from hetermoe_cli.planner.expert_load import Best, load_report, place_by_name
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.solver import SolverOptions
@@ -33,7 +34,7 @@ def groups_under_load(cost: CostModel, groups: Sequence[Group], balanced: float,
     end, placed = time.monotonic() + options.time_limit / 2, []
     for index, group in enumerate(groups):
         now = time.monotonic()
-        best = Best(group_cost(cost.inputs, group), now + (end - now) / (len(groups) - index))
+        best = Best(_cost_among(cost, group, groups), now + (end - now) / (len(groups) - index))
         place_by_name(best, [group.layout], options.name)
         assert best.layout is not None
         placed.append(Group.of(best.layout, group.replicas))
@@ -46,9 +47,15 @@ def groups_under_load(cost: CostModel, groups: Sequence[Group], balanced: float,
 
 def numbered_under_load(cost: CostModel, groups: Sequence[Group], balanced: float) -> Loaded:
     """The same groups with their experts where they are; infinite seconds where memory does not hold the load."""
-    fits = not any(overflow(LayoutCost(group_cost(cost.inputs, group), group.layout)) for group in groups)
+    fits = not any(overflow(LayoutCost(_cost_among(cost, group, groups), group.layout)) for group in groups)
     seconds = _mean_seconds(cost, groups) if fits else inf
     return Loaded([*groups], seconds, load_report(cost, balanced, seconds if fits else None))
+
+
+def _cost_among(cost: CostModel, group: Group, groups: Sequence[Group]) -> CostModel:
+    """Costs of a group's devices, where states are shared out over all copies of the model."""
+    copies = sum(len(other.replicas) for other in groups)
+    return CostModel(group_inputs(cost.inputs, group.replicas[0], group.sequences), copies)
 
 
 def _mean_seconds(cost: CostModel, groups: Sequence[Group]) -> float:

@@ -165,7 +165,7 @@ def replay_groups(inputs: Inputs, groups: Sequence[Group], whole: CostModel | No
 
 
 def iteration_seconds(inputs: Inputs, groups: Sequence[Group], whole: CostModel | None = None) -> float:
-    """`replay_groups(...).seconds`; of a single copy of the model, with half of the work."""
+    """The seconds that replay_groups finds. A single copy of the model, which sums with nobody, is simulated once."""
     if len(groups) == len(groups[0].replicas) == 1:
         return simulate(LayoutCost(group_cost(inputs, groups[0]), groups[0].layout)).seconds
     return replay_groups(inputs, groups, whole).seconds
