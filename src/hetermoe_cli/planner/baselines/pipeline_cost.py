@@ -133,7 +133,11 @@ class PipelineCost:
             room = self.cost.types[name].memory_bytes * self.cost.train.memory_headroom
             fitting = 1 + floor((room - one) / (two - one)) if room >= one else 0
             fitting = min(fitting, self.cost.model.layers - 1)  # a pipeline has two stages at least
-            while fitting and self._needed(name, in_flight, first, last, fitting) > room:
+            while (
+                self.schedule.passes == "woven"
+                and fitting
+                and self._needed(name, in_flight, first, last, fitting) > room
+            ):
                 fitting -= 1
             self._most[key] = fitting
         return self._most[key]
