@@ -4,8 +4,7 @@ BIN := $(VENV)/bin
 # timed, or in need of a turn within half a second
 ALONE := tests/dist/test_balancer.py tests/dist/test_common_moment.py tests/dist/test_emulation.py \
 	tests/dist/test_peer_loss.py $(addprefix tests/dist/test_train_nodes.py::, \
-	test_a_worker_that_dies_ends_all_nodes_with_its_error test_workers_that_died_are_started_again_on_all_nodes \
-	test_an_interrupt_on_one_node_stops_and_saves_on_all) \
+	test_a_worker_that_dies_ends_all_nodes_with_its_error test_an_interrupt_on_one_node_stops_and_saves_on_all) \
 	tests/cli/test_train_cmd.py::test_dead_worker_ends_the_run_with_its_error
 
 .PHONY: demo test test-long lint bench clean

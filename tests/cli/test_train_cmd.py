@@ -100,6 +100,7 @@ def test_run_then_resume_is_bit_exact(plan_file: Path, text: Path, tmp_path: Pat
         assert (half / shard).read_bytes() == (whole / shard).read_bytes()
 
 
+@pytest.mark.long
 def test_balanced_routers_resume_bit_exact_and_under_another_layout(text: Path, tmp_path: Path) -> None:
     """Losses of the router are told apart, loads of every layer are in the metrics, and the biases are saved
     (after an odd number of steps, none of them can be back at 0)."""

@@ -54,6 +54,7 @@ def resume(plan: Path, whole: Path, folder: Path, text: Path, code: int = 0) -> 
     return train(plan, folder, text, "--resume", code=code)
 
 
+@pytest.mark.long
 def test_masked_documents_and_capacity_resume_bit_exact_and_under_another_layout(text: Path, tmp_path: Path) -> None:
     """The other one sends rows again."""
     whole, moved = tmp_path / "whole", plan_file(tmp_path, "masked", (2, 0))

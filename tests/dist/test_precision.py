@@ -102,6 +102,7 @@ def check(losses: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(losses - expected).mean() < ALL_STEPS
 
 
+@pytest.mark.long
 def test_one_process_learns_as_in_fp32(single: dict[str, np.ndarray]) -> None:
     for name in ("bf16", "fp16"):
         check(single[name], single["fp32"])

@@ -113,6 +113,7 @@ def test_a_worker_that_dies_ends_all_nodes_with_its_error(plan_file: Path, text:
     assert not (tmp_path / "run/status.json").exists()
 
 
+@pytest.mark.long
 def test_workers_that_died_are_started_again_on_all_nodes(plan_file: Path, text: Path, tmp_path: Path) -> None:
     options = ("--steps", 60, "--drift-every", 0, "--checkpoint-every", 10, "--max-restarts", 1, "--json")
     launchers = start(plan_file, tmp_path / "run", text, *options)

@@ -43,7 +43,7 @@ def seconds_of(inputs: Inputs, layout: Layout) -> float:
     return simulate(LayoutCost(CostModel(inputs), layout)).seconds
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(st.integers(0, 10**6))
 def test_never_slower_than_numbers_or_a_rival_and_never_below_its_bound(seed: int) -> None:
     inputs = instance(seed)
@@ -63,7 +63,7 @@ def test_never_slower_than_numbers_or_a_rival_and_never_below_its_bound(seed: in
         assert sorted(everyone) == list(range(inputs.model.experts))
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(st.integers(0, 10**6))
 def test_memory_is_never_exceeded(seed: int) -> None:
     inputs = instance(seed, tight=True)
@@ -77,7 +77,7 @@ def test_memory_is_never_exceeded(seed: int) -> None:
         assert memory.total_bytes <= memory.capacity_bytes * inputs.train.memory_headroom
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(st.integers(0, 10**6))
 @pytest.mark.long
 def test_an_even_load_changes_nothing(seed: int) -> None:

@@ -78,7 +78,7 @@ instances = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=7)
+@settings(max_examples=4)
 @given(instances)
 def test_never_worse_than_a_rival_and_never_below_its_bound(instance: dict[str, float]) -> None:
     plan = make_plan(build(**instance), OPTIONS)  # type: ignore[arg-type]
@@ -91,7 +91,7 @@ def test_never_worse_than_a_rival_and_never_below_its_bound(instance: dict[str, 
     assert seconds == pytest.approx(simulate(LayoutCost(CostModel(plan.inputs), plan.layout)).seconds)
 
 
-@settings(max_examples=7)
+@settings(max_examples=4)
 @given(instances, st.integers(1, 8))
 def test_memory_is_never_exceeded(instance: dict[str, float], megabytes: int) -> None:
     inputs = build(**instance, memory=megabytes * 10**6)  # type: ignore[arg-type]
@@ -105,7 +105,7 @@ def test_memory_is_never_exceeded(instance: dict[str, float], megabytes: int) ->
         assert memory.total_bytes <= memory.capacity_bytes * inputs.train.memory_headroom
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(instances, st.sampled_from([0.1, 7.0]))
 @pytest.mark.long
 def test_scaling_all_costs_scales_the_time(instance: dict[str, float], scale: float) -> None:
@@ -114,7 +114,7 @@ def test_scaling_all_costs_scales_the_time(instance: dict[str, float], scale: fl
     assert scaled.predicted.iteration_seconds == pytest.approx(plan.predicted.iteration_seconds * scale, rel=allowed)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(instances)
 @pytest.mark.long
 def test_the_order_of_the_devices_does_not_matter(instance: dict[str, float]) -> None:
@@ -123,7 +123,7 @@ def test_the_order_of_the_devices_does_not_matter(instance: dict[str, float]) ->
     assert turned.predicted.iteration_seconds == pytest.approx(plan.predicted.iteration_seconds, rel=allowed)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(instances, st.sampled_from(["news", "olds"]))
 @pytest.mark.long
 def test_one_more_device_is_never_slower(instance: dict[str, float], more: str) -> None:

@@ -31,6 +31,7 @@ def inputs() -> Inputs:
     return make_inputs(nodes, model=model, profiles=profiles, global_batch_sequences=4, network=link, interconnect=link)
 
 
+@pytest.mark.long
 def test_a_milp_that_needs_more_time_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     real, granted = search.ilp.solve, []
 

@@ -1,9 +1,9 @@
 """Pipelines on parts of a cluster: on equal ones side by side where it has many nodes; and where dollars count on some
 of its devices, as those that are left out cost nothing.
 
-For dollars, parts whole nodes where they are many, are looked at from where the objective is likely to be best: for
-the most tokens a dollar those of one kind first, from few devices on, as every stage more waits longer for its turn;
-for the fastest within a limit from what costs most.
+For dollars, parts are whole nodes where there are many devices, and looked at from where the objective is likely to be
+best: for the most tokens a dollar those of one kind first, from few devices on, as every stage more waits longer for
+its turn; for the fastest within a limit from what costs most.
 """
 
 import time
@@ -78,7 +78,7 @@ def promising_parts(cost: CostModel, wanted: Wanted, below: float, near: float, 
     found: list[tuple[float, Setups]] = []
     for dollars, part in _in_order(cost, wanted):
         most_seconds = below / dollars * HOUR if wanted.objective == "cost" else below
-        if setups := overlapped_pipelines(part.cost(batch).balanced, near * most_seconds, wanted.most_groups):
+        if setups := whole_setups(part.cost(batch).balanced, near * most_seconds, wanted.most_groups, 0.0):
             estimate = merit(cluster, wanted, part.ranks, setups[0][0])
             below = min(below, estimate)
             found.append((estimate, [(taken, spread(tuned, [part.ranks])) for taken, tuned in setups]))

@@ -113,7 +113,7 @@ class PipelineSearch:
         for setups in parts:
             if len(found) == REPLAYED or (found and time.monotonic() > end):
                 break
-            best = self.best(setups, seconds_left / REPLAYED)
+            best = self.best(setups, seconds_left / min(REPLAYED, len(parts)))
             found += [best] if best else []
         return found
 
