@@ -58,6 +58,7 @@ def test_two_plans_in_turn(plans: list[Path], text: Path, tmp_path: Path) -> Non
     assert "holds something already" in hetermoe("bench", *plans, *options, code=3).stderr
 
 
+@pytest.mark.long
 def test_an_interrupt_ends_the_bench_and_keeps_what_was_run(plans: list[Path], text: Path, tmp_path: Path) -> None:
     output = tmp_path / "bench"
     arguments = ["bench", *plans, "--steps", 1000000, "--data", text, "--output", output]

@@ -67,6 +67,7 @@ def test_it_is_profiled_planned_and_trained(folder: Path) -> None:
     assert {"layers.2.latent.key_value_up.weight", "dense_layers.0.latent.query_norm.weight@exp_avg"} <= names
 
 
+@pytest.mark.long
 def test_another_run_begins_with_its_weights(folder: Path, tmp_path: Path) -> None:
     """The first loss is the single-device model's under the exported weights, on the first batch."""
     train(folder / "plan.yaml", "--run-folder", tmp_path / "run", *text(folder), "--weights", folder / "exported")

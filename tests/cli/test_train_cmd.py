@@ -240,6 +240,7 @@ def test_corrupt_checkpoint(plan_file: Path, text: Path, tmp_path: Path) -> None
     assert "missing" in refused(*options, "--steps", 5, "--resume")
 
 
+@pytest.mark.long
 def test_a_torn_last_line_of_the_metrics_does_not_stop_a_resume(plan_file: Path, text: Path, tmp_path: Path) -> None:
     options = ("train", plan_file, "--run-folder", tmp_path / "run", "--data", text)
     hetermoe(*options, "--steps", 2)
@@ -249,6 +250,7 @@ def test_a_torn_last_line_of_the_metrics_does_not_stop_a_resume(plan_file: Path,
     assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1, 2]
 
 
+@pytest.mark.long
 def test_a_run_that_died_before_its_first_checkpoint_begins_again(plan_file: Path, text: Path, tmp_path: Path) -> None:
     options = ("train", plan_file, "--run-folder", tmp_path / "run", "--data", text)
     hetermoe(*options, "--steps", 3)
@@ -274,6 +276,7 @@ def test_divergence_ends_the_run_in_one_line_and_keeps_good_checkpoints(text: Pa
     assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
 
 
+@pytest.mark.long
 def test_a_save_that_fails_after_an_interrupt_is_told(plan_file: Path, text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start(plan_file, folder, text)

@@ -155,6 +155,7 @@ def compare(hetermoe: Hetermoe, plan_file: Path, group: int, folder: Path) -> di
     return found
 
 
+@pytest.mark.long
 def test_every_group_can_be_compared_with_its_run(hetermoe: Hetermoe, text: Path, tmp_path: Path) -> None:
     dump(groups_plan((ALONE, [[1]]), (PAIR, [[0, 3]])), tmp_path / "plan.yaml")
     train(tmp_path / "plan.yaml", "--run-folder", tmp_path / "run", "--data", text)
@@ -193,6 +194,7 @@ def test_what_compares_one_group_says_so_and_calibration_takes_all(
     assert len(json.loads(found.out)["rows"]) == len(KINDS)
 
 
+@pytest.mark.long
 def test_bench_compares_groups_with_one(hetermoe: Hetermoe, text: Path, tmp_path: Path) -> None:
     plans = {
         "groups": groups_plan((ALONE, [[0], [1]])),

@@ -242,7 +242,9 @@ def interrupted(rank: int, case: Case, precision: str, ranks: tuple[str, ...], s
 
 
 @pytest.mark.parametrize("state", OTHER)
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "precision", ["fp64", "fp16", *(pytest.param(p, marks=pytest.mark.long) for p in ("bf16", "fp32"))]
+)
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped_and_in_other_states_too(precision: str, state: str) -> None:
     found = run_workers(2, interrupted, PAIR, precision, PRECISIONS[precision], state)
     for rank in found:

@@ -150,6 +150,7 @@ def test_an_interrupt_on_one_node_stops_and_saves_on_all(plan_file: Path, text: 
     assert results == [(130, "", line)] * 2
 
 
+@pytest.mark.long
 def test_a_node_that_is_left_out_ends_at_once_and_the_others_train(text: Path, tmp_path: Path) -> None:
     spread = uneven_plan()
     nodes = [*spread.inputs.cluster.nodes, spread.inputs.cluster.nodes[1].model_copy(update={"name": "last"})]

@@ -51,7 +51,7 @@ def brute_force(inputs: Inputs) -> float:
     return best
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [*range(8), *(pytest.param(s, marks=pytest.mark.long) for s in range(8, 20))])
 def test_equals_brute_force_on_random_instances(seed: int) -> None:
     rng = random.Random(seed)
     devices, layers = rng.choice([(2, 2), (2, 1), (3, 1), (3, 1)])
@@ -72,7 +72,9 @@ def test_equals_brute_force_on_random_instances(seed: int) -> None:
     assert plan.bound.exact_over == "devices"
 
 
-@pytest.mark.parametrize("seed", range(200, 212))
+@pytest.mark.parametrize(
+    "seed", [*range(200, 205), *(pytest.param(s, marks=pytest.mark.long) for s in range(205, 212))]
+)
 def test_rows_once_per_device(seed: int) -> None:
     """No bound is above what brute force finds, and plans come close: they count such rows where they compare."""
     rng = random.Random(seed)
@@ -92,7 +94,9 @@ def test_rows_once_per_device(seed: int) -> None:
     assert plan.bound.iteration_seconds <= best * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("seed", range(100, 108))
+@pytest.mark.parametrize(
+    "seed", [*range(100, 104), *(pytest.param(s, marks=pytest.mark.long) for s in range(104, 108))]
+)
 def test_equals_brute_force_where_types_share_a_machine(seed: int) -> None:
     rng = random.Random(seed)
     inputs = random_inputs(rng, devices=3, layers=1, experts=3, batch=rng.choice([2, 3]), flat=True)
