@@ -176,3 +176,14 @@ def test_as_many_layers_as_memory_holds() -> None:
     assert 1 < len({*found.values()}) < 12
     for in_flight, most in found.items():
         assert not most or costs._needed("new", in_flight, False, False, most) <= room
+
+
+def test_where_there_is_something_to_beat_no_part_is_looked_at_once_time_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cost, looked = CostModel(priced({"new": 2.0, "old": 1.0})), []
+    monkeypatch.setattr(pipeline_parts, "whole_setups", lambda *given: looked.append(given) or [])
+    assert promising_parts(cost, Wanted("cost"), 1e-9, 1.05, 0.0) == []
+    assert len(looked) == 1
+    assert promising_parts(cost, Wanted("cost"), float("inf"), 1.05, 0.0) == []
+    assert len(looked) > 2

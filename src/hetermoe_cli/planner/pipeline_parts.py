@@ -9,6 +9,7 @@ its turn; for the fastest within a limit from what costs most.
 import time
 from collections.abc import Sequence
 from functools import partial
+from math import inf
 
 from hetermoe_cli.cost.device import STATE_BYTES
 from hetermoe_cli.cost.model import CostModel
@@ -73,7 +74,8 @@ def _numbers_of_parts(cost: CostModel, counts: Sequence[int], sizes: range, most
 def promising_parts(cost: CostModel, wanted: Wanted, below: float, near: float, seconds: float) -> list[Setups]:
     """Setups on parts of the cluster, on each by itself, that are estimated to be less than `below` by the objective,
     the best part first; what is `near` times as much as the best so far may still be better. Parts are looked at until
-    `seconds` are gone and one has setups."""
+    `seconds` are gone; where there is nothing to beat (infinite `below`), until one has setups as well."""
+    alone = below == inf
     end, cluster, batch = time.monotonic() + seconds, cost.inputs.cluster, cost.train.global_batch_sequences
     found: list[tuple[float, Setups]] = []
     for dollars, part in _in_order(cost, wanted):
@@ -82,7 +84,7 @@ def promising_parts(cost: CostModel, wanted: Wanted, below: float, near: float, 
             estimate = merit(cluster, wanted, part.ranks, setups[0][0])
             below = min(below, estimate)
             found.append((estimate, [(taken, spread(tuned, [part.ranks])) for taken, tuned in setups]))
-        if found and time.monotonic() > end:
+        if (found or not alone) and time.monotonic() > end:
             break
     return [setups for _, setups in sorted(found, key=lambda pair: pair[0])]
 
