@@ -106,6 +106,16 @@ def test_no_rank_keeps_more_windows_than_it_must(layout: Layout) -> None:
             assert numbers == sorted(numbers)
 
 
+@given(pipelines())
+def test_gradients_are_summed_behind_what_an_earlier_stage_waits_for(layout: Layout) -> None:
+    transfers = training_schedule(layout, copies=2).transfers
+    for span in layout.spans[1:]:
+        layers = [*span.layers, *([] if span.ahead else [layout.layers])]
+        crossed = max(transfers.index(Action(Kind.CROSS, BACKWARD, span.first, j)) for j in range(layout.micro_batches))
+        summed = [transfers.index(Action(Kind.REDUCE, BACKWARD, layer, layout.micro_batches - 1)) for layer in layers]
+        assert crossed < min(summed)
+
+
 @given(any_layouts())
 def test_one_window_is_woven_into_nothing(layout: Layout) -> None:
     whole = {"window": layout.micro_batches, "experts": "after", "transfers": "layered", "dense_state": "replicated"}

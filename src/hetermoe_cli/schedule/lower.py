@@ -131,14 +131,17 @@ def _orders_of_stage(
     A layer's gradients are reduced once its last backward is done, while the layer before runs its own. Layered: just
     before the last answer there, which only one stage waits for. Interleaved: right after the first one, which the next
     message towards the experts needs anyway; later, that message would wait for more answers where it shares a port
-    with the gradients. Weights are gathered at the same places, before gradients, as stages wait for them.
+    with the gradients. Weights are gathered at the same places, before gradients, as stages wait for them. Where an
+    earlier pipeline stage follows, all gradients are reduced behind what crosses to it: it waits for that, and its own
+    backward hides them.
     """
     layers = len(part.hosts)
     own = [a for a in order_of(part, windows) if a.kind in _OF_ATTENDING]
     stages = sorted(own, key=lambda a: (a.micro_batch // windows.width, a.direction is Pass.BACKWARD))
     found = gathers(stages, layers) if gathered else []
     after = {gather.action: gather.after for gather in found if gather.after}
-    collectives = _reduces(stages, layers, windows, gathered)
+    reduces = _reduces(stages, layers, windows, gathered)
+    collectives = {} if part.first else reduces
     for gather, stage in after.items():
         collectives[stage] = [gather, *collectives.get(stage, [])]
     by_pass: dict[_PassOf, list[Action]] = defaultdict(list)
@@ -168,6 +171,8 @@ def _orders_of_stage(
         place = 1 if windows.transfers == "interleaved" else max(1, len(sent) - 1)
         sent[place:place] = collectives.get(action, ())
     result += [*waited, *sent]
+    if part.first:
+        result += [reduce for found in reduces.values() for reduce in found]
     return by_pass, after
 
 

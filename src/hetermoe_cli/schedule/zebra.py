@@ -122,11 +122,14 @@ def steps(ahead: int, windows: Windows) -> list[list[tuple[Pass, range]]]:
 
 def place_in_pass(action: Action, layers: range) -> float:
     """How far into its pass a task or transfer of a pipeline stage is: a layer is 2 long, and begins with attention
-    (backward: with what it waits for); transfers are in the middle between the tasks at their ends."""
+    (backward: with what it waits for); transfers are in the middle between the tasks at their ends. Sums of gradients
+    go behind what an earlier stage waits for."""
     if action.kind is Kind.HEAD:
         return 0.0
     if action.direction is Pass.FORWARD:
         return 2 * (action.layer - layers.start) + _FORWARD_PLACES[action.kind]
+    if action.kind is Kind.REDUCE and layers.start:
+        return 2 * len(layers) + _BACKWARD_PLACES[Kind.CROSS]
     return 2 * (layers.stop - 1 - action.layer) + _BACKWARD_PLACES[action.kind]
 
 
