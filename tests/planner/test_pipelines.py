@@ -17,6 +17,7 @@ from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.pipeline_bound import pipeline_bound
 from hetermoe_cli.planner.pipeline_plan import WORTH, PipelineSearch
 from hetermoe_cli.planner.pipelines import (
+    CANDIDATES,
     Found,
     Shape,
     _costs,
@@ -216,6 +217,16 @@ def test_the_best_is_no_slower_than_the_plain_setups_and_fits() -> None:
     plain = [seconds for _, tuned in setups[:2] for seconds, _ in timed(cost, groups_of(cost, Shape(tuned)))]
     assert found[0] <= min(plain)
     assert all(g.fits for g in replay_groups(cost.inputs, found[1]).groups)
+
+
+def test_setups_are_replayed_as_long_as_there_is_time() -> None:
+    cost = CostModel(inputs([("new", 1), ("new", 1), ("old", 1), ("old", 1)], batch=16))
+    found = overlapped_pipelines(cost)
+    (fast,), (slow,) = (timed(cost, groups_of(cost, Shape(found[place][1]))) for place in (0, -1))
+    assert fast[0] < slow[0]
+    setups = [*[(0.0, found[-1][1])] * CANDIDATES, (0.0, found[0][1])]
+    assert best_pipelines(cost, setups, 60.0)[0][0] <= fast[0]
+    assert {seconds for seconds, _ in best_pipelines(cost, setups, 0.0)} == {slow[0]}
 
 
 @pytest.mark.parametrize("memory", [10**10, 6_500_000, 5_000_000, 4_000_000, 3_500_000, 2_000_000])

@@ -21,14 +21,13 @@ from hetermoe_cli.planner.explain import sources
 from hetermoe_cli.planner.pipeline_bound import pipeline_bound
 from hetermoe_cli.planner.pipeline_parts import promising_parts, whole_setups
 from hetermoe_cli.planner.pipeline_told import lost_pipelines, not_chosen, pipeline_notes, without_stages
-from hetermoe_cli.planner.pipelines import Found, Setups, best_pipelines, plain_pipelines
+from hetermoe_cli.planner.pipelines import NEAR, Found, Setups, best_pipelines, plain_pipelines
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.spec.explanation import Explanation
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.plan import Assignment, Bound, Group, LoadReport, Plan, Prediction, SolverReport
 
 WORTH = 0.01  # of the iteration, or its dollars: by how much pipelines, or several groups, must be better
-NEAR = 1.05  # times what is to be beaten: what replays are faster than estimates at most
 NONE_FITS = "no pipeline fits as a plan: into memory, into --max-groups, or with NICs of its own"
 REPLAYED = 3  # parts of the cluster, where dollars count
 PATIENCE = 10.0  # seconds to look at parts where nothing fits otherwise

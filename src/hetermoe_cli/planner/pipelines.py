@@ -1,12 +1,12 @@
 """Pipelines as plans: setups of baselines/pipeline.py as layouts with stages, replayed, and improved.
 
-Every unit of a setup becomes a pipeline stage. What is estimated to be fast is replayed; a stage that does not fit
-computes more again. The fastest are then varied: windows of two micro-batches, and experts in proportion to speed where
-a stage mixes device types.
+Every unit of a setup becomes a pipeline stage. What is estimated to be fast is replayed, a few setups at a time; a
+stage that does not fit computes more again. The fastest of these are then varied: windows of two micro-batches, and
+experts in proportion to speed where a stage mixes device types.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import get_args
@@ -28,8 +28,9 @@ from hetermoe_cli.spec.plan import Group
 from hetermoe_cli.spec.schedule_choice import PassOrder
 from hetermoe_cli.spec.train import Recompute
 
-CANDIDATES = 4  # setups that are replayed
+CANDIDATES = 4  # setups that are replayed at a time
 IMPROVED = 2  # of these, those that are varied
+NEAR = 1.05  # times what is to be beaten: what replays are faster than estimates at most
 
 Setups = Sequence[tuple[float, Tuned]]  # with estimated seconds, the fastest first
 Found = tuple[float, list[Group]]  # seconds of an iteration, and a group of every pipeline that differs from the others
@@ -49,33 +50,38 @@ class Shape:
 
 
 def best_pipelines(cost: CostModel, setups: Setups, seconds: float) -> list[Found]:
-    """Those that fit of `setups` (with estimated seconds, fastest first), and some variants, the fastest first. No more
-    than one is looked at once `seconds` are gone. Balanced routers only."""
-    end = time.monotonic() + seconds
-    plain = _plain(cost, setups, end)
-    found = [one for _, one in plain]
-    for varied in [varied for shape, _ in plain[:IMPROVED] for varied in _variants(cost, shape)]:
-        fitting = fitted(cost, varied) if time.monotonic() < end else None
-        found += [fitting[1]] if fitting else []
+    """Those that fit of `setups` (with estimated seconds, fastest first), and some variants, the fastest first, until
+    `seconds` are gone, but one at least. Balanced routers only."""
+    end, found = time.monotonic() + seconds, list[Found]()
+    for plain in _plain(cost, setups, end):
+        found += [one for _, one in plain]
+        for varied in [varied for shape, _ in plain[:IMPROVED] for varied in _variants(cost, shape)]:
+            fitting = fitted(cost, varied) if time.monotonic() < end else None
+            found += [fitting[1]] if fitting else []
     return sorted(found, key=lambda one: one[0])
 
 
 def plain_pipelines(cost: CostModel, setups: Setups) -> list[Found]:
     """Those of the first `setups` that fit, as they are, the fastest first: what `pp` stands for."""
-    return [found for _, found in _plain(cost, setups, inf)]
+    return [found for _, found in next(_plain(cost, setups, inf), [])]
 
 
-def _plain(cost: CostModel, setups: Iterable[tuple[float, Tuned]], end: float) -> list[tuple[Shape, Found]]:
-    """The first CANDIDATES that fit, the fastest first."""
-    plain: list[tuple[Shape, Found]] = []
-    for _, tuned in setups:
-        if len(plain) == CANDIDATES or (plain and time.monotonic() > end):
-            break
-        side_by_side = merged(tuned)
-        for shape in [Shape(tuned), *([Shape(side_by_side, copies=True)] if side_by_side else [])]:
-            fitting = fitted(cost, shape)
-            plain += [fitting] if fitting else []
-    return sorted(plain, key=lambda one: one[1][0])
+def _plain(cost: CostModel, setups: Setups, end: float) -> Iterator[list[tuple[Shape, Found]]]:
+    """What fits of CANDIDATES at a time, the fastest first: until `end`, but one at least, and none that is estimated
+    to be much slower than what was found."""
+    best = inf
+    for at in range(0, len(setups), CANDIDATES):
+        plain: list[tuple[Shape, Found]] = []
+        for estimate, tuned in setups[at : at + CANDIDATES]:
+            if best < inf and (time.monotonic() > end or estimate > NEAR * best):
+                break
+            side_by_side = merged(tuned)
+            for shape in [Shape(tuned), *([Shape(side_by_side, copies=True)] if side_by_side else [])]:
+                fitting = fitted(cost, shape)
+                plain += [fitting] if fitting else []
+            best = min([best, *(seconds for _, (seconds, _) in plain)])
+        if plain:
+            yield sorted(plain, key=lambda one: one[1][0])
 
 
 def fitted(cost: CostModel, shape: Shape) -> tuple[Shape, Found] | None:
