@@ -140,6 +140,22 @@ def test_what_is_left_trains_by_a_plan_of_its_own(plan_file: Path, text: Path, t
     assert run.plan.notes[0] == "planned again without node1"
 
 
+@pytest.mark.long
+def test_the_others_go_on_without_node_0(plan_file: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    every = ("--steps", 60, "--drift-every", 0, "--checkpoint-every", 10)
+    launchers = start(plan_file, folder, text, *every, "--max-restarts", 1, "--replan-after", 1, "--json")
+    worker(folder, 2, step=25)
+    launchers[0].kill()
+    out, errors = launchers[1].communicate(timeout=120)
+    assert (launchers[1].returncode, json.loads(out)["steps"]) == (0, 60), errors
+    assert "node 1 of 2: node 1 has taken the place of node 0, at 127.0.0.1" in errors
+    assert "node 1 of 2: goes on without nodes 0 of the cluster file, by" in errors
+    assert [line["step"] for line in events(folder, "step")] == list(range(60))
+    run = load(RunSpec, folder / "run.yaml")
+    assert (run.world.size, run.plan.inputs.node_numbers) == (1, [1])
+
+
 def test_an_interrupt_on_one_node_stops_and_saves_on_all(plan_file: Path, text: Path, tmp_path: Path) -> None:
     launchers = start(plan_file, tmp_path / "run", text, *ENDLESS)
     worker(tmp_path / "run", 2)

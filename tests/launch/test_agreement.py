@@ -9,6 +9,7 @@ from builders import make_plan
 from hetermoe_cli.launch import agreement
 from hetermoe_cli.launch.agreement import agreed_run
 from hetermoe_cli.launch.local import claimed
+from hetermoe_cli.launch.succession import Succession, find_succession
 from hetermoe_cli.spec.run import RunSpec
 
 
@@ -56,3 +57,12 @@ def test_a_folder_in_which_a_run_is_at_work_is_left_alone(tmp_path: Path) -> Non
         assert not (folder / "run.yaml").exists()
     assert start() == [a_run(folder)] * 2
     assert start() == [a_run(folder)] * 2  # a claim ends with its meeting
+
+
+def test_where_the_nodes_are_is_kept_for_the_next_start(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    meet(*[lambda found: agreed_run(found, lambda: run)] * len(run.plan.inputs.nodes))
+    assert find_succession(tmp_path, [0, 1], None) is None
+    found = find_succession(tmp_path, [1, 7], 5.0)
+    assert found == Succession(str(tmp_path), {0: "127.0.0.1"}, 5.0)
+    assert find_succession(tmp_path / "new", [0, 1], 5.0) == Succession(str(tmp_path / "new"), {}, 5.0)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.launch import meeting
@@ -203,6 +204,18 @@ def test_a_launcher_of_another_plan_does_not_disturb_the_run() -> None:
             assert caught.value.plan == "plan"
 
     assert meet(stranger, stranger) == [None, None]
+
+
+def test_a_plan_with_as_many_other_nodes_is_another_one() -> None:
+    port = free_port()
+    with Meeting(Place(0, 2, "127.0.0.1", port, used=(1, 2)), "plan"):
+        stranger = Place(0, 2, "127.0.0.1", port, leader=1, used=(0, 1))
+        store = TCPStore("127.0.0.1", port, None, False, wait_for_workers=False)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(meeting, "open_store", lambda place, _: (place, store))
+            with pytest.raises(OtherPlan, match="has nodes 1, 2 of the cluster file, not 0, 1") as caught:
+                Meeting(stranger).__enter__()
+        assert caught.value.plan == "plan"
 
 
 @pytest.mark.parametrize("closes", [True, False])

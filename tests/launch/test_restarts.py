@@ -33,6 +33,13 @@ def test_a_plan_may_be_called_as_the_command_is() -> None:
     assert again(["train", "train"], Path("train"), NEW, FOLDER, 4) == [*GOES_ON.split(), str(NEW)]
 
 
+def test_node_0_may_be_another_one_now() -> None:
+    arguments = ["train", "--master-addr", "far", "--steps", "3", "--", "plans/a.yaml"]
+    moved = "--master-addr 10.0.0.2 --steps 3 --"
+    assert again(arguments, OLD, NEW, FOLDER, 4, "10.0.0.2") == [*GOES_ON.split(), *moved.split(), str(NEW)]
+    assert "far" in again(arguments, OLD, NEW, FOLDER, 4)
+
+
 @pytest.mark.parametrize(
     ("code", "left"), [(ExitCode.WORKER_DIED, 0), (ExitCode.BAD_INPUT, 3), (ExitCode.INTERRUPTED, 3)]
 )

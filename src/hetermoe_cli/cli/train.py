@@ -4,6 +4,7 @@ import os
 import sys
 from contextlib import nullcontext
 from functools import partial
+from json import dumps, loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -126,7 +127,7 @@ def _train(
     restarts: "Restarts",
     as_json: bool,
 ) -> None:
-    """This node's part of the run; node 0 shows the progress and the summary."""
+    """This node's part of the run; the leader, node 0 unless it is gone, shows the progress and the summary."""
     from hetermoe_cli.launch.place import find_place
     from hetermoe_cli.launch.prepare import prepare
 
@@ -146,31 +147,39 @@ def _train(
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its store warns where hosts have no names
 
     from hetermoe_cli.launch.meeting import Meeting
-    from hetermoe_cli.launch.restarts import write_replan
+    from hetermoe_cli.launch.restarts import Replanned, write_replan
+    from hetermoe_cli.launch.succession import find_succession
 
     returns = restarts.left > 0
+    succession = find_succession(options.folder, used, restarts.replan_after) if place.nodes > 1 else None
     with (
         restarts.after_deaths(source, options.folder),
-        Meeting(place, str(source.resolve()), returns=returns) as meeting,
+        Meeting(place, str(source.resolve()), returns=returns, succession=succession) as meeting,
     ):
+        place = meeting.place
+        if place.leader:
+            typer.echo(f"{name}: node {place.leader} has taken the place of node 0, at {place.host}", err=True)
+        check = partial(check, leads=place.leads)
         lost = meeting.absent(restarts.replan_after)
         if lost:
-            other = meeting.word("plan", lambda: write_replan(plan, lost, options.folder, check))
+            told = meeting.word("plan", lambda: dumps(write_replan(plan, lost, options.folder, check)))
+            other = Replanned(*loads(told))
+            host = meeting.word("host", lambda: dumps(meeting.addresses()[other.first] if other.first else None))
         else:
             _run(meeting, lambda: alone or check(), options.resume)
     if place.node in lost:
         raise UserError(f"node {used[place.node]} came too late: the others go on without it")
     if lost:
         numbers = ", ".join(str(used[node]) for node in lost)
-        typer.echo(f"{name}: goes on without nodes {numbers} of the cluster file, by {other}", err=True)
+        typer.echo(f"{name}: goes on without nodes {numbers} of the cluster file, by {other.path}", err=True)
         meeting.leave()
-        restarts.with_plan(source, Path(other), options.folder)
-    if place.node == 0:
+        restarts.with_plan(source, Path(other.path), options.folder, loads(host))
+    if place.leads:
         from hetermoe_cli.report.run_summary import print_summary
 
         print_summary(options.folder.resolve(), as_json)
     else:
-        typer.echo(f"{name}: done; node 0 shows the summary", err=True)
+        typer.echo(f"{name}: done; node {place.leader} shows the summary", err=True)
 
 
 def _run(meeting: "Meeting", check: "Callable[[], RunSpec]", resumes: bool) -> None:
@@ -179,7 +188,7 @@ def _run(meeting: "Meeting", check: "Callable[[], RunSpec]", resumes: bool) -> N
     from hetermoe_cli.launch.local import run_workers
     from hetermoe_cli.launch.progress import Follower
 
-    first, run = meeting.place.node == 0, agreed_run(meeting, check)
+    first, run = meeting.place.leads, agreed_run(meeting, check)
     if resumes and first:
         from hetermoe_cli.runtime.saving import resume_note
 

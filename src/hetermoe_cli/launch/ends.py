@@ -13,7 +13,7 @@ class PeerFailure(UserError):
 
 
 class OtherPlan(UserError):
-    """Node 0 was started with another plan, which this names."""
+    """The leader was started with another plan, which this names."""
 
     def __init__(self, message: str, plan: str) -> None:
         super().__init__(message)
@@ -50,13 +50,13 @@ def explains(ends: Mapping[int, End]) -> bool:
     return any(end.failed and not end.follows for end in ends.values())
 
 
-def verdict(nodes: int, ends: Mapping[int, End]) -> End:
-    """What all nodes report that have no failure of their own, given the ends that node 0 knows, its own with them:
-    the first failure that followed no other, else a node that is gone. Of a run that did not fail node 0 knows whether
-    it finished, and where it was saved."""
+def verdict(nodes: int, ends: Mapping[int, End], leader: int = 0) -> End:
+    """What all nodes report that have no failure of their own, given the ends that the leader knows, its own with them:
+    the first failure that followed no other, else a node that is gone. Of a run that did not fail the leader knows
+    whether it finished, and where it was saved."""
     failed = sorted((end.follows, node) for node, end in ends.items() if end.failed)
     if not failed:
-        return ends[0]
+        return ends[leader]
     follows, first = failed[0]
     missing = [node for node in range(nodes) if node not in ends]
     if follows and missing:

@@ -39,14 +39,26 @@ def socket_environment(place: Place) -> dict[str, str]:
     return {"GLOO_SOCKET_IFNAME": gloo} | ({"NCCL_SOCKET_IFNAME": nccl} if nccl else {})
 
 
-def _interface_towards(address: str, host: str) -> str:
-    """Name of the interface whose address is the source of what is sent to `address`."""
+def own_address(place: Place) -> str:
+    """Where other nodes reach this one: the address at which it listens, or from which it reaches who does."""
+    address = resolve(place.host)
+    return address if place.leads else _source(address, place.host)
+
+
+def _source(address: str, host: str) -> str:
+    """The address of this machine from which `address` is reached."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((address, 9))  # a datagram socket: nothing is sent
         except OSError as error:
             raise UserError(f"--master-addr {host}: {address} cannot be reached ({error.strerror})") from error
-        own = str(probe.getsockname()[0])
+        return str(probe.getsockname()[0])
+
+
+def _interface_towards(address: str, host: str) -> str:
+    """Name of the interface whose address is the source of what is sent to `address`."""
+    own = _source(address, host)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             if _address_of(name, probe) == own:
                 return name

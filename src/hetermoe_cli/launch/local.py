@@ -6,9 +6,10 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.launch.ends import PeerFailure
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 WORKER = "hetermoe_cli.runtime.worker"
 RUN_FILE = "run.yaml"
 LOCK_FILE = ".lock"
+_POLL_SECONDS = 0.5
 # glibc gives memory at the top of its heap back and takes it again page by page: as experts' rows change from step to
 # step, that took up to 15 % of a worker's time. Blocks below 1 GiB stay with the process, in huge pages if the system
 # gives them (3 % of a step, 10 to 30 % of what only reads and writes). Who sets these keeps theirs.
@@ -48,22 +50,34 @@ def environment(run: RunSpec) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """No other launcher has the folder meanwhile, not on another machine either where the file system locks files.
 
-    UserError if one has it. The kernel lets go of what a killed launcher had.
+    UserError if one has it for longer than `patience` seconds. The kernel lets go of what a killed launcher had, a
+    network file system some time after its machine died.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience
     with (folder / LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{folder}: another `hetermoe train` is at work in it: wait for its end, or name another --run-folder"
-            ) from error
-        except OSError:  # a file system without locks
-            pass
+        while not _locked(file):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{folder}: another `hetermoe train` is at work in it: wait for its end, or name another "
+                    "--run-folder"
+                )
+            time.sleep(_POLL_SECONDS)
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether this process has the lock now, or there are none on this file system."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def write_run(run: RunSpec, start: str = "") -> Path:
@@ -102,7 +116,7 @@ def run_workers(run: RunSpec, meeting: "Meeting") -> None:
     """Run this node's workers to the end; run.yaml is written.
 
     UserError with the code of the worker that failed first (bad input, or WORKER_DIED with the tail of its log), or
-    INTERRUPTED after Ctrl-C; node 0 tells whether the state was saved. PeerFailure if another node was the reason.
+    INTERRUPTED after Ctrl-C; the leader tells whether the state was saved. PeerFailure if another node was the reason.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
 
@@ -122,7 +136,7 @@ def run_workers(run: RunSpec, meeting: "Meeting") -> None:
         if tail and (place.nodes == 1 or not isinstance(error, PeerFailure)):
             print("\n".join(tail), file=sys.stderr)
         raise error
-    if place.node == 0:
+    if place.leads:
         _check_status(folder, logs)
     elif interrupted:
         raise unsaved(logs) or UserError("interrupted", ExitCode.INTERRUPTED)

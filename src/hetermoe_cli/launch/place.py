@@ -3,7 +3,7 @@
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.launch.arguments import without
@@ -18,12 +18,25 @@ _SCONTROL_SECONDS = 20
 class Place:
     """Node `node` of the `nodes` that have workers, counted anew.
 
-    Node 0 listens at `host`:`port` (0: any free port, where there is no other node)."""
+    The `leader`, node 0 unless it did not come, listens at `host`:`port` (0: any free port, where there is no other
+    node). `used`: the nodes' numbers in the cluster file, where that is known."""
 
     node: int = 0
     nodes: int = 1
     host: str = LOOPBACK
     port: int = 0
+    leader: int = 0
+    used: tuple[int, ...] = field(default=(), compare=False)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this node holds the store, decides, writes what all read, and shows the progress."""
+        return self.node == self.leader
+
+    @property
+    def led(self) -> list[int]:
+        """All nodes but the leader."""
+        return [node for node in range(self.nodes) if node != self.leader]
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,8 @@ def find_place(
             f"address of node {used[0]}: {run} (--dry-run lists the nodes; --emulate takes this machine only)",
             ExitCode.USAGE,
         )
-    return Place(used.index(node), len(used), host, options.master_port or _port(environment))
+    port = options.master_port or _port(environment)
+    return Place(used.index(node), len(used), host, port, used=tuple(used))
 
 
 def command_of_node(arguments: Sequence[str], node: int | str, host: str, port: int | None) -> str:

@@ -62,11 +62,11 @@ def load_plan(path: Path) -> Plan:
     return started_plan(plan)
 
 
-def prepare(plan: Plan, source: Path, options: TrainOptions, node: int | None = 0) -> RunSpec:
+def prepare(plan: Plan, source: Path, options: TrainOptions, node: int | None = 0, *, leads: bool = True) -> RunSpec:
     """Check everything that can be checked without workers; UserError names the first problem. Writes nothing.
 
     `plan`: of `load_plan(source)`. `node`: which one this machine is; None: none of them, so that its devices do not
-    matter. Only node 0 reads through the checkpoint of a resumed run.
+    matter. Only the leader reads through the checkpoint of a resumed run.
     """
     _check_groups(plan, source)
     check(plan.world, plan.inputs.train.precision)
@@ -101,7 +101,7 @@ def prepare(plan: Plan, source: Path, options: TrainOptions, node: int | None = 
     _check_text(run, corpus)
     if weights:
         _check_weights(run, weights)
-    if run.resume_from and not node:
+    if run.resume_from and leads:
         from hetermoe_cli.runtime.saving import check_resumable, resumed_placement  # loads torch
 
         run = run.model_copy(update={"start_step": check_resumable(run), "rebalanced": resumed_placement(run)})

@@ -1,13 +1,16 @@
-"""A static rendezvous of the nodes of a run, around a store that listens at one address only.
+"""A static rendezvous of the nodes of a run, around a store that listens at one address only: node 0's, or that of the
+node that has taken its place.
 
 torch's own back ends open their store on every interface, whatever address they are given.
 """
 
+import contextlib
 import errno
 import os
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
@@ -17,8 +20,10 @@ from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.launch.ends import GONE, PeerFailure
 from hetermoe_cli.launch.interfaces import resolve
 from hetermoe_cli.launch.place import Place
+from hetermoe_cli.launch.succession import Succession
 
 RUN_ID = "run"
+_RUN_KEY = "of_run"  # whose store it is
 _TIMEOUT = timedelta(minutes=5)
 _PATIENCE_SECONDS = 600.0  # for node 0 to be started
 _CONNECT_SECONDS = 5.0
@@ -26,7 +31,7 @@ _POLL_SECONDS = 0.5
 
 
 class StaticRendezvous(RendezvousHandler):
-    """Every launcher's node is given, there is one round: node 0's store serves launchers and workers.
+    """Every launcher's node is given, there is one round: the leader's store serves launchers and workers.
 
     `watch` is called again and again while workers run; what it raises ends them.
     """
@@ -65,22 +70,60 @@ class StaticRendezvous(RendezvousHandler):
         return RUN_ID
 
     def shutdown(self) -> bool:
-        """The store dies with the launcher of node 0."""
+        """The store dies with the leader's launcher."""
         return True
 
 
-def open_store(place: Place) -> TCPStore:
-    """Node 0 listens at its address, the others connect to it; UserError if that cannot be, or nobody listens."""
+def open_store(place: Place, succession: Succession | None = None) -> tuple[Place, TCPStore]:
+    """Node 0 listens at its address, the others connect to it; UserError if that cannot be, or nobody listens.
+
+    With a `succession` another node may listen in its place: which one, and where, says the place that comes back.
+    """
+    began = time.monotonic()
+    while True:
+        waited = time.monotonic() - began
+        if succession and succession.may_look(place.node, waited):
+            for leader, host in succession.answering(place.node, place.port):
+                if store := _store_of(succession.run, host, place.port):
+                    return replace(place, leader=leader, host=host), store
+        if place.node == 0:
+            return place, _lead(place, succession)
+        if reason := _silent(place):
+            if succession and succession.may_lead(place.node, waited):
+                place = replace(place, leader=place.node, host=succession.hosts[place.node])
+                return place, _lead(place, succession)
+            _refuse_to_wait(place, succession, waited, reason)
+            time.sleep(_POLL_SECONDS)
+            continue
+        try:
+            return place, _connect(resolve(place.host), place.port)
+        except RuntimeError as error:  # it has closed since
+            raise PeerFailure(f"node 0: {GONE}", ExitCode.WORKER_DIED) from error
+
+
+def _lead(place: Place, succession: Succession | None) -> TCPStore:
     address = resolve(place.host)
-    if place.node == 0:
-        listener = _listen(place, address)
-        port = int(listener.getsockname()[1])
-        return TCPStore(address, port, None, True, _TIMEOUT, wait_for_workers=False, master_listen_fd=listener.detach())
-    _await_listener(place, address)
-    try:
-        return TCPStore(address, place.port, None, False, _TIMEOUT, wait_for_workers=False)
-    except RuntimeError as error:  # it has closed since
-        raise PeerFailure(f"node 0: {GONE}", ExitCode.WORKER_DIED) from error
+    listener = _listen(place, address)
+    port = int(listener.getsockname()[1])
+    store = TCPStore(address, port, None, True, _TIMEOUT, wait_for_workers=False, master_listen_fd=listener.detach())
+    if succession:
+        store.set(_RUN_KEY, succession.run)
+    return store
+
+
+def _connect(address: str, port: int) -> TCPStore:
+    return TCPStore(address, port, None, False, _TIMEOUT, wait_for_workers=False)
+
+
+def _store_of(run: str, host: str, port: int) -> TCPStore | None:
+    """The store that listens there, if it is one of this run: a port may have gone to another since."""
+    with contextlib.suppress(RuntimeError):
+        store, deadline = _connect(host, port), time.monotonic() + _CONNECT_SECONDS
+        while time.monotonic() < deadline:
+            if store.check([_RUN_KEY]):
+                return store if store.get(_RUN_KEY).decode() == run else None
+            time.sleep(_POLL_SECONDS)
+    return None
 
 
 def _listen(place: Place, address: str) -> socket.socket:
@@ -100,19 +143,21 @@ def _listen(place: Place, address: str) -> socket.socket:
     return listener
 
 
-def _await_listener(place: Place, address: str) -> None:
-    """Until node 0 listens: torch's client would write warnings and hear no Ctrl-C meanwhile."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while True:
-        try:
-            with socket.create_connection((address, place.port), _CONNECT_SECONDS):
-                return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                reason = error.strerror or str(error)
-                raise UserError(
-                    f"node {place.node}: no answer from node 0 at {place.host}:{place.port} in "
-                    f"{_PATIENCE_SECONDS:.0f} s ({reason}): start it there, or correct --master-addr and --master-port",
-                    ExitCode.WORKER_DIED,
-                ) from error
-        time.sleep(_POLL_SECONDS)
+def _silent(place: Place) -> str:
+    """Why nobody answers at node 0's address, nothing where somebody does: torch's client would write warnings and hear
+    no Ctrl-C while it waits."""
+    try:
+        with socket.create_connection((resolve(place.host), place.port), _CONNECT_SECONDS):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _refuse_to_wait(place: Place, succession: Succession | None, waited: float, reason: str) -> None:
+    """UserError once a node has waited too long for what will not come."""
+    if waited > _PATIENCE_SECONDS and not (succession and place.node in succession.hosts):
+        raise UserError(
+            f"node {place.node}: no answer from node 0 at {place.host}:{place.port} in {_PATIENCE_SECONDS:.0f} s "
+            f"({reason}): start it there, or correct --master-addr and --master-port",
+            ExitCode.WORKER_DIED,
+        )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.launch.arguments import without
@@ -17,6 +17,7 @@ from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.plan import Plan
 
 REPLAN_FILE = "replanned.yaml"
+_LOCK_SECONDS = 120.0  # for a file system to let go of what node 0 had: NFS takes 90 s
 _TAKES_A_PATH = {"--data", "--weights", "--executed"}
 _REPLACED = {"--resume": 0, "--run-folder": 1, "--max-restarts": 1}  # with the number of their values
 
@@ -51,9 +52,10 @@ class Restarts:
             print(f"hetermoe: {error}; begins again, restarts left: {self.left - 1}", file=sys.stderr)
             self._become(again(self.arguments, plan, plan, folder, self.left - 1))
 
-    def with_plan(self, old: Path, new: Path, folder: Path) -> NoReturn:
-        """The same start under another plan, from the newest checkpoint."""
-        self._become(again(self.arguments, old, new, folder, self.left))
+    def with_plan(self, old: Path, new: Path, folder: Path, host: str | None = None) -> NoReturn:
+        """The same start under another plan, from the newest checkpoint; `host`: the address of its node 0, where that
+        is another one."""
+        self._become(again(self.arguments, old, new, folder, self.left, host))
 
     def _become(self, arguments: Sequence[str]) -> NoReturn:
         program = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
@@ -62,24 +64,37 @@ class Restarts:
         os.execve(sys.executable, [*program, *arguments], dict(self.environment))
 
 
-def write_replan(plan: Plan, lost: Sequence[int], folder: Path, check: Callable[[], object]) -> str:
-    """Write a plan without the nodes `lost` into the run's folder; its path.
+class Replanned(NamedTuple):
+    """Where a plan without lost nodes is, and which node, as counted anew before, is its first one."""
+
+    path: str
+    first: int
+
+
+def write_replan(plan: Plan, lost: Sequence[int], folder: Path, check: Callable[[], object]) -> Replanned:
+    """Write a plan without the nodes `lost` into the run's folder.
 
     UserError where nothing fits, another run has the folder, or the run's own `check` finds something.
     """
+    from hetermoe_cli.launch.started import started_plan
     from hetermoe_cli.planner.replan import without_nodes
 
     check()
     found, path = without_nodes(plan, lost), folder.resolve() / REPLAN_FILE
-    with claimed(path.parent):
+    with claimed(path.parent, _LOCK_SECONDS if 0 in lost else 0.0):
         dump(found, path, "Made by `hetermoe train`, as nodes did not come; predictions are simulated.")
-    return str(path)
+    first = started_plan(found).inputs.node_numbers[0]
+    return Replanned(str(path), plan.inputs.node_numbers.index(first))
 
 
-def again(arguments: Sequence[str], old: Path, new: Path, folder: Path, left: int) -> list[str]:
-    """The arguments of `hetermoe train OLD` as those of a start that goes on in `folder` under the plan `new`."""
-    command, *rest = without(arguments, _REPLACED)
+def again(
+    arguments: Sequence[str], old: Path, new: Path, folder: Path, left: int, host: str | None = None
+) -> list[str]:
+    """The arguments of `hetermoe train OLD` as those of a start that goes on in `folder` under the plan `new`; `host`:
+    the address of node 0, where that is another one."""
+    command, *rest = without(arguments, _REPLACED | ({"--master-addr": 1} if host else {}))
     places = [place for place, argument in enumerate(rest) if Path(argument) == old]
     alone = [place for place in places if place == 0 or rest[place - 1] not in _TAKES_A_PATH]  # not an option's value
     rest[(alone or places)[-1]] = str(new)
-    return [command, "--run-folder", str(folder), "--resume", "--max-restarts", str(left), *rest]
+    moved = ["--master-addr", host] if host else []
+    return [command, "--run-folder", str(folder), "--resume", "--max-restarts", str(left), *moved, *rest]

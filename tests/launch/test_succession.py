@@ -1,0 +1,77 @@
+"""Who holds the store where node 0 does not come, and who finds it."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from test_meeting import free_port
+
+from hetermoe_cli.errors import ExitCode, UserError
+from hetermoe_cli.launch import rendezvous
+from hetermoe_cli.launch.meeting import Meeting
+from hetermoe_cli.launch.place import Place
+from hetermoe_cli.launch.succession import Succession
+
+HOSTS = {node: f"127.0.0.{node + 1}" for node in range(4)}  # of a machine, all its own
+SECONDS = 0.6
+
+
+def launchers(starts: dict[int, float], part: Callable[[Meeting], object], run: str = "run") -> dict[int, object]:
+    """Nodes of four that start after so many seconds: what each has of its part, or the error that it reports."""
+    port = free_port()
+
+    def launcher(node: int) -> object:
+        time.sleep(starts[node])
+        try:
+            succession = Succession(run, HOSTS, SECONDS)
+            with Meeting(Place(node, 4, HOSTS[0], port), "plan", succession=succession) as found:
+                return part(found)
+        except UserError as error:
+            return error.code, str(error)
+
+    with ThreadPoolExecutor(len(starts)) as pool:
+        return dict(zip(starts, pool.map(launcher, starts), strict=True))
+
+
+def leader(found: Meeting) -> tuple[int, str, list[int]]:
+    return found.place.leader, found.place.host, found.absent(3.0)
+
+
+def test_the_first_node_that_is_there_takes_node_0s_place() -> None:
+    assert launchers({1: 0.0, 2: 0.0, 3: 0.0}, leader) == dict.fromkeys((1, 2, 3), (1, HOSTS[1], [0]))
+    assert launchers({2: 0.0, 3: 0.0}, leader) == dict.fromkeys((2, 3), (2, HOSTS[2], [0, 1]))
+
+
+def test_node_0_that_comes_late_follows() -> None:
+    everyone = launchers(
+        {0: 2.0, 1: 0.0, 2: 0.0, 3: 0.0}, lambda found: (leader(found), found.gather("word", "by all"))
+    )
+    assert everyone == dict.fromkeys(range(4), ((1, HOSTS[1], []), "by all"))
+
+
+def test_node_0_that_comes_leads() -> None:
+    assert launchers({0: 0.3, 1: 0.0, 2: 0.0, 3: 0.0}, leader) == dict.fromkeys(range(4), (0, HOSTS[0], []))
+
+
+def test_all_know_where_the_others_are() -> None:
+    def part(found: Meeting) -> object:
+        found.absent(3.0)
+        return found.word("where", lambda: str(found.addresses()))
+
+    told = launchers({1: 0.0, 3: 0.0}, part)
+    assert told == dict.fromkeys((1, 3), str({1: HOSTS[1], 3: "127.0.0.1"}))  # as the system reaches its own address
+
+
+@pytest.mark.parametrize("run", ["run", "another run"])
+def test_another_runs_store_is_left_alone(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_PATIENCE_SECONDS", 0.0)
+    port = free_port()
+    with Meeting(Place(0, 1, HOSTS[1], port), succession=Succession("run", {}, 0.0)):
+        place, found = Place(2, 4, HOSTS[0], port), Succession(run, {1: HOSTS[1]}, 0.0)
+        if run == "run":
+            assert rendezvous.open_store(place, found)[0].host == HOSTS[1]
+            return
+        with pytest.raises(UserError, match="no answer from node 0") as caught:
+            rendezvous.open_store(place, found)
+    assert caught.value.code is ExitCode.WORKER_DIED
