@@ -1,14 +1,17 @@
 """All nodes run what node 0 wrote, or none does."""
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from test_meeting import meet
 
 from builders import make_plan
+from hetermoe_cli.errors import UserError
 from hetermoe_cli.launch import agreement
 from hetermoe_cli.launch.agreement import agreed_run
-from hetermoe_cli.launch.local import claimed
+from hetermoe_cli.launch.local import claimed, trace
 from hetermoe_cli.launch.succession import Succession, find_succession
 from hetermoe_cli.spec.run import RunSpec
 
@@ -57,6 +60,20 @@ def test_a_folder_in_which_a_run_is_at_work_is_left_alone(tmp_path: Path) -> Non
         assert not (folder / "run.yaml").exists()
     assert start() == [a_run(folder)] * 2
     assert start() == [a_run(folder)] * 2  # a claim ends with its meeting
+
+
+def test_a_run_that_goes_on_is_not_taken_over(tmp_path: Path) -> None:
+    before = trace(tmp_path)
+    with claimed(tmp_path, 60.0, before):
+        threading.Timer(0.5, lambda: (tmp_path / "metrics.jsonl").write_text("step\n")).start()
+        began = time.monotonic()
+        with pytest.raises(UserError, match="another `hetermoe train` is at work"), claimed(tmp_path, 60.0, before):
+            pass
+        assert time.monotonic() - began < 30
+    with pytest.raises(UserError, match="another `hetermoe train` is at work"), claimed(tmp_path, 60.0, before):
+        pass  # it has ended since, which is no reason either
+    with claimed(tmp_path, 60.0, trace(tmp_path)):
+        pass
 
 
 def test_where_the_nodes_are_is_kept_for_the_next_start(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_a_launcher_of_another_plan_does_not_disturb_the_run() -> None:
             other = Place(1, 3, found.place.host, found.place.port)
             with pytest.raises(OtherPlan, match="has 2 nodes, not 3") as caught:
                 Meeting(other).__enter__()
-            assert caught.value.plan == "plan"
+            assert (caught.value.plan, caught.value.host) == ("plan", "127.0.0.1")
 
     assert meet(stranger, stranger) == [None, None]
 
@@ -215,7 +215,7 @@ def test_a_plan_with_as_many_other_nodes_is_another_one() -> None:
             patched.setattr(meeting, "open_store", lambda place, _: (place, store))
             with pytest.raises(OtherPlan, match="has nodes 1, 2 of the cluster file, not 0, 1") as caught:
                 Meeting(stranger).__enter__()
-        assert caught.value.plan == "plan"
+        assert (caught.value.plan, caught.value.host) == ("plan", "127.0.0.1")
 
 
 @pytest.mark.parametrize("closes", [True, False])

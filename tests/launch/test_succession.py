@@ -1,11 +1,13 @@
 """Who holds the store where node 0 does not come, and who finds it."""
 
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from test_meeting import free_port
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.launch import rendezvous
@@ -75,3 +77,48 @@ def test_another_runs_store_is_left_alone(run: str, monkeypatch: pytest.MonkeyPa
         with pytest.raises(UserError, match="no answer from node 0") as caught:
             rendezvous.open_store(place, found)
     assert caught.value.code is ExitCode.WORKER_DIED
+
+
+def opened(node: int, hosts: dict[int, str], host: str, port: int) -> tuple[Place, TCPStore]:
+    """As a node finds itself that takes node 0's place at once."""
+    return rendezvous.open_store(Place(node, 4, host, port), Succession("run", hosts, 0.0))
+
+
+def alone(node: int, hosts: dict[int, str], host: str, port: int) -> Place:
+    return opened(node, hosts, host, port)[0]
+
+
+def test_of_two_that_did_not_see_each_other_the_first_leads() -> None:
+    port = free_port()
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda node: opened(node, HOSTS, HOSTS[0], port), (1, 2)))
+    assert [place.leader for place, _ in found] == [1, 1]
+
+
+def test_a_name_that_went_with_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert alone(1, HOSTS, "gone.invalid", free_port()).host == HOSTS[1]
+    with pytest.raises(UserError, match=r"--master-addr gone\.invalid: no IPv4 address found"):
+        alone(1, {}, "gone.invalid", free_port())
+
+
+def test_a_node_that_has_moved_waits_for_node_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_PATIENCE_SECONDS", 1.0)
+    with pytest.raises(UserError, match="node 1: no answer from node 0") as caught:
+        alone(1, {1: "192.0.2.7"}, HOSTS[0], free_port())
+    assert caught.value.code is ExitCode.WORKER_DIED
+
+
+def test_what_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_CONNECT_SECONDS", 0.5)
+    port = free_port()
+    with socket.create_server((HOSTS[2], port)):
+        began = time.monotonic()
+        assert alone(0, HOSTS, HOSTS[0], port).leads
+        assert time.monotonic() - began < 10
+
+
+def test_node_0_may_be_told_the_address_of_another() -> None:
+    """A node that was turned away while another led: it is node 0 of the plan that it was given."""
+    assert alone(0, HOSTS, "192.0.2.7", free_port()).host == HOSTS[0]
+    with pytest.raises(UserError, match=r"node 0 cannot listen at 192\.0\.2\.7"):
+        alone(0, {0: "192.0.2.8"}, "192.0.2.7", free_port())

@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from hetermoe_cli.launch.meeting import Meeting
-    from hetermoe_cli.launch.place import PlaceOptions
+    from hetermoe_cli.launch.place import Place, PlaceOptions
     from hetermoe_cli.launch.prepare import TrainOptions
     from hetermoe_cli.launch.restarts import Restarts
+    from hetermoe_cli.launch.succession import Succession
     from hetermoe_cli.spec.plan import Plan
     from hetermoe_cli.spec.run import RunSpec
 
@@ -130,6 +131,7 @@ def _train(
     """This node's part of the run; the leader, node 0 unless it is gone, shows the progress and the summary."""
     from hetermoe_cli.launch.place import find_place
     from hetermoe_cli.launch.prepare import prepare
+    from hetermoe_cli.launch.succession import find_succession
 
     nodes, used = (1, [0]) if options.emulate else (len(plan.inputs.whole.nodes), plan.inputs.node_numbers)
     place = find_place(nodes, place_options, os.environ, sys.argv[1:], used)
@@ -141,17 +143,16 @@ def _train(
         name += f" (node {number} of the cluster file)"
     check = partial(prepare, plan, source, options, place.node)
     alone = check() if place.nodes == 1 else None  # before torch is loaded
+    succession = find_succession(options.folder, used, restarts.replan_after) if place.nodes > 1 else None
     if place.nodes > 1:
         doing = "listens" if place.node == 0 else "looks for node 0"
-        typer.echo(f"{name}: {doing} at {place.host}:{place.port}", err=True)
+        typer.echo(f"{name}: {doing} at {place.host}:{place.port}{_in_turn(succession, place)}", err=True)
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its store warns where hosts have no names
 
     from hetermoe_cli.launch.meeting import Meeting
     from hetermoe_cli.launch.restarts import Replanned, write_replan
-    from hetermoe_cli.launch.succession import find_succession
 
     returns = restarts.left > 0
-    succession = find_succession(options.folder, used, restarts.replan_after) if place.nodes > 1 else None
     with (
         restarts.after_deaths(source, options.folder),
         Meeting(place, str(source.resolve()), returns=returns, succession=succession) as meeting,
@@ -196,6 +197,12 @@ def _run(meeting: "Meeting", check: "Callable[[], RunSpec]", resumes: bool) -> N
             typer.echo(f"hetermoe: note: {note}", err=True)
     with Follower(run) if first else nullcontext():
         run_workers(run, meeting)
+
+
+def _in_turn(succession: "Succession | None", place: "Place") -> str:
+    """When a node takes the place of node 0, if it does."""
+    turn = succession.turn(place.node) if succession and place.node else None
+    return "" if turn is None else f", takes its place if nobody has in {turn:.0f} s"
 
 
 def _idle_note(used: "Sequence[int]") -> str:

@@ -15,9 +15,9 @@ class PeerFailure(UserError):
 class OtherPlan(UserError):
     """The leader was started with another plan, which this names."""
 
-    def __init__(self, message: str, plan: str) -> None:
+    def __init__(self, message: str, plan: str, host: str) -> None:
         super().__init__(message)
-        self.plan = plan
+        self.plan, self.host = plan, host  # and where the leader is
 
 
 @dataclass(frozen=True)

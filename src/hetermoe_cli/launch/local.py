@@ -16,7 +16,7 @@ from hetermoe_cli.launch.ends import PeerFailure
 from hetermoe_cli.launch.failures import failure, interrupted_early, unsaved
 from hetermoe_cli.launch.interfaces import socket_environment
 from hetermoe_cli.launch.place import Place
-from hetermoe_cli.runtime.recorder import STATUS, load_path, trace_path
+from hetermoe_cli.runtime.recorder import METRICS, STATUS, load_path, trace_path
 from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.run import LAUNCHER, RunSpec
 
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 WORKER = "hetermoe_cli.runtime.worker"
 RUN_FILE = "run.yaml"
 LOCK_FILE = ".lock"
+Trace = tuple[tuple[int, int], ...]
 _POLL_SECONDS = 0.5
+_SHARED_SECONDS = 10.0  # a network file system may show a new file late
 # glibc gives memory at the top of its heap back and takes it again page by page: as experts' rows change from step to
 # step, that took up to 15 % of a worker's time. Blocks below 1 GiB stay with the process, in huge pages if the system
 # gives them (3 % of a step, 10 to 30 % of what only reads and writes). Who sets these keeps theirs.
@@ -50,23 +52,29 @@ def environment(run: RunSpec) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, patience: float = 0.0) -> Iterator[None]:
+def claimed(folder: Path, patience: float = 0.0, before: Trace | None = None) -> Iterator[None]:
     """No other launcher has the folder meanwhile, not on another machine either where the file system locks files.
 
-    UserError if one has it for longer than `patience` seconds. The kernel lets go of what a killed launcher had, a
-    network file system some time after its machine died.
+    UserError if one has it for longer than `patience` seconds, or the run there has gone on since its trace was as
+    `before`. The kernel lets go of what a killed launcher had, a network file system some time after its machine died.
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience
     with (folder / LOCK_FILE).open("w") as file:
-        while not _locked(file):
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{folder}: another `hetermoe train` is at work in it: wait for its end, or name another "
-                    "--run-folder"
-                )
+        while not (mine := _locked(file)) and time.monotonic() < deadline and before in (None, trace(folder)):
             time.sleep(_POLL_SECONDS)
+        if not mine or before not in (None, trace(folder)):
+            raise UserError(
+                f"{folder}: another `hetermoe train` is at work in it: wait for its end, or name another --run-folder"
+            )
         yield
+
+
+def trace(folder: Path) -> Trace:
+    """What changes as a run in the folder goes on: when each of its files was written, and how long it is."""
+    files = [folder / name for name in (RUN_FILE, METRICS, STATUS)]
+    found = [file.stat() for file in files if file.exists()]
+    return tuple([(one.st_mtime_ns, one.st_size) for one in found])
 
 
 def _locked(file: IO[str]) -> bool:
@@ -123,7 +131,7 @@ def run_workers(run: RunSpec, meeting: "Meeting") -> None:
     from hetermoe_cli.launch.agent import Agent
 
     folder, place = Path(run.folder), meeting.place
-    logs = folder / "logs" if place.nodes == 1 else folder / "logs" / f"node{place.node}"
+    logs, first = ([folder / "logs"] * 2) if place.nodes == 1 else (folder / f"logs/node{n}" for n in (place.node, 0))
     agent, interrupted, failures = Agent(command(run), len(run.nodes[place.node]), meeting, logs), False, {}
     os.environ |= environment(run) | socket_environment(place) | {LAUNCHER: str(os.getpid())}
     try:
@@ -137,14 +145,17 @@ def run_workers(run: RunSpec, meeting: "Meeting") -> None:
             print("\n".join(tail), file=sys.stderr)
         raise error
     if place.leads:
-        _check_status(folder, logs)
+        _check_status(folder, first, 0.0 if place.node == 0 else _SHARED_SECONDS)
     elif interrupted:
         raise unsaved(logs) or UserError("interrupted", ExitCode.INTERRUPTED)
 
 
-def _check_status(folder: Path, logs: Path) -> None:
-    """UserError (INTERRUPTED) unless the run has finished."""
-    path = folder / STATUS
+def _check_status(folder: Path, logs: Path, patience: float) -> None:
+    """UserError (INTERRUPTED) unless the run has finished. `logs`: of rank 0, which writes the status, on another node
+    perhaps, so that it may be seen late."""
+    path, deadline = folder / STATUS, time.monotonic() + patience
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
     if not path.exists():
         raise unsaved(logs) or interrupted_early(folder)
     status = json.loads(path.read_text())

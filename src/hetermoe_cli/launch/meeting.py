@@ -31,6 +31,7 @@ _END_SECONDS = 20.0  # the same once they have come to a good end: the last file
 _VERDICT_SECONDS = 60.0
 _HEARD_SECONDS = 10.0
 _LATE_SECONDS = 5.0  # for nodes that have not come yet, to hear of a failure
+_FOLLOW_SECONDS = 60.0  # for the others to find who has taken node 0's place: all have waited for that one before
 _LEAVE_SECONDS = 60.0  # for a meeting that has ended, or must soon: its node was there before, and fell silent
 
 
@@ -80,13 +81,14 @@ class Meeting:
         do not hear of it."""
         node, nodes = self.place.node, self.place.nodes
         if self.place.leads:
-            self._keys.set("nodes", json.dumps([nodes, self.place.used, self._plan, node]))
-        found, used, plan, leader = json.loads(self._keys.get("nodes"))  # waits until the leader has said so
+            self._keys.set("nodes", json.dumps([nodes, self.place.used, self._plan, node, own_address(self.place)]))
+        found, used, plan, leader, host = json.loads(self._keys.get("nodes"))  # waits until the leader has said so
         where = f"node {node}: the run at {self.place.host}:{self.place.port} has"
         if found != nodes:
-            raise OtherPlan(f"{where} {found} nodes, not {nodes}", plan)
+            raise OtherPlan(f"{where} {found} nodes, not {nodes}", plan, host)
         if used and self.place.used and used != list(self.place.used):
-            raise OtherPlan(f"{where} nodes {_listed(used)} of the cluster file, not {_listed(self.place.used)}", plan)
+            known = f"nodes {_listed(used)} of the cluster file, not {_listed(self.place.used)}"
+            raise OtherPlan(f"{where} {known}", plan, host)
         self.place = replace(self.place, leader=leader)  # at node 0's address, where nodes share one
         self._keys.set(self._own("address"), own_address(self.place))
         if self._keys.add(self._own("came"), 1) > 1:
@@ -130,7 +132,7 @@ class Meeting:
                 time.sleep(_POLL_SECONDS)
 
     def _late(self, seconds: float) -> list[int]:
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + (min(seconds, _FOLLOW_SECONDS) if self.place.leader else seconds)
         with self._leader():
             while len(came := self._came()) < self.place.nodes - 1 and time.monotonic() < deadline:
                 time.sleep(_POLL_SECONDS)

@@ -8,10 +8,12 @@ import contextlib
 import errno
 import os
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import timedelta
+from math import inf
 
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
@@ -28,6 +30,8 @@ _TIMEOUT = timedelta(minutes=5)
 _PATIENCE_SECONDS = 600.0  # for node 0 to be started
 _CONNECT_SECONDS = 5.0
 _POLL_SECONDS = 0.5
+_LOOK_SECONDS = 2.0  # between two looks at where the other nodes were
+_SETTLE_SECONDS = 3.0  # longer than such a look takes
 
 
 class StaticRendezvous(RendezvousHandler):
@@ -79,51 +83,96 @@ def open_store(place: Place, succession: Succession | None = None) -> tuple[Plac
 
     With a `succession` another node may listen in its place: which one, and where, says the place that comes back.
     """
-    began = time.monotonic()
+    began, looked, address = time.monotonic(), -inf, _address(place, succession)
     while True:
-        waited = time.monotonic() - began
-        if succession and succession.may_look(place.node, waited):
-            for leader, host in succession.answering(place.node, place.port):
-                if store := _store_of(succession.run, host, place.port):
-                    return replace(place, leader=leader, host=host), store
+        now = time.monotonic()
+        if succession and now - looked >= _LOOK_SECONDS:
+            if found := _found(place, succession, succession.hosts):
+                return found
+            looked = now
         if place.node == 0:
-            return place, _lead(place, succession)
-        if reason := _silent(place):
-            if succession and succession.may_lead(place.node, waited):
-                place = replace(place, leader=place.node, host=succession.hosts[place.node])
-                return place, _lead(place, succession)
-            _refuse_to_wait(place, succession, waited, reason)
-            time.sleep(_POLL_SECONDS)
-            continue
-        try:
-            return place, _connect(resolve(place.host), place.port)
-        except RuntimeError as error:  # it has closed since
-            raise PeerFailure(f"node 0: {GONE}", ExitCode.WORKER_DIED) from error
+            place, listener = _own_listener(place, address, succession)
+            return place, _lead(listener, succession)
+        reason = _silent(address, place.port)
+        if not reason:
+            try:
+                return place, _connect(address, place.port)
+            except RuntimeError as error:  # it has closed since
+                raise PeerFailure(f"node 0: {GONE}", ExitCode.WORKER_DIED) from error
+        if succession and succession.may_lead(place.node, now - began):
+            own = replace(place, leader=place.node, host=succession.hosts[place.node])
+            with contextlib.suppress(UserError):  # this machine may have another address now
+                return _settled(own, _lead(_listen(own, own.host), succession), succession)
+        _refuse_to_wait(place, succession, now - began, reason)
+        time.sleep(_POLL_SECONDS)
 
 
-def _lead(place: Place, succession: Succession | None) -> TCPStore:
-    address = resolve(place.host)
-    listener = _listen(place, address)
-    port = int(listener.getsockname()[1])
-    store = TCPStore(address, port, None, True, _TIMEOUT, wait_for_workers=False, master_listen_fd=listener.detach())
-    if succession:
-        store.set(_RUN_KEY, succession.run)
-    return store
+def _address(place: Place, succession: Succession | None) -> str:
+    """Of node 0; nothing where its name went with it, and another node may take its place."""
+    try:
+        return resolve(place.host)
+    except UserError:
+        if succession and succession.hosts and place.node:
+            return ""
+        raise
+
+
+def _found(place: Place, succession: Succession, nodes: Iterable[int]) -> tuple[Place, TCPStore] | None:
+    """The store of this run that one of `nodes` holds, another one than this, if one does."""
+    for other, host in succession.answering([node for node in nodes if node != place.node], place.port):
+        if store := _store_of(succession.run, host, place.port):
+            return replace(place, leader=other, host=host), store
+    return None
+
+
+def _settled(place: Place, store: TCPStore, succession: Succession) -> tuple[Place, TCPStore]:
+    """Of two that took node 0's place at the same moment, as neither saw the other, the first node leads."""
+    time.sleep(_SETTLE_SECONDS)
+    return _found(place, succession, range(place.node)) or (place, store)
+
+
+def _store_of(run: str, host: str, port: int) -> TCPStore | None:
+    """The store that listens there, if it is one of this run: a port may have gone to another since, which torch's
+    client would wait for without end."""
+    found: list[TCPStore] = []
+
+    def ask() -> None:
+        deadline = time.monotonic() + _CONNECT_SECONDS
+        with contextlib.suppress(RuntimeError):
+            store = _connect(host, port)
+            while not store.check([_RUN_KEY]) and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
+            found.extend([store] if store.check([_RUN_KEY]) and store.get(_RUN_KEY).decode() == run else [])
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_CONNECT_SECONDS)
+    return found[0] if found else None
 
 
 def _connect(address: str, port: int) -> TCPStore:
     return TCPStore(address, port, None, False, _TIMEOUT, wait_for_workers=False)
 
 
-def _store_of(run: str, host: str, port: int) -> TCPStore | None:
-    """The store that listens there, if it is one of this run: a port may have gone to another since."""
-    with contextlib.suppress(RuntimeError):
-        store, deadline = _connect(host, port), time.monotonic() + _CONNECT_SECONDS
-        while time.monotonic() < deadline:
-            if store.check([_RUN_KEY]):
-                return store if store.get(_RUN_KEY).decode() == run else None
-            time.sleep(_POLL_SECONDS)
-    return None
+def _own_listener(place: Place, address: str, succession: Succession | None) -> tuple[Place, socket.socket]:
+    """Node 0's: at the address that was asked for, which may be that of a node 0 before it, or where it was before."""
+    try:
+        return place, _listen(place, address)
+    except UserError:
+        before = succession.hosts.get(0, address) if succession else address
+        if before == address:
+            raise
+        with contextlib.suppress(UserError):
+            return replace(place, host=before), _listen(place, before)
+        raise
+
+
+def _lead(listener: socket.socket, succession: Succession | None) -> TCPStore:
+    address, port = listener.getsockname()
+    store = TCPStore(address, port, None, True, _TIMEOUT, wait_for_workers=False, master_listen_fd=listener.detach())
+    if succession:
+        store.set(_RUN_KEY, succession.run)
+    return store
 
 
 def _listen(place: Place, address: str) -> socket.socket:
@@ -138,16 +187,19 @@ def _listen(place: Place, address: str) -> socket.socket:
             errno.EADDRNOTAVAIL: "not an address of this machine: pass that of node 0 on all nodes",
         }.get(error.errno or 0, "pass another --master-addr or --master-port on all nodes")
         reason = os.strerror(error.errno or 0)
-        raise UserError(f"node 0 cannot listen at {place.host}:{place.port} ({reason}): {remedy}") from error
+        where = f"node {place.node} cannot listen at {place.host}:{place.port}"
+        raise UserError(f"{where} ({reason}): {remedy}") from error
     listener.listen(1024)
     return listener
 
 
-def _silent(place: Place) -> str:
-    """Why nobody answers at node 0's address, nothing where somebody does: torch's client would write warnings and hear
-    no Ctrl-C while it waits."""
+def _silent(address: str, port: int) -> str:
+    """Why nobody answers there, nothing where somebody does: torch's client would write warnings and hear no Ctrl-C
+    while it waits."""
+    if not address:
+        return "unknown name"
     try:
-        with socket.create_connection((resolve(place.host), place.port), _CONNECT_SECONDS):
+        with socket.create_connection((address, port), _CONNECT_SECONDS):
             return ""
     except OSError as error:
         return error.strerror or str(error)
@@ -155,9 +207,10 @@ def _silent(place: Place) -> str:
 
 def _refuse_to_wait(place: Place, succession: Succession | None, waited: float, reason: str) -> None:
     """UserError once a node has waited too long for what will not come."""
-    if waited > _PATIENCE_SECONDS and not (succession and place.node in succession.hosts):
+    turn = succession.turn(place.node) if succession else None
+    if waited > max(_PATIENCE_SECONDS, 0.0 if turn is None else 2 * turn):
         raise UserError(
-            f"node {place.node}: no answer from node 0 at {place.host}:{place.port} in {_PATIENCE_SECONDS:.0f} s "
+            f"node {place.node}: no answer from node 0 at {place.host}:{place.port} in {waited:.0f} s "
             f"({reason}): start it there, or correct --master-addr and --master-port",
             ExitCode.WORKER_DIED,
         )

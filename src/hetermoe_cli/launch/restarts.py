@@ -12,12 +12,12 @@ from typing import NamedTuple, NoReturn
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.launch.arguments import without
 from hetermoe_cli.launch.ends import OtherPlan
-from hetermoe_cli.launch.local import claimed
+from hetermoe_cli.launch.local import claimed, trace
+from hetermoe_cli.spec.base import sha256
 from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.plan import Plan
 
-REPLAN_FILE = "replanned.yaml"
-_LOCK_SECONDS = 120.0  # for a file system to let go of what node 0 had: NFS takes 90 s
+_LOCK_SECONDS = 120.0  # for a file system to let go of what a machine had that died: NFS takes 90 s
 _TAKES_A_PATH = {"--data", "--weights", "--executed"}
 _REPLACED = {"--resume": 0, "--run-folder": 1, "--max-restarts": 1}  # with the number of their values
 
@@ -45,7 +45,7 @@ class Restarts:
             if not self.left:
                 raise
             print(f"hetermoe: {error}; goes on by {error.plan}", file=sys.stderr)
-            self.with_plan(plan, Path(error.plan), folder)
+            self.with_plan(plan, Path(error.plan), folder, error.host)
         except UserError as error:
             if error.code is not ExitCode.WORKER_DIED or not self.left:
                 raise
@@ -74,14 +74,15 @@ class Replanned(NamedTuple):
 def write_replan(plan: Plan, lost: Sequence[int], folder: Path, check: Callable[[], object]) -> Replanned:
     """Write a plan without the nodes `lost` into the run's folder.
 
-    UserError where nothing fits, another run has the folder, or the run's own `check` finds something.
+    UserError where nothing fits, the run goes on without this node, or its own `check` finds something.
     """
     from hetermoe_cli.launch.started import started_plan
     from hetermoe_cli.planner.replan import without_nodes
 
     check()
-    found, path = without_nodes(plan, lost), folder.resolve() / REPLAN_FILE
-    with claimed(path.parent, _LOCK_SECONDS if 0 in lost else 0.0):
+    before, found = trace(folder), without_nodes(plan, lost)
+    path = folder.resolve() / f"replanned-{sha256(found)[:8]}.yaml"  # others may still go by an earlier one
+    with claimed(path.parent, _LOCK_SECONDS, before):
         dump(found, path, "Made by `hetermoe train`, as nodes did not come; predictions are simulated.")
     first = started_plan(found).inputs.node_numbers[0]
     return Replanned(str(path), plan.inputs.node_numbers.index(first))

@@ -5,7 +5,7 @@ waited k times `--replan-after`; nodes that come later, node 0 too, find it at i
 """
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,28 +22,29 @@ _AT_ONCE = 32  # addresses that are asked at the same time
 class Succession:
     """What a node needs to know to follow another one than node 0, or to take its place.
 
-    `run`: the run's folder, by which a store tells whose it is; `hosts`: addresses by node, counted anew; `seconds`:
-    that a node waits for each one before it.
+    `run`: the run's folder, by which a store tells whose it is; `hosts`: addresses at the newest start by node, counted
+    anew; `seconds`: that a node waits for each one before it.
     """
 
     run: str
     hosts: Mapping[int, str]
     seconds: float
 
-    def may_look(self, node: int, waited: float) -> bool:
-        """Whether another node than 0 may hold the store by now; node 0 is late if it is not the first to come."""
-        return node == 0 or waited >= self.seconds
+    def turn(self, node: int) -> float | None:
+        """After how many seconds a node takes the place; None where the others would not find it."""
+        return node * self.seconds if node in self.hosts else None
 
     def may_lead(self, node: int, waited: float) -> bool:
         """Whether it is this node's turn."""
-        return node in self.hosts and waited >= node * self.seconds
+        turn = self.turn(node)
+        return turn is not None and waited >= turn
 
-    def answering(self, node: int, port: int) -> list[tuple[int, str]]:
-        """Other nodes than this and node 0, and their addresses, at which something listens; in their order."""
-        others = [pair for pair in sorted(self.hosts.items()) if pair[0] not in (0, node)]
+    def answering(self, nodes: Iterable[int], port: int) -> list[tuple[int, str]]:
+        """Those of `nodes`, with their addresses, at which something listens; in their order."""
+        asked = [(node, self.hosts[node]) for node in sorted(nodes) if node in self.hosts]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            listening = list(pool.map(lambda pair: _listens(pair[1], port), others))
-        return [pair for pair, found in zip(others, listening, strict=True) if found]
+            listening = list(pool.map(lambda pair: _listens(pair[1], port), asked))
+        return [pair for pair, found in zip(asked, listening, strict=True) if found]
 
 
 def _listens(host: str, port: int) -> bool:
