@@ -95,6 +95,13 @@ def test_of_two_that_did_not_see_each_other_the_first_leads() -> None:
     assert [place.leader for place, _ in found] == [1, 1]
 
 
+def test_launchers_of_one_machine_may_share_an_address() -> None:
+    port, shared = free_port(), dict.fromkeys(range(4), HOSTS[0])
+    kept = opened(2, shared, HOSTS[0], port)
+    assert kept[0].leader == 2
+    assert opened(3, shared, HOSTS[0], port)[1].check(["of_run"])
+
+
 def test_a_name_that_went_with_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
     assert alone(1, HOSTS, "gone.invalid", free_port()).host == HOSTS[1]
     with pytest.raises(UserError, match=r"--master-addr gone\.invalid: no IPv4 address found"):

@@ -72,8 +72,11 @@ def claimed(folder: Path, patience: float = 0.0, before: Trace | None = None) ->
 
 def trace(folder: Path) -> Trace:
     """What changes as a run in the folder goes on: when each of its files was written, and how long it is."""
-    files = [folder / name for name in (RUN_FILE, METRICS, STATUS)]
-    found = [file.stat() for file in files if file.exists()]
+    found = []
+    for path in (folder / name for name in (RUN_FILE, METRICS, STATUS)):
+        # opened, as a network file system looks anew then
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            found.append(os.fstat(file.fileno()))
     return tuple([(one.st_mtime_ns, one.st_size) for one in found])
 
 

@@ -128,7 +128,8 @@ def _found(place: Place, succession: Succession, nodes: Iterable[int]) -> tuple[
 def _settled(place: Place, store: TCPStore, succession: Succession) -> tuple[Place, TCPStore]:
     """Of two that took node 0's place at the same moment, as neither saw the other, the first node leads."""
     time.sleep(_SETTLE_SECONDS)
-    return _found(place, succession, range(place.node)) or (place, store)
+    elsewhere = [node for node in range(place.node) if succession.hosts.get(node) != place.host]
+    return _found(place, succession, elsewhere) or (place, store)
 
 
 def _store_of(run: str, host: str, port: int) -> TCPStore | None:
