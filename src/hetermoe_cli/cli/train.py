@@ -150,7 +150,6 @@ def _train(
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its store warns where hosts have no names
 
     from hetermoe_cli.launch.meeting import Meeting
-    from hetermoe_cli.launch.restarts import Replanned, write_replan
 
     returns = restarts.left > 0
     with (
@@ -163,18 +162,17 @@ def _train(
         check = partial(check, leads=place.leads)
         lost = meeting.absent(restarts.replan_after)
         if lost:
-            told = meeting.word("plan", lambda: dumps(write_replan(plan, lost, options.folder, check)))
-            other = Replanned(*loads(told))
-            host = meeting.word("host", lambda: dumps(meeting.addresses()[other.first] if other.first else None))
+            told = meeting.word("plan", lambda: dumps(_replan(meeting, plan, lost, options.folder, check)))
+            other, host = loads(told)
         else:
             _run(meeting, lambda: alone or check(), options.resume)
     if place.node in lost:
         raise UserError(f"node {used[place.node]} came too late: the others go on without it")
     if lost:
         numbers = ", ".join(str(used[node]) for node in lost)
-        typer.echo(f"{name}: goes on without nodes {numbers} of the cluster file, by {other.path}", err=True)
+        typer.echo(f"{name}: goes on without nodes {numbers} of the cluster file, by {other}", err=True)
         meeting.leave()
-        restarts.with_plan(source, Path(other.path), options.folder, loads(host))
+        restarts.with_plan(source, Path(other), options.folder, host)
     if place.leads:
         from hetermoe_cli.report.run_summary import print_summary
 
@@ -197,6 +195,16 @@ def _run(meeting: "Meeting", check: "Callable[[], RunSpec]", resumes: bool) -> N
             typer.echo(f"hetermoe: note: {note}", err=True)
     with Follower(run) if first else nullcontext():
         run_workers(run, meeting)
+
+
+def _replan(
+    meeting: "Meeting", plan: "Plan", lost: "Sequence[int]", folder: Path, check: "Callable[[], RunSpec]"
+) -> tuple[str, str | None]:
+    """A plan without lost nodes, and the address of its first node where that is not node 0."""
+    from hetermoe_cli.launch.restarts import write_replan
+
+    path, first = write_replan(plan, lost, folder, check)
+    return path, meeting.addresses()[first] if first else None
 
 
 def _in_turn(succession: "Succession | None", place: "Place") -> str:

@@ -134,7 +134,7 @@ def run_workers(run: RunSpec, meeting: "Meeting") -> None:
     from hetermoe_cli.launch.agent import Agent
 
     folder, place = Path(run.folder), meeting.place
-    logs, first = ([folder / "logs"] * 2) if place.nodes == 1 else (folder / f"logs/node{n}" for n in (place.node, 0))
+    logs = _logs(folder, place, place.node)
     agent, interrupted, failures = Agent(command(run), len(run.nodes[place.node]), meeting, logs), False, {}
     os.environ |= environment(run) | socket_environment(place) | {LAUNCHER: str(os.getpid())}
     try:
@@ -148,9 +148,14 @@ def run_workers(run: RunSpec, meeting: "Meeting") -> None:
             print("\n".join(tail), file=sys.stderr)
         raise error
     if place.leads:
-        _check_status(folder, first, 0.0 if place.node == 0 else _SHARED_SECONDS)
+        _check_status(folder, _logs(folder, place, 0), 0.0 if place.node == 0 else _SHARED_SECONDS)
     elif interrupted:
         raise unsaved(logs) or UserError("interrupted", ExitCode.INTERRUPTED)
+
+
+def _logs(folder: Path, place: Place, node: int) -> Path:
+    """Where the logs of a node's workers are."""
+    return folder / "logs" if place.nodes == 1 else folder / "logs" / f"node{node}"
 
 
 def _check_status(folder: Path, logs: Path, patience: float) -> None:
