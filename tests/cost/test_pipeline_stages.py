@@ -12,7 +12,8 @@ from hetermoe_cli.cost.crossing import shared_sequences
 from hetermoe_cli.cost.device import STATE_BYTES
 from hetermoe_cli.cost.moving import holders
 from hetermoe_cli.cost.sharers import Sharers
-from hetermoe_cli.schedule.action import parse_action
+from hetermoe_cli.schedule.action import Kind, parse_action
+from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage
@@ -57,7 +58,6 @@ def test_one_stage_is_no_pipeline(layout: Layout) -> None:
     plain = make_cost(layout)
     one = LayoutCost(plain.cost, whole(layout))
     assert simulate(one).seconds == simulate(plain).seconds
-    assert one.synchronise_seconds == plain.synchronise_seconds
     ranks = range(layout.world_size)
     assert [one.parameters(rank) for rank in ranks] == [plain.parameters(rank) for rank in ranks]
     assert [one.memory(rank) for rank in ranks] == [plain.memory(rank) for rank in ranks]
@@ -143,11 +143,12 @@ def test_parameters_of_stages_are_the_models(state: str) -> None:
     total = sum(cost.parameters(rank) for rank in range(4))
     again = cost.cost.model.dense_parameters if state == "replicated" else 0  # on two ranks each
     assert total == pytest.approx(cost.cost.model.parameters + again)
-    if state == "optimizer":  # stages gather side by side
-        model = cost.cost
-        sizes = [model.segment_parameters(0), sum(map(model.segment_parameters, (1, 2, 3)))]
-        seconds = [model.network.all_reduce_seconds([0, 1], size * model.gradient_bytes) / 2 for size in sizes]
-        assert cost.synchronise_seconds == pytest.approx(max(seconds))
+    gathers = [action for action in training_schedule(layout).transfers if action.kind is Kind.GATHER]
+    assert len(gathers) == 4 * (state == "optimizer")
+    for action in gathers:
+        size = cost.cost.segment_parameters(action.layer) * cost.cost.gradient_bytes
+        ranks = layout.attending_at(action.layer)
+        assert cost.transfer(action).seconds == pytest.approx(cost.cost.network.all_reduce_seconds(ranks, size) / 2)
 
 
 def test_memory_of_a_staged_rank() -> None:

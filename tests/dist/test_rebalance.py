@@ -161,7 +161,8 @@ def there_and_back(
     taken = sum(not trainer.step(batches(), step).skipped for step in range(4))
 
     def state() -> dict[str, np.ndarray]:
-        weights = {f"{name}@weight": p.detach().float() for name, p in trainer.parts.named_parameters()}
+        with whole_weights(trainer):
+            weights = {f"{name}@weight": p.detach().float() for name, p in trainer.parts.named_parameters()}
         saved = trainer.shards.tensors(trainer.optimizer) if trainer.shards else {}
         return arrays(training_tensors(trainer.parts, trainer.optimizer) | saved | weights)
 

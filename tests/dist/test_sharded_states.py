@@ -33,6 +33,7 @@ from workers import run_workers
 from builders import make_inputs
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.cost.sharers import Sharers
+from hetermoe_cli.model.optimizer import part_of
 from hetermoe_cli.model.training_state import restore_training, training_names, training_shapes, training_tensors
 from hetermoe_cli.model.transformer import named_tensors
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
@@ -123,15 +124,17 @@ def in_state(layout: Layout | World, state: str) -> World:
 
 @contextmanager
 def whole_weights(trainer):
-    """Collective: dense weights can be read, and written alike on all ranks."""
+    """Collective: weights can be read as the next step takes them, and written alike on all ranks."""
     shards = trainer.shards
-    for layer in range(len(shards.segments) if shards else 0):
-        shards.gather(layer)
+    for layer in range(trainer.layout.layers + 1 if shards else 0):
+        shards.gather(layer, kept=True)
     yield
-    for layer, segment in enumerate(shards.segments if shards else ()):
-        for parameter, piece in zip(segment.parameters, segment.pieces, strict=True):
-            if piece and not torch.equal(piece.weight.to(parameter.dtype), piece.of(parameter)):
-                piece.weight.copy_(piece.of(parameter))
+    kept = [segment for layer in shards._kept for _, segment in layer] if shards else []
+    for segment in [*shards.segments, *kept] if shards else ():
+        for one, piece in zip(segment.slices, segment.pieces, strict=True):
+            if piece and not torch.equal(piece.weight.to(one[0].dtype), piece.of(part_of(*one))):
+                piece.weight.copy_(piece.of(part_of(*one)))
+    for layer in range(len(shards.segments) if shards else 0):
         shards.release(layer)
 
 
@@ -339,11 +342,10 @@ def watched(rank: int, case: Case) -> list[tuple[int, int]]:
     if shards.segments:
         gather = shards.gather
 
-        def gather_and_look(layer: int) -> torch.Tensor:
+        def gather_and_look(layer: int, *, kept: bool) -> None:
             assert not shards.segments[layer].whole.untyped_storage().size()
-            whole = gather(layer)
+            gather(layer, kept=kept)
             found.append(held(shards))
-            return whole
 
         shards.gather = gather_and_look
     trainer.step(batches(), 0)

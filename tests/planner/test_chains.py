@@ -61,7 +61,7 @@ def bound(ready: Prepared, pattern: tuple[int, int, int], without: set[int], lay
     rows.extend([c for c in canonical(rows.layers) if without.isdisjoint(event for event, _ in c.potentials)])
     every, last = rows.values
     sums = (layers - 1) * every[:, 0] + last[:, 0] + rows.constants
-    return float(rows.makespan(sums) + sums[rows.index(Of.STEP)].max() + ready.rates.after_compute)
+    return float(rows.makespan(sums) + sums[rows.index(Of.STEP)].max() + ready.rates.around_compute)
 
 
 @pytest.mark.parametrize(
@@ -126,4 +126,4 @@ def _sums(rows: Rows, every: np.ndarray, last: np.ndarray) -> np.ndarray:
 
 def _makespan(rows: Rows, every: np.ndarray, last: np.ndarray) -> float:
     sums = _sums(rows, every, last)
-    return float(rows.makespan(sums)) + rows.rates.after_compute
+    return float(rows.makespan(sums)) + rows.rates.around_compute

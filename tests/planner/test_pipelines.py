@@ -32,6 +32,7 @@ from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.report.plan_table import devices_table, pipeline_line
+from hetermoe_cli.schedule.action import Kind
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.files import dump, load
@@ -459,7 +460,7 @@ def test_gradients_of_a_layer_go_round_the_ranks_of_its_stage_in_all_groups() ->
     cost = CostModel(inputs([("new", 1)] * 4))
     groups = groups_of(cost, Shape(setup([[(0,), (2,)], [(1,), (3,)]], [[3, 1], [3, 1]], [4, 4])))
     replayed = replay_groups(cost.inputs, groups, cost)
-    for layer, reduce in enumerate(replayed.groups[0].reduces):
+    for layer, reduce in enumerate((replayed.groups[0].over_groups or {})[Kind.REDUCE]):
         ring = [0, 1] if layer < 3 else [2, 3]
         size = cost.segment_parameters(layer) * cost.gradient_bytes
         experts = 4 * cost.expert_gradient_bytes / 1e9 if layer < 4 else 0.0
@@ -471,10 +472,16 @@ def test_gradients_of_a_layer_go_round_the_ranks_of_its_stage_in_all_groups() ->
 
 
 @pytest.mark.parametrize("state", ["replicated", "optimizer"])
-def test_new_weights_of_stages_on_other_nics_are_gathered_side_by_side(state: Any) -> None:
+def test_stages_gather_new_weights_while_they_wait_for_the_first_hidden_states(state: Any) -> None:
     cost = CostModel(inputs([("new", 1)] * 4, train={"dense_state": state}))
     tuned = setup([[(0,), (2,)], [(1,), (3,)]], [[2, 2], [2, 2]], [4, 4])
     replayed = replay_groups(cost.inputs, groups_of(cost, Shape(tuned)), cost)
-    reduces = [reduce.seconds for reduce in replayed.groups[0].reduces]  # half the bytes, as the gather
-    stages = sum(reduces[:2]), sum(reduces[2:])
-    assert replayed.after == pytest.approx(max(stages) if state == "optimizer" else 0.0)
+    shared = replayed.groups[0].over_groups or {}
+    spans = {span.name: span for span in simulate(replayed.cost_of(0)).spans}
+    gathers = [spans[name] for name in ("0GF0", "2GF0") if name in spans]
+    if state == "replicated":
+        assert not gathers
+        assert {cost.seconds for cost in shared[Kind.GATHER]} == {0.0}
+        return
+    assert shared[Kind.GATHER] == shared[Kind.REDUCE]  # half the bytes of an all-reduce
+    assert [span.start for span in gathers] == [0.0, 0.0]

@@ -114,12 +114,14 @@ def test_sums_of_a_sharded_dense_part_are_told_from_each_other(tmp_path: Path) -
     plan = wired(plan, Link(bandwidth_gigabytes_per_second=1.0, latency_microseconds=500.0))
     run, _ = read_run_tasks(write_run(tmp_path, plan))
     costs = run.costs(plan.inputs)
-    scattered, summed = (costs[0][run.steps[0]].collective(Kind.REDUCE, 0, last=last).seconds for last in (False, True))
+    cost = costs[0][run.steps[0]]
+    scattered, summed = (cost.collective(Kind.REDUCE, 0, whole=whole).seconds for whole in (False, True))
     found = [sample.predicted for sample in transfer_samples(run.copies, costs)]
     assert scattered < summed
-    gathers = 2 * len(run.steps)  # as long: one of a group in every step has its ports for itself
-    assert sum(seconds == pytest.approx(scattered) for seconds in found) == 2 * len(run.steps) + gathers
+    assert sum(seconds == pytest.approx(scattered) for seconds in found) == 2 * len(run.steps)
     assert sum(seconds == pytest.approx(summed) for seconds in found) == len(run.steps)
+    gathered = cost.collective(Kind.GATHER, 0).seconds  # the first one: new weights of experts come with it
+    assert sum(seconds == pytest.approx(gathered) for seconds in found) == len(run.steps)
 
 
 def test_the_first_traced_step_is_warm_up_unless_it_is_the_only_one(tmp_path: Path) -> None:

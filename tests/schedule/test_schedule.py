@@ -24,6 +24,7 @@ CASES = {
     "zebra_2_2_experts_on_attending_ranks": make_layout((1, 1, 0, 0), (1, 1, 2, 2)),
     "zebra_ep_2": make_layout((1, 1), (2, 2)),
     "sequential_1_1": make_layout((1, 0), (0, 2), schedule="sequential"),
+    "zebra_2_1_states_shared_out": make_layout((1, 1, 0), (0, 0, 2), layers=3, dense_state="optimizer"),
     "windowed_2_1_fully_sharded": make_layout(
         (1, 1, 0), (0, 0, 2), layers=3, micro_batches=4, schedule="windowed", dense_state="full"
     ),
@@ -92,9 +93,9 @@ def test_transfers_of_a_rank_keep_the_order() -> None:
         ("0AF1", "0GF1"),
         ("2AF1", "1CF1 2XF1 2GF1"),
         ("2DF1", "2AF1"),
-        ("2EF1", "2DF1"),
+        ("2EF1", "2DF1 2GF1"),
         ("2CF1", "2EF1"),
-        ("0HB1", "3CF1 4GB1"),
+        ("0HB1", "3CF1 4GF1"),
         ("0HF1", "3CF1 4GF1"),
         ("3CB1", "0HB1"),
         ("2CB1", "3AB1 3PB1"),

@@ -131,8 +131,11 @@ def test_weights_are_whole_for_every_stage_that_needs_them_and_at_most_two_segme
     layers = layout.layers
     for schedule in (training_schedule(layout), validation_schedule(layout)):
         gathers = {transfer for transfer in schedule.transfers if transfer.kind is Kind.GATHER}
-        assert bool(gathers) == layout.gathers
-        if not gathers:
+        assert bool(gathers) == (layout.schedule.shares_states and len(layout.attending) > 1)
+        if not layout.gathers:
+            assert gathers <= {Action(Kind.GATHER, Pass.FORWARD, layer, 0) for layer in range(layers + 1)}
+            assert len(gathers) in (0, layers + 1)
+            assert not schedule.after
             continue
         order, whole = schedule.compute[layout.attending[0]], set()
         dropped = releases(schedule, order, layers)

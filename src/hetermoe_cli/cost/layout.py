@@ -1,7 +1,6 @@
 """LayoutCost: seconds of every action of one layout under one expert load."""
 
 from collections.abc import Iterable
-from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from hetermoe_cli.cost.ports import Matrix, Ranks, TransferCost
 from hetermoe_cli.cost.shared_rows import once_per_device
 from hetermoe_cli.cost.sharers import Sharers
 from hetermoe_cli.schedule.action import Action, Kind, Pass, trips
+from hetermoe_cli.schedule.schedule import is_whole
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, Span
 from hetermoe_cli.spec.plan import Memory
 
@@ -31,11 +31,12 @@ class LayoutCost:
     """Seconds of compute actions and transfers, under the inputs' expert load (balanced without one) unless `load`.
 
     `copies`: groups that train the model side by side (schedule.lower). `sharers`: who shares out states, where groups
-    do so together.
+    do so together. `synchronise_seconds`: from a rank's last gradient until all may step, where others are slower.
     """
 
     copies = 1
     sharers: Sharers | None = None
+    synchronise_seconds = 0.0
 
     def __init__(self, cost: CostModel, layout: Layout, load: Load | None = None) -> None:
         self.cost, self.layout = cost, layout
@@ -170,8 +171,7 @@ class LayoutCost:
         The ports do not depend on the rows, so that the order on every port is known before any row is counted.
         """
         if action.is_collective:
-            last = action.micro_batch == self.layout.micro_batches - 1
-            return self.collective(action.kind, action.layer, last=last)
+            return self.collective(action.kind, action.layer, whole=is_whole(action, self.layout.micro_batches))
         if action.kind is Kind.CROSS:
             crossing = self._crossing(action.layer)
             return TransferCost(float(crossing.busy.max()), crossing.ports_of(action.direction))
@@ -219,15 +219,15 @@ class LayoutCost:
             self._ports[key] = self.cost.network.ports(*(pair if towards_experts else pair[::-1]))
         return self._ports[key]
 
-    def collective(self, kind: Kind, layer: int, *, last: bool = True) -> TransferCost:
-        """What attending ranks sum (R) or gather (G) of a layer; model.layers: of the head. Replicated experts are
-        summed with the `last` micro-batch."""
-        key = kind, layer, last
+    def collective(self, kind: Kind, layer: int, *, whole: bool = True) -> TransferCost:
+        """What attending ranks sum (R) or gather (G) of a layer; model.layers: of the head. `whole`: with replicated
+        experts (`is_whole`)."""
+        key = kind, layer, whole
         if key not in self._collectives:
             layout, attending = self.layout, self.layout.attending_at(layer)
-            copies = len(layout.placement[layer].replicated) if last and layer < layout.layers else 0
+            copies = len(layout.placement[layer].replicated) if whole and layer < layout.layers else 0
             if kind is Kind.GATHER:
-                seconds = self.cost.gather_seconds(attending, layer)
+                seconds = self.cost.gather_seconds(attending, layer, copies)
             else:
                 seconds = self.cost.reduce_seconds(layout.schedule, attending, layer, copies)
             self._collectives[key] = TransferCost(seconds, self._ring_ports(self.layout.span_at(layer)))
@@ -237,16 +237,6 @@ class LayoutCost:
         if span.number not in self._rings:
             self._rings[span.number] = self.cost.network.ring_ports(span.attending)
         return self._rings[span.number]
-
-    @cached_property
-    def synchronise_seconds(self) -> float:
-        """What of the synchronisation begins after the whole backward. Pipeline stages do it side by side."""
-        return max(self._synchronise_seconds(span) for span in self.layout.spans)
-
-    def _synchronise_seconds(self, span: Span) -> float:
-        copies = sum([len(self.layout.placement[layer].replicated) for layer in span.layers])
-        dense = self.cost.dense_of(self._part(span))
-        return self.cost.after_backward_seconds(self.layout.schedule, span.attending, copies, dense)
 
     def _part(self, span: Span) -> Span | None:
         """A pipeline stage, if it is not the whole model."""

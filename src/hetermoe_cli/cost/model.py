@@ -164,28 +164,16 @@ class CostModel(MemoryModel):
         """
         return scattered(schedule) * self.segment_parameters(layer) * self.gradient_bytes
 
-    def gather_seconds(self, attending: Sequence[int], layer: int) -> float:
-        """All-gather of a layer's sharded weights (of the head: model.layers), half an all-reduce."""
-        precisions = {self.train.precision_of(self.devices[rank].type) for rank in attending}
-        # fp32 holds what ranks of several precisions have
-        size = BYTES_PER_ELEMENT[precisions.pop() if len(precisions) == 1 else "fp32"]
-        return self.network.all_reduce_seconds(attending, self.segment_parameters(layer) * size) / 2
+    def gather_seconds(self, attending: Sequence[int], layer: int, replicated: int = 0) -> float:
+        """All-gather of a layer's dense weights (of the head: model.layers) and of its `replicated` experts', where
+        they or their states are shared out: half an all-reduce."""
+        size = self.segment_parameters(layer) + replicated * self.model.expert_parameters
+        return self.network.all_reduce_seconds(attending, size * self.weight_bytes(attending)) / 2
 
-    def after_backward_seconds(
-        self, schedule: ScheduleChoice, attending: Sequence[int], replicated: int = 0, parameters: int | None = None
-    ) -> float:
-        """The part of it that nothing overlaps: where states are sharded, the all-gather of new weights of the dense
-        part and of `replicated` experts, all layers together. Weights of a fully sharded dense part are gathered in the
-        next iteration, as it needs them; experts beside it add no latency here, so that they count alike.
-
-        `parameters`: of the dense part; all unless given."""
-        if not schedule.shares_states:
-            return 0.0
-        copies = replicated * self.expert_gradient_bytes
-        dense = self.dense_gradient_bytes if parameters is None else parameters * self.gradient_bytes
-        seconds = self.network.all_reduce_seconds(attending, dense + copies) / 2
-        gathered = schedule.dense_state == "full"
-        return seconds - self.network.all_reduce_seconds(attending, dense) / 2 if gathered else seconds
+    def weight_bytes(self, holders: Sequence[int]) -> int:
+        """Of one parameter that `holders` tell each other; fp32 holds what ranks of several precisions have."""
+        precisions = {self.train.precision_of(self.devices[rank].type) for rank in holders}
+        return BYTES_PER_ELEMENT[precisions.pop() if len(precisions) == 1 else "fp32"]
 
     def sharding_seconds(self, schedule: ScheduleChoice, attending: Sequence[int]) -> float:
         """What a fully sharded dense part adds at most: in every window its weights are gathered forward and backward,

@@ -118,7 +118,7 @@ class _Terms:
         self.send_each = 2 * count * np.where(self.attends, table["send"], 0)
         self.alone = table["alone"]  # what memory has left without experts
         self.room, self.room_each, self.room_copy = table["room"], table["room_each"], table["room_copy"]
-        self.reduce, self.reduce_each = self._all_reduce(cost)
+        self.collectives = self._collectives(cost)
         self.everything = float(layers * bounder.experts)
 
     def _table(self, slots: Slots) -> dict[str, FloatArray]:
@@ -165,11 +165,9 @@ class _Terms:
     def _links(self, device: Device) -> list[Link]:
         return [device.network] if self._alone(device) else [device.network, device.interconnect]
 
-    def _all_reduce(self, cost: CostModel) -> tuple[FloatArray, FloatArray]:
-        """Seconds of what follows compute, without copies and for each copy, over the fastest links of who attends.
-
-        The all-reduce of layer 0 (all others overlap with backward, those of copies as well: they may be of other
-        layers), and the gather of new weights where states are sharded.
+    def _collectives(self, cost: CostModel) -> FloatArray:
+        """Seconds before and after all compute, over the fastest links of who attends: layer 0's gradients, and its
+        new weights where states are shared out. Compute may hide all others, and those of copies are of any layer.
         """
         schedule = self.b.schedule
         slowest = np.zeros(self.slots.sequences.shape)
@@ -179,13 +177,14 @@ class _Terms:
         slowest = np.where(self.attends, slowest, 0).max(1)
         members = np.where(self.attends, self.devices, 0).sum(1)
         share = np.where(members > 1, 2 * (members - 1) / np.maximum(members, 1), 0.0) * slowest
-        gathered = 0.5 * cost.dense_gradient_bytes * (schedule.dense_state == "optimizer")
-        copy = 0.5 * cost.expert_gradient_bytes * schedule.shares_states
-        return share * (cost.reduce_bytes(schedule, 0) + gathered), share * copy
+        narrowest = min(cost.weight_bytes([device.rank]) for device in cost.devices)
+        gathered = 0.5 * cost.segment_parameters(0) * narrowest * schedule.shares_states
+        result: FloatArray = share * (cost.reduce_bytes(schedule, 0) + gathered)
+        return result
 
     def feasible(self, time: FloatArray) -> NDArray[np.bool_]:
         """[choices] whether all experts find a place within `time`, for some number of copies."""
-        left = time[:, None] - self.reduce[:, None] - self.step_base
+        left = time[:, None] - self.collectives[:, None] - self.step_base
         spare = left - self.load
         ok = np.where(self.attends, spare >= 0, True).all(1)
         ok &= np.where(self.attends, self.alone >= 0, True).all(1)
@@ -195,7 +194,7 @@ class _Terms:
             np.where(self.lane_each > 0, time[:, None] / np.where(self.lane_each > 0, self.lane_each, 1), np.inf),
         ]
         cap = np.minimum.reduce([np.broadcast_to(limit, spare.shape) for limit in limits])
-        copy_cost = np.where(self.attends, self.copy + self.step_copy, 0) + self.reduce_each[:, None]
+        copy_cost = np.where(self.attends, self.copy + self.step_copy, 0)
         most = np.where(
             self.attends, np.minimum(spare / np.maximum(copy_cost, TINY), self.room / self.room_copy), np.inf
         )

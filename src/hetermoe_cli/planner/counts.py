@@ -66,7 +66,7 @@ def seconds(rates: Rates, graph: TaskGraph, counts: Counts) -> FloatArray:
             end = end + _length(rates, task, counts, transfers)
         starts[after] = np.maximum(starts[after], end if condition is None else end * conditions[condition])
     ends = [starts[node] + lengths[node] for node in (*graph.last, graph.reduced) if node is not None]
-    return largest(ends) + _after_backward(rates, counts)
+    return largest(ends) + _step(rates, counts)
 
 
 def transfer_seconds(rates: Rates, counts: Counts) -> FloatArray:
@@ -118,12 +118,12 @@ def _length(rates: Rates, task: Task, counts: Counts, transfers: FloatArray) -> 
     return counts.hosted[..., action.layer, number] * r.hosted[way] + copies * r.replicated[way]
 
 
-def _after_backward(rates: Rates, counts: Counts) -> FloatArray:
+def _step(rates: Rates, counts: Counts) -> FloatArray:
     replicated = counts.replicated.sum(-1)
     totals = counts.totals([c.count for c in rates.classes]).sum(-2)
     steps = [
         r.optimizer_base + r.optimizer_per_expert * -(-totals[..., i] // c.count) + r.optimizer_per_copy * replicated
         for i, (c, r) in enumerate(zip(rates.classes, rates.of, strict=True))
     ]
-    result: FloatArray = rates.after_backward + np.maximum.reduce(steps)
+    result: FloatArray = np.maximum.reduce(steps)
     return result

@@ -23,7 +23,7 @@ class ClassRates:
     replicated: tuple[float, float]  # one replicated expert on the device's own rows
     optimizer_base: float
     optimizer_per_expert: float
-    optimizer_per_copy: float  # replicated expert: its step, and in `Rates` the gather of its new weights
+    optimizer_per_copy: float  # replicated expert
     memory_base: float  # everything that does not depend on the placement
     memory_per_hosted: float
     memory_per_replicated: float

@@ -153,6 +153,8 @@ def _data_edges(index: dict[Task, int], classes: int, schedule: Schedule, layers
             makers = [Task(number, source) for source in sources for number in range(classes)]
         else:
             makers = [Task(-1, source) for source in inputs(task.action, layers)]
+            if task.action.kind is Kind.EXPERT:  # one group: rows follow from attention that has had these weights
+                makers = [maker for maker in makers if not maker.action.is_collective]
         edges += [Edge(index[maker], node, _condition(maker, task)) for maker in makers if maker in index]
     return edges
 

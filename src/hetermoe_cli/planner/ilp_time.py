@@ -130,7 +130,7 @@ def windows(model: Model) -> tuple[list[float], list[float]]:
     tasks, edges = model.graph.tasks, [e for e in model.graph.edges if e.condition is None]
     lengths = [fixed_length(model, task) for task in tasks]
     earliest = [0.0] * len(tasks)
-    last = model.rates.after_backward + max(r.optimizer_base for r in model.rates.of)
+    last = max(r.optimizer_base for r in model.rates.of)
     after = last + model.rates.reduces[0][0]
     remaining = [last if task.action.kind is Kind.REDUCE else after for task in tasks]
     for before, after, _, between in edges:
@@ -163,7 +163,7 @@ def single_tasks(model: Model) -> None:
 
 
 def optimizer_steps(model: Model) -> None:
-    """The step takes as long as on the device that holds most; what is gathered of replicated experts is in it."""
+    """The step takes as long as on the device that holds most."""
     copies = pulp.lpSum(model.replicated)
     for c, _ in model.classes:
         r = model.rates.of[c]
@@ -181,7 +181,7 @@ def objective(model: Model) -> None:
             )
     makespan = model.problem.add_variable("makespan", 0, model.horizon)  # no constant in the objective: bounds omit it
     base, each = model.rates.reduces[0]
-    after = model.optimizer + model.rates.after_backward
+    after = model.optimizer
     model.problem += makespan >= model.finish + base + each * model.replicated[0] + after, "makespan_end"
     if model.graph.reduced is not None:
         end = model.start[model.graph.reduced] + length(model, model.graph.tasks[model.graph.reduced])

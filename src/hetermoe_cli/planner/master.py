@@ -85,7 +85,7 @@ class _Run:
         return Mixture(bound, tables[chosen], used, limits or Limits.of(self.rates, self.horizon))
 
     def _columns(self) -> None:
-        layers, base = self.rates.layers, self.rates.after_compute
+        layers, base = self.rates.layers, self.rates.around_compute
         for _ in range(ROUNDS):
             value, weights = self.master.solve()
             every, last = self.rows.weigh(weights, last=False), self.rows.weigh(weights, last=True)

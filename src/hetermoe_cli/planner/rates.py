@@ -13,6 +13,7 @@ from hetermoe_cli.planner.choice import Choice, DeviceClass, Symmetries, group
 from hetermoe_cli.planner.device_rates import device_rates
 from hetermoe_cli.planner.ports import Port, on_average
 from hetermoe_cli.schedule.action import Action, Kind
+from hetermoe_cli.schedule.schedule import is_whole
 
 
 class Rates:
@@ -24,9 +25,7 @@ class Rates:
         self.class_of = {rank: index for index, c in enumerate(self.classes) for rank in c.ranks}
         total = choice.micro_batch_sequences
         attending = sum(c.count for c in self.classes if c.attends)
-        none, one = (cost.after_backward_seconds(choice.schedule, self._attending, copies) for copies in (0, 1))
-        rates = [device_rates(cost, c.ranks[0], c.sequences, choice.schedule, total, attending) for c in self.classes]
-        self.of = [replace(r, optimizer_per_copy=r.optimizer_per_copy + one - none) for r in rates]
+        self.of = [device_rates(cost, c.ranks[0], c.sequences, choice.schedule, total, attending) for c in self.classes]
 
     @property
     def _attending(self) -> list[int]:
@@ -45,26 +44,27 @@ class Rates:
         return result
 
     @cached_property
-    def gathers(self) -> list[float]:
-        """Seconds of the all-gather of every layer's weights and of the head's, where they are sharded."""
-        return [self.cost.gather_seconds(self._attending, layer) for layer in range(self.layers + 1)]
+    def gathers(self) -> list[tuple[float, float]]:
+        """Seconds of the all-gather of every layer's weights and of the head's, as `reduces`; none where states are
+        not shared out."""
+        if not self.choice.schedule.shares_states or len(self._attending) < 2:
+            return [(0.0, 0.0)] * (self.layers + 1)
+        result = []
+        for layer in range(self.layers + 1):
+            base, more = (self.cost.gather_seconds(self._attending, layer, copies) for copies in (0, 1))
+            result.append((base, more - base if layer < self.layers else 0.0))
+        return result
 
     def collective(self, action: Action) -> tuple[float, float]:
         """Seconds of a collective: without replicated experts, and for each one of the layer."""
-        if action.kind is Kind.GATHER:
-            return self.gathers[action.layer], 0.0
-        base, each = self.reduces[action.layer]
-        return base, each if action.micro_batch == self.choice.schedule.micro_batches - 1 else 0.0
-
-    @cached_property
-    def after_backward(self) -> float:
-        """Seconds of what follows the last all-reduce, without the optimizer step and replicated experts."""
-        return self.cost.after_backward_seconds(self.choice.schedule, self._attending)
+        base, each = (self.gathers if action.kind is Kind.GATHER else self.reduces)[action.layer]
+        return base, each if is_whole(action, self.choice.schedule.micro_batches) else 0.0
 
     @property
-    def after_compute(self) -> float:
-        """Seconds from the last compute task to the optimizer step, at least: layer 0's all-reduce and what follows."""
-        return self.reduces[0][0] + self.after_backward
+    def around_compute(self) -> float:
+        """Seconds before the first compute task and from the last one to the optimizer step, at least: layer 0's
+        weights and gradients."""
+        return self.gathers[0][0] + self.reduces[0][0]
 
     @cached_property
     def ring(self) -> dict[int, bool]:
@@ -90,8 +90,7 @@ class Rates:
             for ports in (self.ports, self.least_ports, self.mean_ports)
         )
         result.reduces = [(base / unit, each / unit) for base, each in self.reduces]
-        result.gathers = [seconds / unit for seconds in self.gathers]
-        result.after_backward = self.after_backward / unit
+        result.gathers = [(base / unit, each / unit) for base, each in self.gathers]
         return result
 
     @cached_property
@@ -99,8 +98,8 @@ class Rates:
         """More seconds than any placement takes: every task and transfer after one another, as large as can be."""
         everything = self.layers * self.experts
         windows = self.choice.schedule.micro_batches // self.choice.schedule.window
-        total = self.after_backward + sum(windows * base + each * self.experts for base, each in self.reduces)
-        total += 2 * windows * sum(self.gathers)
+        total = sum(windows * base + each * self.experts for base, each in self.reduces)
+        total += sum(2 * windows * base + each * self.experts for base, each in self.gathers)
         for r in self.of:
             tasks = r.attending(self.layers) + everything * (sum(r.hosted) + sum(r.replicated))
             total += self.choice.schedule.micro_batches * tasks

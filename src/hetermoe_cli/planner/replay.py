@@ -112,7 +112,7 @@ def busy_bound(cost: LayoutCost, *, exposed: bool = True) -> float:
         attention = r.attending(layout.layers) + transfers if sequences else 0.0
         busiest = max(busiest, attention + _hosted_seconds(cost, rank, sum(r.hosted)))
     computed = layout.micro_batches * busiest + cost.collective(Kind.REDUCE, 0).seconds
-    return max(computed, _carried_seconds(cost) if exposed else 0.0) + cost.synchronise_seconds
+    return max(computed, _carried_seconds(cost) if exposed else 0.0)
 
 
 def _carried_seconds(cost: LayoutCost) -> float:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from hetermoe_cli.cost import LayoutCost
 from hetermoe_cli.profiler.refit import Sample
 from hetermoe_cli.report.run_tasks import CopyTasks
-from hetermoe_cli.schedule.action import Action, Kind
+from hetermoe_cli.schedule.action import Action
+from hetermoe_cli.schedule.schedule import is_whole
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.trace import Span, display_name, lane_of
@@ -84,10 +85,10 @@ def _transfers(copies: Sequence[CopyTasks], costs: Sequence[Mapping[int, LayoutC
     for step in copies[0].loads:
         found: dict[object, list[_Window]] = defaultdict(list)
         for number, (copy, own, cost) in enumerate(zip(copies, spans, costs, strict=True)):
-            last = copy.layout.micro_batches - 1  # before, copies scatter a sharded dense part's gradients on their own
+            count = copy.layout.micro_batches  # copies gather and scatter a fully sharded dense part on their own
             for action, window in _windows(number, copy, own[step], cost[step]):
-                together = action.kind is Kind.REDUCE and action.micro_batch == last and len(copies) > 1
-                found[action.layer if together else (number, action)].append(window)
+                together = len(copies) > 1 and action.is_collective and is_whole(action, count)
+                found[(action.kind, action.layer) if together else (number, action)].append(window)
         windows = sorted(map(_together, found.values()))
         shared = _overlapping(windows)
         for index, window in enumerate(windows):

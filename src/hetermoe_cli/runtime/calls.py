@@ -15,7 +15,7 @@ from hetermoe_cli import __version__
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.lower import training_schedules, validation_schedules
-from hetermoe_cli.schedule.schedule import Schedule
+from hetermoe_cli.schedule.schedule import Schedule, is_whole
 from hetermoe_cli.simulator import check_deadlock
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.world import Replica, World
@@ -83,8 +83,7 @@ def check(world: World, exchange: str) -> None:
 def calls_of(schedule: Schedule, world: Layout | World, process: int, exchange: str) -> Calls:
     """What a process calls in one iteration, in its one order over all communicators; rows travel in `exchange`.
 
-    `schedule` is that of its copy. An iteration whose step is skipped ends before the optimizer's calls, on all ranks
-    alike.
+    `schedule` is that of its copy.
     """
     world = World.of(world)
     number, rank = world.seat(process)
@@ -101,29 +100,28 @@ def calls_of(schedule: Schedule, world: Layout | World, process: int, exchange: 
         if action.kind is Kind.SYNCHRONISE:
             everyone = tuple(range(world.size))
             calls.append(Call(COMMUNICATORS[0], action, "figures", "all-reduce", -1, "float64", members=everyone))
-        elif action.kind is Kind.OPTIMIZER and world.shares_states:
-            calls += _news(world, action, process)
     return calls
 
 
 def _news(world: World, action: Action, process: int) -> Iterator[Call]:
-    """All-gathers of new weights among those that share them out, after the step."""
-    for layer in range(world.layers + 1):
-        for holders in _summed(world, layer, process, world.shares_dense_states):
-            name, told = share_name(world, holders), action._replace(layer=layer)
-            yield Call(name, told, "weights", "all-gather", -1, WIDEST, members=holders)
+    """All-gathers of one layer's weights among those that share out their states."""
+    for holders in _summed(world, action.layer, process, world.shares_dense_states) if world.shares_states else ():
+        yield Call(share_name(world, holders), action, "weights", "all-gather", -1, WIDEST, members=holders)
 
 
 def _collectives(world: World, action: Action, layout: Layout, process: int, exchange: str) -> Iterator[Call]:
     """Of a gather or a reduction."""
     replica = world.replica_of(process)
+    alone, whole = len(world.replicas) == 1, is_whole(action, layout.micro_batches)
     if action.kind is Kind.GATHER:
-        yield _of_attending(world, replica)(action, "weights", "all-gather", dtype=WIDEST)
+        if layout.gathers and process in replica.attending:
+            yield _of_attending(world, replica)(action, "weights", "all-gather", dtype=WIDEST)
+        if whole:
+            yield from _news(world, action, process)
         return
-    alone, last = len(world.replicas) == 1, action.micro_batch == layout.micro_batches - 1
-    if layout.gathers and (alone or not last):
+    if layout.gathers and (alone or not whole):
         yield _of_attending(world, replica)(action, "gradients", "reduce-scatter", dtype=exchange)
-    if last:
+    if whole:
         # copies may differ in their micro-batches, not in the order of layers; what one copy scatters keeps its name
         summed = action if alone else action._replace(micro_batch=0)
         yield from _sums(world, summed, process, exchange, dense=not (layout.gathers and alone))

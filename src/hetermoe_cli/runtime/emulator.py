@@ -21,7 +21,7 @@ from hetermoe_cli.runtime.dispatcher import Routing
 from hetermoe_cli.runtime.lanes import Handoff
 from hetermoe_cli.schedule.action import Action, Kind
 from hetermoe_cli.schedule.lower import training_schedules
-from hetermoe_cli.schedule.schedule import Schedule, inputs
+from hetermoe_cli.schedule.schedule import Schedule, inputs, is_whole
 from hetermoe_cli.schedule.zebra import SYNCHRONISE
 from hetermoe_cli.spec.run import RunSpec
 from hetermoe_cli.spec.world import World
@@ -147,13 +147,14 @@ class EmulatedClock(Clock):
         return self._ends[action]
 
     def _start(self, action: Action, here: float) -> float:
-        """When `action` starts that this group could start at `here`: what is summed over groups, in all of them."""
-        within = action.micro_batch < self._micro_batches - 1  # of a sharded dense part, in a window before the last
-        if action.kind is not Kind.REDUCE or within or len(self._world.replicas) == 1:
+        """When `action` starts that this group could start at `here`: what all groups do together, in all of them."""
+        within = not action.is_collective or not is_whole(action, self._micro_batches)
+        if within or len(self._world.replicas) == 1:
             return here
-        self._board.post(self._step, action.layer, here)
+        together = 2 * action.layer + (action.kind is Kind.GATHER)
+        self._board.post(self._step, together, here)
         first = [replica.attending_at(action.layer)[0] for replica in self._world.replicas]
-        return self._board.wait(self._step, action.layer, first)
+        return self._board.wait(self._step, together, first)
 
     def synchronising(self) -> None:
         self._board.post(self._step, SYNCHRONISE, max(self._now, self._reduced))
@@ -170,6 +171,7 @@ def _costs(run: RunSpec, copy: int) -> Callable[[Load | None], LayoutCost]:
 
 
 def _posted(world: World) -> list[Action | int]:
-    """What ranks post: when they are ready for transfers and for S, and when their group could start a layer's sum."""
+    """What ranks post: when they are ready for transfers and for S, and when their group could start a layer's sum, or
+    gather its new weights."""
     transfers = [transfer for schedule in training_schedules(world) for transfer in schedule.transfers]
-    return [*transfers, SYNCHRONISE, *range(world.layers + 1)]
+    return [*transfers, SYNCHRONISE, *range(2 * (world.layers + 1))]

@@ -81,6 +81,11 @@ class Gradients:
             self._in_place.append(parameter)
 
     @property
+    def nothing(self) -> Tensor:
+        """[0] on this rank's device."""
+        return self._flat[:0]
+
+    @property
     def _own_gradients(self) -> list[Tensor]:
         return [self._places[p] for p in self._own if p.numel()]
 

@@ -1,10 +1,10 @@
 """What several ranks hold, in equal shares of its holders, segment by segment: some of a layer, or the head.
 
 `dense_state: optimizer` (ZeRO-1): each holder keeps master and moments of its share of the dense part and of experts
-that others hold too, steps them and tells the others. `full`: masters are all that a rank holds of the dense part
-between the stages of a segment. Whole weights are gathered into storage that is there from `gather` to `release` only;
-tensors that autograd saved in forward refer to it and are valid again once the same weights are back (the technique of
-PyTorch's first FSDP).
+that others hold too, and steps them; others have old weights until the next pass gathers them. `full`: masters are all
+that a rank holds of the dense part between the stages of a segment. Whole weights are gathered into storage that is
+there from `gather` to `release` only; tensors that autograd saved in forward refer to it and are valid again once the
+same weights are back (the technique of PyTorch's first FSDP).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -174,23 +174,22 @@ class Shards:
         segment = next(kept, None)
         return segment if segment and len(segment.slices) == len(holding.slices) else None
 
-    def gather(self, layer: int) -> Tensor:
-        """The whole weights of a segment, in storage of their own until `release`."""
-        segment = self.segments[layer]
-        assert segment.whole is not None
-        segment.resize(len(segment.whole))
-        self._fill(self._group, segment)
-        return segment.whole
+    def gather(self, layer: int, *, kept: bool) -> None:
+        """The weights of a layer: those of a fully sharded segment, in storage of their own until `release`, and
+        (`kept`) new ones of all whose weights stay whole."""
+        if self.segments:
+            segment = self.segments[layer]
+            assert segment.whole is not None
+            segment.resize(len(segment.whole))
+            self._fill(self._group, segment)
+        for holding, segment in self._kept[layer] if kept else ():
+            self._fill(holding.holders, segment)
 
     def release(self, layer: int) -> None:
         """Drop the whole weights of a segment."""
         self.segments[layer].resize(0)
 
-    def tell(self) -> None:
-        """After a step: every rank's new weights to all that hold them, but for a fully sharded dense part."""
-        for holding, segment in (pair for layer in self._kept for pair in layer):
-            self._fill(holding.holders, segment)
-
+    @torch.no_grad()
     def _fill(self, holders: tuple[int, ...], segment: Segment) -> None:
         """All holders' masters into the weights, in a precision that holds all of theirs."""
         dtype, wire, whole = self._parts.precisions.gathered(holders), self._mesh.wire, segment.whole

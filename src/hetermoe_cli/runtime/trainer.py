@@ -92,10 +92,10 @@ class Trainer:
         holdings, last = parts.holdings(world, process, dense=dense), layout.micro_batches - 1
         stacks = parts.experts.parameters()
         self.gradients = Gradients(shared, own, self.mesh, parts.exchange, holdings, shares, last, stacks, self.shards)
-        self._collectives = Collectives(self.gradients, shards)
+        self._collectives = Collectives(self.gradients, self.shards, layout.micro_batches)
         self._schedule = training_schedule(layout, len(world.replicas))
         self._last_of_runs = last_of_runs(self._schedule.compute[self.mesh.rank])
-        self._validation = validation_schedule(layout)
+        self._validation = validation_schedule(layout, len(world.replicas))
         sequences = layout.sequences_of(layout.span_of(self.mesh.rank)).get(self.mesh.rank, range(0))
         self._first = replica.first + sequences.start
 
@@ -161,8 +161,6 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = result.learning_rate
         self.gradients.apply(self.optimizer, clip_factor(result.gradient_norm, self.train.gradient_clip) / scale)
-        if self.shards:
-            self.shards.tell()
         if self.parts.dense:
             self.parts.dense.update_biases(torch.from_numpy(result.expert_rows))
 

@@ -19,8 +19,8 @@ class Kind(StrEnum):
     CROSS = "X"  # hidden states to the next pipeline stage; in backward, their gradients to the one before
     HEAD = "H"  # last combine, final norm, head, loss; in training its own backward at once
     REDUCE = "R"  # sum of a layer's gradients that ranks share: all-reduce, or reduce-scatter of shared out states
-    GATHER = "G"  # all-gather of one layer's sharded weights
-    SYNCHRONISE = "S"  # global norm, once all gradients are summed; its cost: new weights of sharded states
+    GATHER = "G"  # all-gather of one layer's weights: sharded ones, or new ones of shared out states
+    SYNCHRONISE = "S"  # global norm, once all gradients are summed
     OPTIMIZER = "O"  # optimizer step
 
     __hash__ = str.__hash__  # an enum's own is a Python function; actions are looked up all the time
@@ -40,7 +40,8 @@ class Action(NamedTuple):
 
     H carries layer 0, S and O micro-batch 0 as well. R carries the last micro-batch, whose backward it follows; the
     head's gradients are one layer more than the last, the embedding's go with those of layer 0. G is called after the
-    first stage that needs it (`inputs`); layers as for R. P and X carry the first layer of the next pipeline stage.
+    first stage that needs it (`inputs`), the head's F; layers as for R. P and X carry the first layer of the next
+    pipeline stage.
     """
 
     kind: Kind

@@ -1,9 +1,10 @@
-"""When the dense weights of a fully sharded layer are whole: gathered one stage ahead of use, dropped after it.
+"""When weights are gathered from those that stepped shares of them: one stage ahead of use.
 
-A segment is what is gathered at once: a layer's dense part, the embedding with layer 0, or norm and head. The segment
-at work and the next one are whole, never more: what comes next is gathered when the segment before the one at work is
-dropped. What is needed again right after the one at work (the last layer around the head, layer 1 around layer 0
-between two windows) stays.
+A segment is what is gathered at once: a layer's weights, the embedding with layer 0, or norm and head. Where optimizer
+states alone are shared out, weights stay whole: new ones come once an iteration. Where the dense part is fully sharded,
+its segment at work and the next one are whole, never more: what comes next is gathered when the segment before the one
+at work is dropped. What is needed again right after the one at work (the last layer around the head, layer 1 around
+layer 0 between two windows) stays.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,20 +16,22 @@ from hetermoe_cli.schedule.schedule import Schedule, gather_for, segment_of
 
 
 class Gather(NamedTuple):
-    """A gather, and the stage after which there is room for it (None: from the start)."""
+    """A gather, and the last stage before those that run ahead of its use (None: there is none)."""
 
     action: Action
     after: Action | None
 
 
-def gathers(stages: Iterable[Action], layers: int) -> list[Gather]:
-    """Of all attention and head tasks of an attending rank, in order."""
+def gathers(stages: Iterable[Action], layers: int, *, once: bool) -> list[Gather]:
+    """Of all attention and head tasks of an attending rank, in order; `once`: weights stay whole."""
     uses = [list(use) for _, use in groupby(stages, key=lambda stage: segment_of(stage, layers))]
-    result = []
+    result, known = [], set[int]()
     for place, use in enumerate(uses):
-        before = uses[place - 2][-1] if place > 1 else None
-        if before is None or segment_of(before, layers) != segment_of(use[0], layers):
+        before, segment = uses[place - 2][-1] if place > 1 else None, segment_of(use[0], layers)
+        stays = segment in known if once else before is not None and segment_of(before, layers) == segment
+        if not stays:
             result.append(Gather(gather_for(use[0], layers), before))
+        known.add(segment)
     return result
 
 

@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from math import inf
+from typing import Literal
 
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.gathers import gathers
-from hetermoe_cli.schedule.schedule import Schedule, segment_of
+from hetermoe_cli.schedule.schedule import Schedule, is_whole, segment_of
 from hetermoe_cli.schedule.zebra import (
     Order,
     Part,
@@ -25,6 +26,7 @@ from hetermoe_cli.spec.world import World
 
 _OrderOf = Callable[[Part, Windows], Order]
 _PassOf = tuple[Pass, int]  # direction, and number of the window
+_Weights = Literal["whole", "renewed", "sharded"]  # never gathered, once an iteration, or whenever they are needed
 _OF_ATTENDING = (Kind.ATTENTION, Kind.PASS, Kind.HEAD)
 _LENGTH = {Pass.FORWARD: 1.0, Pass.BACKWARD: 2.0}
 
@@ -33,14 +35,14 @@ def training_schedule(layout: Layout, copies: int = 1) -> Schedule:
     """One training iteration, with communication.
 
     `copies`: groups that train the model side by side. Where there are several, hosts take part in reducing a layer's
-    gradients as well, as other groups hold the same experts.
+    gradients, and in gathering its new weights, as well, as other groups hold the same experts.
     """
     return _lower(layout, training_order, copies)
 
 
-def validation_schedule(layout: Layout) -> Schedule:
-    """One forward-only pass over R micro-batches, with communication."""
-    return _lower(layout, validation_order, 1)
+def validation_schedule(layout: Layout, copies: int = 1) -> Schedule:
+    """One forward-only pass over R micro-batches, with communication; `copies` as above."""
+    return _lower(layout, validation_order, copies)
 
 
 def training_schedules(world: World) -> list[Schedule]:
@@ -50,7 +52,7 @@ def training_schedules(world: World) -> list[Schedule]:
 
 def validation_schedules(world: World) -> list[Schedule]:
     """One forward-only pass of every copy."""
-    return [validation_schedule(replica.layout) for replica in world.replicas]
+    return [validation_schedule(replica.layout, len(world.replicas)) for replica in world.replicas]
 
 
 def _lower(layout: Layout, order_of: _OrderOf, copies: int) -> Schedule:
@@ -61,12 +63,11 @@ def _lower(layout: Layout, order_of: _OrderOf, copies: int) -> Schedule:
     receivers: dict[Action, tuple[int, ...]] = {}
     hosting = [tuple(layout.hosting(layer)) for layer in range(layout.layers)]
     borders = (*[span.first for span in layout.spans], layout.layers)
-    order, after = _transfer_order(order_of, borders, windows, layout.gathers)
+    order, after = _transfer_order(order_of, borders, windows, _weights_of(layout))
     for action in order:
         attending = layout.attending_at(action.layer)
         if action.is_collective:
-            last = action.kind is Kind.REDUCE and action.micro_batch == layout.micro_batches - 1
-            others = copies > 1 and last and action.layer < layout.layers
+            others = copies > 1 and is_whole(action, layout.micro_batches) and action.layer < layout.layers
             hosts = hosting[action.layer] if others else ()
             if copies > 1 or len(attending) > 1:
                 transfers.append(action)
@@ -85,9 +86,13 @@ def _lower(layout: Layout, order_of: _OrderOf, copies: int) -> Schedule:
     return Schedule(compute, tuple(transfers), senders, receivers, after)
 
 
+def _weights_of(layout: Layout) -> _Weights:
+    return "sharded" if layout.gathers else "renewed" if layout.renews else "whole"
+
+
 @lru_cache(maxsize=256)
 def _transfer_order(
-    order_of: _OrderOf, borders: tuple[int, ...], windows: Windows, gathered: bool
+    order_of: _OrderOf, borders: tuple[int, ...], windows: Windows, weights: _Weights
 ) -> tuple[Order, dict[Action, Action]]:
     """Transfers of all pipeline stages in one order, and the stages that gathers follow. `borders`: their first layers,
     and one after the last layer.
@@ -95,7 +100,7 @@ def _transfer_order(
     They go by when they would begin if all forward passes of a window took as long, all backward ones twice that, and
     what a stage transfers during one were evenly spread over it; of woven passes, if all tasks took as long. What
     crosses to another stage comes where its task ends, later than it would in the middle of its place: ahead of time
-    it would hold up what shares its ports.
+    it would hold up what shares its ports. Stages that wait for the first hidden states gather new weights meanwhile.
     """
     layers, last = borders[-1], len(borders) - 2
     found: list[tuple[float, int, bool, Action]] = []
@@ -103,7 +108,7 @@ def _transfer_order(
     times = _times(last + 1, windows)
     for number, (first, end) in enumerate(pairwise(borders)):
         part = Part(True, (False,) * layers, first, end, last - number)
-        by_pass, own = _orders_of_stage(order_of, part, windows, gathered)
+        by_pass, own = _orders_of_stage(order_of, part, windows, weights)
         for key, transfers in by_pass.items():
             for place, transfer in enumerate(transfers):
                 if windows.passes == "woven":
@@ -112,13 +117,15 @@ def _transfer_order(
                 else:
                     begins, length = times[number][key]
                     begins += length / len(transfers) * (place + (1 if transfer.kind is Kind.CROSS else 0.5))
+                if first and transfer.kind is Kind.GATHER:
+                    begins = -1.0
                 found.append((begins, -number, transfer.direction is Pass.BACKWARD, transfer))
         after |= own
     return tuple([transfer for *_, transfer in sorted(found, key=lambda one: one[:3])]), after
 
 
 def _orders_of_stage(
-    order_of: _OrderOf, part: Part, windows: Windows, gathered: bool
+    order_of: _OrderOf, part: Part, windows: Windows, weights: _Weights
 ) -> tuple[dict[_PassOf, list[Action]], dict[Action, Action]]:
     """Transfers of one pipeline stage, by pass, in the order of its attending ranks' stages.
 
@@ -138,9 +145,10 @@ def _orders_of_stage(
     layers = len(part.hosts)
     own = [a for a in order_of(part, windows) if a.kind in _OF_ATTENDING]
     stages = sorted(own, key=lambda a: (a.micro_batch // windows.width, a.direction is Pass.BACKWARD))
-    found = gathers(stages, layers) if gathered else []
+    weighing = [stage for stage in stages if stage.kind is not Kind.PASS]
+    found = [] if weights == "whole" else gathers(weighing, layers, once=weights == "renewed")
     after = {gather.action: gather.after for gather in found if gather.after}
-    reduces = _reduces(stages, layers, windows, gathered)
+    reduces = _reduces(stages, layers, windows, weights)
     collectives = {} if part.first else reduces
     for gather, stage in after.items():
         collectives[stage] = [gather, *collectives.get(stage, [])]
@@ -173,7 +181,7 @@ def _orders_of_stage(
     result += [*waited, *sent]
     if part.first:
         result += [reduce for found in reduces.values() for reduce in found]
-    return by_pass, after
+    return by_pass, after if weights == "sharded" else {}
 
 
 def _pass_of(action: Action, windows: Windows) -> _PassOf:
@@ -209,9 +217,11 @@ def _ready(times: Sequence[Mapping[_PassOf, tuple[float, float]]], number: int, 
     return result
 
 
-def _reduces(stages: Order | list[Action], layers: int, windows: Windows, gathered: bool) -> dict[Action, list[Action]]:
+def _reduces(
+    stages: Order | list[Action], layers: int, windows: Windows, weights: _Weights
+) -> dict[Action, list[Action]]:
     """By the stage that it follows: the last backward of a layer, or of every window where only shares are kept."""
-    width = windows.width if gathered else windows.micro_batches
+    width = windows.width if weights == "sharded" else windows.micro_batches
     return {
         stage: [Action(Kind.REDUCE, Pass.BACKWARD, segment_of(stage, layers), stage.micro_batch)]
         for stage in stages

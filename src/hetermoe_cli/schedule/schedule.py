@@ -126,7 +126,8 @@ def inputs(action: Action, layers: int) -> tuple[Action, ...]:
         rows = (*rows, Action(Kind.CROSS, _FORWARD, layer, micro_batch))
     elif kind is Kind.COMBINE and direction is _BACKWARD:  # where one ends
         rows = (*rows, Action(Kind.PASS, _BACKWARD, layer + 1, micro_batch))
-    return (*rows, gather_for(action, layers)) if kind is Kind.ATTENTION else rows
+    weighs = kind is Kind.ATTENTION or (kind, direction) == (Kind.EXPERT, _FORWARD)
+    return (*rows, gather_for(action, layers)) if weighs else rows
 
 
 def completions(reduce: Action, layers: int) -> tuple[Action, ...]:
@@ -138,10 +139,20 @@ def completions(reduce: Action, layers: int) -> tuple[Action, ...]:
 
 
 def segment_of(stage: Action, layers: int) -> int:
-    """Whose dense weights an attention or head task needs: its layer's, or, one after the last layer, the head's."""
+    """Whose weights a compute task needs: its layer's, or, one after the last layer, the head's."""
     return layers if stage.kind is Kind.HEAD else stage.layer
 
 
 def gather_for(stage: Action, layers: int) -> Action:
-    """What brings the weights that an attention or head task needs, if they are gathered for this one."""
-    return Action(Kind.GATHER, stage.direction, segment_of(stage, layers), stage.micro_batch)
+    """What brings the weights that a compute task needs, if they are gathered for this one."""
+    direction = _FORWARD if stage.kind is Kind.HEAD else stage.direction
+    return Action(Kind.GATHER, direction, segment_of(stage, layers), stage.micro_batch)
+
+
+def is_whole(collective: Action, micro_batches: int) -> bool:
+    """Whether a collective moves all that is shared of its layer, experts too, which it does once an iteration:
+    gradients with the last micro-batch, new weights with the first. Others move a fully sharded dense part only."""
+    _, direction, _, micro_batch = collective
+    if collective.kind is Kind.REDUCE:
+        return micro_batch == micro_batches - 1
+    return direction is _FORWARD and not micro_batch

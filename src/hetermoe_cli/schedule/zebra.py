@@ -20,6 +20,7 @@ _FORWARD_PLACES = {  # of a layer's tasks and transfers in it; P and X carry the
     Kind.COMBINE: 1.5,
     Kind.PASS: 0.0,
     Kind.CROSS: 0.5,
+    Kind.GATHER: -2.25,  # one layer ahead
 }
 _BACKWARD_PLACES = {
     Kind.PASS: 2.0,

@@ -226,6 +226,11 @@ class Layout(ExtendedSpec):
         """Whether ranks hold shares of the dense part only and gather it layer by layer; one rank has all of it."""
         return self.schedule.dense_state == "full" and len(self.attending) > 1
 
+    @property
+    def renews(self) -> bool:
+        """Whether weights stay whole while states are shared out: new ones are gathered in the next iteration."""
+        return self.schedule.shares_states and not self.gathers
+
     def hosting(self, layer: int) -> list[int]:
         """Ranks that host at least one expert of `layer` (replicated ones not counted)."""
         return [rank for rank, experts in enumerate(self.placement[layer].experts) if experts]

@@ -17,7 +17,11 @@ LAYOUT = make_layout((1, 0), (4, 4), micro_batches=4)  # rank 0 attends, both ho
 
 def seconds_of(replayed: Replayed) -> list[float]:
     """Of every layer's all-reduce, the head's last: equal in all groups."""
-    found = [[reduce.seconds for reduce in g.reduces] for g in replayed.groups]
+    return shared_seconds(replayed, Kind.REDUCE)
+
+
+def shared_seconds(replayed: Replayed, kind: Kind) -> list[float]:
+    found = [[cost.seconds for cost in (g.over_groups or {})[kind]] for g in replayed.groups]
     assert all(seconds == found[0] for seconds in found)
     return found[0]
 
@@ -26,7 +30,7 @@ def test_one_group_synchronises_as_its_layout_says() -> None:
     cost = fleet_cost([("new", 1, 2)], batch=4)
     replayed = replay_groups(cost.inputs, [Group.of(LAYOUT, [[0, 1]])])
     alone = LayoutCost(cost, LAYOUT)
-    assert replayed.synchronise == alone.synchronise_seconds
+    assert replayed.synchronise == 0.0
     assert replayed.seconds == pytest.approx(simulate(alone).seconds)
     assert replayed.busy_share(2) == pytest.approx(simulate(alone).busy_share(2))
 
@@ -74,15 +78,16 @@ def test_a_replicated_expert_goes_round_all_attending_ranks() -> None:
     assert seconds_of(replayed) == pytest.approx([everyone[0] + hosted, everyone[1] + hosted, everyone[2]])
 
 
-def test_new_weights_of_shared_out_states_are_gathered_at_the_end() -> None:
+def test_new_weights_of_shared_out_states_are_gathered_when_the_next_iteration_needs_them() -> None:
     schedule = LAYOUT.schedule.model_copy(update={"dense_state": "optimizer"})
     cost = fleet_cost([("new", 2, 2)], batch=8)
     groups = [Group.of(LAYOUT.model_copy(update={"schedule": schedule}), [[0, 1], [2, 3]])]
     replayed = replay_groups(cost.inputs, groups)
     dense = [cost.network.all_reduce_seconds([0, 2], cost.segment_parameters(layer) * 2) for layer in range(3)]
     hosted = 4 * cost.expert_gradient_bytes / 1e9 + 2 * 20e-6  # of one layer
-    assert replayed.after == pytest.approx((sum(dense) + 2 * hosted) / 2)
-    assert replayed.synchronise == pytest.approx(seconds_of(replayed)[0] + replayed.after)
+    gathers = [(dense[0] + hosted) / 2, (dense[1] + hosted) / 2, dense[2] / 2]
+    assert shared_seconds(replayed, Kind.GATHER) == pytest.approx(gathers)
+    assert replayed.synchronise == pytest.approx(gathers[0] + seconds_of(replayed)[0])  # compute hides the others
 
 
 def test_a_fully_sharded_dense_part_is_gathered_within_each_group() -> None:
@@ -93,21 +98,23 @@ def test_a_fully_sharded_dense_part_is_gathered_within_each_group() -> None:
     replicas = [[0, 1], [2, 3]]
     found, other = (replay_groups(cost.inputs, [Group.of(layout, replicas)]) for layout in (full, plain))
     experts = expert_seconds(cost, dict.fromkeys(range(4), 4), 2)
-    assert other.after == 0.0
-    assert found.after == pytest.approx(2 * experts / 2)  # new weights of experts that both groups have, in two layers
+    assert shared_seconds(found, Kind.GATHER) == pytest.approx([experts / 2] * 2 + [0.0])  # new weights of experts
     *layers, head = seconds_of(other)
     scattered = [seconds - experts / 2 for seconds in layers]  # the dense part is summed whole, experts' are scattered
     assert seconds_of(found) == pytest.approx([*scattered, head])
     alone = LayoutCost(found.groups[0].cost, full)
     within = found.cost_of(0)
-    for kind, last in ((Kind.GATHER, True), (Kind.REDUCE, False)):
-        for layer in range(3):
-            assert within.collective(kind, layer, last=last) == alone.collective(kind, layer, last=last)
-            assert within.collective(kind, layer, last=last).seconds > 0
-    assert within.collective(Kind.REDUCE, 1) == found.groups[0].reduces[1]
+    for layer in range(3):
+        for kind in (Kind.GATHER, Kind.REDUCE):
+            assert within.collective(kind, layer, whole=False) == alone.collective(kind, layer, whole=False)
+            assert within.collective(kind, layer, whole=False).seconds > 0
+        both = alone.collective(Kind.GATHER, layer).seconds + (layer < 2) * experts / 2
+        assert within.collective(Kind.GATHER, layer).seconds == pytest.approx(both)
+    assert found.groups[0].over_groups
+    assert within.collective(Kind.REDUCE, 1) == found.groups[0].over_groups[Kind.REDUCE][1]
     gathers = sum(alone.transfer(t).seconds for t in training_schedule(full, 2).transfers if t.kind is Kind.GATHER)
     least = other.seconds - len(layers) * experts / 2
-    assert least < found.seconds - found.after < other.seconds + gathers  # compute hides some
+    assert least < found.seconds < other.seconds + gathers  # compute hides some
     assert simulate(within).seconds == pytest.approx(found.seconds)
 
 
@@ -120,6 +127,6 @@ def test_all_reduces_use_the_ports_of_their_own_group() -> None:
         cost = fleet_cost([("new", nodes, 4 // nodes)], nics=4 // nodes, batch=8)
         replayed = replay_groups(cost.inputs, [Group.of(LAYOUT, [[0, 1], [2, 3]])])
         ring = {port(0, inside, way) for way in (0, 1)}
-        *layers, head = replayed.groups[0].reduces
+        *layers, head = (replayed.groups[0].over_groups or {})[Kind.REDUCE]
         assert set(head.ports) == ring
         assert all(set(layer.ports) == ring | nics for layer in layers)

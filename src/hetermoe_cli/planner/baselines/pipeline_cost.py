@@ -179,20 +179,20 @@ class PipelineCost:
         return layers * self.cost.model.attention_layer_parameters + self.edge_parameters(first, last)
 
     def update_seconds(self, pipelines: Sequence[Sequence[tuple[Unit, int]]], *, hidden: bool = True) -> float:
-        """What of the all-reduce follows the last backward, new weights of what is shared out, then the slowest
-        optimizer step. `hidden`: as _rings.
+        """What of the all-reduce follows the last backward, then the slowest optimizer step, and, where states are
+        shared out, the new weights of the first layer, for which the next iteration waits. `hidden`: as _rings.
 
         Pipelines: (unit, layers) of every stage.
         """
-        steps, gathers = [0.0], [0.0]
+        steps = [0.0]
         for pipeline in pipelines:
             for stage, (unit, layers) in enumerate(pipeline):
                 first, last = stage == 0, stage == len(pipeline) - 1
                 stepped = self._stepped(layers, first, last)
                 steps += [self.cost.optimizer_seconds(self.cost.of(rank), stepped) for rank in unit]
-                dense = self._dense(layers, first, last)
-                gathers.append(self.cost.after_backward_seconds(self.schedule, unit, 0, dense))
-        return all_reduce_seconds(self.cost, self._rings(pipelines, hidden)) + max(gathers) + max(steps)
+        units = [pipeline[0][0] for pipeline in pipelines] if self.schedule.shares_states else []
+        gathers = [self.cost.gather_seconds(unit, 0) for unit in units]
+        return all_reduce_seconds(self.cost, self._rings(pipelines, hidden)) + max(gathers, default=0.0) + max(steps)
 
     def _rings(self, pipelines: Sequence[Sequence[tuple[Unit, int]]], hidden: bool) -> Iterator[tuple[Unit, int]]:
         """(ranks, gradient bytes): the dense part over all devices that hold it, experts over those of equal place.

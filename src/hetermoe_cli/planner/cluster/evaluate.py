@@ -162,7 +162,7 @@ def _without_steps(rates: GroupRates) -> GroupRates:
     result = GroupRates.__new__(GroupRates)
     result.__dict__.update(rates.__dict__)
     segments = rates.layers + 1
-    result.__dict__ |= {"reduces": [(0.0, 0.0)] * segments, "gathers": [0.0] * segments, "after_backward": 0.0}
+    result.__dict__ |= {"reduces": [(0.0, 0.0)] * segments, "gathers": [(0.0, 0.0)] * segments}
     result.of = [replace(r, optimizer_base=0.0, optimizer_per_expert=0.0, optimizer_per_copy=0.0) for r in rates.of]
     return result
 

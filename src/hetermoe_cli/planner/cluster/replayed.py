@@ -5,9 +5,8 @@ as if all groups came at the same moment. Of equal groups that is so; of others 
 it is last everywhere, and an iteration ends no sooner than it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import groupby
 
 from hetermoe_cli.cost.layout import LayoutCost
@@ -17,7 +16,7 @@ from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.ports import TransferCost
 from hetermoe_cli.cost.sharers import Sharers
 from hetermoe_cli.planner.cluster.parts import group_inputs
-from hetermoe_cli.planner.cluster.synchronise import Copy, after_backward_seconds, reduce_ports, reduce_seconds
+from hetermoe_cli.planner.cluster.synchronise import Copy, collective_ports, gather_seconds, reduce_seconds
 from hetermoe_cli.schedule.action import Kind
 from hetermoe_cli.schedule.zebra import OPTIMIZER
 from hetermoe_cli.simulator import SimulatedTrace, simulate
@@ -25,36 +24,37 @@ from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import Group, Memory
 
+OverGroups = Mapping[Kind, Sequence[TransferCost]]  # what all groups sum (R) and gather (G) of a layer; last the head's
+
 
 class GroupCost(LayoutCost):
-    """A layout among other groups. `reduces`: every layer's all-reduce over all of them, the head's last, nothing if
-    empty; `synchronise`: from the group's own last gradient until all groups may step; `sharers` as of LayoutCost."""
+    """A layout among other groups, which share nothing if there is no `over_groups`. `synchronise`: from the group's
+    own last gradient until all groups may step; `sharers` as of LayoutCost."""
 
     def __init__(
         self,
         cost: CostModel,
         layout: Layout,
-        reduces: Sequence[TransferCost] = (),
+        over_groups: OverGroups | None = None,
         synchronise: float = 0.0,
         load: Load | None = None,
         sharers: Sharers | None = None,
     ) -> None:
         super().__init__(cost, layout, load)
-        self.sharers = sharers
-        self.copies = 2 if reduces else 1
-        self._over_groups, self._synchronise = reduces, synchronise
+        self.sharers, self.synchronise_seconds = sharers, synchronise
+        self.copies = 2 if over_groups else 1
+        self._over_groups = over_groups
 
-    def collective(self, kind: Kind, layer: int, *, last: bool = True) -> TransferCost:
-        """All-reduce of a layer's gradients over all groups. A fully sharded dense part is gathered within the group,
+    def collective(self, kind: Kind, layer: int, *, whole: bool = True) -> TransferCost:
+        """A layer's gradients or new weights over all groups. A fully sharded dense part is gathered within the group,
         and so are its gradients scattered in the windows before the last."""
-        if kind is Kind.GATHER or not last:
-            return super().collective(kind, layer, last=last)
-        return self._over_groups[layer] if self._over_groups else TransferCost(0.0, ())
-
-    @cached_property
-    def synchronise_seconds(self) -> float:
-        """Seconds from the group's own last gradient."""
-        return self._synchronise
+        shared = self._over_groups[kind][layer] if self._over_groups else TransferCost(0.0, ())
+        if whole and not (kind is Kind.GATHER and self.layout.gathers):
+            return shared
+        within = super().collective(kind, layer, whole=False)
+        if not whole:
+            return within
+        return TransferCost(within.seconds + shared.seconds, tuple(sorted({*within.ports, *shared.ports})))
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ReplayedGroup:
     computed: float  # when its last gradient is there
     optimizer: float
     memory: list[Memory]
-    reduces: Sequence[TransferCost] = ()  # as of GroupCost
+    over_groups: OverGroups | None = None
     reduced: float = 0.0  # when its last gradient is summed
     sharers: Sharers | None = None
 
@@ -80,10 +80,9 @@ class ReplayedGroup:
 
 @dataclass(frozen=True)
 class Replayed:
-    """All groups of a plan. `after`: seconds of what follows when all gradients are summed."""
+    """All groups of a plan."""
 
     groups: list[ReplayedGroup]
-    after: float = 0.0
 
     @property
     def computed(self) -> float:
@@ -98,12 +97,12 @@ class Replayed:
     @property
     def synchronise(self) -> float:
         """Seconds that synchronising adds to the iteration."""
-        return self.reduced + self.after - self.computed
+        return self.reduced - self.computed
 
     @property
     def seconds(self) -> float:
         """The iteration: the slowest group's compute, what synchronising adds, the slowest optimizer step."""
-        return self.reduced + self.after + self.optimizer
+        return self.reduced + self.optimizer
 
     @property
     def copies(self) -> list[int]:
@@ -121,9 +120,9 @@ class Replayed:
         return self._among(self.groups[number], layout)
 
     def _among(self, g: "ReplayedGroup", layout: Layout, wait: float = 0.0, load: Load | None = None) -> LayoutCost:
-        if not g.reduces:
+        if not g.over_groups:
             return LayoutCost(g.cost, layout, load)
-        return GroupCost(g.cost, layout, g.reduces, wait + self.after, load, g.sharers)
+        return GroupCost(g.cost, layout, g.over_groups, wait, load, g.sharers)
 
     @property
     def optimizer(self) -> float:
@@ -177,16 +176,23 @@ def joined(done: list[ReplayedGroup], whole: CostModel) -> Replayed:
     if len(copies) == 1:
         alone = simulate(LayoutCost(done[0].cost, done[0].group.layout))
         return Replayed([replace(done[0], reduced=alone.seconds - done[0].optimizer)])
-    seconds = [reduce_seconds(whole, copies, layer) for layer in range(whole.model.layers + 1)]
+    layers = range(whole.model.layers + 1)
+    seconds = {
+        kind: [of(whole, copies, layer) for layer in layers]
+        for kind, of in ((Kind.REDUCE, reduce_seconds), (Kind.GATHER, gather_seconds))
+    }
     sharers, groups = Sharers.of((g.group.layout, len(g.group.replicas)) for g in done), []
     for g in done:
-        ports = reduce_ports(whole, copies, Copy(g.group.layout, g.group.replicas[0], g.cost))
-        reduces = [TransferCost(*each) for each in zip(seconds, ports, strict=True)]
-        layout_cost = GroupCost(g.cost, g.group.layout, reduces, sharers=sharers)
+        ports = collective_ports(whole, copies, Copy(g.group.layout, g.group.replicas[0], g.cost))
+        shared = {kind: [*map(TransferCost, found, ports)] for kind, found in seconds.items()}
+        layout_cost = GroupCost(g.cost, g.group.layout, shared, sharers=sharers)
         optimizer, memory = _steps(layout_cost)
         reduced = simulate(layout_cost).seconds - optimizer
-        groups.append(replace(g, reduces=reduces, reduced=reduced, optimizer=optimizer, memory=memory, sharers=sharers))
-    return Replayed(groups, after_backward_seconds(whole, copies))
+        joined_group = replace(
+            g, over_groups=shared, reduced=reduced, optimizer=optimizer, memory=memory, sharers=sharers
+        )
+        groups.append(joined_group)
+    return Replayed(groups)
 
 
 def group_cost(inputs: Inputs, group: Group) -> CostModel:

@@ -70,8 +70,8 @@ def _sum_seconds(
     return ring + expert_seconds(whole, hosted, len(copies), experts)
 
 
-def reduce_ports(whole: CostModel, copies: Sequence[Copy], copy: Copy) -> list[tuple[int, ...]]:
-    """Of every layer and the head: which ports of its own a group gives to the all-reduce, those of the ring through
+def collective_ports(whole: CostModel, copies: Sequence[Copy], copy: Copy) -> list[tuple[int, ...]]:
+    """Of every layer and the head: which ports of its own a group gives to sums and gathers, those of the ring through
     all groups and the NICs of its hosts."""
     rings, known = [], {}
     for layer in range(whole.model.layers + 1):
@@ -98,25 +98,16 @@ def _ring_of(whole: CostModel, attending: Sequence[int], copy: Copy) -> set[int]
     }
 
 
-def after_backward_seconds(whole: CostModel, copies: Sequence[Copy]) -> float:
-    """What follows the sums: new weights of states that all groups share out. Upper where one of them does not.
+def gather_seconds(whole: CostModel, copies: Sequence[Copy], layer: int) -> float:
+    """Gathering one layer's new weights over all groups, where they share out its states; model.layers: the head's.
 
-    Layers follow each other, but for those of pipeline stages that share no NIC.
+    A fully sharded dense part is gathered within its group. Upper where a group does not share out states.
     """
     states = {copy.layout.schedule.dense_state for copy in copies} - {"replicated"}
-    gather, gathered = defaultdict[int, float](float), states == {"full"}
-    staged = any(copy.layout.pipeline for copy in copies)
-    for layer in range(whole.model.layers + 1) if states else ():
-        dense = 0 if gathered else whole.segment_parameters(layer) * whole.gradient_bytes
-        seconds = _sum_seconds(whole, copies, layer, dense) / 2
-        for nic in _nics(whole, copies, layer) if staged else (0,):
-            gather[nic] += seconds
-    return max(gather.values(), default=0.0)
-
-
-def _nics(whole: CostModel, copies: Sequence[Copy], layer: int) -> set[int]:
-    """Those of all ranks of the pipeline stages that a layer, or the head, is in."""
-    return {whole.devices[copy.ranks[rank]].nic for copy in copies for rank in copy.layout.span_at(layer).ranks}
+    if not states:
+        return 0.0
+    dense = 0 if states == {"full"} else whole.segment_parameters(layer) * whole.gradient_bytes
+    return _sum_seconds(whole, copies, layer, dense) / 2
 
 
 def expert_seconds(whole: CostModel, hosted: Mapping[int, float], groups: int, share: float = 1.0) -> float:
