@@ -5,7 +5,7 @@ attending ranks of all groups. Each hosted expert goes round a ring of its hosts
 run at once, and ranks behind one NIC share it. Upper estimates: every message between groups is charged to the NICs,
 even where two groups share a node; a replicated expert is charged as if it were replicated in all groups. What a fully
 sharded dense part gathers and scatters before is within a group, and part of its replay. Gradients of shared out states
-are scattered, half as long, and new weights go the same ways, half as long.
+are scattered, half as long, and new weights go the same ways during the next forward pass, half as long.
 """
 
 from collections import defaultdict
