@@ -148,8 +148,9 @@ class EmulatedClock(Clock):
 
     def _start(self, action: Action, here: float) -> float:
         """When `action` starts that this group could start at `here`: what all groups do together, in all of them."""
-        within = not action.is_collective or not is_whole(action, self._micro_batches)
-        if within or len(self._world.replicas) == 1:
+        whole = action.is_collective and is_whole(action, self._micro_batches)
+        shared = action.kind is Kind.REDUCE or self._world.shares_states
+        if not (whole and shared) or len(self._world.replicas) == 1:
             return here
         together = 2 * action.layer + (action.kind is Kind.GATHER)
         self._board.post(self._step, together, here)

@@ -101,12 +101,12 @@ def _ring_of(whole: CostModel, attending: Sequence[int], copy: Copy) -> set[int]
 def gather_seconds(whole: CostModel, copies: Sequence[Copy], layer: int) -> float:
     """Gathering one layer's new weights over all groups, where they share out its states; model.layers: the head's.
 
-    A fully sharded dense part is gathered within its group. Upper where a group does not share out states.
+    A fully sharded dense part is gathered within its group.
     """
-    states = {copy.layout.schedule.dense_state for copy in copies} - {"replicated"}
-    if not states:
+    states = {copy.layout.schedule.dense_state for copy in copies}
+    if "replicated" in states:
         return 0.0
-    dense = 0 if states == {"full"} else whole.segment_parameters(layer) * whole.gradient_bytes
+    dense = whole.segment_parameters(layer) * whole.gradient_bytes if states == {"optimizer"} else 0
     return _sum_seconds(whole, copies, layer, dense) / 2
 
 
