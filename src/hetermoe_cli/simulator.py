@@ -1,7 +1,7 @@
 """Simulator: Schedule + costs -> Trace. Without costs it is the deadlock check."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -30,9 +30,14 @@ def simulate(cost: LayoutCost, schedule: Schedule | None = None) -> "SimulatedTr
     """Replay one iteration of the layout (its training schedule unless another is given)."""
     schedule = schedule or training_schedule(cost.layout, cost.copies)
     transfers = [cost.transfer(action) for action in schedule.transfers]
-    flow = dataflow(schedule, cost.layout.layers, [transfer.ports for transfer in transfers])
+    flow = _flow(schedule, cost.layout.layers, tuple([transfer.ports for transfer in transfers]))
     times = replay(flow, compute_seconds(flow, cost), [transfer.seconds for transfer in transfers])
     return SimulatedTrace(schedule, flow, times)
+
+
+@lru_cache(maxsize=8)  # layouts that differ in numbers of experts only, and one layout under many loads
+def _flow(schedule: Schedule, layers: int, ports: tuple[tuple[int, ...], ...]) -> Dataflow:
+    return dataflow(schedule, layers, ports)
 
 
 def check_deadlock(schedule: Schedule, layers: int) -> None:

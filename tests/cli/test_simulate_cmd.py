@@ -95,7 +95,7 @@ def test_the_label_follows_the_profiles(hetermoe: Hetermoe, tmp_path: Path, sour
 def test_schedule_prints_only_its_text_form(hetermoe: Hetermoe, plan_file: Path, plan: Plan) -> None:
     code, out, _ = hetermoe("simulate", plan_file, "--schedule")
     assert code == 0
-    assert parse_schedule(out) == training_schedule(plan.layout)
+    assert str(parse_schedule(out)) == str(training_schedule(plan.layout))
     data = json.loads(hetermoe("simulate", plan_file, "--schedule", "--json").out)
     assert data["schedule"] == out
 

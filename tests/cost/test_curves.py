@@ -1,5 +1,6 @@
 """cost/curves.py: interpolation, extension, monotony, and the rule between sequence lengths."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,6 +54,13 @@ def test_zero_rows_cost_nothing() -> None:
 
 def test_one_measured_size_means_proportional() -> None:
     assert Curve([10], timings(2.0))(25) == Cost(5, 15, 50)
+
+
+@given(st.integers(1, 4), st.lists(st.floats(0.0, 100.0), max_size=6))
+def test_many_sizes_at_once_cost_as_one_by_one(points: int, sizes: list[float]) -> None:
+    curve = Curve([10, 20, 40, 70][:points], timings(2.0, 2.5, 1.0, 9.0)[:points]).slowed(1.1)
+    forward, backward = curve.seconds(np.array(sizes))
+    assert [*zip(forward.tolist(), backward.tolist(), strict=True)] == [curve(size)[:2] for size in sizes]
 
 
 def test_noise_does_not_make_more_work_cheaper() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from builders import layouts, make_layout
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import parse_action
-from hetermoe_cli.schedule.lower import training_schedule, validation_schedule
+from hetermoe_cli.schedule.lower import _lowered, training_schedule, validation_schedule
 from hetermoe_cli.schedule.schedule import Schedule, inputs, parse_schedule
 from hetermoe_cli.spec.layout import Layout
 
@@ -50,11 +50,27 @@ def test_no_golden_file_is_left_over() -> None:
     assert {path.stem for path in GOLDEN.iterdir()} == set(CASES)
 
 
+def test_layouts_that_differ_in_numbers_of_experts_have_one_schedule() -> None:
+    layout = make_layout((1, 1, 0), (1, 0, 3), replicated=1)
+    more, other = make_layout((2, 1, 0), (2, 0, 2), replicated=2), make_layout((1, 1, 0), (1, 1, 2), replicated=1)
+    assert training_schedule(layout) is training_schedule(more)
+    assert str(training_schedule(layout)) != str(training_schedule(other))
+    assert str(training_schedule(layout)) != str(validation_schedule(layout))
+    assert training_schedule(layout, 2) is not training_schedule(layout)
+
+
+@given(layouts(), layouts())
+def test_an_earlier_layout_leaves_no_trace_in_a_schedule(first: Layout, second: Layout) -> None:
+    found = [str(training_schedule(layout, copies)) for layout in (first, second, first) for copies in (1, 2)]
+    _lowered.cache_clear()
+    assert [str(training_schedule(layout, copies)) for layout in (second, first) for copies in (1, 2)] == found[2:]
+
+
 @given(layouts())
 def test_text_round_trip(layout: Layout) -> None:
     for schedule in (training_schedule(layout), validation_schedule(layout)):
-        assert parse_schedule(str(schedule)) == schedule
-        assert parse_schedule("# a comment\n\n" + str(schedule)) == schedule
+        assert str(parse_schedule(str(schedule))) == str(schedule)
+        assert str(parse_schedule("# a comment\n\n" + str(schedule))) == str(schedule)
 
 
 @pytest.mark.parametrize(

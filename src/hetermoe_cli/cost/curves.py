@@ -5,8 +5,13 @@ from collections.abc import Sequence
 from copy import copy
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.profile import AttentionPoint, Timing
+
+FloatArray = NDArray[np.float64]
 
 
 class Cost(NamedTuple):
@@ -53,6 +58,18 @@ class Curve:
         share = (size - low) / (high - low)
         forward, backward, saved = (c[index - 1] + share * (c[index] - c[index - 1]) for c in self._columns)
         return Cost(max(forward, 0.0), max(backward, 0.0), max(saved, 0.0))
+
+    def seconds(self, sizes: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """[n] forward and backward seconds of n sizes."""
+        if len(self.sizes) == 1:
+            forward, backward = (column[0] * np.maximum(sizes, 0.0) / self.sizes[0] for column in self._columns[:2])
+            return forward, backward
+        index = np.searchsorted(self.sizes, sizes).clip(1, len(self.sizes) - 1)
+        low, high = np.array(self.sizes)[index - 1], np.array(self.sizes)[index]
+        share = (sizes - low) / (high - low)
+        lower, upper = np.array(self._columns[:2])[:, index - 1], np.array(self._columns[:2])[:, index]
+        forward, backward = np.where(sizes > 0, np.maximum(lower + share * (upper - lower), 0.0), 0.0)
+        return forward, backward
 
     def slowed(self, factor: float) -> "Curve":
         """The same with all seconds multiplied."""

@@ -1,14 +1,12 @@
 """LayoutCost: seconds of every action of one layout under one expert load."""
 
-from collections.abc import Iterable
 from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 
 from hetermoe_cli.cost.crossing import Crossing
-from hetermoe_cli.cost.curves import Cost
-from hetermoe_cli.cost.device import DeviceCost, ExpertRows
+from hetermoe_cli.cost.device import ExpertRows
 from hetermoe_cli.cost.load import AssumedLoad, CountedLoad, Load, balanced_load
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.ports import Matrix, Ranks, TransferCost
@@ -51,7 +49,6 @@ class LayoutCost:
         self._shapes = [((h.ranks.tobytes(), span.number), count) for h, span, count in parts]
         self._rows: tuple[object, Matrix] | None = None  # the last load that was asked for
         self._row_sums: dict[object, list[float]] = {}
-        self._expert_costs: dict[tuple[str, float], Cost] = {}
         self._dense: dict[tuple[object, ...], float] = {}
         self._by_rank: dict[object, Matrix] = {}
         self._transfers: dict[tuple[int, int, bool], TransferCost] = {}
@@ -108,20 +105,33 @@ class LayoutCost:
         span = self._span_of(action)
         key = action.kind, action.direction, shape, _place(action), span.number, action.layer == span.first
         if key not in self._by_rank:
-            self._by_rank[key] = found = np.zeros(self.layout.world_size)
-            for rank in self._ranks_of(action):
-                found[rank] = self.seconds(rank, action)
+            hosts = action.kind is Kind.EXPERT
+            self._by_rank[key] = self._expert_seconds_by_rank(action) if hosts else self._other_seconds_by_rank(action)
         return self._by_rank[key]
 
-    def _ranks_of(self, action: Action) -> Iterable[int]:
-        """Ranks with a part in a compute action."""
-        if action.kind is Kind.OPTIMIZER:
-            return range(self.layout.world_size)
-        attending = self._span_of(action).attending
-        if action.kind is not Kind.EXPERT:
-            return attending
-        replicated = self.layout.placement[action.layer].replicated
-        return {*self._hosts[action.layer].ranks.tolist(), *(attending if replicated else ())}
+    def _other_seconds_by_rank(self, action: Action) -> Matrix:
+        everyone, result = range(self.layout.world_size), np.zeros(self.layout.world_size)
+        for rank in everyone if action.kind is Kind.OPTIMIZER else self._span_of(action).attending:
+            result[rank] = self.seconds(rank, action)
+        return result
+
+    def _expert_seconds_by_rank(self, action: Action) -> Matrix:
+        """As `expert_seconds` of every rank: hosted experts have all ranks' rows, copies those of their own rank."""
+        layer, (experts, ranks), span = action.layer, self._hosts[action.layer], self._span_of(action)
+        load, copies = self._rows_of(layer, action.micro_batch), self.layout.placement[layer].replicated
+        rows = load.sum(axis=0)[experts]
+        if copies:
+            ranks = np.concatenate([ranks, np.repeat(span.attending, len(copies))])
+            rows = np.concatenate([rows, load[np.ix_(span.attending, copies)].ravel()])
+        there, back = np.zeros(self.layout.world_size), np.zeros(self.layout.world_size)
+        for device, members in self.cost.members.items():
+            own = members[ranks]
+            forward, backward = self.cost.types[device].expert.seconds(rows[own])
+            np.add.at(there, ranks[own], forward)
+            np.add.at(back, ranks[own], backward)
+        if action.direction is Pass.FORWARD:
+            return there
+        return back + there if span.schedule.recompute_experts else back
 
     def _span_of(self, action: Action) -> Span:
         """The pipeline stage that a task of a layer, or of its end, belongs to."""
@@ -132,18 +142,12 @@ class LayoutCost:
     def expert_seconds(self, rank: int, action: Action, rows: list[float]) -> float:
         """Seconds of an expert action that received `rows` rows per local expert."""
         device = self.cost.of(rank)
-        costs = [self._expert_cost(device, count) for count in rows]
+        costs = [device.expert(count) for count in rows]
         forward = sum(c.forward for c in costs)
         if action.direction is Pass.FORWARD:
             return forward
         again = self._span_of(action).schedule.recompute_experts
         return sum(c.backward for c in costs) + (forward if again else 0.0)
-
-    def _expert_cost(self, device: DeviceCost, rows: float) -> Cost:
-        key = device.type, rows
-        if key not in self._expert_costs:
-            self._expert_costs[key] = device.expert(rows)
-        return self._expert_costs[key]
 
     def _dense_seconds(self, rank: int, action: Action) -> float:
         device, sequences = self.cost.of(rank), self.layout.sequences_per_rank[rank]

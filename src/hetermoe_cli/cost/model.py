@@ -98,6 +98,12 @@ class CostModel(MemoryModel):
         return self.types[self.devices[rank].type]
 
     @cached_property
+    def members(self) -> dict[str, NDArray[np.bool_]]:
+        """[world] whether a rank's device is of a type, by type."""
+        types = np.array([device.type for device in self.devices])
+        return {device: types == device for device in dict.fromkeys(types.tolist())}
+
+    @cached_property
     def shares(self) -> NDArray[np.float64] | None:
         """[layers, experts] shares of a layer's rows under the inputs' expert load; None for a balanced router."""
         load = self.inputs.expert_load

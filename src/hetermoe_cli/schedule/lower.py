@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from math import inf
@@ -55,7 +56,27 @@ def validation_schedules(world: World) -> list[Schedule]:
     return [validation_schedule(replica.layout, len(world.replicas)) for replica in world.replicas]
 
 
+@dataclass(frozen=True)
+class _Orders:
+    """A layout, which is as good as any other one of the same `key`: how many experts a rank hosts makes no order."""
+
+    key: tuple[object, ...]
+    layout: Layout = field(compare=False)
+
+    @classmethod
+    def of(cls, layout: Layout) -> "_Orders":
+        hosts = tuple([(*map(bool, layer.experts), bool(layer.replicated)) for layer in layout.placement])
+        stages = tuple([(stage.layers, *stage.ranks) for stage in layout.pipeline])
+        return cls((layout.schedule, tuple(map(bool, layout.sequences_per_rank)), hosts, stages), layout)
+
+
 def _lower(layout: Layout, order_of: _OrderOf, copies: int) -> Schedule:
+    return _lowered(_Orders.of(layout), order_of, copies)
+
+
+@lru_cache(maxsize=8)
+def _lowered(orders: _Orders, order_of: _OrderOf, copies: int) -> Schedule:
+    layout = orders.layout
     windows = windows_of(layout)
     compute = tuple([order_of(part_of(layout, rank), windows) for rank in range(layout.world_size)])
     transfers: list[Action] = []

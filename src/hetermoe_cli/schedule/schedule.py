@@ -7,7 +7,7 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import Action, Kind, Pass, parse_action
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # told apart by what they are, not by what is in them: caches ask all the time
 class Schedule:
     """One iteration.
 
