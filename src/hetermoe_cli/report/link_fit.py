@@ -9,8 +9,8 @@ from typing import NamedTuple
 from hetermoe_cli.cost import LayoutCost
 from hetermoe_cli.profiler.refit import Sample
 from hetermoe_cli.report.run_tasks import CopyTasks
-from hetermoe_cli.schedule.action import Action, Kind
-from hetermoe_cli.schedule.schedule import is_whole
+from hetermoe_cli.schedule.action import Action
+from hetermoe_cli.schedule.schedule import is_of_all
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.trace import Span, display_name, lane_of
@@ -82,14 +82,12 @@ def _transfers(copies: Sequence[CopyTasks], costs: Sequence[Mapping[int, LayoutC
     for own, copy in zip(spans, copies, strict=True):
         for span in copy.trace.spans:
             own[span.step][span.name, span.rank] = span
-    shared = all(copy.layout.schedule.shares_states for copy in copies)
+    layouts = [copy.layout for copy in copies]
     for step in copies[0].loads:
         found: dict[object, list[_Window]] = defaultdict(list)
         for number, (copy, own, cost) in enumerate(zip(copies, spans, costs, strict=True)):
-            count = copy.layout.micro_batches  # copies gather and scatter a fully sharded dense part on their own
             for action, window in _windows(number, copy, own[step], cost[step]):
-                whole = action.is_collective and is_whole(action, count)
-                together = len(copies) > 1 and whole and (shared or action.kind is Kind.REDUCE)
+                together = is_of_all(action, copy.layout, layouts)
                 found[(action.kind, action.layer) if together else (number, action)].append(window)
         windows = sorted(map(_together, found.values()))
         overlapping = _overlapping(windows)

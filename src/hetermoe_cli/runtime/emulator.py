@@ -3,7 +3,7 @@
 A compute task ends at its target: its start plus the cost model's seconds for the rows that it really received. A task
 that did not wait starts at the previous one's target, so that sleep jitter does not add up. A transfer is released
 at max(senders ready, its ports and lanes free) + its seconds for the rows really sent: the simulator's own rule. What
-several groups sum starts when that is so in all of them.
+several groups sum or gather together starts when that is so in all of them.
 """
 
 import time
@@ -21,7 +21,7 @@ from hetermoe_cli.runtime.dispatcher import Routing
 from hetermoe_cli.runtime.lanes import Handoff
 from hetermoe_cli.schedule.action import Action, Kind
 from hetermoe_cli.schedule.lower import training_schedules
-from hetermoe_cli.schedule.schedule import Schedule, inputs, is_whole
+from hetermoe_cli.schedule.schedule import Schedule, inputs, is_of_all
 from hetermoe_cli.schedule.zebra import SYNCHRONISE
 from hetermoe_cli.spec.run import RunSpec
 from hetermoe_cli.spec.world import World
@@ -45,7 +45,7 @@ class EmulatedClock(Clock):
         self._world = run.world
         copy, self._local = self._world.seat(rank)
         self._processes = list(self._world.replicas[copy].processes)
-        self._micro_batches = self._world.replicas[copy].layout.micro_batches
+        self._layout = self._world.replicas[copy].layout
         self._schedule, self._cost_of = schedule, _costs(run, copy)
         self._row_scale, self._time_scale = run.row_scale, run.time_scale
         self._board = Board(Path(run.folder) / "board.bin", self._world, _posted(self._world), rank)
@@ -148,9 +148,7 @@ class EmulatedClock(Clock):
 
     def _start(self, action: Action, here: float) -> float:
         """When `action` starts that this group could start at `here`: what all groups do together, in all of them."""
-        whole = action.is_collective and is_whole(action, self._micro_batches)
-        shared = action.kind is Kind.REDUCE or self._world.shares_states
-        if not (whole and shared) or len(self._world.replicas) == 1:
+        if not is_of_all(action, self._layout, [replica.layout for replica in self._world.replicas]):
             return here
         together = 2 * action.layer + (action.kind is Kind.GATHER)
         self._board.post(self._step, together, here)

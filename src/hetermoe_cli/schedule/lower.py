@@ -121,7 +121,8 @@ def _transfer_order(
     They go by when they would begin if all forward passes of a window took as long, all backward ones twice that, and
     what a stage transfers during one were evenly spread over it; of woven passes, if all tasks took as long. What
     crosses to another stage comes where its task ends, later than it would in the middle of its place: ahead of time
-    it would hold up what shares its ports. Stages that wait for the first hidden states gather new weights meanwhile.
+    it would hold up what shares its ports. New weights of a stage are gathered while the one before makes its first
+    hidden states.
     """
     layers, last = borders[-1], len(borders) - 2
     found: list[tuple[float, int, bool, Action]] = []
@@ -139,7 +140,8 @@ def _transfer_order(
                     begins, length = times[number][key]
                     begins += length / len(transfers) * (place + (1 if transfer.kind is Kind.CROSS else 0.5))
                 if first and transfer.kind is Kind.GATHER:
-                    begins = -1.0
+                    begins, length = times[number - 1][Pass.FORWARD, 0]
+                    begins += length / 2
                 found.append((begins, -number, transfer.direction is Pass.BACKWARD, transfer))
         after |= own
     return tuple([transfer for *_, transfer in sorted(found, key=lambda one: one[:3])]), after

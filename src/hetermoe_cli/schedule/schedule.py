@@ -1,10 +1,12 @@
 """Schedule: the order of every rank's compute tasks and the order of the transfers between them, as data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import Action, Kind, Pass, parse_action
+from hetermoe_cli.spec.layout import Layout
 
 
 @dataclass(frozen=True, eq=False)  # told apart by what they are, not by what is in them: caches ask all the time
@@ -156,3 +158,13 @@ def is_whole(collective: Action, micro_batches: int) -> bool:
     if collective.kind is Kind.REDUCE:
         return micro_batch == micro_batches - 1
     return direction is _FORWARD and not micro_batch
+
+
+def is_of_all(transfer: Action, layout: Layout, copies: Sequence[Layout]) -> bool:
+    """Whether all copies of the model, of which `layout` is one, do a transfer together: sums of gradients, and gathers
+    of new weights of what all of them share out."""
+    if len(copies) < 2 or not transfer.is_collective or not is_whole(transfer, layout.micro_batches):
+        return False
+    states = {copy.schedule.dense_state for copy in copies}
+    shared = states == {"optimizer"} or ("replicated" not in states and transfer.layer < layout.layers)
+    return transfer.kind is Kind.REDUCE or shared

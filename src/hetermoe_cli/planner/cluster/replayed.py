@@ -1,7 +1,8 @@
-"""Replay several groups: each in the simulator on its own, its gradients summed over all of them during its backward.
+"""Replay several groups: each in the simulator on its own, its gradients summed over all of them during its backward,
+new weights of what they share out gathered during its forward.
 
-An all-reduce lasts what it takes over the ranks of all groups, and starts when the group's own ranks have come to it:
-as if all groups came at the same moment. Of equal groups that is so; of others the slowest one's replay is right where
+Either lasts what it takes over the ranks of all groups, and starts when the group's own ranks have come to it: as if
+all groups came at the same moment. Of equal groups that is so; of others the slowest one's replay is right where
 it is last everywhere, and an iteration ends no sooner than it.
 """
 
@@ -116,7 +117,8 @@ class Replayed:
         return self._among(g, g.group.layout, wait, load)
 
     def with_placement(self, number: int, layout: Layout) -> LayoutCost:
-        """Costs of a group, without its waiting, with experts in other places; sums over groups take as long as now."""
+        """Costs of a group, without its waiting, with experts in other places; what groups do together takes as long as
+        now."""
         return self._among(self.groups[number], layout)
 
     def _among(self, g: "ReplayedGroup", layout: Layout, wait: float = 0.0, load: Load | None = None) -> LayoutCost:

@@ -39,8 +39,7 @@ def _attending(copies: Sequence[Copy], layer: int) -> list[int]:
 def reduce_seconds(whole: CostModel, copies: Sequence[Copy], layer: int) -> float:
     """Summing one layer's gradients over all groups; model.layers: the head's."""
     dense, experts = _scattered(copies)
-    size = whole.segment_parameters(layer) * whole.gradient_bytes
-    return _sum_seconds(whole, copies, layer, size, dense, experts)
+    return _sum_seconds(whole, copies, layer, whole.segment_parameters(layer), whole.gradient_bytes, dense, experts)
 
 
 def _scattered(copies: Sequence[Copy]) -> tuple[float, float]:
@@ -54,20 +53,28 @@ def _scattered(copies: Sequence[Copy]) -> tuple[float, float]:
 
 
 def _sum_seconds(
-    whole: CostModel, copies: Sequence[Copy], layer: int, size: float, dense: float = 1.0, experts: float = 1.0
+    whole: CostModel,
+    copies: Sequence[Copy],
+    layer: int,
+    parameters: int,
+    width: int,
+    dense: float = 1.0,
+    experts: float = 1.0,
 ) -> float:
-    """All-reduce of `size` dense bytes and the experts of a layer, or the parts `dense` and `experts` of it."""
+    """All-reduce of `width` bytes for each of a layer's `parameters` outside of experts and those of its experts, or
+    the parts `dense` and `experts` of it."""
     attending, hosted = _attending(copies, layer), {}
     if layer < whole.model.layers:
         placements = [(copy, copy.layout.placement[layer]) for copy in copies]
-        size += max(len(placement.replicated) for _, placement in placements) * whole.expert_gradient_bytes
+        parameters += max(len(placement.replicated) for _, placement in placements) * whole.model.expert_parameters
         hosted = {
             rank: len(experts)
             for copy, placement in placements
             for rank, experts in zip(copy.ranks, placement.experts, strict=True)
         }
-    ring = dense * whole.network.all_reduce_seconds(attending, size) if size else 0.0  # no message, no latency
-    return ring + expert_seconds(whole, hosted, len(copies), experts)
+    # no message, no latency
+    ring = dense * whole.network.all_reduce_seconds(attending, parameters * width) if parameters else 0.0
+    return ring + expert_seconds(whole, hosted, len(copies), experts, width)
 
 
 def collective_ports(whole: CostModel, copies: Sequence[Copy], copy: Copy) -> list[tuple[int, ...]]:
@@ -106,14 +113,17 @@ def gather_seconds(whole: CostModel, copies: Sequence[Copy], layer: int) -> floa
     states = {copy.layout.schedule.dense_state for copy in copies}
     if "replicated" in states:
         return 0.0
-    dense = whole.segment_parameters(layer) * whole.gradient_bytes if states == {"optimizer"} else 0
-    return _sum_seconds(whole, copies, layer, dense) / 2
+    ranks = [rank for copy in copies for rank in copy.ranks]
+    dense = whole.segment_parameters(layer) if states == {"optimizer"} else 0
+    return _sum_seconds(whole, copies, layer, dense, whole.weight_bytes(ranks)) / 2
 
 
-def expert_seconds(whole: CostModel, hosted: Mapping[int, float], groups: int, share: float = 1.0) -> float:
+def expert_seconds(
+    whole: CostModel, hosted: Mapping[int, float], groups: int, share: float = 1.0, width: int | None = None
+) -> float:
     """All-reduce of every expert over its hosts in `groups` groups, or a `share` of it.
 
-    `hosted`: experts on each rank.
+    `hosted`: experts on each rank; `width`: bytes for each parameter, of a gradient unless given.
     """
     if groups < 2:
         return 0.0
@@ -122,7 +132,7 @@ def expert_seconds(whole: CostModel, hosted: Mapping[int, float], groups: int, s
         behind[whole.devices[rank].nic] += count
     links = {device.nic: device.network for device in whole.devices}
     rounds = share * 2 * (groups - 1)
-    moved = rounds / groups * whole.expert_gradient_bytes
+    moved = rounds / groups * whole.model.expert_parameters * (width or whole.gradient_bytes)
     return max(
         (
             count * moved / links[nic].ring_bandwidth + rounds * links[nic].latency_microseconds * 1e-6
