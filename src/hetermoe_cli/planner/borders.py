@@ -7,7 +7,8 @@ nothing in a layer is on its class's stream as if it had waited for the layer's 
                 forward, before a layer              backward, before a layer (after the attention of the one above)
 FIRST           end of the first combine above       start of the layer's first combine
 LAST            end of the last combine above        end of the last dispatch of the layer above
-PORT            the same, where the next messages wait for it on a link that they share with hosts of their own layer
+PORT            the same, where the next answers wait for it on their lane, or messages on a link that they share with
+                hosts of their own layer; before layer 0 nothing waits, so that it is when the first messages can go out
 HELD            the same, where they wait for it on a link that hosts of the layer above share with them
 EARLY                                                start of the layer's last combine
 REDUCED                                              end of the all-reduce of the layer two above (last window only)

@@ -15,10 +15,9 @@ def forward_times(side: Side) -> Times:
     through = (slowest + 2 * d + n * longest, slowest + (n + 1) * d + longest, n * slowest + 2 * d + longest)
     layer.add(FIRST, LAST, *through, side.most(both, n * (side.attention + side.expert) + d))
     layer.add(FIRST, LAST, side.shared(slowest + 2 * n * d))
-    layer.add(LAST, FIRST, d)
-    layer.add(LAST, LAST, last, n * d)
-    layer.add(PORT, FIRST, side.shared(largest([2 * d + longest, (n + 1) * d])))
-    layer.add(PORT, LAST, side.shared(largest([2 * d + n * longest, (n + 1) * d + longest, 2 * n * d])))
+    layer.add(LAST, LAST, last)
+    layer.add(PORT, FIRST, d, side.shared(largest([2 * d + longest, (n + 1) * d])))
+    layer.add(PORT, LAST, n * d, side.shared(largest([2 * d + n * longest, (n + 1) * d + longest, 2 * n * d])))
     held = side.patterns.held
     layer.add(HELD, FIRST, choose(held, 2 * d + longest, NONE))
     layer.add(HELD, LAST, choose(held, largest([2 * d + n * longest, (n + 1) * d + longest]), NONE))

@@ -37,14 +37,15 @@ class Mixture:
 
 
 def mixture(rates: Rates, horizon: float, *, mixed: bool = False) -> Mixture | None:
-    """Bound on every placement of the choice that is faster than `horizon`; None where it has too many patterns.
+    """Bound on every placement of the choice that is faster than `horizon`; None where it has too many patterns, or a
+    single layer: chains are about what is between layers.
 
     The bound is infinite where no placement can be that fast. `mixed` takes longer and bounds better: by chains that
     change from event to event.
     """
     caps, copies = caps_within(rates, horizon)
     patterns = all_patterns(rates, caps, copies)
-    if patterns is None:
+    if patterns is None or rates.layers == 1:
         return None
     if not len(patterns.replicated):
         nothing = np.zeros((0, len(caps) + 1), dtype=np.int64)
