@@ -213,11 +213,20 @@ def test_bench_compares_groups_with_one(hetermoe: Hetermoe, text: Path, tmp_path
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("pair", [PAIR, SHARED], ids=["replicated", "full"])
-def test_groups_are_emulated(text: Path, tmp_path: Path, pair: Layout) -> None:
-    """Also where one shards all of its dense part and the other keeps it."""
+@pytest.mark.parametrize(
+    ("alone", "pair"),
+    [
+        (ALONE, PAIR),
+        (ALONE, SHARED),
+        (make_layout((2,), (4,), micro_batches=2, dense_state="optimizer"),
+         make_layout((2, 0), (1, 2), replicated=1, micro_batches=2, dense_state="optimizer")),
+    ],
+    ids=["replicated", "full", "optimizer"],
+)  # fmt: skip
+def test_groups_are_emulated(text: Path, tmp_path: Path, alone: Layout, pair: Layout) -> None:
+    """Also where one shards its dense part and the other keeps it, and where they gather new weights together."""
     link = Link(bandwidth_gigabytes_per_second=1e-4, latency_microseconds=1e2)
-    dump(groups_plan((ALONE, [[0]]), (pair, [[1, 3]]), link=link), tmp_path / "plan.yaml")
+    dump(groups_plan((alone, [[0]]), (pair, [[1, 3]]), link=link), tmp_path / "plan.yaml")
     options = ("--emulate", "--executed-sequence-length", 16, "--steps", 2, "--router", "balanced", "--json")
     done = train(tmp_path / "plan.yaml", "--run-folder", tmp_path / "run", "--data", text, *options)
     summary = json.loads(done.stdout)

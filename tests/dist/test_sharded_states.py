@@ -143,13 +143,17 @@ def arrays(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 def weights(rank: int, case: Case, state: str) -> list[Any]:
-    """Per step, figures and weights; then the elements that the optimizer holds, and those of what others hold too."""
+    """Per step, figures and the masters that this rank saves, at last all weights that it has in the next step; then
+    the elements that the optimizer holds, and those of what others hold too. Nothing but steps gathers weights."""
     trainer, result = build(case, state=state), []
     for step in range(STEPS):
         found = trainer.step(batches(), step)
         figures = [found.loss, *found.router_losses, found.gradient_norm]
-        with whole_weights(trainer):
-            result.append((figures, {n: t.clone().numpy() for n, t in named_tensors(trainer.parts).items()}))
+        shared = trainer.shards.tensors(trainer.optimizer)
+        masters = training_tensors(trainer.parts, trainer.optimizer) | shared
+        result.append((figures, {n: t.clone().numpy() for n, t in masters.items() if "@" not in n}))
+    with whole_weights(trainer):
+        result[-1][1].update({n: t.clone().numpy() for n, t in named_tensors(trainer.parts).items()})
     held = sum(state["exp_avg"].numel() for state in trainer.optimizer.state.values())
     shared = sum(p.numel() for p in trainer.shards.pieces)
     alone = sum(p.numel() for p in trainer.parts.parameters() if p not in trainer.shards.pieces)
@@ -172,10 +176,11 @@ def test_equals_single_device_reference(name: str, state: str) -> None:
     case = (FULL | SEVERAL | PIPELINES)[name]
     expected, ranks = reference(case), run_workers(len(case.sequences), weights, case, state)
     for step, wanted in enumerate(expected):
+        assert wanted.weights.keys() <= {key for found, *_ in ranks for key in found[step][1]}
         for found, *_ in ranks:
             assert found[step][0] == pytest.approx(wanted.figures, rel=1e-12, abs=1e-12)
-            for key, weight in found[step][1].items():
-                np.testing.assert_allclose(weight, wanted.weights[key], rtol=0, atol=1e-9, err_msg=key)
+            for key in found[step][1].keys() & wanted.weights.keys():
+                np.testing.assert_allclose(found[step][1][key], wanted.weights[key], rtol=0, atol=1e-9, err_msg=key)
     assert [held for _, held, _, _ in ranks] == pytest.approx(predicted(case, state), abs=PADDING)
     groups, dense = len(World.of(case.layout).replicas), case.model.dense_parameters
     everything = case.model.parameters + (dense * (groups - 1) if state == "full" else 0)

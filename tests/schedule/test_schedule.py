@@ -6,6 +6,7 @@ After an intended change of the order, regenerate the golden files and read thei
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,7 @@ from builders import layouts, make_layout
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import parse_action
 from hetermoe_cli.schedule.lower import _lowered, training_schedule, validation_schedule
-from hetermoe_cli.schedule.schedule import Schedule, inputs, parse_schedule
+from hetermoe_cli.schedule.schedule import Schedule, inputs, is_of_all, parse_schedule
 from hetermoe_cli.spec.layout import Layout
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -92,6 +93,27 @@ def test_a_line_that_does_not_parse_is_named(text: str, number: int) -> None:
 def test_a_task_that_does_not_parse_is_named() -> None:
     with pytest.raises(UserError, match="'0AG0' is no action"):
         parse_schedule("rank 0: 0AF0 0AG0\n")
+
+
+@pytest.mark.parametrize(
+    ("action", "states", "together"),
+    [
+        ("1RB1", ("replicated", "optimizer"), True),
+        ("1RB0", ("full", "full"), False),
+        ("1GF0", ("optimizer", "optimizer"), True),
+        ("2GF0", ("optimizer", "optimizer"), True),
+        ("1GF0", ("full", "optimizer"), True),
+        ("2GF0", ("full", "optimizer"), False),  # of the head each gathers its own
+        ("1GF0", ("full", "replicated"), False),
+        ("1GF1", ("full", "full"), False),
+        ("1GB0", ("full", "full"), False),
+        ("1DF0", ("optimizer", "optimizer"), False),
+        ("1RB1", ("optimizer",), False),
+    ],
+)
+def test_what_all_copies_do_together(action: str, states: tuple[Any, ...], together: bool) -> None:
+    copies = [make_layout((1, 1), (2, 2), dense_state=state) for state in states]
+    assert is_of_all(parse_action(action), copies[0], copies) is together
 
 
 def test_transfers_of_a_rank_keep_the_order() -> None:

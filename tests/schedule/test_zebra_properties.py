@@ -152,6 +152,20 @@ def test_weights_are_whole_for_every_stage_that_needs_them_and_at_most_two_segme
         assert not whole
 
 
+@given(pipelines())
+def test_pipeline_stages_gather_in_the_order_in_which_they_need_new_weights(layout: Layout) -> None:
+    schedule = layout.schedule.model_copy(update={"dense_state": "optimizer"})
+    layout = Layout.model_validate({**dict(layout), "schedule": schedule})
+    gathers = [action.layer for action in training_schedule(layout, 2).transfers if action.kind is Kind.GATHER]
+    assert sorted(gathers) == list(range(layout.layers + 1))
+    spans = [[*span.layers, *([layout.layers] if not span.ahead else [])] for span in layout.spans]
+    for layers in spans:
+        own = [layer for layer in gathers if layer in layers]
+        assert own == sorted(own)
+    firsts = [gathers.index(layers[0]) for layers in spans]
+    assert firsts == sorted(firsts)
+
+
 @given(layouts())
 def test_a_stage_waits_for_the_gather_of_its_own_weights(layout: Layout) -> None:
     schedule = training_schedule(layout)
