@@ -181,9 +181,9 @@ def objective(model: Model) -> None:
             )
     makespan = model.problem.add_variable("makespan", 0, model.horizon)  # no constant in the objective: bounds omit it
     base, each = model.rates.reduces[0]
-    after = model.optimizer
-    model.problem += makespan >= model.finish + base + each * model.replicated[0] + after, "makespan_end"
+    reduced = base + each * model.replicated[0]
+    model.problem += makespan >= model.finish + reduced + model.optimizer, "makespan_end"
     if model.graph.reduced is not None:
         end = model.start[model.graph.reduced] + length(model, model.graph.tasks[model.graph.reduced])
-        model.problem += makespan >= end + after, "makespan_reduced"
+        model.problem += makespan >= end + model.optimizer, "makespan_reduced"
     model.problem.setObjective(makespan + 0)

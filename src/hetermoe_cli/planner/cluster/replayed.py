@@ -190,10 +190,8 @@ def joined(done: list[ReplayedGroup], whole: CostModel) -> Replayed:
         layout_cost = GroupCost(g.cost, g.group.layout, shared, sharers=sharers)
         optimizer, memory = _steps(layout_cost)
         reduced = simulate(layout_cost).seconds - optimizer
-        joined_group = replace(
-            g, over_groups=shared, reduced=reduced, optimizer=optimizer, memory=memory, sharers=sharers
-        )
-        groups.append(joined_group)
+        g = replace(g, over_groups=shared, reduced=reduced)
+        groups.append(replace(g, optimizer=optimizer, memory=memory, sharers=sharers))
     return Replayed(groups)
 
 
