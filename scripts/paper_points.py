@@ -153,7 +153,7 @@ def cost_of(at: Point) -> CostModel:
         Inputs(
             model=model_of(at.model),
             cluster=cluster,
-            links=load_links(cluster, PROFILES),
+            links={name: record.link for name, record in load_links(cluster, PROFILES).items()},
             profiles={name: profile_of(name) for name, _ in at.gpus},
             train=train,
         )

@@ -1,51 +1,24 @@
-"""Two real processes over loopback, and the fit of their times."""
-
-import statistics
-import subprocess
-from typing import Any
+"""The fit of a link's times, and what of a task it is made of."""
 
 import pytest
-import torch
 
-from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.profiler import network
-from hetermoe_cli.profiler.network import fit, measure_link, run_pair
+from hetermoe_cli.profiler.network import LinkTask, Samples, fit, link_record
 
 SIZES = (4096, 65536, 1048576, 8388608)
 
 
-def test_a_link_between_two_processes_is_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wide bounds: the machine may be busy; a wrong unit misses them by far."""
-    found: list[network.Samples] = []
-    monkeypatch.setattr(network, "run_pair", lambda *arguments: found.append(run_pair(*arguments)) or found[-1])
-    record = measure_link("gloo", SIZES, repeats=10)
-    assert (record.name, record.source) == ("cpu-pair", "measured")
-    assert 0.05 < record.link.bandwidth_gigabytes_per_second < 100
-    assert record.link.latency_microseconds < 50_000
-    assert record.spread is not None
-    assert record.link.all_reduce_gigabytes_per_second is not None
-    assert 0.02 < record.link.all_reduce_gigabytes_per_second < 100
-    for samples in found[0]:
-        assert [len(values) for values in samples] == [10] * len(SIZES)
-        small, *_, large = map(statistics.median, samples)
-        assert 1e-6 < small < large
-        assert SIZES[-1] / large < 100e9  # no loopback moves more bytes per second
-
-
-def test_a_failed_worker_is_one_line_and_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[subprocess.Popen[str]] = []
-    start = network._start
-
-    def record(*arguments: Any) -> subprocess.Popen[str]:
-        started.append(start(*arguments))
-        return started[-1]
-
-    monkeypatch.setattr(network, "_start", record)
-    with pytest.raises(UserError, match=r"profile: network worker [01]: .*RuntimeError") as caught:
-        run_pair("gloo", (-1,), repeats=1)
-    assert caught.value.code == ExitCode.WORKER_DIED
-    assert len(started) == 2
-    assert all(worker.poll() is not None for worker in started)
+def test_workers_share_the_nics_of_their_node() -> None:
+    """Bytes count as they pass a NIC, those of an all-reduce as NCCL's tests count them."""
+    task = LinkTask("nccl", nodes=2, width=8, nics=2, sizes=SIZES)
+    assert task.elements == [size // 16 for size in SIZES]  # of four bytes, a quarter of what a NIC carries
+    messages = [[10e-6 + size / 5e9] * 4 for size in SIZES]
+    all_reduces = [[2 * 15 / 16 * 4 * count / 3e9] * 4 for count in task.elements]
+    record = link_record(task, "net", Samples(messages, all_reduces))
+    assert (record.name, record.source, record.spread) == ("net", "measured", 0.0)
+    assert record.link.bandwidth_gigabytes_per_second == pytest.approx(5)
+    assert record.link.latency_microseconds == pytest.approx(10)
+    assert record.link.all_reduce_gigabytes_per_second == pytest.approx(3)
+    assert "two nodes, nccl, 8 workers and 2 NICs each" in record.comment
 
 
 def test_fit_recovers_an_exact_line() -> None:
@@ -68,11 +41,3 @@ def test_fit_has_no_negative_latency_and_a_finite_bandwidth(seconds: tuple[float
     latency, bandwidth = fit((1000, 2000), seconds)
     assert latency >= 0
     assert 0 < bandwidth < 1e12
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_nccl_between_two_gpus() -> None:
-    record = measure_link("nccl", SIZES, repeats=10)
-    assert record.name == "nccl-pair"
-    assert record.link.bandwidth_gigabytes_per_second > 1

@@ -29,7 +29,7 @@ def test_the_first_folder_wins(tmp_path: Path) -> None:
     dump(make_profile("new"), tmp_path / "b" / "new.yaml")
     folders = [tmp_path / "a", tmp_path / "b"]
     cluster = named_cluster("wire")
-    assert load_links(cluster, folders)["wire"].bandwidth_gigabytes_per_second == 1.0
+    assert load_links(cluster, folders)["wire"].link.bandwidth_gigabytes_per_second == 1.0
     assert load_profiles(cluster, folders)["new"].device == "new"
 
 
@@ -41,7 +41,7 @@ def test_measured_wins_over_modelled_and_must_not_contradict_itself(tmp_path: Pa
     assert load_profiles(cluster, folders)["new"].source == "measured"
     dump(record("wire", 1.0), tmp_path / "a" / "links" / "wire.yaml")
     dump(record("wire", 2.0, "measured"), tmp_path / "b" / "links" / "wire.yaml")
-    assert load_links(cluster, folders)["wire"].bandwidth_gigabytes_per_second == 2.0
+    assert load_links(cluster, folders)["wire"].link.bandwidth_gigabytes_per_second == 2.0
     dump(record("wire", 3.0, "measured"), tmp_path / "a" / "links" / "wire.yaml")
     with pytest.raises(UserError, match=r"field link: contradicts .*, measured as well"):
         load_links(cluster, folders)

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from hetermoe_cli.cli import bench, calibrate, export, plan, profile, simulate, tokenize, train
+from hetermoe_cli.cli import bench, calibrate, export, link, plan, profile, simulate, tokenize, train
 from hetermoe_cli.errors import ExitCode, UserError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("profile")(profile.profile)
+app.command("link")(link.link)
 app.command("plan")(plan.plan)
 app.command("simulate")(simulate.simulate)
 app.command("tokenize")(tokenize.tokenize)

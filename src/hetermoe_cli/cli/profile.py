@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hetermoe_cli.cli.link import check_name, describe
 from hetermoe_cli.cli.progress_bar import progress_bar
 
 if TYPE_CHECKING:
@@ -54,17 +55,21 @@ def profile(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; each worker runs with 1.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and repeats.")] = False,
     no_network: Annotated[bool, typer.Option("--no-network", help="Do not measure the link of two workers.")] = False,
+    link: Annotated[
+        str | None, typer.Option(help="Link's name in cluster files.", show_default="cpu-pair or nccl-pair")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder of the profiles.")] = Path("profiles"),
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Measure attention, experts and head on one device, and the link between two workers.
+    """Measure attention, experts and head on one device, and the link between two workers of this machine.
 
     Writes OUTPUT/DEVICE.yaml and OUTPUT/links/LINK.yaml. A measured file keeps its other tables.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise typer.BadParameter(f"{device!r} is none of auto, cpu, cuda, cuda:N", param_hint="--device")
-    if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
-        raise typer.BadParameter(f"{name!r}: letters, digits, '.', '_' and '-' only", param_hint="--name")
+    for option, value in (("--name", name), ("--link", link)):
+        if value is not None:
+            check_name(value, option)
     given = [
         _numbers("--sequence-lengths", sequence_lengths),
         _numbers("--sequences", sequences),
@@ -90,13 +95,13 @@ def profile(
         measured = profile_device(models, target, name, element.value, sizes, effort, threads, progress)
     merged, note = merge(old, measured)
     dump(merged, path, "Measured by `hetermoe profile`; seconds are medians, spread is IQR / median.")
-    link = None if no_network else _link(target.type, quick)
-    if link:
-        dump(link, output / "links" / f"{link.name}.yaml", "Measured by `hetermoe profile`.")
+    pair = None if no_network else _link(link, target.type, quick)
+    if pair:
+        dump(pair, output / "links" / f"{pair.name}.yaml", "Measured by `hetermoe profile`.")
     if json:
-        _print_json(measured, link, path, note)
+        _print_json(measured, pair, path, note)
     else:
-        _print_tables(measured, link)
+        _print_tables(measured, pair)
         typer.echo(f"hetermoe: wrote {path}{f': {note}' if note else ''}", err=True)
 
 
@@ -120,14 +125,16 @@ def _existing(path: Path) -> "Profile | None":
     return load(Profile, path) if path.exists() else None
 
 
-def _link(accelerator: str, quick: bool) -> "LinkRecord":
-    """NCCL where two CUDA devices exist, else gloo over loopback."""
+def _link(name: str | None, accelerator: str, quick: bool) -> "LinkRecord | None":
+    """NCCL where two CUDA devices exist, else shared memory or gloo."""
     import torch
 
-    from hetermoe_cli.profiler.network import QUICK_SIZES, SIZES, measure_link
+    from hetermoe_cli.launch.link import measure_link
+    from hetermoe_cli.profiler.network import NAMES, QUICK_SIZES, SIZES, LinkTask
 
     pair = accelerator == "cuda" and torch.cuda.device_count() > 1
-    return measure_link("nccl" if pair else "gloo", QUICK_SIZES if quick else SIZES)
+    task = LinkTask("nccl" if pair else "gloo", sizes=QUICK_SIZES if quick else SIZES)
+    return measure_link(task, name or NAMES[task.backend])
 
 
 def _print_json(measured: "Profile", link: "LinkRecord | None", path: Path, note: str) -> None:
@@ -165,9 +172,4 @@ def _print_tables(measured: "Profile", link: "LinkRecord | None") -> None:
         console.print(table)
         console.print(f"optimizer: {1e9 * kernels.optimizer_seconds_per_parameter:.3f} ns per parameter")
     if link:
-        bandwidth, latency = link.link.bandwidth_gigabytes_per_second, link.link.latency_microseconds
-        ring = link.link.ring_bandwidth / 1e9
-        console.print(
-            f"link {link.name}: {bandwidth:.2f} GB/s, {latency:.0f} us, all-reduce {ring:.2f} GB/s, "
-            f"spread {link.spread or 0:.0%}"
-        )
+        console.print(describe(link))

@@ -1,4 +1,4 @@
-"""Options that the commands which run plans share: what to train on, and emulation."""
+"""Options that several commands share: what to train on, emulation, which of several nodes this is."""
 
 from math import inf
 from pathlib import Path
@@ -15,6 +15,11 @@ Data = Annotated[
 ]
 Router = Annotated[Literal["learned", "balanced"], typer.Option(help="balanced: forced equal loads, for timing.")]
 TraceSteps = Annotated[int, typer.Option(min=0, help="Steps that every rank traces, after two of warm-up.")]
+NodeRank = Annotated[int | None, typer.Option(min=0, help="Of several nodes: which one this is; default: Slurm's.")]
+MasterAddr = Annotated[str | None, typer.Option(help="Address of node 0; default: MASTER_ADDR, or Slurm's first host.")]
+MasterPort = Annotated[
+    int | None, typer.Option(min=1, max=65535, help="Port of node 0; default: MASTER_PORT, or 29500.")
+]
 Emulate = Annotated[bool, typer.Option("--emulate", help="Emulate the plan's devices and links on this machine.")]
 Executed = Annotated[str | None, typer.Option(help="With --emulate: the model really trained (name or file).")]
 ExecutedLength = Annotated[int, typer.Option(min=1, help="With --emulate: its sequence length.")]

@@ -19,6 +19,9 @@ from hetermoe_cli.cli.run_options import (
     ExecutedLength,
     ExecutedPrecision,
     Json,
+    MasterAddr,
+    MasterPort,
+    NodeRank,
     Router,
     TimeScale,
     TraceSteps,
@@ -71,15 +74,9 @@ def train(
             "default: the run does not go on without them.",
         ),
     ] = None,
-    node_rank: Annotated[
-        int | None, typer.Option(min=0, help="Of a plan for several nodes: which one this is; default: Slurm's.")
-    ] = None,
-    master_addr: Annotated[
-        str | None, typer.Option(help="Address of node 0; default: MASTER_ADDR, or Slurm's first host.")
-    ] = None,
-    master_port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Port of node 0; default: MASTER_PORT, or 29500.")
-    ] = None,
+    node_rank: NodeRank = None,
+    master_addr: MasterAddr = None,
+    master_port: MasterPort = None,
     emulate: Emulate = False,
     executed: Executed = None,
     executed_sequence_length: ExecutedLength = 64,

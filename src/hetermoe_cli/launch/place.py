@@ -4,6 +4,7 @@ import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.launch.arguments import without
@@ -48,12 +49,29 @@ class PlaceOptions:
     master_port: int | None = None
 
 
+class Subject(NamedTuple):
+    """What has nodes, in words for errors."""
+
+    name: str
+    number: str  # of a node
+    hint: str = ""
+
+
+PLAN = Subject(
+    "the plan",
+    "its number in the cluster file",
+    " (--dry-run lists the nodes; --emulate takes this machine only)",
+)
+LINK = Subject("the link", "0 on one and 1 on the other")
+
+
 def find_place(
     nodes: int,
     options: PlaceOptions,
     environment: Mapping[str, str],
     arguments: Sequence[str],
     used: Sequence[int] | None = None,
+    subject: Subject = PLAN,
 ) -> Place | None:
     """Options first, then MASTER_ADDR and MASTER_PORT, then what Slurm says; None where this node has no workers.
 
@@ -64,7 +82,7 @@ def find_place(
     node, source = _node(options, environment)
     if node is not None and not 0 <= node < nodes and (nodes > 1 or options.node_rank is not None):
         numbers = "one node, 0" if nodes == 1 else f"{nodes} nodes, 0 to {nodes - 1}"
-        raise UserError(f"{source} is {node}: the plan has {numbers}: start it there only", ExitCode.USAGE)
+        raise UserError(f"{source} is {node}: {subject.name} has {numbers}: start it there only", ExitCode.USAGE)
     if nodes > 1 and node is not None and node not in used:
         return None
     if len(used) == 1:
@@ -73,8 +91,8 @@ def find_place(
     if node is None or host is None:
         run = command_of_node(arguments, "K", host or "HOST", options.master_port)
         raise UserError(
-            f"the plan has {len(used)} nodes: run on each of them, K being its number in the cluster file and HOST the "
-            f"address of node {used[0]}: {run} (--dry-run lists the nodes; --emulate takes this machine only)",
+            f"{subject.name} has {len(used)} nodes: run on each of them, K being {subject.number} and HOST the "
+            f"address of node {used[0]}: {run}{subject.hint}",
             ExitCode.USAGE,
         )
     port = options.master_port or _port(environment)

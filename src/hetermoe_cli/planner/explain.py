@@ -23,10 +23,12 @@ def notes(cost: CostModel, layout: Layout, rivals: dict[str, Rival], found: Foun
 
 
 def sources(cost: CostModel) -> Iterator[str]:
-    """Which profiles are modelled, who computes in another precision than the exchange's, how long documents are."""
+    """What is modelled, who computes in another precision than the exchange's, how long documents are."""
     modelled = [name for name in cost.types if cost.inputs.profiles[name].source == "modelled"]
     if modelled:
         yield f"the profiles of {', '.join(modelled)} are modelled from data sheets, not measured"
+    if links := cost.inputs.modelled_links:
+        yield f"the links {', '.join(links)} are modelled from data sheets, not measured"
     train = cost.train
     if other := [
         f"{name} computes in {train.precision_of(name)}" for name in cost.types if name in train.device_precision

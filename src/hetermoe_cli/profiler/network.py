@@ -1,25 +1,22 @@
-"""Latency and bandwidth of messages and all-reduces between two real worker processes on this machine -> LinkRecord.
+"""Latency and bandwidth of messages and all-reduces between two sides of real worker processes -> LinkRecord.
 
-Rank 0 bounces messages off rank 1; a one-way time is half a round trip. An all-reduce follows each. As workers exchange
-rows: on CPUs through shared memory, a copy in and a copy out included (where that cannot be, gloo over the loopback
-interface), or NCCL between the first two CUDA devices. `python -m hetermoe_cli.profiler.network RANK PORT
-BACKEND SIZES REPEATS` is one worker.
+Sides are two workers of one machine, or all workers of two nodes (launch/link.py starts them). Each worker of side 0
+bounces messages off its partner on side 1, all at once; a one-way time is half of the slowest round trip. An all-reduce
+of all workers follows each. As workers exchange rows: NCCL between CUDA devices; between CPUs gloo, or inside one
+machine shared memory, a copy in and a copy out included.
+
+`python -m hetermoe_cli.profiler.network HOST PORT SEAT TASK` is one worker, the last two in JSON.
 """
 
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from datetime import date, timedelta
-from typing import IO, TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.spec.cluster import Link, LinkRecord
 
 if TYPE_CHECKING:
@@ -30,33 +27,53 @@ if TYPE_CHECKING:
 Backend = Literal["gloo", "nccl"]
 SIZES = tuple(4096 * 4**power for power in range(7))  # 4 KiB to 16 MiB
 QUICK_SIZES = SIZES[:6]
-NAMES: dict[Backend, str] = {"gloo": "cpu-pair", "nccl": "nccl-pair"}
-_HOST = "127.0.0.1"
-_WAIT = timedelta(seconds=60)  # for the other rank to start; importing torch takes seconds on a busy machine
+# What a NIC carries at once in training is longer; short messages may pass faster than it can go on for.
+NODES_SIZES = (4096, *(2**20 * 4**power for power in range(4)))  # to 64 MiB
+NODES_QUICK_SIZES = NODES_SIZES[:4]
+NAMES: dict[Backend, str] = {"gloo": "cpu-pair", "nccl": "nccl-pair"}  # of links inside a machine
+_WAIT = timedelta(seconds=60)  # for another worker to start; importing torch takes seconds on a busy machine
 _WARM_UP = 5
-_POLL_SECONDS = 0.05
+_ENOUGH_SECONDS = 30.0  # of measuring, on slow links
+_FEWEST_REPEATS = 5
 
 
-def measure_link(backend: Backend, sizes: Sequence[int] = SIZES, repeats: int = 40) -> LinkRecord:
-    """Start two workers, time messages of `sizes` bytes, fit bytes / bandwidth + latency; the same of all-reduces.
+@dataclass(frozen=True)
+class LinkTask:
+    """What is measured. `width`: workers of a side, whose messages share `nics` NICs, over each of which `sizes` bytes
+    go at once; `nodes`: 1 or 2."""
 
-    UserError (WORKER_DIED) with the worker's last line if one fails.
-    """
-    samples = run_pair(backend, sizes, repeats)
-    latency, bandwidth = fit(sizes, [_usual(values) for values in samples.messages])
-    _, ring = fit(sizes, [_usual(values) for values in samples.all_reduces])  # two ranks: 2 (m - 1) / m is 1
-    return LinkRecord(
-        name=NAMES[backend],
-        source="measured",
-        date=date.today(),
-        link=Link(
-            bandwidth_gigabytes_per_second=round(bandwidth / 1e9, 4),
-            latency_microseconds=round(latency * 1e6, 2),
-            all_reduce_gigabytes_per_second=round(ring / 1e9, 4),
-        ),
-        spread=round(statistics.median(_spread(values) for values in samples.messages), 4),
-        comment=f"between two processes of one machine, {sizes[0]} to {sizes[-1]} bytes, first quartiles",
-    )
+    backend: Backend
+    nodes: int = 1
+    width: int = 1
+    nics: int = 1
+    sizes: tuple[int, ...] = SIZES
+    repeats: int = 40
+
+    @property
+    def where(self) -> str:
+        """In words."""
+        if self.nodes == 1:
+            return "two processes of one machine"
+        return f"two nodes, {self.backend}, {self.width} workers and {self.nics} NICs each, each NIC"
+
+    @property
+    def elements(self) -> list[int]:
+        """Of one worker's messages of every size, four bytes each."""
+        return [max(1, round(size * self.nics / self.width / 4)) for size in self.sizes]
+
+    @property
+    def reduced(self) -> list[float]:
+        """Bytes that a ring all-reduce of every size moves over each of its links."""
+        workers = 2 * self.width
+        return [2 * (workers - 1) / workers * 4 * count for count in self.elements]
+
+
+class Seat(NamedTuple):
+    """A worker's: which side, its number there, and the CUDA device, if it has one."""
+
+    side: int
+    number: int
+    device: int
 
 
 class Samples(NamedTuple):
@@ -66,57 +83,25 @@ class Samples(NamedTuple):
     all_reduces: list[list[float]]
 
 
-def run_pair(backend: Backend, sizes: Sequence[int], repeats: int) -> Samples:
-    """What rank 0 saw. The two workers are gone when this returns."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    # The store binds a port that the system picks and keeps it, so that no other process can take it in between.
-    store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
-    tail = [str(store.port), backend, ",".join(map(str, sizes)), str(repeats)]
-    with ExitStack() as stack:
-        outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
-        errors = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
-        workers = [_start([str(rank), *tail], outputs[rank], errors[rank]) for rank in range(2)]
-        try:
-            failed = _wait(workers)
-        finally:
-            for worker in workers:
-                worker.kill()
-                worker.wait()
-        if failed is not None:
-            errors[failed].seek(0)
-            last = (errors[failed].read().strip().splitlines() or ["it did not finish in time"])[-1]
-            raise UserError(f"profile: network worker {failed}: {last}", ExitCode.WORKER_DIED)
-        outputs[0].seek(0)
-        result: list[list[list[float]]] = json.loads(outputs[0].read().strip().splitlines()[-1])
-    return Samples(*result)
+def link_record(task: LinkTask, name: str, samples: Samples) -> LinkRecord:
+    """Fit bytes through a NIC / bandwidth + latency; the same of all-reduces, whose bytes count as in NCCL's tests."""
+    latency, bandwidth = fit(task.sizes, [_usual(values) for values in samples.messages])
+    _, ring = fit(task.reduced, [_usual(values) for values in samples.all_reduces])
+    return LinkRecord(
+        name=name,
+        source="measured",
+        date=date.today(),
+        link=Link(
+            bandwidth_gigabytes_per_second=round(bandwidth / 1e9, 4),
+            latency_microseconds=round(latency * 1e6, 2),
+            all_reduce_gigabytes_per_second=round(ring / 1e9, 4),
+        ),
+        spread=round(statistics.median(_spread(values) for values in samples.messages), 4),
+        comment=f"between {task.where}, {task.sizes[0]} to {task.sizes[-1]} bytes, first quartiles",
+    )
 
 
-def _start(arguments: Sequence[str], output: IO[str], errors: IO[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "hetermoe_cli.profiler.network", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback()}
-    return subprocess.Popen(command, stdout=output, stderr=errors, text=True, env=environment)
-
-
-def _wait(workers: Sequence[subprocess.Popen[str]]) -> int | None:
-    """None once both have ended well, else the rank of the first that failed or is late."""
-    deadline = time.monotonic() + 2 * _WAIT.total_seconds()
-    while time.monotonic() < deadline:
-        codes = [worker.poll() for worker in workers]
-        if any(codes):
-            return next(rank for rank, code in enumerate(codes) if code)
-        if codes == [0, 0]:
-            return None
-        time.sleep(_POLL_SECONDS)
-    return next(rank for rank, worker in enumerate(workers) if worker.poll() is None)
-
-
-def loopback() -> str:
-    """Name of the loopback interface; gloo else takes the one that the host name resolves to."""
-    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
-
-
-def fit(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
+def fit(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
     """Latency in seconds and bandwidth in bytes per second, least squares of the relative errors, latency >= 0.
 
     Minimises the sum over messages of ((latency + bytes / bandwidth) / seconds - 1)^2.
@@ -144,10 +129,10 @@ def _spread(values: Sequence[float]) -> float:
 
 
 class _Pair:
-    """What workers do with rows, on two ranks."""
+    """What workers do with rows, between two partners."""
 
-    def __init__(self, rank: int, mail: "list[Mail]") -> None:
-        self._rank, self._other, self._mail = rank, 1 - rank, mail[0] if mail else None
+    def __init__(self, rank: int, other: int, mail: "list[Mail]") -> None:
+        self._rank, self._other, self._mail = rank, other, mail[0] if mail else None
 
     def send(self, tensor: "Tensor") -> None:
         import torch.distributed as dist
@@ -176,51 +161,70 @@ class _Pair:
             local_sum.all_reduce(self._mail, tensor, [0, 1], self._rank)
 
 
-def bounce(rank: int, port: int, backend: Backend, sizes: Sequence[int], repeats: int) -> Samples:
-    """One worker's part, as this rank saw it. Sizes take turns."""
+def bounce(host: str, port: int, seat: Seat, task: LinkTask) -> Samples:
+    """One worker's part; what side 0 saw, of each repeat the slowest. Sizes take turns."""
     import torch
     import torch.distributed as dist
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
     from hetermoe_cli.runtime.neighbours import connect
 
-    store = TCPStore(_HOST, port, is_master=False, timeout=_WAIT)
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    store = PrefixStore("link", TCPStore(host, port, is_master=False, timeout=_WAIT))
+    device = torch.device("cuda", seat.device) if task.backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=_WAIT)
-    buffers = [torch.zeros(size // 4, dtype=torch.float32, device=device) for size in sizes]
-    samples = Samples([[] for _ in sizes], [[] for _ in sizes])
-    pair = _Pair(rank, connect([0, 1], 1, shares=True) if backend == "gloo" else [])
+    rank, other = (side * task.width + seat.number for side in (seat.side, 1 - seat.side))
+    dist.init_process_group(task.backend, store=store, rank=rank, world_size=2 * task.width, timeout=_WAIT)
+    buffers = [torch.zeros(count, dtype=torch.float32, device=device) for count in task.elements]
+    within = task.backend == "gloo" and task.nodes == 1
+    pair = _Pair(rank, other, connect([0, 1], 1, shares=True) if within else [])
 
     def seconds() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    for repeat in range(_WARM_UP + repeats):
-        for index, buffer in enumerate(buffers):
+    def of_all(value: "Tensor") -> "Tensor":
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value
+
+    found: list[list[tuple[float, float]]] = []  # of every repeat and size
+    measured = 0.0
+    for repeat in range(_WARM_UP + task.repeats):
+        began, times = seconds(), []
+        for buffer in buffers:
             start = seconds()
             for turn in range(2):
-                if turn == rank:
+                if turn == seat.side:
                     pair.send(buffer)
                 else:
                     pair.receive(buffer)
             bounced = seconds()
             pair.all_reduce(buffer)
-            if repeat >= _WARM_UP:
-                samples.messages[index].append((bounced - start) / 2)
-                samples.all_reduces[index].append(seconds() - bounced)
+            times.append(((bounced - start) / 2, seconds() - bounced))
+        if repeat >= _WARM_UP:
+            found.append(times)
+            measured += seconds() - began
+        late = torch.tensor(float(measured > _ENOUGH_SECONDS), device=device)
+        if of_all(late) and len(found) >= _FEWEST_REPEATS:
+            break
+    own = torch.tensor(found, dtype=torch.float64, device=device) * (seat.side == 0)
+    messages, all_reduces = of_all(own).cpu().permute(2, 1, 0).tolist()
     dist.destroy_process_group()
-    return samples
+    return Samples(messages, all_reduces)
+
+
+def worker_arguments(host: str, port: int, seat: Seat, task: LinkTask) -> list[str]:
+    """Of `python`, to start one worker."""
+    return ["-m", __name__, host, str(port), json.dumps(seat), json.dumps(asdict(task))]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run one worker; rank 0 prints the samples as one JSON line."""
-    rank, port, backend, sizes, repeats = arguments
-    kind: Backend = "nccl" if backend == "nccl" else "gloo"
-    samples = bounce(int(rank), int(port), kind, [int(size) for size in sizes.split(",")], int(repeats))
-    if int(rank) == 0:
+    """Run one worker; the first prints the samples as one JSON line."""
+    host, port, seat, task = arguments
+    told = json.loads(task)
+    samples = bounce(host, int(port), Seat(*json.loads(seat)), LinkTask(**told | {"sizes": tuple(told["sizes"])}))
+    if json.loads(seat)[:2] == [0, 0]:
         print(json.dumps(samples))
 
 

@@ -220,15 +220,19 @@ def _stream(device: torch.device) -> "torch.cuda.Stream | None":
 
 def exchange(group: dist.ProcessGroup, sends: dict[int, Tensor], receives: dict[int, Tensor]) -> None:
     """Post one batch of messages by the ranks of `group` and wait for it; empty ones are skipped, as the other side
-    does."""
+    does.
+
+    Receives go first: gloo tells the peer of each on the connection that carries its own rows, so behind these the peer
+    would begin to send only when all of them are out, and one direction of the link would wait for the other.
+    """
     operations = [
-        dist.P2POp(dist.isend, tensor, group=group, group_peer=peer)
-        for peer, tensor in sorted(sends.items())
+        dist.P2POp(dist.irecv, tensor, group=group, group_peer=peer)
+        for peer, tensor in sorted(receives.items())
         if tensor.numel()
     ]
     operations += [
-        dist.P2POp(dist.irecv, tensor, group=group, group_peer=peer)
-        for peer, tensor in sorted(receives.items())
+        dist.P2POp(dist.isend, tensor, group=group, group_peer=peer)
+        for peer, tensor in sorted(sends.items())
         if tensor.numel()
     ]
     with peer_errors():

@@ -1,6 +1,10 @@
 """Inputs: everything that a plan was computed from."""
 
-from hetermoe_cli.spec.base import Spec, sha256
+from typing import ClassVar
+
+from pydantic import Field
+
+from hetermoe_cli.spec.base import ExtendedSpec, sha256
 from hetermoe_cli.spec.cluster import ClusterSpec, Device, Link, Origin, devices
 from hetermoe_cli.spec.load import ExpertLoad
 from hetermoe_cli.spec.model import ModelConfig
@@ -8,15 +12,19 @@ from hetermoe_cli.spec.profile import Profile
 from hetermoe_cli.spec.train import TrainSpec
 
 
-class Inputs(Spec):
+class Inputs(ExtendedSpec):
     """Everything a plan was computed from; profiles hold only the kernel tables that were used.
 
-    Without `expert_load` the router is balanced. `origin`: of a plan that runs without the devices that it leaves out.
+    `modelled_links`: those whose records come from data sheets. Without `expert_load` the router is balanced. `origin`:
+    of a plan that runs without the devices that it leaves out.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"modelled_links"})
 
     model: ModelConfig
     cluster: ClusterSpec
     links: dict[str, Link]
+    modelled_links: list[str] = Field(default_factory=list)
     profiles: dict[str, Profile]
     train: TrainSpec
     expert_load: ExpertLoad | None = None

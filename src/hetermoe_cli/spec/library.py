@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.spec.cluster import ClusterSpec, Link, LinkRecord
+from hetermoe_cli.spec.cluster import ClusterSpec, LinkRecord
 from hetermoe_cli.spec.files import load
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.model import ModelConfig
@@ -28,10 +28,12 @@ def default_folders() -> list[Path]:
 
 def collect_inputs(model: ModelConfig, cluster: ClusterSpec, train: TrainSpec, folders: Sequence[Path]) -> Inputs:
     """Everything that a plan is made from, with the links and profiles that the cluster needs from `folders`."""
+    links = load_links(cluster, folders)
     return Inputs(
         model=model,
         cluster=cluster,
-        links=load_links(cluster, folders),
+        links={name: record.link for name, record in links.items()},
+        modelled_links=[name for name, record in links.items() if record.source == "modelled"],
         profiles=load_profiles(cluster, folders),
         train=train,
     )
@@ -42,7 +44,7 @@ def load_profiles(cluster: ClusterSpec, folders: Sequence[Path]) -> dict[str, Pr
     return {device: _load_profile(cluster, device, folders) for device in cluster.device_types}
 
 
-def load_links(cluster: ClusterSpec, folders: Sequence[Path]) -> dict[str, Link]:
+def load_links(cluster: ClusterSpec, folders: Sequence[Path]) -> dict[str, LinkRecord]:
     """The link records that the cluster names, chosen like profiles. UserError where two measured ones differ."""
     return {name: _load_link(cluster, name, folders) for name in sorted(cluster.link_names())}
 
@@ -60,12 +62,13 @@ def _load_profile(cluster: ClusterSpec, device: str, folders: Sequence[Path]) ->
     return profile
 
 
-def _load_link(cluster: ClusterSpec, name: str, folders: Sequence[Path]) -> Link:
+def _load_link(cluster: ClusterSpec, name: str, folders: Sequence[Path]) -> LinkRecord:
     found = [(path, load(LinkRecord, path)) for path in _find(f"links/{name}.yaml", folders)]
     if not found:
         raise UserError(
-            f"cluster {cluster.name}: no link record links/{name}.yaml in {_names(folders)}: run `hetermoe profile` "
-            "between two workers, or write the link's numbers into the cluster file"
+            f"cluster {cluster.name}: no link record links/{name}.yaml in {_names(folders)}: measure it "
+            f"with `hetermoe link {name}` between two nodes, `hetermoe profile --link {name}` inside one, or write its "
+            "numbers into the cluster file"
         )
     path, record = min(found, key=lambda pair: pair[1].source != "measured")
     if record.name != name:
@@ -75,7 +78,7 @@ def _load_link(cluster: ClusterSpec, name: str, folders: Sequence[Path]) -> Link
             raise UserError(
                 f"{other}: field link: contradicts {path}, measured as well: leave one of the two folders out"
             )
-    return record.link
+    return record
 
 
 def _find(name: str, folders: Sequence[Path]) -> list[Path]:
