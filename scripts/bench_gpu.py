@@ -8,6 +8,7 @@ alone; attention on the card with experts on the CPU through gloo; with two card
 Without a CUDA device it says so and leaves with code 77 (bars.SKIPPED).
 """
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ _AMPERE = 8  # major compute capability from which bf16 is not emulated
 
 def measure() -> tuple[list[bars.Bar], dict[str, Any]]:
     """Profile, plan, train, compare."""
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as `hetermoe` counts cards
     import torch
 
     shutil.rmtree(FOLDER, ignore_errors=True)

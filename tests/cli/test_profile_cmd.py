@@ -12,8 +12,8 @@ import torch
 
 from builders import make_profile
 from hetermoe_cli.cli.main import main
-from hetermoe_cli.errors import ExitCode
-from hetermoe_cli.profiler.profile import default_name, torch_threads
+from hetermoe_cli.errors import ExitCode, UserError
+from hetermoe_cli.profiler.profile import default_name, resolve_device, torch_threads
 from hetermoe_cli.profiler.tables import merge
 from hetermoe_cli.spec.cluster import LinkRecord
 from hetermoe_cli.spec.files import dump, load
@@ -246,3 +246,29 @@ def test_threads_are_restored() -> None:
 def test_the_command_line_imports_neither_torch_nor_pydantic() -> None:
     code = "import sys, hetermoe_cli.cli.profile; sys.exit(bool({'torch', 'pydantic', 'pynvml'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ)).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((7, 0), ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"], False),
+        ((7, 0), ["sm_50", "sm_60", "sm_70", "sm_75"], True),
+        ((8, 9), ["sm_75", "sm_80", "sm_86"], True),
+        ((8, 0), ["sm_75", "sm_86"], False),
+        ((12, 1), ["sm_90a", "compute_120"], True),
+        ((8, 0), [], True),
+    ],
+)
+def test_a_card_without_kernels_in_this_torch_is_named(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], built: list[str], runs: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    if runs:
+        assert resolve_device("cuda") == torch.device("cuda", 0)
+        return
+    with pytest.raises(
+        UserError, match=rf"CUDA device 0 has compute capability {capability[0]}\.{capability[1]}, torch"
+    ):
+        resolve_device("cuda")

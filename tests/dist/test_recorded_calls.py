@@ -21,6 +21,7 @@ from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.world import World
+from hetermoe_cli.turns import in_turns
 
 Recorded = tuple[str, str, int, str, int]  # communicator, operation, peer, dtype, elements
 NAMES = [
@@ -146,7 +147,7 @@ def check_calls(case: Case, layout: Layout | World, ordered: bool) -> None:
     """One step of all workers, each against its derived list."""
     world = World.of(layout)
     ranks = run_workers(world.size, work, case, layout, ordered)
-    schedules = training_schedules(world)
+    schedules = [in_turns(s, world.layers) if ordered else s for s in training_schedules(world)]
     reduced: dict[object, set[int]] = {}  # of every collective, which a batch may have two of
     for rank, (found, _, loss) in enumerate(ranks):
         assert loss == ranks[0][2]

@@ -127,6 +127,7 @@ def whole_weights(trainer):
     """Collective: weights can be read as the next step takes them, and written alike on all ranks."""
     shards = trainer.shards
     for layer in range(trainer.layout.layers + 1 if shards else 0):
+        shards.make_room(layer)
         shards.gather(layer, kept=True)
     yield
     kept = [segment for layer in shards._kept for _, segment in layer] if shards else []
@@ -341,18 +342,18 @@ def held(shards) -> tuple[int, int]:
 
 
 def watched(rank: int, case: Case) -> list[tuple[int, int]]:
-    """What is held after every gather of a step and a validation; at last after both."""
+    """What is held, or there is room for, whenever room is made in a step and a validation; at last after both."""
     trainer, found = build(case, state="full"), []
     shards = trainer.shards
     if shards.segments:
-        gather = shards.gather
+        make_room = shards.make_room
 
-        def gather_and_look(layer: int, *, kept: bool) -> None:
+        def look_at_room(layer: int) -> None:
             assert not shards.segments[layer].whole.untyped_storage().size()
-            gather(layer, kept=kept)
+            make_room(layer)
             found.append(held(shards))
 
-        shards.gather = gather_and_look
+        shards.make_room = look_at_room
     trainer.step(batches(), 0)
     trainer.validate(batches(), 1)
     return [*found, held(shards)] if found else []

@@ -61,6 +61,7 @@ def test_devices_are_named_as_workers_and_profiles_name_them(monkeypatch: pytest
     monkeypatch.setattr("torch.cuda.device_count", lambda: len(names))
     facts = "hetermoe_cli.profiler.profile.device_facts"
     monkeypatch.setattr(facts, lambda device: DeviceFacts(product=names[device.index]))
+    monkeypatch.setattr("hetermoe_cli.profiler.profile.require_kernels", lambda index: None)
     preflight._product.cache_clear()
     assert [preflight._product("cuda", index) for index in range(3)] == [*names, None]
     preflight._product.cache_clear()

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from builders import make_model
-from hetermoe_cli.model.causal import attend, has_varlen
+from hetermoe_cli.model.causal import attend, has_flash
 from hetermoe_cli.model.documents import find_documents
 from hetermoe_cli.model.transformer import Transformer, initialise, named_tensors
 
@@ -150,4 +150,4 @@ def test_attention_in_any_precision_is_that_of_a_block_mask(
 def test_cards_have_attention_over_documents(dtype: torch.dtype, size: int) -> None:
     modern = torch.cuda.get_device_capability() >= (8, 0)
     query, _, value = attention_inputs("cuda", dtype, size)
-    assert has_varlen(query, value) == (modern and dtype != torch.float32 and size == 64)
+    assert has_flash(query, value) == (modern and dtype != torch.float32 and size == 64)

@@ -105,7 +105,7 @@ def test_the_threads_of_a_rank_on_a_later_card_leave_card_0_alone(monkeypatch: p
         left.append(before)
 
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(here, "device", device.index))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device.index)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: device.index)
     monkeypatch.setattr(torch.cuda, "stream", stream)
     sender = Sender(device="cuda:1")
     for text in ("0DF0", "0DF1", "0DF2"):

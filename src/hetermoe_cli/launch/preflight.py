@@ -55,13 +55,17 @@ def _check_device(profile: Profile, index: int) -> None:
 
 @cache
 def _product(accelerator: str, index: int) -> str | None:
-    """As `profile` names it: of the devices that CUDA shows, in its order, as workers count them. None: not there."""
+    """As `profile` names it: of the devices that CUDA shows, in its order, as workers count them. None: not there.
+    UserError if torch cannot use it."""
     if accelerator == "cpu":
         from hetermoe_cli.profiler.nvml import cpu_facts
 
         return cpu_facts().product
     import torch
 
-    from hetermoe_cli.profiler.profile import device_facts
+    from hetermoe_cli.profiler.profile import device_facts, require_kernels
 
-    return device_facts(torch.device("cuda", index)).product if index < torch.cuda.device_count() else None
+    if index >= torch.cuda.device_count():
+        return None
+    require_kernels(index)
+    return device_facts(torch.device("cuda", index)).product

@@ -62,17 +62,13 @@ class Attention(nn.Module):
         return out
 
     def _grouped(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, S, H] -> query, and for every head of it key and value, all [B, heads, S, D]."""
+        """x [B, S, H] -> query [B, heads, S, D], key and value [B, KV heads, S, D]."""
         c = self.config
         heads = self.qkv(x).view(*x.shape[:-1], -1, c.head_size).transpose(1, 2)
         query, key, value = torch.split(heads, [c.attention_heads, c.kv_heads, c.kv_heads], dim=1)
         if c.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        groups = c.attention_heads // c.kv_heads
-        if groups > 1:
-            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        return query, key, value
+        return rotate(query, cos, sin), rotate(key, cos, sin), value
 
 
 class AttentionBlock(Attention):

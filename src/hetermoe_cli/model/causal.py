@@ -2,6 +2,8 @@
 
 import inspect
 import math
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,21 +13,26 @@ from torch.nn import functional
 from hetermoe_cli.model import attention_products
 from hetermoe_cli.model.documents import Documents
 
-_VARLEN_CAPABILITY, _VARLEN_WIDEST_HEAD = (8, 0), 256  # FlashAttention 2's
+_FLASH_CAPABILITY, _FLASH_WIDEST_HEAD = (8, 0), 256  # FlashAttention 2's
+_FLASH_NO_BACKWARD = range(193, 225), ((8, 0), (9, 0))  # such heads only on these: torch's sdp_utils.cpp
 _LARGEST_SLOW = 2**14  # tokens of a sequence times width of a head
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents | None = None, scale: float | None = None
 ) -> Tensor:
-    """query, key [B, heads, S, D], value [B, heads, S, V] -> [B, heads, S, V]; with `documents` inside each only.
+    """query [B, heads, S, D], key [B, groups, S, D], value [B, groups, S, V] -> [B, heads, S, V]; with `documents`
+    inside each only. As many heads of queries follow each other for each group of keys and values.
 
     Scores are multiplied by `scale`, 1 / sqrt(D) unless given.
     """
     scale, width = scale or 1 / math.sqrt(query.shape[-1]), value.shape[-1]
-    over_documents = documents is not None and has_varlen(query, value)
+    flash = has_flash(query, value)
+    over_documents = documents is not None and flash
     if query.shape[-1] != width and (over_documents or not query.is_cuda):
         query, key, value = _equally_wide(query, key, value)
+    if not (flash and query.shape[-1] == value.shape[-1] and takes_groups(over_documents)):
+        key, value = (_for_every_head(x, query.shape[1]) for x in (key, value))
     if documents is None:
         mixed = _fused(query, key, value, scale)
     else:
@@ -33,16 +40,29 @@ def attend(
     return mixed[..., :width]
 
 
-def has_varlen(query: Tensor, value: Tensor) -> bool:
-    """Whether torch's FlashAttention over documents takes queries and values like these, made equally wide."""
+def has_flash(query: Tensor, value: Tensor) -> bool:
+    """Whether torch's FlashAttention on CUDA takes queries and values like these, made equally wide."""
     widest = max(query.shape[-1], value.shape[-1])
+    if not (query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and widest % 8 == 0):
+        return False
+    capability, (no_backward, but_on) = torch.cuda.get_device_capability(query.device), _FLASH_NO_BACKWARD
     return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and widest % 8 == 0
-        and widest <= _VARLEN_WIDEST_HEAD
-        and torch.cuda.get_device_capability(query.device) >= _VARLEN_CAPABILITY
+        widest <= _FLASH_WIDEST_HEAD
+        and capability >= _FLASH_CAPABILITY
+        and (widest not in no_backward or capability in but_on)
     )
+
+
+@cache
+def takes_groups(over_documents: bool) -> bool:
+    """Whether FlashAttention reads each group's keys and values where they are: older versions of torch do not over
+    documents."""
+    return not over_documents or "enable_gqa" in inspect.signature(_varlen_attn()).parameters
+
+
+def _for_every_head(x: Tensor, heads: int) -> Tensor:
+    """[B, groups, S, D] -> [B, heads, S, D]."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _equally_wide(*tensors: Tensor) -> list[Tensor]:
@@ -65,10 +85,12 @@ def _attend_within(
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """All [B, heads, S, D]: torch's best kernel, with a backward of our own where that is faster."""
+    """query [B, heads, S, D], key, value [B, heads or groups, S, D]: torch's best kernel, with a backward of our own
+    where that is faster."""
     if attention_products.suits(query) or _is_slow_backward(query):
         return _OwnBackward.apply(query, key, value, scale)  # type: ignore[no-any-return, no-untyped-call]
-    return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    grouped = key.shape[1] != query.shape[1]
+    return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
 
 
 def _is_slow_backward(query: Tensor) -> bool:
@@ -107,20 +129,26 @@ class _OwnBackward(torch.autograd.Function):
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float) -> Tensor:
-    """All [T, heads, D]."""
-    from torch.nn.attention.varlen import varlen_attn
-
+    """query [T, heads, D], key, value [T, heads or groups, D]."""
     longest, borders = max(documents.lengths), documents.borders
-    known = inspect.signature(varlen_attn).parameters
+    known = inspect.signature(_varlen_attn()).parameters
     # older versions of torch: is_causal, and only the usual scale
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if "scale" in known:
         options["scale"] = scale
     elif (ratio := scale * math.sqrt(query.shape[-1])) != 1:
         query = query * ratio
-    mixed = varlen_attn(query, key, value, borders, borders, longest, longest, **options)
+    if key.shape[1] != query.shape[1]:
+        options["enable_gqa"] = True
+    mixed = _varlen_attn()(query, key, value, borders, borders, longest, longest, **options)
     assert isinstance(mixed, Tensor)  # no auxiliary output was asked for
     return mixed
+
+
+def _varlen_attn() -> Callable[..., Any]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
 
 
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float) -> Tensor:

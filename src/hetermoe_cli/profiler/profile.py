@@ -35,11 +35,32 @@ def resolve_device(name: str) -> torch.device:
     index, count = device.index or 0, torch.cuda.device_count()
     if index >= count:
         raise UserError(f"profile: device {name}: torch {torch.__version__} sees {count} CUDA devices")
+    require_kernels(index)
     return torch.device("cuda", index)
 
 
+def require_kernels(index: int) -> None:
+    """UserError where torch was built for other CUDA devices: the first kernel would fail."""
+    capability, built = torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()
+    if built and not any(_runs_on(capability, architecture) for architecture in built):
+        raise UserError(
+            f"CUDA device {index} has compute capability {'.'.join(map(str, capability))}, torch {torch.__version__} "
+            f"has kernels for {' '.join(built)} only: install a build of it that has them (for V100: pip install torch "
+            "--index-url https://download.pytorch.org/whl/cu126)"
+        )
+
+
+def _runs_on(capability: tuple[int, int], architecture: str) -> bool:
+    """Whether a device runs kernels built for `architecture`: sm_XY (binary) or compute_XY (compiled for it)."""
+    kind, _, number = architecture.partition("_")
+    major, minor = divmod(int(re.sub(r"\D", "", number)), 10)
+    if kind == "compute":
+        return (major, minor) <= capability
+    return major == capability[0] and minor <= capability[1]
+
+
 def device_facts(device: torch.device) -> DeviceFacts:
-    """What NVML or the operating system says; torch's own product, capability and memory where NVML is silent."""
+    """What NVML or the operating system says, torch's product and capability where NVML is silent; torch's memory."""
     if device.type == "cpu":
         return cpu_facts()
     properties = torch.cuda.get_device_properties(device)
@@ -47,9 +68,9 @@ def device_facts(device: torch.device) -> DeviceFacts:
     known = {
         "product": properties.name,
         "compute_capability": f"{properties.major}.{properties.minor}",
-        "memory_bytes": properties.total_memory,
     }
-    return facts.model_copy(update={name: value for name, value in known.items() if getattr(facts, name) is None})
+    found = {name: value for name, value in known.items() if getattr(facts, name) is None}
+    return facts.model_copy(update={**found, "memory_bytes": properties.total_memory})  # NVML counts the driver's too
 
 
 def default_name(facts: DeviceFacts, accelerator: str) -> str:

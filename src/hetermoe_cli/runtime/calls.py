@@ -19,6 +19,7 @@ from hetermoe_cli.schedule.schedule import Schedule, is_whole
 from hetermoe_cli.simulator import check_deadlock
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.world import Replica, World
+from hetermoe_cli.turns import in_turns
 
 # by an action's lane
 COMMUNICATORS = ("world", "to experts", "from experts", "attending", "to next stage", "to stage before")
@@ -72,10 +73,11 @@ Calls = list[Call]
 
 
 def check(world: World, exchange: str) -> None:
-    """UserError unless training and validation of all copies can run, and their calls fit together."""
-    for schedules in (training_schedules(world), validation_schedules(world)):
-        for schedule in schedules:
+    """UserError unless training and validation of all copies can run, and their calls fit together, by turns too."""
+    for found in (training_schedules(world), validation_schedules(world)):
+        for schedule in found:
             check_deadlock(schedule, world.layers)
+        schedules = [in_turns(schedule, world.layers) for schedule in found]
         by_process = [schedules[world.seat(process)[0]] for process in range(world.size)]
         verify([calls_of(schedule, world, process, exchange) for process, schedule in enumerate(by_process)])
 
@@ -176,7 +178,7 @@ def _messages(
     dtype: str,
     counted: Layout | None = None,
 ) -> Iterator[Call]:
-    """Sends by peer, then receives by peer, of a process in its world. `counted`: count vectors, one number for each
+    """Receives by peer, then sends by peer, of a process in its world. `counted`: count vectors, one number for each
     expert of the receiver, and where rows go once per device how many these are."""
     world, process = seat
     number, rank = world.seat(process)
@@ -186,8 +188,8 @@ def _messages(
         name += f", {PARITY[layout.border(action.layer) % 2]}"
     senders, receivers = schedule.senders[action], schedule.receivers[action]
     directions: list[tuple[Operation, tuple[int, ...], tuple[int, ...]]] = [
-        ("send", senders, receivers),
         ("receive", receivers, senders),
+        ("send", senders, receivers),
     ]
     for operation, own, others in directions:
         for peer in sorted(others) if rank in own else ():

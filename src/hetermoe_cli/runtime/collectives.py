@@ -15,8 +15,13 @@ class Collectives:
         self._gradients, self._shards, self._micro_batches = gradients, shards, micro_batches
 
     def give(self, action: Action) -> Tensor:
-        """What this rank brings to `action`: gradients; masters of weights lie where the lane finds them."""
-        return self._gradients.segment(action.layer) if action.kind is Kind.REDUCE else self._gradients.nothing
+        """What this rank brings to `action`: gradients; masters of weights lie where the lane finds them, whole weights
+        get room."""
+        if action.kind is Kind.REDUCE:
+            return self._gradients.segment(action.layer)
+        assert self._shards is not None
+        self._shards.make_room(action.layer)
+        return self._gradients.nothing
 
     def carry(self, action: Action, given: Tensor) -> Tensor:
         """Do it with the other ranks; what this rank has of the sum, if it is one."""

@@ -3,7 +3,7 @@ experts, from them, collectives, to other pipeline stages, from these.
 
 Nothing is tagged: every message has its exact size, and all ranks post the messages of a lane in one order, which is
 what NCCL demands and gloo allows. NCCL also wants one order over the communicators: there the lanes take turns to
-call, in the schedule's order. On CUDA each lane has a stream of its own; events order it against the compute stream.
+call (turns.py). On CUDA each lane has a stream of its own; events order it against the compute stream.
 """
 
 import threading
@@ -24,7 +24,7 @@ from hetermoe_cli.runtime.peers import peer_errors
 from hetermoe_cli.schedule.action import Action
 from hetermoe_cli.schedule.schedule import Schedule
 
-LANES = 5
+LANES, COLLECTIVES = 5, 3
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Lanes:
 
     def __init__(self, mesh: Mesh) -> None:
         self._pool = ThreadPoolExecutor(LANES, "lane", _work_on, (mesh.device,))
-        self._streams = [_stream(mesh.device) for _ in range(LANES)]
+        self._streams = [_stream(mesh.device, lane) for lane in range(1, LANES + 1)]
         self._rank, self._ordered = mesh.rank, mesh.ordered
         self._turns: Turns | None = None
         self._outbox: dict[Action, Future[Outgoing]] = {}
@@ -214,8 +214,11 @@ def _work_on(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def _stream(device: torch.device) -> "torch.cuda.Stream | None":
-    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+def _stream(device: torch.device, lane: int) -> "torch.cuda.Stream | None":
+    """Its kernels go ahead of compute kernels that have not begun, as ranks wait for rows; not those of collectives."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.Stream(device, priority=0 if lane == COLLECTIVES else -1)  # type: ignore[no-untyped-call]
 
 
 def exchange(group: dist.ProcessGroup, sends: dict[int, Tensor], receives: dict[int, Tensor]) -> None:

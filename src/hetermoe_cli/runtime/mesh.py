@@ -189,6 +189,7 @@ def _start(backend: Backend, wire: torch.device) -> None:
     if not dist.is_initialized():
         if backend == "nccl":  # kernels of several communicators start in the order of their calls (NCCL 2.26)
             os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
+            os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")  # rows go ahead of compute kernels that wait
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=wire if backend == "nccl" else None)
 
 

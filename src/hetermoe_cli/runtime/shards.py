@@ -3,8 +3,8 @@
 `dense_state: optimizer` (ZeRO-1): each holder keeps master and moments of its share of the dense part and of experts
 that others hold too, and steps them; others have old weights until the next pass gathers them. `full`: masters are all
 that a rank holds of the dense part between the stages of a segment. Whole weights are gathered into storage that is
-there from `gather` to `release` only; tensors that autograd saved in forward refer to it and are valid again once the
-same weights are back (the technique of PyTorch's first FSDP).
+there from `make_room` to `release` only; tensors that autograd saved in forward refer to it and are valid again once
+the same weights are back (the technique of PyTorch's first FSDP).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -174,14 +174,19 @@ class Shards:
         segment = next(kept, None)
         return segment if segment and len(segment.slices) == len(holding.slices) else None
 
-    def gather(self, layer: int, *, kept: bool) -> None:
-        """The weights of a layer: those of a fully sharded segment, in storage of their own until `release`, and
-        (`kept`) new ones of all whose weights stay whole."""
+    def make_room(self, layer: int) -> None:
+        """Storage for the weights of a fully sharded segment, until `release`. Both are called where its stages run: on
+        CUDA the memory is that stream's, which lets nothing write it again before these have read it."""
         if self.segments:
             segment = self.segments[layer]
             assert segment.whole is not None
             segment.resize(len(segment.whole))
-            self._fill(self._group, segment)
+
+    def gather(self, layer: int, *, kept: bool) -> None:
+        """The weights of a layer: those of a fully sharded segment, for which there is room, and (`kept`) new ones of
+        all whose weights stay whole."""
+        if self.segments:
+            self._fill(self._group, self.segments[layer])
         for holding, segment in self._kept[layer] if kept else ():
             self._fill(holding.holders, segment)
 

@@ -33,6 +33,7 @@ from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.train import TrainSpec
 from hetermoe_cli.spec.world import World
+from hetermoe_cli.turns import in_turns
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,11 @@ class Trainer:
         stacks = parts.experts.parameters()
         self.gradients = Gradients(shared, own, self.mesh, parts.exchange, holdings, shares, last, stacks, self.shards)
         self._collectives = Collectives(self.gradients, self.shards, layout.micro_batches)
-        self._schedule = training_schedule(layout, len(world.replicas))
+        found = [of(layout, len(world.replicas)) for of in (training_schedule, validation_schedule)]
+        if self.mesh.ordered:
+            found = [in_turns(schedule, layout.layers) for schedule in found]
+        self._schedule, self._validation = found
         self._last_of_runs = last_of_runs(self._schedule.compute[self.mesh.rank])
-        self._validation = validation_schedule(layout, len(world.replicas))
         sequences = layout.sequences_of(layout.span_of(self.mesh.rank)).get(self.mesh.rank, range(0))
         self._first = replica.first + sequences.start
 
@@ -162,7 +165,7 @@ class Trainer:
             group["lr"] = result.learning_rate
         self.gradients.apply(self.optimizer, clip_factor(result.gradient_norm, self.train.gradient_clip) / scale)
         if self.parts.dense:
-            self.parts.dense.update_biases(torch.from_numpy(result.expert_rows))
+            self.parts.dense.update_biases(upload(torch.from_numpy(result.expert_rows), self.mesh.device))
 
     def _settle(self, action: Action) -> None:
         """After a run of micro-batches through one layer, and before its gradients are summed: they need no fp32 any
