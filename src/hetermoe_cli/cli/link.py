@@ -40,7 +40,7 @@ def link(
     Devices of a node send at once, so that NICs are shared as they are in training. Node 0 writes
     OUTPUT/links/NAME.yaml: bandwidth and latency of one NIC, and what all-reduces over both nodes move.
     """
-    from hetermoe_cli.launch.place import LINK, PlaceOptions, find_place
+    from hetermoe_cli.launch.place import LINK, PlaceOptions, announce, find_place
     from hetermoe_cli.spec.files import check_writable, dump
 
     check_name(name, "NAME")
@@ -49,9 +49,7 @@ def link(
     path = output / "links" / f"{name}.yaml"
     if place.leads:
         check_writable(path)
-    doing = "listens" if place.leads else "looks for node 0"
-    typer.echo(f"hetermoe: node {place.node} of 2: {doing} at {place.host}:{place.port}", err=True)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's store warns where hosts have no names
+    announce(place, f"hetermoe: node {place.node} of 2")
 
     from hetermoe_cli.launch.link import measure_link
 

@@ -1,7 +1,9 @@
 """Place: which node of a plan this launcher starts, and where node 0 is found."""
 
+import os
 import shlex
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -97,6 +99,14 @@ def find_place(
         )
     port = options.master_port or _port(environment)
     return Place(used.index(node), len(used), host, port, used=tuple(used))
+
+
+def announce(place: Place, name: str, more: str = "") -> None:
+    """Say where a launcher of several looks for the others; and let torch's store not warn where hosts have no
+    names."""
+    doing = "listens" if place.node == 0 else "looks for node 0"
+    print(f"{name}: {doing} at {place.host}:{place.port}{more}", file=sys.stderr, flush=True)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def command_of_node(arguments: Sequence[str], node: int | str, host: str, port: int | None) -> str:
