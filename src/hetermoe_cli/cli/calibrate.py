@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hetermoe_cli.cli.run_options import Json
 from hetermoe_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def calibrate(
         bool, typer.Option("--allow-emulated", help="Take an emulated run, to check that nothing moves.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what moved, write nothing.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    json_output: Json = False,
 ) -> None:
     """Refit the profiles of a run's plan to its traces: measured against predicted seconds by device and kind of task.
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from hetermoe_cli.cli.run_options import Json
 from hetermoe_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,15 +16,7 @@ if TYPE_CHECKING:
     from hetermoe_cli.spec.plan import Plan
 
 
-class AssignmentChoice(StrEnum):
-    """Methods that can make a plan."""
-
-    optimal = "optimal"
-    gather_squeeze = "gather_squeeze"
-    ep = "ep"
-    dist_ep = "dist_ep"
-    hetero_ep = "hetero_ep"
-    pp = "pp"
+Assignment = Literal["optimal", "gather_squeeze", "ep", "dist_ep", "hetero_ep", "pp"]
 
 
 def plan(
@@ -49,7 +41,7 @@ def plan(
             help="Text file or folder, or token file: plan for its documents' length (documents: masked); repeatable."
         ),
     ] = None,
-    assignment: Annotated[AssignmentChoice, typer.Option(help="Method.")] = AssignmentChoice.optimal,
+    assignment: Annotated[Assignment, typer.Option(help="Method.")] = "optimal",
     solver: Annotated[str, typer.Option(help="highs, cbc, or another solver that PuLP finds.")] = "highs",
     time_limit: Annotated[
         float, typer.Option(min=0.1, help="Seconds for the search; longer closes more of the gap to the bound.")
@@ -86,7 +78,7 @@ def plan(
     output: Annotated[
         Path | None, typer.Option(help="Plan YAML to write.", show_default="plans/MODEL-CLUSTER.yaml")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object instead of tables.")] = False,
+    json_output: Json = False,
 ) -> None:
     """Plan an iteration: who attends, who hosts which experts, in which order, and how fast that will be."""
     inputs = read_inputs(
@@ -115,14 +107,14 @@ def plan(
     path = output or Path("plans") / f"{name}.yaml"
     check_writable(path)
     wanted = Wanted(objective, max_cost, max_groups, pipeline)
-    options = PlanOptions(assignment.value, SolverOptions(solver, time_limit), max_micro_batches, explain, wanted)
+    options = PlanOptions(assignment, SolverOptions(solver, time_limit), max_micro_batches, explain, wanted)
     with _progress() as progress:
         result = make_plan(inputs, options, progress)
     if variants:
         compared = plan_variants(result, variants, options, lambda text: typer.echo(f"hetermoe: {text}", err=True))
         result = result.model_copy(update={"what_if": compared})
     dump(result, path, "Made by `hetermoe plan`; predictions are simulated. Edit no inputs: their hashes are checked.")
-    _print(result, json)
+    _print(result, json_output)
     typer.echo(f"hetermoe: wrote {path}", err=True)
 
 
@@ -193,8 +185,8 @@ def _progress() -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
-def _print(plan: "Plan", json: bool) -> None:
-    if json:
+def _print(plan: "Plan", as_json: bool) -> None:
+    if as_json:
         typer.echo(plan.model_dump_json())
         return
     from hetermoe_cli.report.plan_table import print_plan

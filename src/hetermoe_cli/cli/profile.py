@@ -1,14 +1,14 @@
 """`hetermoe profile`: measure this machine's kernels and links into profile files."""
 
 import re
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from hetermoe_cli.cli.link import check_name, describe
 from hetermoe_cli.cli.progress_bar import progress_bar
+from hetermoe_cli.cli.run_options import Json
 
 if TYPE_CHECKING:
     from hetermoe_cli.spec.cluster import LinkRecord
@@ -24,16 +24,8 @@ _SIZES = {
 _LARGEST_SIZE = 2**24
 
 
-class PrecisionChoice(StrEnum):
-    """Element types that can be measured."""
-
-    fp16 = "fp16"
-    bf16 = "bf16"
-    fp32 = "fp32"
-    fp64 = "fp64"
-
-
-_PRECISION = {"cpu": PrecisionChoice.fp32, "cuda": PrecisionChoice.fp16}  # cuda: as a training spec's default
+PrecisionChoice = Literal["fp16", "bf16", "fp32", "fp64"]
+_PRECISION: dict[str, PrecisionChoice] = {"cpu": "fp32", "cuda": "fp16"}  # cuda: as a training spec's default
 
 
 def profile(
@@ -59,7 +51,7 @@ def profile(
         str | None, typer.Option(help="Link's name in cluster files.", show_default="cpu-pair or nccl-pair")
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder of the profiles.")] = Path("profiles"),
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    json_output: Json = False,
 ) -> None:
     """Measure attention, experts and head on one device, and the link between two workers of this machine.
 
@@ -92,13 +84,13 @@ def profile(
     effort = QUICK if quick else Effort()
     element = precision or _PRECISION[target.type]
     with progress_bar(f"profiling {name}") as progress:
-        measured = profile_device(models, target, name, element.value, sizes, effort, threads, progress)
+        measured = profile_device(models, target, name, element, sizes, effort, threads, progress)
     merged, note = merge(old, measured)
     dump(merged, path, "Measured by `hetermoe profile`; seconds are medians, spread is IQR / median.")
     pair = None if no_network else _link(link, target.type, quick)
     if pair:
         dump(pair, output / "links" / f"{pair.name}.yaml", "Measured by `hetermoe profile`.")
-    if json:
+    if json_output:
         _print_json(measured, pair, path, note)
     else:
         _print_tables(measured, pair)

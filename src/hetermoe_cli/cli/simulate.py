@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hetermoe_cli.cli.run_options import Json
 from hetermoe_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def simulate(
     group: Annotated[
         int | None, typer.Option(min=0, help="Only this one of the plan's groups, on its local ranks.")
     ] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    json_output: Json = False,
 ) -> None:
     """Replay one training iteration of a plan with its profiles: seconds, tokens/s, and what every rank does."""
     _check_suffix(picture, "--picture")
