@@ -3,6 +3,7 @@
 import json
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,23 @@ def test_a_node_without_a_place_is_told_what_to_run(tmp_path: Path, options: tup
     node = link(tmp_path, None, 0, *options)
     _, errors = node.communicate(timeout=60)
     assert (node.returncode, message in errors) == (2, True), errors
+
+
+@pytest.mark.long
+def test_a_node_that_is_gone_ends_the_other(tmp_path: Path, port: int) -> None:
+    nodes = [link(tmp_path, node, port) for node in (0, 1)]
+    deadline = time.monotonic() + 60
+    while not (workers := measuring(nodes[1])):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    nodes[1].kill()
+    _, errors = nodes[0].communicate(timeout=60)
+    assert nodes[0].returncode == 6
+    assert errors.strip().splitlines()[-1] == "hetermoe: error: node 1: its launcher or its machine is gone"
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert not list(tmp_path.iterdir())
+
+
+def measuring(node: subprocess.Popen[str]) -> list[str]:
+    """The processes that a launcher has started."""
+    return subprocess.run(["pgrep", "-P", str(node.pid)], capture_output=True, text=True).stdout.split()

@@ -29,11 +29,11 @@ def work(rank: int) -> str:
 
 
 def orphan(rank: int) -> None:
-    from hetermoe_cli.runtime import worker
+    from hetermoe_cli.runtime import leaving
     from hetermoe_cli.spec.run import LAUNCHER
 
     os.environ[LAUNCHER] = "1"  # init: this process' parent is another, as if the launcher had died
-    worker._follow_parent()
+    leaving.follow_parent()
     time.sleep(30)
 
 

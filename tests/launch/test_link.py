@@ -43,7 +43,7 @@ def test_a_failed_worker_is_one_line_and_leaves_no_process(monkeypatch: pytest.M
         return started[-1]
 
     monkeypatch.setattr(link, "_start", record)
-    with pytest.raises(UserError, match=r"profile: network worker [01]: .*RuntimeError") as caught:
+    with pytest.raises(UserError, match=r"network worker [01]: .*Error") as caught:
         measure_link(LinkTask("gloo", sizes=(2**50,), repeats=1), "too much")
     assert caught.value.code == ExitCode.WORKER_DIED
     assert len(started) == 2

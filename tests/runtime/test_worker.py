@@ -47,7 +47,7 @@ def test_a_lost_peer_is_told_below_the_call_that_failed(
 
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(sys, "argv", ["worker", "run.yaml"])
-    monkeypatch.setattr(worker, "_follow_parent", lambda: None)
+    monkeypatch.setattr(worker, "follow_parent", lambda: None)
     monkeypatch.setattr(worker, "load", lambda *_: None)
     monkeypatch.setattr(worker, "train", train)
     with pytest.raises(SystemExit) as left:

@@ -12,11 +12,13 @@ from dataclasses import asdict
 from typing import IO
 
 from hetermoe_cli.errors import ExitCode, UserError
+from hetermoe_cli.launch.ends import PeerFailure
 from hetermoe_cli.launch.interfaces import socket_environment
 from hetermoe_cli.launch.meeting import Meeting
 from hetermoe_cli.launch.place import Place
 from hetermoe_cli.profiler.network import LinkTask, Samples, Seat, link_record, worker_arguments
 from hetermoe_cli.spec.cluster import LinkRecord
+from hetermoe_cli.spec.run import LAUNCHER
 
 LOOPBACK = Place()
 _SECONDS = 300.0  # for workers to end
@@ -44,7 +46,7 @@ def _run_workers(task: LinkTask, meeting: Meeting) -> Samples | None:
     place = meeting.place
     sides = range(2) if place.nodes == 1 else [place.node]
     seats = [(side, number) for side in sides for number in range(task.width)]
-    variables = os.environ | {"OMP_NUM_THREADS": "1"} | socket_environment(place)
+    variables = os.environ | {"OMP_NUM_THREADS": "1", LAUNCHER: str(os.getpid())} | socket_environment(place)
     with ExitStack() as stack:
         outputs, errors = (
             [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in seats] for _ in ("stdout", "stderr")
@@ -67,7 +69,8 @@ def _run_workers(task: LinkTask, meeting: Meeting) -> Samples | None:
         if failed is not None:
             errors[failed].seek(0)
             last = (errors[failed].read().strip().splitlines() or ["it did not finish in time"])[-1]
-            raise UserError(f"profile: network worker {failed}: {last}", ExitCode.WORKER_DIED)
+            kind = PeerFailure if workers[failed].returncode == ExitCode.WORKER_DIED else UserError
+            raise kind(f"network worker {failed}: {last}", ExitCode.WORKER_DIED)
         outputs[0].seek(0)
         lines = outputs[0].read().strip().splitlines()
     return Samples(*json.loads(lines[-1])) if seats[0] == (0, 0) else None
@@ -80,12 +83,14 @@ def _start(
 
 
 def _wait(workers: Sequence[subprocess.Popen[str]], watch: Callable[[], None]) -> int | None:
-    """None once all have ended well, else the number of the first that failed or is late; raises what `watch` does."""
+    """None once all have ended well, else the number of one that failed or is late, if there is one not of those that
+    only lost another; raises what `watch` does."""
     deadline = time.monotonic() + _SECONDS
     while time.monotonic() < deadline:
         codes = [worker.poll() for worker in workers]
         if any(codes):
-            return next(number for number, code in enumerate(codes) if code)
+            failed = [number for number, code in enumerate(codes) if code]
+            return min(failed, key=lambda number: codes[number] == ExitCode.WORKER_DIED)
         if None not in codes:
             return None
         watch()

@@ -162,22 +162,32 @@ class _Pair:
 
 
 def bounce(host: str, port: int, seat: Seat, task: LinkTask) -> Samples:
-    """One worker's part; what side 0 saw, of each repeat the slowest. Sizes take turns."""
+    """One worker's part; what side 0 saw, of each repeat the slowest. Sizes take turns. PeerLost if another is gone."""
     import torch
     import torch.distributed as dist
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
     from hetermoe_cli.runtime.neighbours import connect
+    from hetermoe_cli.runtime.peers import peer_errors
 
     store = PrefixStore("link", TCPStore(host, port, is_master=False, timeout=_WAIT))
     device = torch.device("cuda", seat.device) if task.backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     rank, other = (side * task.width + seat.number for side in (seat.side, 1 - seat.side))
-    dist.init_process_group(task.backend, store=store, rank=rank, world_size=2 * task.width, timeout=_WAIT)
     buffers = [torch.zeros(count, dtype=torch.float32, device=device) for count in task.elements]
     within = task.backend == "gloo" and task.nodes == 1
-    pair = _Pair(rank, other, connect([0, 1], 1, shares=True) if within else [])
+    with peer_errors():
+        dist.init_process_group(task.backend, store=store, rank=rank, world_size=2 * task.width, timeout=_WAIT)
+        pair = _Pair(rank, other, connect([0, 1], 1, shares=True) if within else [])
+        return _bounced(pair, seat, task, buffers)
+
+
+def _bounced(pair: _Pair, seat: Seat, task: LinkTask, buffers: "Sequence[Tensor]") -> Samples:
+    import torch
+    import torch.distributed as dist
+
+    device = buffers[0].device
 
     def seconds() -> float:
         if device.type == "cuda":
@@ -221,9 +231,16 @@ def worker_arguments(host: str, port: int, seat: Seat, task: LinkTask) -> list[s
 
 def main(arguments: Sequence[str]) -> None:
     """Run one worker; the first prints the samples as one JSON line."""
+    from hetermoe_cli.runtime.leaving import follow_parent, leave_after
+    from hetermoe_cli.runtime.peers import PeerLost
+
     host, port, seat, task = arguments
     told = json.loads(task)
-    samples = bounce(host, int(port), Seat(*json.loads(seat)), LinkTask(**told | {"sizes": tuple(told["sizes"])}))
+    follow_parent()
+    try:
+        samples = bounce(host, int(port), Seat(*json.loads(seat)), LinkTask(**told | {"sizes": tuple(told["sizes"])}))
+    except PeerLost as lost:
+        leave_after(lost)
     if json.loads(seat)[:2] == [0, 0]:
         print(json.dumps(samples))
 

@@ -8,7 +8,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -28,6 +27,7 @@ from hetermoe_cli.model.data import Batches, corpus_of
 from hetermoe_cli.model.warm_up import warm_up
 from hetermoe_cli.runtime.calls import check_agreement, digest
 from hetermoe_cli.runtime.cores import bind
+from hetermoe_cli.runtime.leaving import follow_parent, leave, leave_after
 from hetermoe_cli.runtime.memory import MemoryMeter
 from hetermoe_cli.runtime.mesh import Mesh, join
 from hetermoe_cli.runtime.moment import common_moment
@@ -38,7 +38,7 @@ from hetermoe_cli.runtime.saving import restore, save, take_weights
 from hetermoe_cli.runtime.trainer import StepResult, Trainer
 from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.spec.files import load
-from hetermoe_cli.spec.run import LAUNCHER, RunSpec
+from hetermoe_cli.spec.run import RunSpec
 from hetermoe_cli.trace import Trace
 
 if TYPE_CHECKING:
@@ -46,43 +46,21 @@ if TYPE_CHECKING:
 
 WARM_UP_STEPS = 2  # not traced
 SHARED_MEMORY = "HETERMOE_SHARED_MEMORY"  # 0: messages between CPUs of one machine go over gloo, as between machines
-_GRACE_SECONDS = 0.5
-_PARENT_POLL_SECONDS = 1.0
 
 
 def main() -> None:
     """Run, and leave with a documented exit code; a lane may be blocked in a message, so failures exit hard."""
     try:
-        _follow_parent()
+        follow_parent()
         train(load(RunSpec, Path(sys.argv[1])))
     except UserError as error:
-        _leave(f"hetermoe: error: {error}", error.code)
+        leave(f"hetermoe: error: {error}", error.code)
     except PeerLost as error:
-        if error.__cause__:
-            traceback.print_exception(error.__cause__)  # which call it was
-        time.sleep(_GRACE_SECONDS)  # let the launcher see the worker that really failed first
-        _leave(f"hetermoe: error: {error}", ExitCode.WORKER_DIED)
+        leave_after(error)
     except BaseException:
-        _leave(traceback.format_exc(), 1)
+        leave(traceback.format_exc(), 1)
     sys.stderr.flush()
     os._exit(int(ExitCode.DONE))  # everything is written; the interpreter's own end may abort in a thread of torch
-
-
-def _leave(message: str, code: int) -> None:
-    print(message, file=sys.stderr, flush=True)
-    os._exit(int(code))
-
-
-def _follow_parent() -> None:
-    """End when the launcher is gone, however it ended, and be it before this process had looked for it."""
-    parent = int(os.environ.get(LAUNCHER, os.getppid()))
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_PARENT_POLL_SECONDS)
-        _leave("hetermoe: error: the launcher is gone", ExitCode.WORKER_DIED)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def train(run: RunSpec) -> None:
