@@ -139,9 +139,9 @@ def learn(case: Case, folder: Path) -> Learned:
         layout={
             "precision_per_rank": precisions,
             "exchange": made.inputs.train.precision,
-            "sequences_per_rank": made.sequences_per_rank,
-            "experts_per_rank": [len(experts) for experts in made.placement[0].experts],
-            "micro_batches": made.schedule.micro_batches,
+            "sequences_per_rank": made.layout.sequences_per_rank,
+            "experts_per_rank": [len(experts) for experts in made.layout.placement[0].experts],
+            "micro_batches": made.layout.schedule.micro_batches,
         },
     )
 

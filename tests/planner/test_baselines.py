@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from builders import make_inputs, make_layout, make_model, make_profile
+from builders import make_inputs, make_layout, make_model, make_profile, sequential
 from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.planner.baselines import RIVALS, recompute_choices
 from hetermoe_cli.planner.baselines.even import ep, even_placement, hetero_ep, proportional
@@ -117,7 +117,7 @@ def test_dist_ep_splits_roles_and_overlaps_nothing() -> None:
     cost = CostModel(inputs(2, 2, experts=4, batch=8))
     rival = dist_ep(cost, 16)
     assert rival.layout is not None
-    assert rival.layout.schedule == ScheduleChoice.sequential(1)
+    assert rival.layout.schedule == sequential(1)
     assert rival.layout.sequences_per_rank == [4, 4, 0, 0]
     assert [len(experts) for experts in rival.layout.placement[0].experts] == [0, 0, 2, 2]
     assert rival.seconds == simulate(LayoutCost(cost, rival.layout)).seconds

@@ -264,21 +264,6 @@ class Plan(Spec):
                 "without them and plan that"
             )
 
-    @property
-    def schedule(self) -> ScheduleChoice:
-        """The order of a plan with one group."""
-        return self.layout.schedule
-
-    @property
-    def sequences_per_rank(self) -> list[int]:
-        """Sequences per micro-batch and rank of a plan with one group."""
-        return self.layout.sequences_per_rank
-
-    @property
-    def placement(self) -> list[LayerPlacement]:
-        """Experts of a plan with one group."""
-        return self.layout.placement
-
     def verify(self, source: str) -> None:
         """UserError if an input was edited after planning, so that its hash no longer matches."""
         hashes = self.inputs.hashes()
