@@ -63,8 +63,7 @@ class Bounder:
 
     def fits(self, kind: int, sequences: int) -> bool:
         """Whether a device holds its part apart from experts."""
-        r = self.rates(kind, sequences)
-        return r.memory_base <= r.memory_limit
+        return self.rates(kind, sequences).fits
 
     def ceiling(self) -> float:
         """More than any layout takes: everything on the slowest device, one after another, without end of transfers."""

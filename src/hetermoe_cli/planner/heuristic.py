@@ -181,16 +181,7 @@ def _balanced(rates: Rates, allowed: list[bool]) -> FloatArray:
         [count * r.attending(rates.layers) if c.attends else 0.0 for c, r in zip(rates.classes, rates.of, strict=True)]
     )
     each = np.array([count * sum(r.hosted) for r in rates.of])
-    room = np.array(
-        [
-            max(
-                0.0,
-                (r.memory_limit - r.memory_base - r.memory_if_any)
-                / (r.memory_per_hosted + r.memory_per_share / rates.layers),
-            )
-            for r in rates.of
-        ]
-    )
+    room = np.array([max(0.0, r.room(rates.layers)) for r in rates.of])
     sizes = np.array([c.count for c in rates.classes]) * np.array(allowed)
     wanted = rates.layers * rates.experts
     low, high = 0.0, float(base.max() + wanted * each.max())

@@ -42,9 +42,7 @@ def placements(rates: Rates) -> IntArray:
 
 def _room(rates: Rates) -> FloatArray:
     """[classes] experts of all layers that a device's memory holds, with one layer that has one more than the mean."""
-    each = [r.memory_per_hosted + r.memory_per_share / rates.layers for r in rates.of]
-    left = [r.memory_limit - r.memory_base - r.memory_if_any - r.memory_per_share for r in rates.of]
-    return np.array([max(0, int(room / size)) for room, size in zip(left, each, strict=True)])
+    return np.array([max(0, int(r.room(rates.layers, wider=1))) for r in rates.of])
 
 
 Load = tuple[FloatArray, FloatArray]
