@@ -133,7 +133,7 @@ def solve(model: Model, options: SolverOptions) -> Run:
 
 def extract(model: Model) -> Counts:
     """Counts of the solution found, rounded to the integers that they stand for."""
-    sizes = [c.count for c in model.rates.classes]
+    sizes = model.rates.sizes
     totals = [
         [
             round(model.hosted[layer, c].value()) * size
