@@ -217,7 +217,7 @@ def test_rows_are_sent_again_where_tokens_have_many_choices_or_the_spec_says_so(
     few, many = (make_inputs(model=make_model(experts=4, top_k=k)) for k in (2, 3))
     assert "full" not in recompute_choices(CostModel(few))
     assert "full" in recompute_choices(CostModel(many))
-    asked = few.model_copy(update={"train": few.train.model_copy(update={"recompute": "full"})})
+    asked = few.with_train(recompute="full")
     assert recompute_choices(CostModel(asked)) == ["full"]
     either = many.train.model_copy(update={"dense_state": "auto"})
     pairs = kept_choices(CostModel(many.model_copy(update={"train": either})))
@@ -227,7 +227,7 @@ def test_rows_are_sent_again_where_tokens_have_many_choices_or_the_spec_says_so(
 
 def test_full_recompute_is_refused_with_what_it_does_not_go_with() -> None:
     given = make_inputs(model=make_model(experts=4, top_k=3, dense_layers=1, dense_ffn_size=96))
-    asked = given.model_copy(update={"train": given.train.model_copy(update={"recompute": "full"})})
+    asked = given.with_train(recompute="full")
     with pytest.raises(ValidationError, match="not with dense_state full"):
         TrainSpec.model_validate({**asked.train.model_dump(), "dense_state": "full"})
     with pytest.raises(ValidationError, match="not with dense_state full"):

@@ -30,7 +30,7 @@ def inputs(nodes: list[tuple[str, int]], *, batch: int = 4, layers: int = 4, old
     found = make_inputs(
         nodes, model=model, profiles={name: profiles[name] for name, _ in nodes}, global_batch_sequences=batch
     )
-    return found.model_copy(update={"train": found.train.model_copy(update={"recompute": "none"})})
+    return found.with_train(recompute="none")
 
 
 def network(devices: int) -> Network:

@@ -69,7 +69,7 @@ def inputs(
         nodes, model=model, profiles=used, global_batch_sequences=batch, network=SLOW if slow else None, **other
     )
     changes = {"recompute": "none"} | (train or {})
-    return found.model_copy(update={"train": found.train.model_copy(update=changes)})
+    return found.with_train(**changes)
 
 
 def setup(units: list[list[tuple[int, ...]]], layers: list[list[int]], counts: list[int]) -> Tuned:
@@ -259,7 +259,7 @@ def test_the_head_may_be_where_no_attention_is() -> None:
     link = Link(bandwidth_gigabytes_per_second=1e-3, latency_microseconds=0.0)
     nodes = [(name, 1) for name in times]
     given = make_inputs(nodes, model=model, profiles=profiles, global_batch_sequences=16, network=link)
-    plan = planned(given.model_copy(update={"train": given.train.model_copy(update={"recompute": "none"})}))
+    plan = planned(given.with_train(recompute="none"))
     assert [len(group.pipeline) for group in plan.groups] == [2]
     assert 0.05 < plan.gap < 0.2
 

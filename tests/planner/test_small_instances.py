@@ -94,7 +94,7 @@ def instance(
     inputs = make_inputs(
         nodes, model=model, profiles=profiles, global_batch_sequences=batch, network=link, interconnect=link
     )
-    return inputs.model_copy(update={"train": inputs.train.model_copy(update={"recompute": recompute})})
+    return inputs.with_train(recompute=recompute)
 
 
 PARAMETERS = 16 * make_model(layers=1, experts=4, top_k=1).parameters

@@ -135,8 +135,7 @@ def _of_one_state(cost: CostModel, find: Callable[[CostModel], FoundGroups]) -> 
 
 def _with_state(cost: CostModel, state: DenseState) -> CostModel:
     """The same costs where the training spec leaves no other state."""
-    train = cost.train.model_copy(update={"dense_state": state})
-    return CostModel(cost.inputs.model_copy(update={"train": train}))
+    return CostModel(cost.inputs.with_train(dense_state=state))
 
 
 def _no_slower(found: FoundGroups, rivals: Iterable[EvenGroups]) -> FoundGroups:
