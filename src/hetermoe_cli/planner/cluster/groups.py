@@ -25,7 +25,7 @@ from hetermoe_cli.planner.cluster.trim import trimmed
 from hetermoe_cli.planner.remedies import lacking_states
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.spec.inputs import Inputs
-from hetermoe_cli.spec.plan import Group
+from hetermoe_cli.spec.plan import Group, ranks_in
 
 ROUNDS = 10  # of packing and computing or replaying what was chosen
 LAST_ROUND = 100  # if not one packing could be replayed before
@@ -249,10 +249,9 @@ class GroupSearch:
                 refused = True
         if refused:
             return inf
-        used = [rank for g in done for ranks in g.group.replicas for rank in ranks]
-        value = merit(self.cluster, self.wanted, used, replayed.seconds)
+        groups = [g.group for g in done]
+        value = merit(self.cluster, self.wanted, ranks_in(groups), replayed.seconds)
         if value < (self.best.merit if self.best else inf):
-            groups = [g.group for g in done]
             self.best = FoundGroups(groups, replayed, len(self.curves.points), self.curves.evaluated, value)
         copies = len(replayed.copies)
         better = [self.curves.reconsider(c, share, copies) for c, share, _ in chosen]
