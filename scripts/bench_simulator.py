@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 import bars
-from hetermoe_cli.cost import CostModel, LayoutCost, Load
-from hetermoe_cli.cost.load import RecordedLoad
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.load import Load, RecordedLoad
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.dataflow import dataflow
 from hetermoe_cli.planner.deal import number, rotate
 from hetermoe_cli.schedule.lower import training_schedule

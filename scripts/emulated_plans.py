@@ -10,7 +10,8 @@ from typing import get_args
 
 import numpy as np
 
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.launch.prepare import automatic_time_scale
 from hetermoe_cli.planner.deal import number
 from hetermoe_cli.planner.plan import embed

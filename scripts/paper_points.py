@@ -14,12 +14,13 @@ from math import ceil, gcd, inf, lcm
 from pathlib import Path
 from statistics import mean
 
-from hetermoe_cli.cost import CostModel, LayoutCost
-from hetermoe_cli.planner.baselines import RIVALS, Rival
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.baselines.even import ep, even_placement
 from hetermoe_cli.planner.baselines.ideal import ep_ideal
+from hetermoe_cli.planner.baselines.methods import RIVALS
 from hetermoe_cli.planner.baselines.pipeline import pp
-from hetermoe_cli.planner.baselines.rival import Overlap
+from hetermoe_cli.planner.baselines.rival import Overlap, Rival
 from hetermoe_cli.planner.baselines.roles import dist_ep, gather_squeeze
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.simulator import simulate

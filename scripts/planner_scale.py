@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import bars
-from hetermoe_cli.cost import CostModel
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.cluster.curves import Curves
 from hetermoe_cli.planner.cluster.replayed import replay_group
 from hetermoe_cli.spec.cluster import ClusterSpec, NodeGroup

@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 
 from hypothesis import strategies as st
 
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.schedule.action import Action, parse_action

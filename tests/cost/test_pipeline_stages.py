@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 
 from builders import layouts, make_cost, make_inputs, make_layout, make_model, sequential
-from hetermoe_cli.cost import CostModel, LayoutCost
 from hetermoe_cli.cost.crossing import shared_sequences
 from hetermoe_cli.cost.device import STATE_BYTES
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.moving import holders
 from hetermoe_cli.cost.sharers import Sharers
 from hetermoe_cli.schedule.action import Kind, parse_action

@@ -8,8 +8,9 @@ import pytest
 from workers import run_workers
 
 from builders import make_inputs, make_layout, make_model, make_plan, make_profile, sequential
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.load import CountedLoad, RecordedLoad
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.model.data import Batches
 from hetermoe_cli.planner.cluster.replayed import Replayed, replay_groups
 from hetermoe_cli.schedule.lower import training_schedules

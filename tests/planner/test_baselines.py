@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from builders import make_inputs, make_layout, make_model, make_profile, sequential
-from hetermoe_cli.cost import CostModel, LayoutCost
-from hetermoe_cli.planner.baselines import RIVALS, recompute_choices
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.baselines.even import ep, even_placement, hetero_ep, proportional
-from hetermoe_cli.planner.baselines.rival import kept_choices
+from hetermoe_cli.planner.baselines.methods import RIVALS
+from hetermoe_cli.planner.baselines.rival import kept_choices, recompute_choices
 from hetermoe_cli.planner.baselines.roles import (
     Roles,
     chunks_of,

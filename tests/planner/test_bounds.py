@@ -8,7 +8,8 @@ from instances import random_choice, random_counts, random_inputs
 from test_properties import build
 
 from builders import make_inputs, make_layout, make_model, make_profile, make_schedule
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner import ilp
 from hetermoe_cli.planner.bounds import Bounder
 from hetermoe_cli.planner.candidates import _slots

@@ -8,7 +8,8 @@ import pytest
 from instances import random_choice, random_counts, random_inputs
 
 from builders import make_inputs, make_model, make_profile, make_schedule
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.borders import CREDIT, HELD, PORT, REDUCED
 from hetermoe_cli.planner.chains import canonical
 from hetermoe_cli.planner.choice import Choice

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from instances import random_choice, random_counts, random_inputs
 
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.choice import ALL
 from hetermoe_cli.planner.counts import Counts, counts_of, fits, seconds, transfer_seconds
 from hetermoe_cli.planner.orders import other_schedules

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from instances import random_inputs
 
 from builders import make_inputs, make_layout, make_model, pipelines
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.named import AIMS, Aim, Named
 from hetermoe_cli.planner.plan import PlanOptions, make_plan

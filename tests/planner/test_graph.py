@@ -7,7 +7,7 @@ import pytest
 from instances import random_inputs
 
 from builders import make_schedule
-from hetermoe_cli.cost import CostModel
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.choice import ALL, Choice
 from hetermoe_cli.planner.counts import counts_of, seconds
 from hetermoe_cli.planner.graph import coarse, task_graph

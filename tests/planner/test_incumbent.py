@@ -11,7 +11,8 @@ from instances import random_inputs
 from test_small_instances import layer_placements
 
 from builders import make_schedule
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner import heuristic
 from hetermoe_cli.planner import incumbent as module
 from hetermoe_cli.planner.candidates import Candidate, Listing

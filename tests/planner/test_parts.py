@@ -3,7 +3,8 @@
 import pytest
 
 from builders import make_inputs, make_model, make_profile, sequential
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.baselines.even import ep
 from hetermoe_cli.planner.baselines.parts import DEGREES, iteration_seconds, parted_seconds
 from hetermoe_cli.planner.baselines.roles import dist_ep, find_roles, split_layout

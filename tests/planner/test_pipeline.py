@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import make_inputs, make_model, make_profile, sequential
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.ports import Network
 from hetermoe_cli.planner.baselines.layer_split import Held, Way, deal, split, useful
 from hetermoe_cli.planner.baselines.pipeline import MOST_DEVICES, Setup, Tuned, _Search, pp

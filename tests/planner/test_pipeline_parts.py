@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from test_pipelines import inputs
 
-from hetermoe_cli.cost import CostModel
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner import pipeline_parts
 from hetermoe_cli.planner.baselines import pipeline
 from hetermoe_cli.planner.baselines.pipeline_cost import PipelineCost

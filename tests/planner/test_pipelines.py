@@ -9,7 +9,8 @@ import pytest
 from hypothesis import strategies as st
 
 from builders import make_cost, make_inputs, make_layout, make_model, make_profile, pipelines
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.planner.baselines.pipeline import Setup, Tuned, overlapped_pipelines, pp
 from hetermoe_cli.planner.cluster.objective import Wanted

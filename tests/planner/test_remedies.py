@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from builders import make_inputs, make_model, make_profile
-from hetermoe_cli.cost import CostModel
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner import remedies
 from hetermoe_cli.planner.plan import PlanOptions, make_plan

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import NamedTuple
 
-from hetermoe_cli.cost import LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.profiler.refit import Sample
 from hetermoe_cli.report.run_tasks import CopyTasks
 from hetermoe_cli.schedule.action import Action

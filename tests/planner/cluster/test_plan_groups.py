@@ -7,7 +7,8 @@ import pytest
 from cluster_builders import fleet
 
 from builders import make_inputs, make_layout, make_model, make_profile
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.cluster.bound import groups_bound
 from hetermoe_cli.planner.cluster.groups import FoundGroups, GroupSearch, may_split
