@@ -23,7 +23,7 @@ from hetermoe_cli.planner.replay import Overflow, busy_bound, over_steps, overfl
 from hetermoe_cli.planner.search import Found
 from hetermoe_cli.planner.single_moves import improve_layers
 from hetermoe_cli.planner.solver import SolverOptions
-from hetermoe_cli.planner.space import schedules
+from hetermoe_cli.planner.space import schedules_of
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import LoadReport
@@ -206,6 +206,6 @@ def _improve(best: Best, aimed: Named) -> None:
         before = best.seconds
         while improve_layers(aimed, best, best.layout):
             pass
-        for schedule in [] if best.layout.pipeline else schedules(best.cost, best.layout.micro_batches):
-            if schedule.micro_batches == best.layout.micro_batches and best.left > 0:
+        for schedule in [] if best.layout.pipeline else schedules_of(best.cost, best.layout.micro_batches):
+            if best.left > 0:
                 best.offer(best.layout.model_copy(update={"schedule": schedule}))
