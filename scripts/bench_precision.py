@@ -27,7 +27,8 @@ from demo import ROOT, hetermoe
 from hetermoe_cli.runtime.recorder import read_metrics
 from hetermoe_cli.spec.cluster import ClusterSpec
 from hetermoe_cli.spec.files import dump, load
-from hetermoe_cli.spec.model import ModelConfig, load_model
+from hetermoe_cli.spec.model import ModelConfig
+from hetermoe_cli.spec.named_models import load_model
 from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.spec.profile import Precision
 from hetermoe_cli.spec.train import TrainSpec

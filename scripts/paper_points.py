@@ -29,7 +29,8 @@ from hetermoe_cli.spec.files import load
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.library import load_links
-from hetermoe_cli.spec.model import NAMED_MODELS, ModelConfig
+from hetermoe_cli.spec.model import ModelConfig
+from hetermoe_cli.spec.named_models import NAMED_MODELS
 from hetermoe_cli.spec.profile import Profile
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 from hetermoe_cli.spec.train import TrainSpec
