@@ -30,7 +30,7 @@ OverGroups = Mapping[Kind, Sequence[TransferCost]]  # what all groups sum (R) an
 
 class GroupCost(LayoutCost):
     """A layout among other groups, which share nothing if there is no `over_groups`. `synchronise`: from the group's
-    own last gradient until all groups may step; `sharers` as of LayoutCost."""
+    own last gradient until all groups may step; `sharers` as of LayoutMemory."""
 
     def __init__(
         self,
