@@ -14,9 +14,10 @@ from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.ports import Network
 from hetermoe_cli.planner.baselines.layer_split import Held, Way, deal, split, useful
-from hetermoe_cli.planner.baselines.pipeline import MOST_DEVICES, Setup, Tuned, _Search, pp
+from hetermoe_cli.planner.baselines.pipeline import MOST_DEVICES, _Search, pp
 from hetermoe_cli.planner.baselines.pipeline_cost import PipelineCost, all_reduce_seconds
 from hetermoe_cli.planner.baselines.pipeline_run import Order, Pipeline, in_flight, run, stage_order
+from hetermoe_cli.planner.baselines.setups import Setup, Tuned
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage
 

@@ -12,7 +12,8 @@ from builders import make_cost, make_inputs, make_layout, make_model, make_profi
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.planner.baselines.pipeline import Setup, Tuned, overlapped_pipelines, pp
+from hetermoe_cli.planner.baselines.pipeline import overlapped_pipelines, pp
+from hetermoe_cli.planner.baselines.setups import Setup, Tuned
 from hetermoe_cli.planner.cluster.objective import Wanted
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.pipeline_bound import pipeline_bound
