@@ -18,7 +18,8 @@ from typing import Any
 import bars
 from demo import ROOT, hetermoe
 from emulated_plans import manual_plan
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.runtime.recorder import read_metrics
 from hetermoe_cli.spec.cluster import ClusterSpec, Link, NodeGroup
 from hetermoe_cli.spec.files import dump

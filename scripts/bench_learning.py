@@ -23,7 +23,8 @@ from hetermoe_cli.model.data import Batches, load_corpus
 from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
 from hetermoe_cli.model.transformer import Transformer, initialise
 from hetermoe_cli.spec.files import load
-from hetermoe_cli.spec.model import ModelConfig, load_model
+from hetermoe_cli.spec.model import ModelConfig
+from hetermoe_cli.spec.named_models import load_model
 from hetermoe_cli.spec.train import TrainSpec
 
 NATS_PER_BYTE = 1.6

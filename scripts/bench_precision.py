@@ -27,7 +27,8 @@ from demo import ROOT, hetermoe
 from hetermoe_cli.runtime.recorder import read_metrics
 from hetermoe_cli.spec.cluster import ClusterSpec
 from hetermoe_cli.spec.files import dump, load
-from hetermoe_cli.spec.model import ModelConfig, load_model
+from hetermoe_cli.spec.model import ModelConfig
+from hetermoe_cli.spec.named_models import load_model
 from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.spec.profile import Precision
 from hetermoe_cli.spec.train import TrainSpec
@@ -139,9 +140,9 @@ def learn(case: Case, folder: Path) -> Learned:
         layout={
             "precision_per_rank": precisions,
             "exchange": made.inputs.train.precision,
-            "sequences_per_rank": made.sequences_per_rank,
-            "experts_per_rank": [len(experts) for experts in made.placement[0].experts],
-            "micro_batches": made.schedule.micro_batches,
+            "sequences_per_rank": made.layout.sequences_per_rank,
+            "experts_per_rank": [len(experts) for experts in made.layout.placement[0].experts],
+            "micro_batches": made.layout.schedule.micro_batches,
         },
     )
 

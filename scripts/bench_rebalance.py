@@ -15,7 +15,7 @@ import bars
 from demo import EXECUTED_SEQUENCE_LENGTH, MICRO_BATCHES, ROOT, hetermoe
 from hetermoe_cli.launch.prepare import small_model
 from hetermoe_cli.spec.files import dump, load
-from hetermoe_cli.spec.model import load_model
+from hetermoe_cli.spec.named_models import load_model
 from hetermoe_cli.spec.train import TrainSpec
 
 FOLDER = ROOT / "runs" / "bench-rebalance"

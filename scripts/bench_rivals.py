@@ -30,7 +30,7 @@ from demo import ROOT, hetermoe
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.report.bench import ratio
 from hetermoe_cli.spec.files import dump, load
-from hetermoe_cli.spec.model import load_model
+from hetermoe_cli.spec.named_models import load_model
 from hetermoe_cli.spec.profile import Precision
 from hetermoe_cli.spec.train import TrainSpec
 from rivals_environment import PINNED, environment

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 import bars
-from hetermoe_cli.cost import CostModel, LayoutCost, Load
-from hetermoe_cli.cost.load import RecordedLoad
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.load import Load, RecordedLoad
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.dataflow import dataflow
 from hetermoe_cli.planner.deal import number, rotate
 from hetermoe_cli.schedule.lower import training_schedule
@@ -28,7 +29,7 @@ from hetermoe_cli.spec.cluster import ClusterSpec, NodeGroup
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
 from hetermoe_cli.spec.library import collect_inputs, default_folders
-from hetermoe_cli.spec.model import load_model
+from hetermoe_cli.spec.named_models import load_model
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 from hetermoe_cli.spec.train import TrainSpec
 

@@ -7,7 +7,7 @@ arXiv 2407.08608.
 
 from dataclasses import dataclass
 
-from hetermoe_cli.spec.model import NAMED_MODELS
+from hetermoe_cli.spec.named_models import NAMED_MODELS
 from roofline import Rates, attention_work
 
 GEMM_SHARE = 0.6  # of the data sheet's dense rate: the middle of the 40-80 % that large GEMMs reach

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from cards import BANDWIDTH_SHARE, Gpu, gpus, report
 from hetermoe_cli.spec.files import dump, write_atomic
-from hetermoe_cli.spec.model import NAMED_MODELS, LayerShape
+from hetermoe_cli.spec.model import LayerShape
+from hetermoe_cli.spec.named_models import NAMED_MODELS
 from hetermoe_cli.spec.profile import (
     AttentionPoint,
     DensePoint,

@@ -10,7 +10,8 @@ from typing import get_args
 
 import numpy as np
 
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.launch.prepare import automatic_time_scale
 from hetermoe_cli.planner.deal import number
 from hetermoe_cli.planner.plan import embed
@@ -21,7 +22,7 @@ from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.library import collect_inputs
-from hetermoe_cli.spec.model import load_model
+from hetermoe_cli.spec.named_models import load_model
 from hetermoe_cli.spec.plan import Bound, Group, Plan, Prediction, SolverReport
 from hetermoe_cli.spec.schedule_choice import ExpertOrder, ScheduleChoice
 from hetermoe_cli.spec.train import Recompute, TrainSpec

@@ -23,7 +23,8 @@ from statistics import median
 
 import numpy as np
 
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.ports import Matrix, TransferCost
 from hetermoe_cli.report.run_figures import read_run
 from hetermoe_cli.schedule.action import Action, Kind

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from demo import ROOT, hetermoe
 from emulated_plans import manual_plan
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.spec.cluster import ClusterSpec
 from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.layout import LayerPlacement, Layout

@@ -14,12 +14,13 @@ from math import ceil, gcd, inf, lcm
 from pathlib import Path
 from statistics import mean
 
-from hetermoe_cli.cost import CostModel, LayoutCost
-from hetermoe_cli.planner.baselines import RIVALS, Rival
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.baselines.even import ep, even_placement
 from hetermoe_cli.planner.baselines.ideal import ep_ideal
+from hetermoe_cli.planner.baselines.methods import RIVALS
 from hetermoe_cli.planner.baselines.pipeline import pp
-from hetermoe_cli.planner.baselines.rival import Overlap
+from hetermoe_cli.planner.baselines.rival import Overlap, Rival
 from hetermoe_cli.planner.baselines.roles import dist_ep, gather_squeeze
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.simulator import simulate
@@ -28,7 +29,8 @@ from hetermoe_cli.spec.files import load
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.library import load_links
-from hetermoe_cli.spec.model import NAMED_MODELS, ModelConfig
+from hetermoe_cli.spec.model import ModelConfig
+from hetermoe_cli.spec.named_models import NAMED_MODELS
 from hetermoe_cli.spec.profile import Profile
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 from hetermoe_cli.spec.train import TrainSpec

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import bars
-from hetermoe_cli.cost import CostModel
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.cluster.curves import Curves
 from hetermoe_cli.planner.cluster.replayed import replay_group
 from hetermoe_cli.spec.cluster import ClusterSpec, NodeGroup
 from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.library import collect_inputs
-from hetermoe_cli.spec.model import load_model
+from hetermoe_cli.spec.named_models import load_model
 from hetermoe_cli.spec.plan import Group, Plan
 from hetermoe_cli.spec.train import TrainSpec
 

@@ -17,7 +17,8 @@ own width (a kernel that pads them to the keys' width takes up to 20 % longer).
 from dataclasses import dataclass
 
 from hetermoe_cli.spec.latent import LatentAttention
-from hetermoe_cli.spec.model import NAMED_MODELS, LayerShape
+from hetermoe_cli.spec.model import LayerShape
+from hetermoe_cli.spec.named_models import NAMED_MODELS
 
 ELEMENT_BYTES = 2  # fp16 and bf16
 LAUNCH_SECONDS = 5e-6  # one kernel launch, typical of CUDA drivers

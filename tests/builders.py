@@ -11,8 +11,12 @@ from typing import Any, Literal, get_args
 
 from hypothesis import strategies as st
 
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.errors import UserError
 from hetermoe_cli.planner.cluster.replayed import replay_groups
+from hetermoe_cli.schedule.action import Action, parse_action
+from hetermoe_cli.schedule.schedule import Schedule
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import ClusterSpec, Link, NodeGroup
 from hetermoe_cli.spec.inputs import Inputs
@@ -337,3 +341,39 @@ def pipelines(draw: st.DrawFn) -> Layout:
 def any_layouts() -> st.SearchStrategy[Layout]:
     """With pipeline stages or without."""
     return st.one_of(layouts(), pipelines())
+
+
+def parse_schedule(text: str) -> Schedule:
+    """Inverse of str(schedule); UserError names the line that does not parse."""
+    compute: list[tuple[Action, ...]] = []
+    transfers: list[Action] = []
+    senders: dict[Action, tuple[int, ...]] = {}
+    receivers: dict[Action, tuple[int, ...]] = {}
+    after: dict[Action, Action] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        try:
+            head, body = line.split(":", 1)
+            word, name = head.split()
+            if word == "rank" and int(name) == len(compute):
+                compute.append(tuple(map(parse_action, body.split())))
+            elif word == "transfer":
+                action = parse_action(name)
+                body, *first = body.split(" after ")
+                left, right = body.split(">")
+                transfers.append(action)
+                if first:
+                    after[action] = parse_action(first[0].strip())
+                senders[action] = tuple(int(rank) for rank in left.split(","))
+                receivers[action] = tuple(int(rank) for rank in right.split(","))
+            else:
+                raise ValueError(line)
+        except ValueError as error:
+            raise UserError(f"schedule: line {number} does not parse: {line!r}") from error
+    return Schedule(tuple(compute), tuple(transfers), senders, receivers, after)
+
+
+def sequential(micro_batches: int, *, recompute: Recompute = "none") -> ScheduleChoice:
+    """One micro-batch after another, nothing overlapped."""
+    return ScheduleChoice(micro_batches=micro_batches, window=1, recompute=recompute)

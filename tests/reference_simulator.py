@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from hetermoe_cli.cost import LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.schedule.action import Action, Kind
 from hetermoe_cli.schedule.schedule import Schedule, inputs
 from hetermoe_cli.trace import Span, display_name, lane_of

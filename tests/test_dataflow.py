@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import any_layouts, make_layout
+from builders import any_layouts, make_layout, parse_schedule
 from hetermoe_cli.dataflow import Dataflow, dataflow
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import Kind
 from hetermoe_cli.schedule.lower import training_schedule
-from hetermoe_cli.schedule.schedule import Schedule, parse_schedule
+from hetermoe_cli.schedule.schedule import Schedule
 from hetermoe_cli.simulator import check_deadlock
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
 from reference_simulator import never_start

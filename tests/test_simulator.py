@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import any_layouts, make_cost, make_inputs, make_layout, make_model, make_profile
-from hetermoe_cli.cost import CostModel, LayoutCost
+from builders import any_layouts, make_cost, make_inputs, make_layout, make_model, make_profile, parse_schedule
+from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.load import RecordedLoad
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import Action, Kind, parse_action
 from hetermoe_cli.schedule.lower import training_schedule, validation_schedule
-from hetermoe_cli.schedule.schedule import Schedule, inputs, parse_schedule
+from hetermoe_cli.schedule.schedule import Schedule, inputs
 from hetermoe_cli.simulator import check_deadlock, simulate
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.inputs import Inputs

@@ -12,7 +12,7 @@ from hetermoe_cli.model.data import END_OF_TEXT, Batches, load_corpus
 from hetermoe_cli.model.hugging_face import Weights
 from hetermoe_cli.model.transformer import Transformer, named_state, named_tensors
 from hetermoe_cli.spec.files import dump, load
-from hetermoe_cli.spec.model import load_model
+from hetermoe_cli.spec.named_models import load_model
 from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.spec.profile import Profile
 from train_command import events, train

@@ -17,7 +17,7 @@ from hetermoe_cli.profiler.profile import default_name, resolve_device, torch_th
 from hetermoe_cli.profiler.tables import merge
 from hetermoe_cli.spec.cluster import LinkRecord
 from hetermoe_cli.spec.files import dump, load
-from hetermoe_cli.spec.model import NAMED_MODELS
+from hetermoe_cli.spec.named_models import NAMED_MODELS
 from hetermoe_cli.spec.profile import DeviceFacts, Profile
 from hetermoe_cli.spec.train import TrainSpec
 

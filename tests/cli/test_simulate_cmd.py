@@ -8,15 +8,13 @@ from typing import Any
 import pytest
 import yaml
 
-from builders import make_inputs, make_layout, make_plan, make_profile
+from builders import make_inputs, make_layout, make_plan, make_profile, parse_schedule, sequential
 from command import Hetermoe, Result
 from hetermoe_cli.schedule.lower import training_schedule
-from hetermoe_cli.schedule.schedule import parse_schedule
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage
 from hetermoe_cli.spec.plan import Plan
-from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 from hetermoe_cli.trace import Trace, read_trace
 
 
@@ -41,7 +39,7 @@ def test_tables(hetermoe: Hetermoe, plan_file: Path) -> None:
 def test_pipeline_stages(hetermoe: Hetermoe, tmp_path: Path) -> None:
     placement = [LayerPlacement(experts=[[0, 1, 2, 3], []]), LayerPlacement(experts=[[], [0, 1, 2, 3]])]
     layout = Layout(
-        schedule=ScheduleChoice.sequential(2),
+        schedule=sequential(2),
         sequences_per_rank=[1, 1],
         placement=placement,
         pipeline=[PipelineStage(layers=1, ranks=[0]), PipelineStage(layers=1, ranks=[1])],

@@ -3,8 +3,9 @@
 import pytest
 
 from builders import BACKWARD, make_cost, make_inputs, make_layout, make_model, make_profile
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.measured import MeasuredCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.planner.device_rates import device_rates
 from hetermoe_cli.planner.plan import embed

@@ -5,7 +5,8 @@ from typing import Any, get_args
 import pytest
 
 from builders import make_inputs, make_layout, make_model
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.sharers import Sharers
 from hetermoe_cli.planner.choice import Choice, group
 from hetermoe_cli.planner.device_rates import device_rates

@@ -3,7 +3,7 @@
 import pytest
 
 from builders import make_inputs, make_layout, make_model, make_plan, make_profile
-from hetermoe_cli.cost import CostModel
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.planner.explain import sources
 from hetermoe_cli.planner.plan import embed
@@ -27,8 +27,7 @@ def both(name: str, fp16_seconds: float, bf16_seconds: float) -> Profile:
 def inputs() -> Inputs:
     profiles = {"new": both("new", 5.0, 1.0), "old": both("old", 4.0, 40.0)}
     mixed = make_inputs(profiles=profiles, precision="bf16")
-    train = mixed.train.model_copy(update={"device_precision": {"old": "fp16"}})
-    return mixed.model_copy(update={"train": train})
+    return mixed.with_train(device_precision={"old": "fp16"})
 
 
 def test_every_device_reads_the_table_of_its_precision(inputs: Inputs) -> None:
@@ -44,8 +43,8 @@ def test_every_device_reads_the_table_of_its_precision(inputs: Inputs) -> None:
 
 
 def test_rows_travel_in_the_trainings_precision(inputs: Inputs) -> None:
-    train = inputs.train.model_copy(update={"precision": "fp32", "device_precision": {"new": "bf16", "old": "fp16"}})
-    assert CostModel(inputs.model_copy(update={"train": train})).row_bytes == 4 * inputs.model.hidden_size
+    narrow = inputs.with_train(precision="fp32", device_precision={"new": "bf16", "old": "fp16"})
+    assert CostModel(narrow).row_bytes == 4 * inputs.model.hidden_size
 
 
 def test_a_missing_table_names_the_devices_own_precision(inputs: Inputs) -> None:

@@ -3,7 +3,8 @@
 import pytest
 
 from builders import make_inputs, make_layout, make_model, make_profile
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.planner.explain import sources
 from hetermoe_cli.planner.plan import embed

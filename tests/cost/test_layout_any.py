@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import layouts, make_cost
-from hetermoe_cli.cost import LayoutCost, Load, balanced_load
-from hetermoe_cli.cost.load import RecordedLoad
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.load import Load, RecordedLoad, balanced_load
 from hetermoe_cli.schedule.action import Action, Kind, Pass, trips
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.layout import Layout

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from builders import make_cost, make_inputs, make_layout, make_model, make_profile
-from hetermoe_cli.cost import CostModel, LayoutCost, balanced_load
-from hetermoe_cli.cost.load import RecordedLoad
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.load import RecordedLoad, balanced_load
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import Action, Kind, parse_action
 from hetermoe_cli.schedule.lower import training_schedule

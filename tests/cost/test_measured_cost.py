@@ -3,8 +3,9 @@
 import pytest
 
 from builders import make_inputs, make_layout, make_model
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.measured import MeasuredCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.spec.load import ExpertLoad
 

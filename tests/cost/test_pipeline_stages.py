@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from builders import layouts, make_cost, make_inputs, make_layout, make_model
-from hetermoe_cli.cost import CostModel, LayoutCost
+from builders import layouts, make_cost, make_inputs, make_layout, make_model, sequential
 from hetermoe_cli.cost.crossing import shared_sequences
 from hetermoe_cli.cost.device import STATE_BYTES
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.moving import holders
 from hetermoe_cli.cost.sharers import Sharers
 from hetermoe_cli.schedule.action import Kind, parse_action
@@ -40,7 +41,7 @@ def staged(
         copied = list(range(experts - replicated, experts))
         placement += [LayerPlacement(experts=hosted, replicated=copied)] * layers
     return Layout(
-        schedule=schedule or ScheduleChoice.sequential(2),
+        schedule=schedule or sequential(2),
         sequences_per_rank=list(sequences),
         placement=placement,
         pipeline=[PipelineStage(layers=layers, ranks=list(ranks)) for layers, ranks in stages],
@@ -84,7 +85,7 @@ def test_a_pipeline_of_two_stages_by_hand() -> None:
 
 def test_stages_of_several_layers_and_ranks_by_hand() -> None:
     """Three stages, four micro-batches; the first one, of two layers, is never idle once a gradient came back to it."""
-    layout = staged([(2, [0, 1]), (1, [2, 3]), (1, [4, 5])], [1] * 6, schedule=ScheduleChoice.sequential(4))
+    layout = staged([(2, [0, 1]), (1, [2, 3]), (1, [4, 5])], [1] * 6, schedule=sequential(4))
     cost = make_cost(layout, [("new", 2)] * 3, network=FREE, interconnect=FREE)
     step = 1e-6 * max(map(cost.parameters, range(6)))
     back = (2 + 1 + 1) * FORWARD + HEAD + 2 * (1 + 1) * FORWARD
@@ -92,7 +93,7 @@ def test_stages_of_several_layers_and_ranks_by_hand() -> None:
 
 
 def test_full_recompute_sends_rows_again_where_gradients_come_back() -> None:
-    schedule = ScheduleChoice.sequential(2, recompute="full")
+    schedule = sequential(2, recompute="full")
     cost = make_cost(staged([(1, [0]), (1, [1])], [1, 1], schedule=schedule))
     assert cost.seconds(0, parse_action("1PB0")) == pytest.approx(1.0)  # as with the head on the last stage
     assert cost.seconds(1, parse_action("0HB0")) == pytest.approx(HEAD + 1.0)
@@ -137,7 +138,7 @@ def test_only_the_ranks_of_a_stage_send_rows_and_sum_gradients() -> None:
 
 @pytest.mark.parametrize("state", ["replicated", "optimizer"])
 def test_parameters_of_stages_are_the_models(state: str) -> None:
-    schedule = ScheduleChoice.sequential(2).model_copy(update={"dense_state": state})
+    schedule = sequential(2).model_copy(update={"dense_state": state})
     layout = staged([(1, [0, 1]), (2, [2, 3])], [1] * 4, schedule=schedule)
     cost = make_cost(layout)
     total = sum(cost.parameters(rank) for rank in range(4))
@@ -153,7 +154,7 @@ def test_parameters_of_stages_are_the_models(state: str) -> None:
 
 def test_memory_of_a_staged_rank() -> None:
     """Weights of its own layers; activations of as many windows as it keeps; hidden states that cross."""
-    cost = make_cost(staged([(1, [0]), (2, [1]), (1, [2])], [1, 1, 1], schedule=ScheduleChoice.sequential(4)))
+    cost = make_cost(staged([(1, [0]), (2, [1]), (1, [2])], [1, 1, 1], schedule=sequential(4)))
     model, sizes = cost.cost.model, STATE_BYTES["fp16"]
     found = [cost.memory(rank) for rank in range(3)]
     own = [cost.parameters(rank) for rank in range(3)]

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import make_inputs, make_layout, make_model, make_schedule
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.load import CountedLoad
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.shared_rows import once_per_device
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.spec.layout import Layout

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from workers import run_workers
 
-from builders import make_inputs, make_layout, make_model, make_plan, make_profile
-from hetermoe_cli.cost import CostModel, LayoutCost
+from builders import make_inputs, make_layout, make_model, make_plan, make_profile, sequential
+from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.load import CountedLoad, RecordedLoad
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.model.data import Batches
 from hetermoe_cli.planner.cluster.replayed import Replayed, replay_groups
 from hetermoe_cli.schedule.lower import training_schedules
@@ -17,7 +18,6 @@ from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage
 from hetermoe_cli.spec.plan import Group, Plan
 from hetermoe_cli.spec.run import Emulation, RunSpec
-from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 from hetermoe_cli.spec.train import DenseState, Dispatch
 from hetermoe_cli.trace import LANES, Span, Trace, display_name
 
@@ -118,7 +118,7 @@ def test_emulated_tasks_take_the_cost_of_their_rows(
 def test_emulated_pipeline_stages_take_the_cost_of_their_rows(tmp_path: Path) -> None:
     placement = [LayerPlacement(experts=[[0, 1, 2, 3], [], []]), LayerPlacement(experts=[[], [0], [1, 2, 3]])]
     stages = [PipelineStage(layers=1, ranks=[0]), PipelineStage(layers=1, ranks=[1, 2])]
-    schedule = ScheduleChoice.sequential(3)
+    schedule = sequential(3)
     layout = Layout(schedule=schedule, sequences_per_rank=[2, 1, 1], placement=placement, pipeline=stages)
     check(make_run(tmp_path, (2, 1, 1), (4, 1, 3), layout=layout))
 

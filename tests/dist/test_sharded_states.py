@@ -31,7 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from workers import run_workers
 
 from builders import make_inputs
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.sharers import Sharers
 from hetermoe_cli.model.optimizer import part_of
 from hetermoe_cli.model.training_state import restore_training, training_names, training_shapes, training_tensors

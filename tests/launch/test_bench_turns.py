@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from builders import make_inputs, make_layout, make_model, make_plan
-from hetermoe_cli.cost import CostModel
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.launch.bench import Contender, contenders, in_turn, notes
 from hetermoe_cli.launch.prepare import EmulateOptions, TrainOptions
-from hetermoe_cli.planner.baselines import RIVALS
+from hetermoe_cli.planner.baselines.methods import RIVALS
 from hetermoe_cli.planner.plan import make_plan as search
 from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.plan import Plan

@@ -3,7 +3,8 @@
 import pytest
 
 from builders import make_inputs, make_layout, make_plan
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.launch.prepare import SHORTEST_EMULATED_SECONDS, SHORTEST_EMULATED_STEP, automatic_time_scale
 from hetermoe_cli.schedule.action import Kind
 from hetermoe_cli.schedule.lower import training_schedule

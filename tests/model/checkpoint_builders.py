@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from builders import make_model
-from hetermoe_cli.model.checkpoint import CheckpointState, finish, step_folder, write_shard
+from hetermoe_cli.model.checkpoint import CheckpointState, step_folder
+from hetermoe_cli.model.checkpoint_saving import finish, write_shard
 from hetermoe_cli.model.moe import ExpertGroup
 from hetermoe_cli.model.optimizer import make_optimizer
 from hetermoe_cli.model.training_state import restore_training, training_names, training_tensors

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.model import checkpoint
-from hetermoe_cli.model.checkpoint import finish, load_tensors, read_manifest, step_folder, verify, write_shard
+from hetermoe_cli.model.checkpoint import load_tensors, read_manifest, step_folder, verify
+from hetermoe_cli.model.checkpoint_saving import finish, write_shard
 from hetermoe_cli.model.hashing import file_sha256
 from hetermoe_cli.model.training_state import training_names, training_tensors
 

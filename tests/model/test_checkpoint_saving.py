@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.model import checkpoint
-from hetermoe_cli.model.checkpoint import find_latest, finish, load_tensors, read_manifest, step_folder, write_shard
+from hetermoe_cli.model import checkpoint_saving
+from hetermoe_cli.model.checkpoint import find_latest, load_tensors, read_manifest, step_folder
+from hetermoe_cli.model.checkpoint_saving import finish, write_shard
 from hetermoe_cli.model.training_state import training_tensors
 
 
@@ -91,7 +92,7 @@ def test_an_old_sidecar_does_not_vouch_for_a_failed_write(tmp_path: Path, monkey
     def fail(tensors: dict[str, Tensor], path: Path) -> None:
         raise SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(checkpoint_saving, "save_file", fail)
     with pytest.raises(UserError, match=r"rank-00000\.safetensors: I/O error: No space left on device: free space"):
         write_shard(folder, 0, tensors)
     with pytest.raises(UserError, match="rank 0 wrote no shard"):

@@ -21,7 +21,8 @@ from hetermoe_cli.model.checkpoint import Stored
 from hetermoe_cli.model.hugging_face import Weights, export
 from hetermoe_cli.model.training_state import weight_names
 from hetermoe_cli.model.transformer import Transformer, initialise, named_state, named_tensors
-from hetermoe_cli.spec.model import ModelConfig, load_model
+from hetermoe_cli.spec.model import ModelConfig
+from hetermoe_cli.spec.named_models import load_model
 
 torch.set_num_threads(1)
 ROUNDING = 6e-6  # of logits up to 3; up to 3.4e-6 was seen, by the processor

@@ -7,11 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from builders import make_inputs, make_layout, make_model, make_profile
-from hetermoe_cli.cost import CostModel, LayoutCost
-from hetermoe_cli.planner.baselines import RIVALS, recompute_choices
+from builders import make_inputs, make_layout, make_model, make_profile, sequential
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.baselines.even import ep, even_placement, hetero_ep, proportional
-from hetermoe_cli.planner.baselines.rival import kept_choices
+from hetermoe_cli.planner.baselines.methods import RIVALS
+from hetermoe_cli.planner.baselines.rival import kept_choices, recompute_choices
 from hetermoe_cli.planner.baselines.roles import (
     Roles,
     chunks_of,
@@ -117,7 +118,7 @@ def test_dist_ep_splits_roles_and_overlaps_nothing() -> None:
     cost = CostModel(inputs(2, 2, experts=4, batch=8))
     rival = dist_ep(cost, 16)
     assert rival.layout is not None
-    assert rival.layout.schedule == ScheduleChoice.sequential(1)
+    assert rival.layout.schedule == sequential(1)
     assert rival.layout.sequences_per_rank == [4, 4, 0, 0]
     assert [len(experts) for experts in rival.layout.placement[0].experts] == [0, 0, 2, 2]
     assert rival.seconds == simulate(LayoutCost(cost, rival.layout)).seconds
@@ -217,7 +218,7 @@ def test_rows_are_sent_again_where_tokens_have_many_choices_or_the_spec_says_so(
     few, many = (make_inputs(model=make_model(experts=4, top_k=k)) for k in (2, 3))
     assert "full" not in recompute_choices(CostModel(few))
     assert "full" in recompute_choices(CostModel(many))
-    asked = few.model_copy(update={"train": few.train.model_copy(update={"recompute": "full"})})
+    asked = few.with_train(recompute="full")
     assert recompute_choices(CostModel(asked)) == ["full"]
     either = many.train.model_copy(update={"dense_state": "auto"})
     pairs = kept_choices(CostModel(many.model_copy(update={"train": either})))
@@ -227,7 +228,7 @@ def test_rows_are_sent_again_where_tokens_have_many_choices_or_the_spec_says_so(
 
 def test_full_recompute_is_refused_with_what_it_does_not_go_with() -> None:
     given = make_inputs(model=make_model(experts=4, top_k=3, dense_layers=1, dense_ffn_size=96))
-    asked = given.model_copy(update={"train": given.train.model_copy(update={"recompute": "full"})})
+    asked = given.with_train(recompute="full")
     with pytest.raises(ValidationError, match="not with dense_state full"):
         TrainSpec.model_validate({**asked.train.model_dump(), "dense_state": "full"})
     with pytest.raises(ValidationError, match="not with dense_state full"):

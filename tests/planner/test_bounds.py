@@ -8,7 +8,8 @@ from instances import random_choice, random_counts, random_inputs
 from test_properties import build
 
 from builders import make_inputs, make_layout, make_model, make_profile, make_schedule
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner import ilp
 from hetermoe_cli.planner.bounds import Bounder
 from hetermoe_cli.planner.candidates import _slots
@@ -44,8 +45,7 @@ def test_equal_shares_of_an_optimizer_step_are_not_bound_to_the_work() -> None:
     inputs = make_inputs(
         nodes, model=model, profiles=profiles, global_batch_sequences=10, network=link, interconnect=link
     )
-    train = inputs.train.model_copy(update={"dense_state": "optimizer"})
-    cost = CostModel(inputs.model_copy(update={"train": train}))
+    cost = CostModel(inputs.with_train(dense_state="optimizer"))
     layout = make_layout((9, 1), (0, 0), replicated=4, micro_batches=1, dense_state="optimizer")
     replayed = LayoutCost(cost, layout)
     assert overflow(replayed) is None
@@ -157,7 +157,7 @@ def test_closed_bounds_know_that_who_hosts_nothing_needs_no_room_to_work_on_expe
         new = make_profile("new", model=model, memory_bytes=memory)
         profiles = {"new": new, "old": make_profile("old", model=model)}
         inputs = make_inputs([("new", 1), ("old", 1)], model=model, profiles=profiles, global_batch_sequences=1)
-        return CostModel(inputs.model_copy(update={"train": inputs.train.model_copy(update={"memory_headroom": 1.0})}))
+        return CostModel(inputs.with_train(memory_headroom=1.0))
 
     layout = choice.layout([number([0, 2], 0)])
     needed = LayoutCost(cost(10**10), layout).memory(0).total_bytes

@@ -5,7 +5,7 @@ from math import inf
 import pytest
 
 from builders import make_inputs, make_model, make_profile
-from hetermoe_cli.cost import CostModel
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.candidates import Listing
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.solver import SolverOptions

@@ -8,11 +8,12 @@ import pytest
 from instances import random_choice, random_counts, random_inputs
 
 from builders import make_inputs, make_model, make_profile, make_schedule
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.borders import CREDIT, HELD, PORT, REDUCED
 from hetermoe_cli.planner.chains import canonical
 from hetermoe_cli.planner.choice import Choice
-from hetermoe_cli.planner.counts import from_totals
+from hetermoe_cli.planner.counts import counts_of
 from hetermoe_cli.planner.deal import number
 from hetermoe_cli.planner.master import mixture
 from hetermoe_cli.planner.patterns import Patterns, caps_within
@@ -48,8 +49,7 @@ def prepared(*, bandwidth: float, layers: int = 6, experts: int = 4, window: int
 
 def replay(ready: Prepared, pattern: tuple[int, int, int], layers: int = 6) -> float:
     """Seconds of the layout whose layers all have experts on (attending, hosting) classes and copies."""
-    totals = np.tile(np.array(pattern[:-1]), (layers, 1))
-    counts = from_totals(totals, np.full(layers, pattern[-1]), [c.count for c in ready.classes])
+    counts = counts_of(ready.rates, np.tile(np.array(pattern), (layers, 1)))
     return simulate(LayoutCost(ready.rates.cost, ready.layout(counts))).seconds
 
 

@@ -6,7 +6,7 @@ from itertools import permutations
 import pytest
 from instances import random_inputs
 
-from hetermoe_cli.cost import CostModel
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.choice import ALL, Symmetries, group, symmetry_keys
 from hetermoe_cli.spec.cluster import Device
 

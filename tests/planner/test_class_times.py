@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from instances import random_choice, random_counts, random_inputs
 
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.choice import ALL
-from hetermoe_cli.planner.counts import Counts, fits, from_totals, seconds, transfer_seconds
+from hetermoe_cli.planner.counts import Counts, counts_of, fits, seconds, transfer_seconds
 from hetermoe_cli.planner.orders import other_schedules
 from hetermoe_cli.planner.prepared import Prepared
 from hetermoe_cli.planner.replay import busy_bound, overflow
@@ -31,7 +32,7 @@ def random_ready(rng: random.Random, apart: int, *, any_order: bool = False) -> 
 def class_counts(rng: random.Random, ready: Prepared) -> Counts:
     """Experts per class drawn at random."""
     rows = np.array(random_counts(rng, len(ready.classes), ready.rates.layers, ready.rates.experts))
-    return from_totals(rows[:, :-1], rows[:, -1], [c.count for c in ready.classes])
+    return counts_of(ready.rates, rows)
 
 
 @pytest.mark.parametrize("seed", range(60))

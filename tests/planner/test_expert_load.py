@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from instances import random_inputs
 
 from builders import make_inputs, make_layout, make_model, pipelines
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.named import AIMS, Aim, Named
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
@@ -58,7 +59,7 @@ def test_never_slower_than_numbers_or_a_rival_and_never_below_its_bound(seed: in
     assert plan.bound.iteration_seconds <= seconds * (1 + 1e-9)
     assert plan.bound.exact_over == "not solved"
     assert seconds == pytest.approx(seconds_of(plan.inputs, plan.layout))
-    for placement in plan.placement:
+    for placement in plan.layout.placement:
         everyone = [expert for rank in placement.experts for expert in rank] + placement.replicated
         assert sorted(everyone) == list(range(inputs.model.experts))
 
@@ -149,7 +150,7 @@ def test_seconds_are_the_mean_over_samples_and_what_moves_is_replicated(share: i
     seconds = [simulate(LayoutCost(step, plan.layout)).seconds for step in cost.steps]
     assert plan.predicted.iteration_seconds == pytest.approx(np.mean(seconds), rel=1e-9)
     assert len(cost.steps) == 2
-    assert [len(placement.replicated) for placement in plan.placement] == [0 if share == 5 else 2]
+    assert [len(placement.replicated) for placement in plan.layout.placement] == [0 if share == 5 else 2]
     ep = plan.baselines["ep"].iteration_seconds
     assert ep is not None
     if share == 5:

@@ -7,9 +7,9 @@ import pytest
 from instances import random_inputs
 
 from builders import make_schedule
-from hetermoe_cli.cost import CostModel
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.choice import ALL, Choice
-from hetermoe_cli.planner.counts import from_totals, seconds
+from hetermoe_cli.planner.counts import counts_of, seconds
 from hetermoe_cli.planner.graph import coarse, task_graph
 from hetermoe_cli.planner.prepared import Prepared
 
@@ -42,7 +42,7 @@ def test_middle_micro_batches_change_no_makespan(seed: int) -> None:
     )
     ready = Prepared.of(cost, choice, apart=ALL if seed % 3 == 0 else 0)
     found = tables(rng, layers, experts, len(ready.classes) + 1)
-    counts = from_totals(found[..., :-1], found[..., -1], [c.count for c in ready.classes])
+    counts = counts_of(ready.rates, found)
     full = task_graph(choice, ready.classes, layers)
     less = coarse(full, choice.schedule.window)
     assert len(less.tasks) < len(full.tasks) or choice.schedule.window < 3 + (full.reduced is not None)

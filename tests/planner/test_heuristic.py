@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from builders import make_inputs, make_model, make_profile, make_schedule
-from hetermoe_cli.cost import CostModel
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner import heuristic
 from hetermoe_cli.planner.choice import Choice
 from hetermoe_cli.planner.heuristic import MANY

@@ -3,7 +3,7 @@
 import pytest
 
 from builders import make_inputs, make_model, make_profile
-from hetermoe_cli.cost import CostModel
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.baselines.even import ep
 from hetermoe_cli.planner.baselines.ideal import ep_ideal, ep_ideal_charged, exchange_seconds
 from hetermoe_cli.spec.cluster import Link

@@ -11,11 +11,13 @@ from instances import random_inputs
 from test_small_instances import layer_placements
 
 from builders import make_schedule
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner import heuristic
 from hetermoe_cli.planner import incumbent as module
 from hetermoe_cli.planner.candidates import Candidate, Listing
 from hetermoe_cli.planner.choice import Choice
+from hetermoe_cli.planner.counts import counts_of
 from hetermoe_cli.planner.incumbent import REFINED, Incumbent
 from hetermoe_cli.planner.orders import other_orders, other_schedules
 from hetermoe_cli.planner.prepared import Prepared
@@ -45,7 +47,7 @@ def replayed_in_all_orders(cost: CostModel, choice: Choice) -> float:
     ready = Prepared.of(cost, choice)
     table = heuristic.improve(ready.rates, ready.tasks, heuristic.starts(ready.rates, None, ready.rates.serial), inf)
     assert table is not None
-    layout = LayoutCost(cost, ready.layout(heuristic.counts_of(ready.rates, table)))
+    layout = LayoutCost(cost, ready.layout(counts_of(ready.rates, table)))
     return min([simulate(layout).seconds, *(seconds for _, seconds in other_orders(layout))])
 
 
@@ -128,7 +130,7 @@ def test_the_best_placements_are_shaken_in_their_own_order(monkeypatch: pytest.M
     climbed = heuristic.improve(ready.rates, ready.tasks, heuristic.starts(ready.rates, None, ready.rates.serial), inf)
     assert climbed is not None
     found = incumbent(cost)
-    layout = ready.layout(heuristic.counts_of(ready.rates, climbed))
+    layout = ready.layout(counts_of(ready.rates, climbed))
     before = found.offer(layout)
     assert (heuristic.table_in(ready.classes, layout) == climbed).all()
     found.placed = {choice: found.placed[choice]}

@@ -2,8 +2,9 @@
 
 import pytest
 
-from builders import make_inputs, make_model, make_profile
-from hetermoe_cli.cost import CostModel, LayoutCost
+from builders import make_inputs, make_model, make_profile, sequential
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.baselines.even import ep
 from hetermoe_cli.planner.baselines.parts import DEGREES, iteration_seconds, parted_seconds
 from hetermoe_cli.planner.baselines.roles import dist_ep, find_roles, split_layout
@@ -11,7 +12,6 @@ from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.inputs import Inputs
-from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
 BOTH = (Pass.FORWARD, Pass.BACKWARD)
 
@@ -36,7 +36,7 @@ def split(cost: CostModel, micro_batches: int) -> LayoutCost:
     """New devices attend, old ones host."""
     roles = find_roles(cost)
     assert roles is not None
-    schedule = ScheduleChoice.sequential(micro_batches, recompute="all")
+    schedule = sequential(micro_batches, recompute="all")
     return LayoutCost(cost, split_layout(cost, roles, schedule, [0] * cost.model.layers))
 
 

@@ -9,16 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import make_inputs, make_model, make_profile
-from hetermoe_cli.cost import CostModel, LayoutCost
+from builders import make_inputs, make_model, make_profile, sequential
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.ports import Network
 from hetermoe_cli.planner.baselines.layer_split import Held, Way, deal, split, useful
-from hetermoe_cli.planner.baselines.pipeline import MOST_DEVICES, Setup, Tuned, _Search, pp
+from hetermoe_cli.planner.baselines.pipeline import MOST_DEVICES, _Search, pp
 from hetermoe_cli.planner.baselines.pipeline_cost import PipelineCost, all_reduce_seconds
 from hetermoe_cli.planner.baselines.pipeline_run import Order, Pipeline, in_flight, run, stage_order
+from hetermoe_cli.planner.baselines.setups import Setup, Tuned
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage
-from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
 
 def inputs(nodes: list[tuple[str, int]], *, batch: int = 4, layers: int = 4, old_memory: int = 10**10) -> Inputs:
@@ -31,7 +32,7 @@ def inputs(nodes: list[tuple[str, int]], *, batch: int = 4, layers: int = 4, old
     found = make_inputs(
         nodes, model=model, profiles={name: profiles[name] for name, _ in nodes}, global_batch_sequences=batch
     )
-    return found.model_copy(update={"train": found.train.model_copy(update={"recompute": "none"})})
+    return found.with_train(recompute="none")
 
 
 def network(devices: int) -> Network:
@@ -166,7 +167,7 @@ def test_memory_moves_layers_to_the_other_stage() -> None:
         stages = [PipelineStage(layers=4 - layers, ranks=[0]), PipelineStage(layers=layers, ranks=[1])]
         placement = [LayerPlacement(experts=[[0, 1, 2, 3], []])] * (4 - layers)
         placement += [LayerPlacement(experts=[[], [0, 1, 2, 3]])] * layers
-        schedule = ScheduleChoice.sequential(4)
+        schedule = sequential(4)
         layout = Layout(schedule=schedule, sequences_per_rank=[1, 1], placement=placement, pipeline=stages)
         room = LayoutCost(cost, layout).memory(1).total_bytes
         for more, most in ((0.01, layers), (-0.01, layers - 1)):
@@ -212,8 +213,9 @@ def test_replicas_all_reduce_what_comes_last_after_backward() -> None:
     cost = CostModel(inputs([("new", 1)] * 4))
     costs = PipelineCost(cost, 1, 1, "none")
     stages = [[((0,), 2), ((2,), 2)], [((1,), 2), ((3,), 2)]]
-    held = [2 * costs.layer_parameters + costs.edge_parameters(first, not first) for first in (True, False)]
-    reduce = cost.network.all_reduce_seconds([0, 1], 2 * (costs.layer_parameters + costs.edge_parameters(True, False)))
+    layers = 2 * (cost.model.attention_layer_parameters + costs.hosted * cost.model.expert_parameters)
+    held = [layers + costs.edge_parameters(first, not first) for first in (True, False)]
+    reduce = cost.network.all_reduce_seconds([0, 1], layers + 2 * costs.edge_parameters(True, False))
     step = cost.optimizer_seconds(cost.of(0), max(held))
     assert costs.update_seconds(stages) == pytest.approx(reduce + step)
     assert costs.update_seconds(stages[:1]) == pytest.approx(step)

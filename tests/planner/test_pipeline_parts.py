@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 from test_pipelines import inputs
 
-from hetermoe_cli.cost import CostModel
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner import pipeline_parts
 from hetermoe_cli.planner.baselines import pipeline
 from hetermoe_cli.planner.baselines.pipeline_cost import PipelineCost
+from hetermoe_cli.planner.baselines.setups import Tuned
 from hetermoe_cli.planner.cluster.objective import Wanted, dollars_per_hour, least_dollars, merit
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.pipeline_bound import pipeline_bound
@@ -156,7 +157,7 @@ def test_larger_parts_are_looked_at_where_smaller_ones_do_not_hold_the_model(mon
     cost, sizes = many_nodes(8, 8, monkeypatch), []
     search = pipeline_parts.overlapped_pipelines
 
-    def none_on_few_nodes(part: CostModel, *rest: Any) -> list[tuple[float, pipeline.Tuned]]:
+    def none_on_few_nodes(part: CostModel, *rest: Any) -> list[tuple[float, Tuned]]:
         sizes.append(len(part.inputs.nodes))
         return search(part, *rest) if len(part.inputs.nodes) > 4 else []
 

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import strategies as st
 
 from builders import make_cost, make_inputs, make_layout, make_model, make_profile, pipelines
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.planner.baselines.pipeline import Setup, Tuned, overlapped_pipelines, pp
+from hetermoe_cli.planner.baselines.pipeline import overlapped_pipelines, pp
+from hetermoe_cli.planner.baselines.setups import Setup, Tuned
 from hetermoe_cli.planner.cluster.objective import Wanted
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.pipeline_bound import pipeline_bound
@@ -69,7 +71,7 @@ def inputs(
         nodes, model=model, profiles=used, global_batch_sequences=batch, network=SLOW if slow else None, **other
     )
     changes = {"recompute": "none"} | (train or {})
-    return found.model_copy(update={"train": found.train.model_copy(update=changes)})
+    return found.with_train(**changes)
 
 
 def setup(units: list[list[tuple[int, ...]]], layers: list[list[int]], counts: list[int]) -> Tuned:
@@ -259,7 +261,7 @@ def test_the_head_may_be_where_no_attention_is() -> None:
     link = Link(bandwidth_gigabytes_per_second=1e-3, latency_microseconds=0.0)
     nodes = [(name, 1) for name in times]
     given = make_inputs(nodes, model=model, profiles=profiles, global_batch_sequences=16, network=link)
-    plan = planned(given.model_copy(update={"train": given.train.model_copy(update={"recompute": "none"})}))
+    plan = planned(given.with_train(recompute="none"))
     assert [len(group.pipeline) for group in plan.groups] == [2]
     assert 0.05 < plan.gap < 0.2
 

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builders import make_inputs, make_model, make_profile, make_schedule
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner import ilp, search
 from hetermoe_cli.planner.choice import ALL, Choice

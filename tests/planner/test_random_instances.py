@@ -8,9 +8,10 @@ import pytest
 from instances import random_inputs
 
 from builders import make_schedule
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.planner.baselines import recompute_choices
+from hetermoe_cli.planner.baselines.rival import recompute_choices
 from hetermoe_cli.planner.cluster.objective import Wanted
 from hetermoe_cli.planner.deal import number
 from hetermoe_cli.planner.plan import PlanOptions, make_plan

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from math import inf
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hetermoe_cli.cost.measured import MeasuredCost, MeasuredState
 from hetermoe_cli.cost.moving import holders, moves, moving_seconds, state_bytes
 from hetermoe_cli.planner import rebalance
 from hetermoe_cli.planner.cluster.replayed import replay_measured
-from hetermoe_cli.planner.group_moves import renumbered
+from hetermoe_cli.planner.group_moves import Search, renumbered, search
 from hetermoe_cli.planner.rebalance import NOT_FASTER, UNSTEADY
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.simulator import simulate
@@ -167,6 +168,20 @@ def test_what_does_not_fit_moves_even_without_a_gain() -> None:
     assert overflow(LayoutCost(tight, crowded))
     decision = decide(even, 1, layout=crowded, memory_bytes=room)
     assert overflow(LayoutCost(tight, placed(crowded, decision))) is None
+
+
+def test_every_change_of_a_layer_is_tried_while_nothing_fits() -> None:
+    tight, tried = cost(SKEWED, memory_bytes=1000), []
+
+    def cost_of(layout: Layout) -> LayoutCost:
+        tried.append([new != old for new, old in zip(layout.placement, LAYOUT.placement, strict=True)])
+        return LayoutCost(tight, layout)
+
+    found = Search(cost_of, LAYOUT, 1, inf)
+    search(found, LAYOUT)
+    assert found.layout is None
+    assert tried.count([True, False]) > 1
+    assert tried.count([False, True]) > 1
 
 
 def groups_plan(*, small: float = 1.0, **given: float) -> Plan:

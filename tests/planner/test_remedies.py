@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from builders import make_inputs, make_model, make_profile
-from hetermoe_cli.cost import CostModel
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner import remedies
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
@@ -29,7 +29,7 @@ def tight(
     }
     nodes = [("new", 1), ("old", 1), *[("new", 1)] * extra]
     inputs = make_inputs(nodes, model=model, profiles=profiles, sequence_length=length, global_batch_sequences=batch)
-    return inputs.model_copy(update={"train": inputs.train.model_copy(update={"recompute": recompute})})
+    return inputs.with_train(recompute=recompute)
 
 
 def planned(inputs: Inputs, limit: int = 16) -> Plan:
@@ -72,8 +72,7 @@ def test_sharded_state() -> None:
     }
     inputs = make_inputs([("new", 2), ("old", 2)], model=model, profiles=profiles, global_batch_sequences=4)
     assert refused(inputs).endswith("with dense_state: auto it would fit")
-    train = inputs.train.model_copy(update={"dense_state": "auto"})
-    assert planned(inputs.model_copy(update={"train": train})).groups[0].schedule.dense_state != "replicated"
+    assert planned(inputs.with_train(dense_state="auto")).groups[0].schedule.dense_state != "replicated"
 
 
 def test_states_that_all_devices_together_cannot_hold() -> None:

@@ -5,7 +5,7 @@ from math import inf
 import pytest
 
 from builders import make_inputs, make_model, make_profile, make_schedule
-from hetermoe_cli.cost import CostModel
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner import search
 from hetermoe_cli.planner.candidates import Candidate
 from hetermoe_cli.planner.choice import ALL, Choice

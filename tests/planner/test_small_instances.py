@@ -6,8 +6,9 @@ from itertools import product
 import pytest
 
 from builders import make_inputs, make_model, make_profile, make_schedule
-from hetermoe_cli.cost import CostModel, LayoutCost
-from hetermoe_cli.planner.baselines import recompute_choices
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.planner.baselines.rival import recompute_choices
 from hetermoe_cli.planner.cluster.objective import Wanted
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.solver import SolverOptions
@@ -94,7 +95,7 @@ def instance(
     inputs = make_inputs(
         nodes, model=model, profiles=profiles, global_batch_sequences=batch, network=link, interconnect=link
     )
-    return inputs.model_copy(update={"train": inputs.train.model_copy(update={"recompute": recompute})})
+    return inputs.with_train(recompute=recompute)
 
 
 PARAMETERS = 16 * make_model(layers=1, experts=4, top_k=1).parameters

@@ -46,8 +46,7 @@ def test_only_ranks_with_copies_are_marked() -> None:
 def test_only_ranks_of_a_pipeline_stage_hold_its_copies() -> None:
     plan = placed([("new", 2)], [1, 1], [0, 0], replicated=2)
     layout = plan.layout.model_dump() | {"pipeline": [{"layers": 2, "ranks": [0]}, {"layers": 1, "ranks": [1]}]}
-    train = plan.inputs.train.model_copy(update={"global_batch_sequences": 2})
-    inputs = plan.inputs.model_copy(update={"train": train})
+    inputs = plan.inputs.with_train(global_batch_sequences=2)
     assert texts(plan).count("0+2") == 6
     assert texts(make_plan(inputs, Layout.model_validate(layout))).count("0+2") == 3
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-from builders import layouts, make_layout
+from builders import layouts, make_layout, parse_schedule
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import parse_action
 from hetermoe_cli.schedule.lower import _lowered, training_schedule, validation_schedule
-from hetermoe_cli.schedule.schedule import Schedule, inputs, is_of_all, parse_schedule
+from hetermoe_cli.schedule.schedule import Schedule, inputs, is_of_all
 from hetermoe_cli.spec.layout import Layout
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from builders import any_layouts, layouts, make_cost, make_layout, pipelines
-from hetermoe_cli.cost import LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import Action, Kind, Pass, parse_action
 from hetermoe_cli.schedule.gathers import releases

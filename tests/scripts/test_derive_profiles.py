@@ -18,7 +18,8 @@ from hetermoe_cli.profiler.profile import default_name
 from hetermoe_cli.spec.cluster import LinkRecord
 from hetermoe_cli.spec.files import load
 from hetermoe_cli.spec.latent import LatentAttention
-from hetermoe_cli.spec.model import NAMED_MODELS, LayerShape
+from hetermoe_cli.spec.model import LayerShape
+from hetermoe_cli.spec.named_models import NAMED_MODELS
 from hetermoe_cli.spec.profile import KernelTable, Precision, Profile
 
 MIXTRAL, DEEPSEEK = NAMED_MODELS["mixtral-8x7b"].shape, NAMED_MODELS["deepseek-v3"].shape

@@ -7,7 +7,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import emulated_plans
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.launch.prepare import automatic_time_scale
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.files import load
@@ -22,7 +23,7 @@ def test_held_out_plans(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in files] == [path.read_bytes() for path in again]
     plans = [load(Plan, path) for path in files]
     assert load(Plan, other[0]).layout != plans[0].layout
-    assert [plan.schedule.name for plan in plans] == ["zebra", "windowed", "sequential"] * 2
+    assert [plan.layout.schedule.name for plan in plans] == ["zebra", "windowed", "sequential"] * 2
     assert len({str(plan.layout) for plan in plans}) == len(plans)
     for path, plan in zip(files, plans, strict=True):
         plan.verify(str(path))

@@ -11,7 +11,7 @@ import paper_figures
 import paper_points
 import paper_trends
 import reproduce_paper
-from hetermoe_cli.cost import LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.planner.baselines.even import even_placement
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.spec.layout import Layout

@@ -21,7 +21,7 @@ from hetermoe_cli.model.data import Batches, load_corpus
 from hetermoe_cli.model.moe import ExpertGroup
 from hetermoe_cli.model.transformer import Transformer, initialise
 from hetermoe_cli.spec.files import load
-from hetermoe_cli.spec.model import load_model
+from hetermoe_cli.spec.named_models import load_model
 from hetermoe_cli.spec.train import TrainSpec
 
 MODEL, TRAIN = load_model(str(bench_rivals.MODEL)), load(TrainSpec, bench_rivals.TRAIN)

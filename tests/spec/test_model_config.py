@@ -1,4 +1,4 @@
-"""spec/model.py: named sizes, YAML and Hugging Face config.json."""
+"""spec/model.py, spec/named_models.py: named sizes, YAML and Hugging Face config.json."""
 
 import json
 from pathlib import Path
@@ -12,15 +12,8 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.base import sha256
 from hetermoe_cli.spec.files import dump, parse
 from hetermoe_cli.spec.latent import LatentAttention
-from hetermoe_cli.spec.model import (
-    MOST_EXPERTS,
-    MOST_LAYERS,
-    NAMED_MODELS,
-    ROUTER_FIELDS,
-    LayerShape,
-    ModelConfig,
-    load_model,
-)
+from hetermoe_cli.spec.model import MOST_EXPERTS, MOST_LAYERS, ROUTER_FIELDS, LayerShape, ModelConfig
+from hetermoe_cli.spec.named_models import NAMED_MODELS, load_model
 from hetermoe_cli.spec.rope import LinearScaling, YarnScaling
 
 # A config.json in the form that transformers 5 writes for Mixtral-8x7B.

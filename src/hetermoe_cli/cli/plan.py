@@ -125,7 +125,7 @@ def read_inputs(
     from hetermoe_cli.spec.cluster import ClusterSpec
     from hetermoe_cli.spec.files import load, parse
     from hetermoe_cli.spec.library import collect_inputs, default_folders
-    from hetermoe_cli.spec.model import load_model
+    from hetermoe_cli.spec.named_models import load_model
     from hetermoe_cli.spec.train import TrainSpec
 
     for folder in profiles or []:

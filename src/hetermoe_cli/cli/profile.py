@@ -73,7 +73,7 @@ def profile(
     from hetermoe_cli.profiler.profile import default_name, device_facts, profile_device, resolve_device
     from hetermoe_cli.profiler.tables import merge
     from hetermoe_cli.spec.files import dump
-    from hetermoe_cli.spec.model import load_model
+    from hetermoe_cli.spec.named_models import load_model
 
     models = [load_model(item) for item in model or ["tiny"]]
     target = resolve_device(device)

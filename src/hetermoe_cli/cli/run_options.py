@@ -40,7 +40,7 @@ def emulation(
 ) -> "EmulateOptions | None":
     """What was asked for; None without --emulate. A usage error if the options contradict each other."""
     from hetermoe_cli.launch.prepare import EmulateOptions
-    from hetermoe_cli.spec.model import load_model
+    from hetermoe_cli.spec.named_models import load_model
 
     if time_scale is not None and not 0 < time_scale < inf:
         raise typer.BadParameter(f"{time_scale:g}: must be a positive number", param_hint="--time-scale")

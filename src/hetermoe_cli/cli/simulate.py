@@ -40,7 +40,8 @@ def simulate(
     _check_suffix(picture, "--picture")
     _check_suffix(placement_picture, "--placement-picture")
 
-    from hetermoe_cli.cost import CostModel, LayoutCost
+    from hetermoe_cli.cost.layout import LayoutCost
+    from hetermoe_cli.cost.model import CostModel
     from hetermoe_cli.launch.started import started_plan
     from hetermoe_cli.planner.replay import typical
     from hetermoe_cli.report.comparison import compare

@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from copy import copy
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -31,11 +32,8 @@ class Curve:
 
     def __init__(self, sizes: Sequence[float], points: Sequence[Timing]) -> None:
         self.sizes = list(sizes)
-        self._columns = [
-            _monotone([p.forward_seconds for p in points]),
-            _monotone([p.backward_seconds for p in points]),
-            _monotone([float(p.saved_bytes) for p in points]),
-        ]
+        columns = zip(*[(p.forward_seconds, p.backward_seconds, float(p.saved_bytes)) for p in points], strict=True)
+        self._columns = [list(accumulate(column, max)) for column in columns]  # noise must not make more work cheaper
         self._known: dict[float, Cost] = {}  # a search asks for few sizes, again and again
 
     def covers(self, size: float) -> bool:
@@ -136,11 +134,3 @@ class AttentionCurve:
 
 def _curve(points: Sequence[AttentionPoint]) -> Curve:
     return Curve([p.sequences for p in points], points)
-
-
-def _monotone(values: Sequence[float]) -> list[float]:
-    """Running maximum: noise must not make more work cheaper."""
-    result: list[float] = []
-    for value in values:
-        result.append(max(value, result[-1] if result else 0.0))
-    return result

@@ -163,13 +163,6 @@ class CostModel(MemoryModel):
         size = self.segment_parameters(layer) * self.gradient_bytes + replicated * self.expert_gradient_bytes
         return scattered(schedule) * self.network.all_reduce_seconds(attending, size)
 
-    def reduce_bytes(self, schedule: ScheduleChoice, layer: int) -> float:
-        """What of a layer's dense part is summed after its backward, in bytes of an all-reduce.
-
-        `layer` 0 brings the embedding and the dense layers with it, model.layers is the head.
-        """
-        return scattered(schedule) * self.segment_parameters(layer) * self.gradient_bytes
-
     def gather_seconds(self, attending: Sequence[int], layer: int, replicated: int = 0) -> float:
         """All-gather of a layer's dense weights (of the head: model.layers) and of its `replicated` experts', where
         they or their states are shared out: half an all-reduce."""

@@ -198,7 +198,8 @@ def automatic_time_scale(plan: Plan) -> float:
 
 
 def _group_time_scale(inputs: Inputs, group: Group) -> float:
-    from hetermoe_cli.cost import LayoutCost, balanced_load
+    from hetermoe_cli.cost.layout import LayoutCost
+    from hetermoe_cli.cost.load import balanced_load
     from hetermoe_cli.schedule.action import Kind
 
     model, layout, scale = group_cost(inputs, group), group.layout, 0.0

@@ -1,12 +1,8 @@
-"""Checkpoint files: one safetensors shard per rank and a JSON manifest, keyed by layout-independent names.
-
-A save has three phases with a barrier between them, which the caller provides: every rank calls `write_shard`, then
-rank 0 calls `finish`. No reader sees the folder before `finish` has renamed it into place.
+"""Checkpoint files: one safetensors shard per rank and a JSON manifest, keyed by layout-independent names; how they are
+read and checked. How they are written: checkpoint_saving.py.
 """
 
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,19 +12,18 @@ from typing import Any, Literal
 
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.model.hashing import check_each, file_sha256
 from hetermoe_cli.model.training_state import training_shapes
 from hetermoe_cli.spec.base import NonNegativeInt, PositiveInt, Spec
-from hetermoe_cli.spec.files import SpecT, parse, read_text, write_atomic
+from hetermoe_cli.spec.files import SpecT, parse, read_text
 from hetermoe_cli.spec.model import ModelConfig
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
-_UNFINISHED, _REPLACED = ".tmp", ".old"
+UNFINISHED, REPLACED = ".tmp", ".old"  # ends of folders
 _OTHER_CHECKPOINT = "resume from another checkpoint or restore this one from a copy"
 
 
@@ -75,54 +70,13 @@ def step_folder(run_folder: Path, step: int) -> Path:
     return run_folder / f"step-{step:08d}"
 
 
-def write_shard(folder: Path, rank: int, tensors: Mapping[str, Tensor]) -> None:
-    """Write one rank's tensors (possibly none) beside the future `folder`; UserError if the disk refuses."""
-    unfinished = _unfinished(folder)
-    path = unfinished / f"rank-{rank:05d}.safetensors"
-    plain = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    with _disk_errors(path):
-        unfinished.mkdir(parents=True, exist_ok=True)
-        # An interrupted save may have left a sidecar, which must not vouch for a half-written file.
-        path.with_suffix(".json").unlink(missing_ok=True)
-        save_file(plain, path)
-        _sync(path)
-        shard = Shard(
-            file=path.name,
-            sha256=file_sha256(path),
-            size_bytes=path.stat().st_size,
-            tensors={name: TensorInfo(shape=tuple(t.shape), dtype=_dtype_name(t)) for name, t in plain.items()},
-        )
-        write_atomic(path.with_suffix(".json"), shard.model_dump_json())
-
-
-def finish(folder: Path, state: CheckpointState, keep: int = 2) -> None:
-    """Turn the shards of ranks 0..world_size-1 into the checkpoint `folder`, the new `latest`; keep the last `keep`.
-
-    UserError if a shard is missing, or the shards do not hold every tensor exactly once: then nothing has changed.
-    """
-    unfinished = _unfinished(folder)
-    shards = [_read_sidecar(unfinished, rank) for rank in range(state.world_size)]
-    manifest = Manifest(**dict(state), files=shards)
-    _refuse_difference(unfinished, manifest)
-    with _disk_errors(folder):
-        write_atomic(unfinished / MANIFEST, manifest.model_dump_json(indent=1))
-        wanted = {MANIFEST, *(shard.file for shard in shards)}
-        for stray in [path for path in unfinished.iterdir() if path.name not in wanted]:
-            stray.unlink()
-        _sync(unfinished)
-        _swap_in(unfinished, folder)
-        write_atomic(folder.parent / LATEST, folder.name + "\n")
-        _sync(folder.parent)
-        _prune(folder, keep)
-
-
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a finished checkpoint, complete for its model; UserError otherwise."""
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{path}: missing, so {folder} is no finished checkpoint: {_OTHER_CHECKPOINT}")
-    manifest = _read_json(Manifest, path)
-    _refuse_difference(path, manifest)
+    manifest = read_json(Manifest, path)
+    refuse_difference(path, manifest)
     return manifest
 
 
@@ -131,9 +85,9 @@ def find_latest(run_folder: Path) -> Path | None:
     pointer = run_folder / LATEST
     if not pointer.is_file():
         # The first save may have been cut off after its folder was renamed into place.
-        return max(_finished(run_folder), default=None)
+        return max(finished(run_folder), default=None)
     name = read_text(pointer).strip()
-    for folder in (run_folder / name, run_folder / (name + _REPLACED)):
+    for folder in (run_folder / name, run_folder / (name + REPLACED)):
         if name and (folder / MANIFEST).is_file():
             return folder
     raise UserError(f"{pointer}: names the checkpoint {name!r}, which is not there: restore it or write another name")
@@ -148,7 +102,7 @@ class Stored(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         """A file is opened for each tensor, as all that one opening gives share what was read of the file."""
         path = self._paths[name]
-        with _disk_errors(path, _OTHER_CHECKPOINT), safe_open(path, framework="pt") as file:
+        with disk_errors(path, _OTHER_CHECKPOINT), safe_open(path, framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
@@ -179,12 +133,12 @@ def load_tensors(folder: Path, names: set[str]) -> Stored:
 
 
 def _check_content(path: Path, shard: Shard, names: set[str]) -> None:
-    with _disk_errors(path, _OTHER_CHECKPOINT), safe_open(path, framework="pt") as file:
+    with disk_errors(path, _OTHER_CHECKPOINT), safe_open(path, framework="pt") as file:
         if set(file.keys()) != shard.tensors.keys():
             raise UserError(f"{path}: holds other tensors than the manifest says: {_OTHER_CHECKPOINT}")
         found = {name: file.get_tensor(name) for name in sorted(names)}  # reads nothing yet
     for name, tensor in found.items():
-        if TensorInfo(shape=tuple(tensor.shape), dtype=_dtype_name(tensor)) != shard.tensors[name]:
+        if TensorInfo(shape=tuple(tensor.shape), dtype=dtype_name(tensor)) != shard.tensors[name]:
             raise UserError(f"{path}: {name} has another shape or dtype than the manifest says: {_OTHER_CHECKPOINT}")
 
 
@@ -202,7 +156,7 @@ def _verify(folder: Path, shards: list[Shard]) -> None:
 def _verify_file(path: Path, shard: Shard, stop: Event) -> None:
     if not path.is_file():
         raise UserError(f"{path}: missing: {_OTHER_CHECKPOINT}")
-    with _disk_errors(path, _OTHER_CHECKPOINT):
+    with disk_errors(path, _OTHER_CHECKPOINT):
         size, found = path.stat().st_size, file_sha256(path, stop)
     if size != shard.size_bytes:
         raise UserError(f"{path}: truncated ({size} bytes, {shard.size_bytes} were written): {_OTHER_CHECKPOINT}")
@@ -210,18 +164,8 @@ def _verify_file(path: Path, shard: Shard, stop: Event) -> None:
         raise UserError(f"{path}: corrupt (its sha256 is not the manifest's): {_OTHER_CHECKPOINT}")
 
 
-def _read_sidecar(unfinished: Path, rank: int) -> Shard:
-    path = unfinished / f"rank-{rank:05d}.json"
-    if not path.is_file():
-        raise UserError(f"{path}: rank {rank} wrote no shard here: put the run folder where all ranks can write")
-    shard = _read_json(Shard, path)
-    data = unfinished / shard.file
-    if not data.is_file() or data.stat().st_size != shard.size_bytes:
-        raise UserError(f"{data}: not the {shard.size_bytes} bytes that rank {rank} wrote: check the disk, save again")
-    return shard
-
-
-def _read_json(cls: type[SpecT], path: Path) -> SpecT:
+def read_json(cls: type[SpecT], path: Path) -> SpecT:
+    """A file of a checkpoint; UserError if it is damaged."""
     try:
         data = json.loads(read_text(path))
     except json.JSONDecodeError as error:
@@ -231,7 +175,7 @@ def _read_json(cls: type[SpecT], path: Path) -> SpecT:
     return parse(cls, data, str(path))
 
 
-def _refuse_difference(path: Path, manifest: Manifest) -> None:
+def refuse_difference(path: Path, manifest: Manifest) -> None:
     """UserError unless every tensor that the manifest's model needs is stored once, in its shape, and nothing else."""
     stored = manifest.tensors()
     expected = training_shapes(manifest.model)
@@ -247,38 +191,10 @@ def _refuse_difference(path: Path, manifest: Manifest) -> None:
             raise UserError(f"{path}: {_some(found)} {problem} for model {manifest.model.name!r}: {_OTHER_CHECKPOINT}")
 
 
-def _swap_in(unfinished: Path, folder: Path) -> None:
-    """Rename into place; a finished checkpoint of the same name survives any failure, at worst as NAME.old."""
-    replaced = folder.with_name(folder.name + _REPLACED)
-    if folder.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        folder.rename(replaced)
-    try:
-        unfinished.rename(folder)
-    except BaseException:
-        if replaced.exists():
-            replaced.rename(folder)
-        raise
-
-
-def _prune(newest: Path, keep: int) -> None:
-    """Delete finished checkpoints beyond the last `keep` written, and what interrupted saves left."""
-    others = [folder for folder in _finished(newest.parent) if folder != newest]
-    by_age = sorted(others, key=lambda folder: (folder / MANIFEST).stat().st_mtime_ns, reverse=True)
-    left_over = [path for end in (_UNFINISHED, _REPLACED) for path in newest.parent.glob(f"step-*{end}")]
-    for folder in by_age[max(keep - 1, 0) :] + left_over:
-        # Without its manifest a half-deleted folder is not taken for a checkpoint.
-        (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder)
-
-
-def _finished(run_folder: Path) -> list[Path]:
-    ends = (_UNFINISHED, _REPLACED)
+def finished(run_folder: Path) -> list[Path]:
+    """Folders of all finished checkpoints of a run."""
+    ends = (UNFINISHED, REPLACED)
     return [p.parent for p in run_folder.glob(f"step-*/{MANIFEST}") if not p.parent.name.endswith(ends)]
-
-
-def _unfinished(folder: Path) -> Path:
-    return folder.with_name(folder.name + _UNFINISHED)
 
 
 def _some(names: list[str]) -> str:
@@ -286,20 +202,14 @@ def _some(names: list[str]) -> str:
     return f"tensor {names[0]!r}{more}"
 
 
-def _dtype_name(tensor: Tensor) -> str:
+def dtype_name(tensor: Tensor) -> str:
+    """As in TensorInfo."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
-def _disk_errors(path: Path, advice: str = "free space or check permissions, then resume") -> Iterator[None]:
+def disk_errors(path: Path, advice: str = "free space or check permissions, then resume") -> Iterator[None]:
+    """What the disk refuses is a UserError that names the file."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -15,7 +15,8 @@ from hetermoe_cli.model.hugging_face_names import BIAS, Piece, pieces
 from hetermoe_cli.model.training_state import expected_shapes
 from hetermoe_cli.spec.files import read_text, write_atomic
 from hetermoe_cli.spec.hugging_face import config_fields, read_config
-from hetermoe_cli.spec.model import ModelConfig, load_model
+from hetermoe_cli.spec.model import ModelConfig
+from hetermoe_cli.spec.named_models import load_model
 
 CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _LARGEST_FILE_BYTES = 5 * 10**9

@@ -8,7 +8,7 @@ from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.planner.critical_path import critical_path, shares
 from hetermoe_cli.planner.replay import Overflow, busy_bound, over_steps, overflow, replay_seconds, typical, usages
 from hetermoe_cli.planner.runner_up import RunnerUp, best_of_families, family
-from hetermoe_cli.planner.space import schedules
+from hetermoe_cli.planner.space import schedules_of
 from hetermoe_cli.spec.explanation import Explanation, LostLayout, TightMemory
 
 TIGHT = 0.95  # of the usable bytes
@@ -66,8 +66,8 @@ def alternatives(cost: LayoutCost, seconds: float, time_limit: float) -> Alterna
 
 def _reordered(cost: LayoutCost) -> Iterator[LayoutCost]:
     layout = cost.layout
-    for schedule in schedules(cost.cost, layout.micro_batches):
-        if schedule.micro_batches == layout.micro_batches and schedule != layout.schedule:
+    for schedule in schedules_of(cost.cost, layout.micro_batches):
+        if schedule != layout.schedule:
             yield LayoutCost(cost.cost, layout.model_copy(update={"schedule": schedule}))
 
 

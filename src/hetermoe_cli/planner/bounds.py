@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.cost.model import CostModel, scattered
 from hetermoe_cli.planner.arrays import BoolArray, FloatArray
 from hetermoe_cli.planner.device_rates import ClassRates, device_rates
 from hetermoe_cli.spec.cluster import Device, Link
@@ -63,8 +63,7 @@ class Bounder:
 
     def fits(self, kind: int, sequences: int) -> bool:
         """Whether a device holds its part apart from experts."""
-        r = self.rates(kind, sequences)
-        return r.memory_base <= r.memory_limit
+        return self.rates(kind, sequences).fits
 
     def ceiling(self) -> float:
         """More than any layout takes: everything on the slowest device, one after another, without end of transfers."""
@@ -97,7 +96,7 @@ class _Terms:
     def __init__(self, bounder: Bounder, slots: Slots) -> None:
         self.b, self.slots = bounder, slots
         cost, layers, count = bounder.cost, bounder.layers, bounder.count
-        used = np.maximum(slots.devices, 0) > 0
+        used = slots.devices > 0
         self.devices = slots.devices
         self.attends = (slots.sequences > 0) & used
         table = self._table(slots)
@@ -178,8 +177,9 @@ class _Terms:
         members = np.where(self.attends, self.devices, 0).sum(1)
         share = np.where(members > 1, 2 * (members - 1) / np.maximum(members, 1), 0.0) * slowest
         narrowest = min(cost.weight_bytes([device.rank]) for device in cost.devices)
+        summed = scattered(schedule) * cost.segment_parameters(0) * cost.gradient_bytes
         gathered = 0.5 * cost.segment_parameters(0) * narrowest * schedule.shares_states
-        result: FloatArray = share * (cost.reduce_bytes(schedule, 0) + gathered)
+        result: FloatArray = share * (summed + gathered)
         return result
 
     def feasible(self, time: FloatArray) -> NDArray[np.bool_]:

@@ -38,10 +38,20 @@ def from_totals(totals: IntArray, replicated: IntArray, sizes: Sequence[int]) ->
     return Counts(hosted, hosted * size - totals, replicated)
 
 
+def counts_of(rates: Rates, table: IntArray) -> Counts:
+    """Counts of [..., layers, classes + 1], whose last column counts replicated experts."""
+    return from_totals(table[..., :-1], table[..., -1], rates.sizes)
+
+
+def table_of(rates: Rates, counts: Counts) -> IntArray:
+    """The inverse."""
+    return np.concatenate([counts.totals(rates.sizes), counts.replicated[..., None]], axis=-1)
+
+
 def fits(rates: Rates, counts: Counts) -> NDArray[np.bool_]:
     """[...] whether every device holds its share, when remainders rotate over the layers."""
     result = np.ones(counts.replicated.shape[:-1], dtype=bool)
-    totals = counts.totals([c.count for c in rates.classes])
+    totals = counts.totals(rates.sizes)
     replicated = counts.replicated.sum(-1)
     for index, (c, r) in enumerate(zip(rates.classes, rates.of, strict=True)):
         hosted = -(-totals[..., index].sum(-1) // c.count)
@@ -66,7 +76,7 @@ def seconds(rates: Rates, graph: TaskGraph, counts: Counts) -> FloatArray:
             end = end + _length(rates, task, counts, transfers)
         starts[after] = np.maximum(starts[after], end if condition is None else end * conditions[condition])
     ends = [starts[node] + lengths[node] for node in (*graph.last, graph.reduced) if node is not None]
-    return largest(ends) + _step(rates, counts)
+    return largest(ends) + step_seconds(rates, counts)
 
 
 def transfer_seconds(rates: Rates, counts: Counts) -> FloatArray:
@@ -84,7 +94,7 @@ def _port_bytes(rates: Rates, port: Port, counts: Counts) -> FloatArray:
     most, least = travelling(counts.hosted), travelling(counts.hosted - (counts.spare > 0))
     load: FloatArray = most @ np.maximum(weights, 0) + least @ np.minimum(weights, 0)
     if port.source_bytes:  # all that travels
-        sizes = np.array([c.count for c in rates.classes])
+        sizes = np.array(rates.sizes)
         load = load + port.source_bytes * (most * (sizes - counts.spare) + least * counts.spare).sum(-1)
     return load
 
@@ -118,9 +128,10 @@ def _length(rates: Rates, task: Task, counts: Counts, transfers: FloatArray) -> 
     return counts.hosted[..., action.layer, number] * r.hosted[way] + copies * r.replicated[way]
 
 
-def _step(rates: Rates, counts: Counts) -> FloatArray:
+def step_seconds(rates: Rates, counts: Counts) -> FloatArray:
+    """[...] the slowest optimizer step."""
     replicated = counts.replicated.sum(-1)
-    totals = counts.totals([c.count for c in rates.classes]).sum(-2)
+    totals = counts.totals(rates.sizes).sum(-2)
     steps = [
         r.optimizer_base + r.optimizer_per_expert * -(-totals[..., i] // c.count) + r.optimizer_per_copy * replicated
         for i, (c, r) in enumerate(zip(rates.classes, rates.of, strict=True))

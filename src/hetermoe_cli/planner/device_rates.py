@@ -41,6 +41,17 @@ class ClassRates:
         """All attention stages of a micro-batch, both ways, and its head."""
         return layers * sum(self.attention) + sum(self.dense) + (layers > 1) * self.second + self.head
 
+    @property
+    def fits(self) -> bool:
+        """Whether memory holds everything but experts."""
+        return self.memory_base <= self.memory_limit
+
+    def room(self, layers: int, wider: int = 0) -> float:
+        """Hosted experts of all layers that memory has room for, where one layer has `wider` more than the mean;
+        negative where there is none for any."""
+        left = self.memory_limit - self.memory_base - self.memory_if_any - wider * self.memory_per_share
+        return left / (self.memory_per_hosted + self.memory_per_share / layers)
+
     def scaled(self, unit: float) -> "ClassRates":
         """The same with all times in units of `unit` seconds."""
         return replace(

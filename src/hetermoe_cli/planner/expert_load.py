@@ -18,12 +18,12 @@ import numpy as np
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.planner.named import AIMS, Aim, Named
+from hetermoe_cli.planner.named import Aim, Named
 from hetermoe_cli.planner.replay import Overflow, busy_bound, over_steps, overflow, replay_seconds
 from hetermoe_cli.planner.search import Found
-from hetermoe_cli.planner.single_moves import neighbours
+from hetermoe_cli.planner.single_moves import improve_layers
 from hetermoe_cli.planner.solver import SolverOptions
-from hetermoe_cli.planner.space import schedules
+from hetermoe_cli.planner.space import schedules_of
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import LoadReport
@@ -48,6 +48,11 @@ class Best:
     def left(self) -> float:
         """Seconds until the deadline."""
         return self.deadline - time.monotonic()
+
+    @property
+    def over(self) -> bool:
+        """Whether the time is up."""
+        return self.left < 0
 
     def offer(self, layout: Layout | None, *, quick: bool = True) -> bool:
         """Keep `layout` if it fits and its replay is the fastest. `quick`: not if that under the mean load is not, as
@@ -152,9 +157,7 @@ def _aimed(best: Best, layouts: Sequence[Layout]) -> tuple[Named, Aim] | None:
 def _try_aims(best: Best, layout: Layout, *, at_least_one: bool = False) -> tuple[Named, Aim] | None:
     """Every aim of one layout, while there is time or nothing fits; the one that the best layout is of, if any."""
     source, named = None, Named(best.cost, layout)
-    for number, aim in enumerate(AIMS):
-        if aim.mean and named.steady:  # no other aim
-            continue
+    for number, aim in enumerate(named.aims):
         wanted = best.left > 0 or best.layout is None or (at_least_one and not number)
         if wanted and _offer_aim(best, named, aim):
             source = named, aim
@@ -201,24 +204,8 @@ def _improve(best: Best, aimed: Named) -> None:
     before = inf
     while best.layout is not None and best.left > 0 and best.seconds < before:
         before = best.seconds
-        while _improve_layers(best, aimed):
+        while improve_layers(aimed, best, best.layout):
             pass
-        for schedule in [] if best.layout.pipeline else schedules(best.cost, best.layout.micro_batches):
-            if schedule.micro_batches == best.layout.micro_batches and best.left > 0:
+        for schedule in [] if best.layout.pipeline else schedules_of(best.cost, best.layout.micro_batches):
+            if best.left > 0:
                 best.offer(best.layout.model_copy(update={"schedule": schedule}))
-
-
-def _improve_layers(best: Best, aimed: Named) -> bool:
-    """One pass over the layers; whether some change helped."""
-    helped = False
-    for layer in range(best.cost.model.layers):
-        assert best.layout is not None
-        for placement in neighbours(aimed, best.layout, layer):
-            if best.left < 0:
-                return False
-            placements = list(best.layout.placement)
-            placements[layer] = placement
-            if best.offer(best.layout.model_copy(update={"placement": placements})):
-                helped = True
-                break
-    return helped

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.planner.baselines import Rival
+from hetermoe_cli.planner.baselines.rival import Rival
 from hetermoe_cli.planner.remedies import smallest_change
 from hetermoe_cli.planner.search import Found
 from hetermoe_cli.spec.layout import Layout

@@ -7,15 +7,15 @@ plus the time that moving takes, and must fit into memory.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import inf
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.moving import moving_seconds
-from hetermoe_cli.planner.named import AIMS, Named
+from hetermoe_cli.planner.named import Named
 from hetermoe_cli.planner.replay import busy_bound, overflow
-from hetermoe_cli.planner.single_moves import neighbours
+from hetermoe_cli.planner.single_moves import improve_layers
 from hetermoe_cli.schedule.zebra import OPTIMIZER
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
@@ -66,33 +66,21 @@ class Search:
 def search(found: Search, planned: Layout) -> None:
     """Offer `found` candidates until its time is up; `planned`: the plan's layout, whose counts say what ranks have
     time for."""
-    for layout in _candidates(found, planned):
+    aimed = [_named(found.cost, layout) for layout in _different(planned, found.current)]
+    for layout in _placed(aimed, found.current, _kinds(found.cost, found.current)):
         found.offer(layout)
         if found.over:
-            break
-
-
-def _candidates(search: Search, planned: Layout) -> Iterator[Layout]:
-    """Layouts to offer; later ones start from the best so far."""
-    kinds = _kinds(search.cost, search.current)
-    aimed = [_named(search.cost, layout) for layout in _different(planned, search.current)]
-    for named in aimed:
-        for aim in AIMS:
-            if aim.mean and named.steady:  # no other aim
-                continue
-            if layout := named.place(aim):
-                yield renumbered(layout, search.current, kinds)
-                yield layout
-    while not search.over:
-        before = search.total
-        for layer in range(search.cost.model.layers):
-            base = search.layout or search.current
-            for placement in neighbours(aimed[0], base, layer):
-                yield _with_layer(base, layer, placement)
-                if search.layout is not base:  # the others start from where it was
-                    break
-        if search.total >= before:
             return
+    while improve_layers(aimed[0], found, found.current):
+        pass
+
+
+def _placed(aimed: Sequence[Named], current: Layout, kinds: list[list[int]]) -> Iterator[Layout]:
+    """The experts placed for every aim, in bundles renumbered and not."""
+    for named in aimed:
+        for layout in filter(None, map(named.place, named.aims)):
+            yield renumbered(layout, current, kinds)
+            yield layout
 
 
 def _named(cost: CostModel, layout: Layout) -> Named:
@@ -104,12 +92,6 @@ def _named(cost: CostModel, layout: Layout) -> Named:
 
 def _different(first: Layout, second: Layout) -> list[Layout]:
     return [first] if first.placement == second.placement else [first, second]
-
-
-def _with_layer(layout: Layout, layer: int, placement: LayerPlacement) -> Layout:
-    placements = list(layout.placement)
-    placements[layer] = placement
-    return layout.model_copy(update={"placement": placements})
 
 
 def _kinds(cost: CostModel, layout: Layout) -> list[list[int]]:

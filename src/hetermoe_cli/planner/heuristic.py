@@ -9,7 +9,7 @@ import numpy as np
 
 from hetermoe_cli.planner.arrays import FloatArray, IntArray
 from hetermoe_cli.planner.choice import DeviceClass
-from hetermoe_cli.planner.counts import Counts, fits, from_totals, seconds
+from hetermoe_cli.planner.counts import counts_of, fits, seconds
 from hetermoe_cli.planner.graph import TaskGraph
 from hetermoe_cli.planner.master import Mixture, uniform
 from hetermoe_cli.planner.rates import Rates
@@ -84,17 +84,6 @@ def _repeats(table: IntArray) -> IntArray:
     return np.array(result, dtype=np.int64).reshape(-1, *table.shape)
 
 
-def counts_of(rates: Rates, table: IntArray) -> Counts:
-    """Counts of [..., layers, classes + 1]."""
-    return from_totals(table[..., :-1], table[..., -1], [c.count for c in rates.classes])
-
-
-def table_of(rates: Rates, counts: Counts) -> IntArray:
-    """The inverse."""
-    totals = counts.totals([c.count for c in rates.classes])
-    return np.concatenate([totals, counts.replicated[..., None]], axis=-1)
-
-
 def table_in(classes: Sequence[DeviceClass], layout: Layout) -> IntArray:
     """[layers, classes + 1] what a layout's classes host together, and copies."""
     return np.array(
@@ -117,7 +106,7 @@ def evaluate(rates: Rates, graph: TaskGraph, table: IntArray) -> FloatArray:
 def moves_of(rates: Rates) -> IntArray:
     """Moves of experts from one place to another: single ones, and whole rows of a class; in one layer, and of many
     layers also in every second, fourth ... one and in all, as one at a time would take too many rounds."""
-    sizes = [c.count for c in rates.classes] + [1]
+    sizes = [*rates.sizes, 1]
     moves = []
     for layers, source, target in product(_layer_sets(rates.layers), range(len(sizes)), range(len(sizes))):
         if source == target:
@@ -181,17 +170,8 @@ def _balanced(rates: Rates, allowed: list[bool]) -> FloatArray:
         [count * r.attending(rates.layers) if c.attends else 0.0 for c, r in zip(rates.classes, rates.of, strict=True)]
     )
     each = np.array([count * sum(r.hosted) for r in rates.of])
-    room = np.array(
-        [
-            max(
-                0.0,
-                (r.memory_limit - r.memory_base - r.memory_if_any)
-                / (r.memory_per_hosted + r.memory_per_share / rates.layers),
-            )
-            for r in rates.of
-        ]
-    )
-    sizes = np.array([c.count for c in rates.classes]) * np.array(allowed)
+    room = np.array([max(0.0, r.room(rates.layers)) for r in rates.of])
+    sizes = np.array(rates.sizes) * np.array(allowed)
     wanted = rates.layers * rates.experts
     low, high = 0.0, float(base.max() + wanted * each.max())
     for _ in range(50):

@@ -27,16 +27,14 @@ Mode = Literal["largest", "mean"]
 
 @dataclass
 class Model:
-    """The PuLP problem and its variables by what they mean; times are in units of `unit` seconds.
-
-    `horizon`: what the makespan may be at most.
+    """The PuLP problem and its variables by what they mean; times are in units of `unit` seconds, which the makespan
+    takes at most: in them, 1.
     """
 
     unit: float
     rates: Rates
     graph: TaskGraph
     mode: Mode
-    horizon: float
     limits: Limits
     problem: pulp.LpProblem
     hosted: dict[tuple[int, int], Any] = field(default_factory=dict)  # most on one device of a class, [layer, class]
@@ -105,7 +103,7 @@ def build(
 
     limits = limits or Limits.of(rates, horizon)
     problem = pulp.LpProblem("placement", pulp.LpMinimize)
-    model = Model(horizon, rates.scaled(horizon), graph, mode, 1.0, limits, problem)
+    model = Model(horizon, rates.scaled(horizon), graph, mode, limits, problem)
     ilp_placement.variables(model)
     ilp_placement.coverage(model)
     ilp_placement.hosting(model)
@@ -133,7 +131,7 @@ def solve(model: Model, options: SolverOptions) -> Run:
 
 def extract(model: Model) -> Counts:
     """Counts of the solution found, rounded to the integers that they stand for."""
-    sizes = [c.count for c in model.rates.classes]
+    sizes = model.rates.sizes
     totals = [
         [
             round(model.hosted[layer, c].value()) * size

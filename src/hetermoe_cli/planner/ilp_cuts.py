@@ -22,7 +22,7 @@ def cuts(model: Model) -> None:
     firsts = range(0, schedule.micro_batches, schedule.window)
     windows = [range(first, first + schedule.window) for first in firsts]
     for layer in model.layers:
-        relief = model.horizon * _empty(model, layer)
+        relief = _empty(model, layer)
         found = [cut for window in windows for cut in _layer(model, layer, window)]
         for number, (later, earlier) in enumerate(found):
             model.problem += later + relief >= earlier, f"cut_{layer}_{number}"

@@ -12,7 +12,7 @@ from hetermoe_cli.planner.patterns import caps_within
 def variables(model: Model) -> None:
     """Counts of experts per layer and class, and the binaries that follow from them."""
     add, least, most = model.problem.add_variable, model.limits.least, model.limits.most
-    caps = caps_within(model.rates, model.horizon)[0]
+    caps = caps_within(model.rates, 1.0)[0]
     for layer in model.layers:
         model.replicated.append(add(f"replicated_{layer}", least[-1], most[-1], pulp.LpInteger))
         for c, device_class in model.classes:

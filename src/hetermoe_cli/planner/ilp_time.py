@@ -80,7 +80,7 @@ def precedence(model: Model) -> None:
             model.problem += model.start[edge.after] >= end, f"after_{number}"
             continue
         indicator = _indicator(model, edge)
-        slack = model.horizon - (0.0 if edge.between else remaining[edge.before]) - earliest[edge.after]
+        slack = 1.0 - (0.0 if edge.between else remaining[edge.before]) - earliest[edge.after]
         if indicator is not None and slack > 0:
             model.problem += model.start[edge.after] >= end - slack * (1 - indicator), f"after_{number}"
 
@@ -157,7 +157,7 @@ def single_tasks(model: Model) -> None:
         seconds = (
             model.hosted[action.layer, number] * model.rates.of[number].hosted[int(action.direction is Pass.BACKWARD)]
         )
-        slack = model.horizon - remaining[before] - earliest[after]
+        slack = 1.0 - remaining[before] - earliest[after]
         bound = model.start[place[sent]] + length(model, sent) + seconds
         model.problem += model.start[after] >= bound - slack * (1 - model.hosts[action.layer, number])
 
@@ -179,7 +179,7 @@ def objective(model: Model) -> None:
                 model.finish >= model.start[node] + length(model, model.graph.tasks[node]),
                 f"finish_{node}",
             )
-    makespan = model.problem.add_variable("makespan", 0, model.horizon)  # no constant in the objective: bounds omit it
+    makespan = model.problem.add_variable("makespan", 0, 1.0)  # no constant in the objective: bounds omit it
     base, each = model.rates.reduces[0]
     reduced = base + each * model.replicated[0]
     model.problem += makespan >= model.finish + reduced + model.optimizer, "makespan_end"

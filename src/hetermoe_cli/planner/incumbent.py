@@ -17,7 +17,7 @@ from hetermoe_cli.planner import heuristic, ilp
 from hetermoe_cli.planner.arrays import IntArray
 from hetermoe_cli.planner.candidates import Candidate
 from hetermoe_cli.planner.choice import ALL, Choice, DeviceClass
-from hetermoe_cli.planner.counts import Counts
+from hetermoe_cli.planner.counts import Counts, counts_of, table_of
 from hetermoe_cli.planner.orders import other_orders, other_schedules
 from hetermoe_cli.planner.patterns import Limits
 from hetermoe_cli.planner.prepared import Prepared
@@ -113,14 +113,14 @@ class Incumbent:
         starts = self._starts(candidate, ready)
         table = heuristic.improve(ready.rates, ready.tasks, starts, self.seconds, self.deadline)
         if table is not None:
-            self.offer_counts(candidate, ready, heuristic.counts_of(ready.rates, table), starts)
+            self.offer_counts(candidate, ready, counts_of(ready.rates, table), starts)
 
     def offer_counts(
         self, candidate: Candidate, ready: Prepared, counts: Counts, starts: IntArray | None = None
     ) -> None:
         """A placement of a choice; if it is near the best, what other orders make of it, and of `starts`."""
         if self.offer(ready.layout(counts)) < NEAR * self.seconds:
-            table = heuristic.table_of(ready.rates, counts)[None]
+            table = table_of(ready.rates, counts)[None]
             self._reorder(candidate, ready, table if starts is None else np.concatenate([table, starts]))
 
     def reorder(self, candidates: Sequence[Candidate]) -> None:
@@ -142,7 +142,7 @@ class Incumbent:
             other = Prepared(choice, ready.classes, Rates(self.cost, choice, ready.classes))
             table = heuristic.improve(other.rates, other.tasks, starts, self.seconds, self.deadline)
             if table is not None:
-                self.offer(other.layout(heuristic.counts_of(other.rates, table)))
+                self.offer(other.layout(counts_of(other.rates, table)))
 
     def shake(self, spent: float) -> None:
         """Further climbs from around the best placements that `spent` seconds of search found, for at most a part of
@@ -152,7 +152,7 @@ class Incumbent:
             ready = Prepared.of(self.cost, choice)
             table = heuristic.table_in(ready.classes, self.placed[choice][1])
             better = shaken(ready.rates, ready.tasks, table, CLIMBS, end)
-            self.offer(ready.layout(heuristic.counts_of(ready.rates, better)))
+            self.offer(ready.layout(counts_of(ready.rates, better)))
 
     def _fastest(self, choices: Iterable[Choice]) -> list[Choice]:
         """Those whose best placements are near the best of all, in their order."""

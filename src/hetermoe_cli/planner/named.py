@@ -180,6 +180,11 @@ class Named:
         result: FloatArray = self.inside * (self.target.sum(axis=0) / self.inside.sum(axis=0))
         return result
 
+    @property
+    def aims(self) -> list[Aim]:
+        """Those that differ."""
+        return [aim for aim in AIMS if not (aim.mean and self.steady)]
+
     def place(self, aim: Aim, exact: SolverOptions | None = None, spare: FloatArray | float = 0.0) -> Layout | None:
         """The layout with its experts placed by name; None where memory runs out on the way.
 

@@ -13,7 +13,8 @@ from math import inf
 
 from hetermoe_cli.cost.device import STATE_BYTES
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.planner.baselines.pipeline import FEW_DEVICES, MOST_UNITS, Tuned, overlapped_pipelines, spread
+from hetermoe_cli.planner.baselines.pipeline import FEW_DEVICES, MOST_UNITS, overlapped_pipelines
+from hetermoe_cli.planner.baselines.setups import Tuned, spread
 from hetermoe_cli.planner.cluster.compositions import Composition, compositions
 from hetermoe_cli.planner.cluster.objective import HOUR, Wanted, dollars_per_hour, merit
 from hetermoe_cli.planner.cluster.parts import Part, group_inputs

@@ -25,7 +25,7 @@ from hetermoe_cli.planner.pipelines import NEAR, Found, Setups, best_pipelines, 
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.spec.explanation import Explanation
 from hetermoe_cli.spec.inputs import Inputs
-from hetermoe_cli.spec.plan import Assignment, Bound, Group, LoadReport, Plan, Prediction, SolverReport
+from hetermoe_cli.spec.plan import Assignment, Bound, Group, LoadReport, Plan, Prediction, SolverReport, ranks_in
 
 WORTH = 0.01  # of the iteration, or its dollars: by how much pipelines, or several groups, must be better
 NONE_FITS = "no pipeline fits as a plan: into memory, into --max-groups, or with NICs of its own"
@@ -92,7 +92,7 @@ class PipelineSearch:
         return self._planned(base, "no plan without a pipeline fits", found, began, None)
 
     def _merit(self, groups: Sequence[Group], seconds: float) -> float:
-        return merit(self.cost.inputs.cluster, self.wanted, _used(groups), seconds)
+        return merit(self.cost.inputs.cluster, self.wanted, ranks_in(groups), seconds)
 
     def _search(self, known: float, seconds_left: float) -> Chosen | None:
         """The best pipelines by the objective, which should be less than `known`."""
@@ -165,7 +165,7 @@ class PipelineSearch:
         cost, wanted, limit = self.cost, self.wanted, self.limit
         seconds, groups, load = chosen.seconds, chosen.groups, chosen.load
         replayed, train = replay_groups(cost.inputs, groups, cost), cost.train
-        world, used, bound = len(cost.devices), _used(groups), pipeline_bound(cost, limit)
+        world, used, bound = len(cost.devices), ranks_in(groups), pipeline_bound(cost, limit)
         paid = economy(cost, used, seconds, limit, stages=True)
         if wanted.needs_prices:
             bound = priced_bound(bound, least_dollars(cost, limit, stages=True), wanted, paid)
@@ -212,11 +212,6 @@ class PipelineSearch:
             self.cost, explanation, chosen.seconds, chosen.groups, others, beaten, self._asked(beaten)
         )
         return explanation.model_copy(update={"runner_ups": lost})
-
-
-def _used(groups: Sequence[Group]) -> list[int]:
-    """Ranks in some group."""
-    return sorted(rank for group in groups for ranks in group.replicas for rank in ranks)
 
 
 def reason_against(cost: CostModel, assignment: Assignment, wanted: Wanted) -> str:

@@ -16,9 +16,9 @@ from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.sharers import Sharers
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.planner.baselines.even import proportional
-from hetermoe_cli.planner.baselines.pipeline import Tuned
 from hetermoe_cli.planner.baselines.pipeline_cost import stage_state
 from hetermoe_cli.planner.baselines.rival import recompute_choices
+from hetermoe_cli.planner.baselines.setups import Tuned
 from hetermoe_cli.planner.cluster.replayed import group_cost, joined, replay_group
 from hetermoe_cli.planner.deal import number, rotate
 from hetermoe_cli.planner.replay import overflow

@@ -10,7 +10,8 @@ from hetermoe_cli.cost.device import find_table
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.planner.baselines import RIVALS, Rival
+from hetermoe_cli.planner.baselines.methods import RIVALS
+from hetermoe_cli.planner.baselines.rival import Rival
 from hetermoe_cli.planner.binding import binding, with_runner_ups
 from hetermoe_cli.planner.cluster.explained import with_other_orders
 from hetermoe_cli.planner.cluster.groups import may_split

@@ -2,9 +2,11 @@
 
 from typing import TYPE_CHECKING
 
+import highspy
 import numpy as np
 
 from hetermoe_cli.planner.arrays import FloatArray, IntArray
+from hetermoe_cli.planner.solver import quiet_highs
 
 if TYPE_CHECKING:
     from hetermoe_cli.planner.potentials import Stretch
@@ -15,23 +17,14 @@ class PotentialsLP:
     pattern) or the end of the window (backward)."""
 
     def __init__(self, stretch: "Stretch", worth: FloatArray) -> None:
-        import highspy
-
-        from hetermoe_cli.planner.solver import THREADS, silent_stdout
-
         self.stretch, self.count, self.patterns = stretch, len(stretch.events), len(stretch.every)
-        with silent_stdout():
-            self.highs = highspy.Highs()  # type: ignore[no-untyped-call]
-        self.highs.setOptionValue("output_flag", False)
-        self.highs.setOptionValue("threads", THREADS)
+        self.highs = quiet_highs()
         self._columns(worth, highspy.kHighsInf)
         self._layers(stretch.ways, (stretch.ways - worth[None, :, None]).argmax(1))
         self._border()
 
     def solve(self) -> FloatArray | None:
         """[events] potentials; None if there are none that are best."""
-        import highspy
-
         self.highs.run()
         if self.highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
             return None

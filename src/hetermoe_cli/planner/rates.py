@@ -27,6 +27,11 @@ class Rates:
         attending = sum(c.count for c in self.classes if c.attends)
         self.of = [device_rates(cost, c.ranks[0], c.sequences, choice.schedule, total, attending) for c in self.classes]
 
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Devices of every class."""
+        return [c.count for c in self.classes]
+
     @property
     def _attending(self) -> list[int]:
         return sorted(rank for c in self.classes if c.attends for rank in c.ranks)
@@ -130,8 +135,7 @@ class Rates:
         alike: dict[object, list[Port]] = defaultdict(list)
         for port in self._at_least(port for pair in self._port_pairs for port in pair if port is not None):
             alike[self._symmetry(port.number)].append(port)
-        sizes = [c.count for c in self.classes]
-        return list(dict.fromkeys(port for ports in alike.values() for port in on_average(ports, sizes)))
+        return list(dict.fromkeys(port for ports in alike.values() for port in on_average(ports, self.sizes)))
 
     def _symmetry(self, port: int) -> object:
         """Equal for ports that some renumbering of the cluster swaps."""

@@ -41,9 +41,12 @@ def smallest_change(inputs: Inputs, limit: int) -> str:
     sequences, a smaller batch or a larger R. `limit`: the largest R that may be tried.
     """
     for options in _options(inputs.train):
-        if fits(_with(inputs, **options), limit):
+        if fits(inputs.with_train(**options), limit):
             return f"with {_named(options)} it would fit"
-    leaner, words = _with(inputs, recompute="auto"), "" if inputs.train.recompute == "auto" else "with recompute: auto "
+    leaner, words = (
+        inputs.with_train(recompute="auto"),
+        "" if inputs.train.recompute == "auto" else "with recompute: auto ",
+    )
     end = time.monotonic() + SECONDS
     ways = [list(islice(way(leaner, limit), _TRIES)) for way in (_devices, _lengths, _batches, _micro_batches)]
     sure = [text for way in ways if (text := _confirmed(way, end))]
@@ -104,10 +107,6 @@ def _confirmed(remedies: Iterable[Remedy], end: float) -> str | None:
     return None
 
 
-def _with(inputs: Inputs, **changes: object) -> Inputs:
-    return inputs.model_copy(update={"train": inputs.train.model_copy(update=changes)})
-
-
 def _devices(inputs: Inputs, limit: int) -> Iterator[Remedy]:
     """The fewest devices of one type, and then more of it."""
 
@@ -138,7 +137,7 @@ def _lengths(inputs: Inputs, limit: int) -> Iterator[Remedy]:
     step = max(1, longest // _LENGTHS)
 
     def shortened(steps: int) -> Inputs:
-        return _with(inputs, sequence_length=longest - steps * step)
+        return inputs.with_train(sequence_length=longest - steps * step)
 
     most = (longest - shortest) // step
     if most >= 1 and possible(shortened(most), limit):
@@ -150,7 +149,7 @@ def _batches(inputs: Inputs, limit: int) -> Iterator[Remedy]:
     """The batch halved until it fits."""
     batch = inputs.train.global_batch_sequences // 2
     while batch:
-        if possible(smaller := _with(inputs, global_batch_sequences=batch), limit):
+        if possible(smaller := inputs.with_train(global_batch_sequences=batch), limit):
             yield Remedy(f"a batch of {batch} sequence{'s' * (batch > 1)}", smaller, limit)
         batch //= 2
 

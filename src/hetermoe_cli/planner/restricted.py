@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+import highspy
 import numpy as np
 
 from hetermoe_cli.planner.arrays import FloatArray, IntArray
 from hetermoe_cli.planner.chains import Chain
 from hetermoe_cli.planner.rows import Of, Rows
+from hetermoe_cli.planner.solver import quiet_highs
 
 LAYERS = 2  # the first rows: how many layers have a pattern, the last one and the others
 
@@ -19,17 +21,9 @@ class Restricted:
     """
 
     def __init__(self, rows: Rows, horizon: float) -> None:
-        import highspy
-
-        from hetermoe_cli.planner.solver import THREADS, silent_stdout
-
         self.rows, self.used = rows, np.zeros(0, dtype=np.int64)
         self.part = rows.of(rows.patterns.subset(self.used))
-        self.infinity = highspy.kHighsInf
-        with silent_stdout():
-            self.highs = highspy.Highs()  # type: ignore[no-untyped-call]
-        self.highs.setOptionValue("output_flag", False)
-        self.highs.setOptionValue("threads", THREADS)  # one pool per process, of one size
+        self.infinity, self.highs = highspy.kHighsInf, quiet_highs()
         layers, self.families = rows.layers, rows.layers.families
         for number in (rows.rates.layers - 1, 1):
             self._row(float(number), float(number), [], [])

@@ -1,6 +1,7 @@
 """Placements of a layer that differ by one expert's move, swap or copy, as a local search wants to try them."""
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 
@@ -10,6 +11,42 @@ from hetermoe_cli.planner.named import Named, placement_of
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
 
 TRIED = 2  # moves, and swaps, from one rank
+
+
+class Judge(Protocol):
+    """Keeps the best layout of those offered; None while none of them fits."""
+
+    layout: Layout | None
+
+    @property
+    def over(self) -> bool:
+        """Whether the time is up."""
+
+    def offer(self, layout: Layout, /) -> bool:
+        """Keep `layout` if it is better."""
+
+
+def improve_layers(aimed: Named, judge: Judge, start: Layout) -> bool:
+    """Offer changes of the best layout, or of `start` while nothing fits, of each layer until one helps.
+
+    Whether some did, and there is time for more.
+    """
+    helped = False
+    for layer in range(aimed.layers):
+        base = judge.layout or start
+        for placement in neighbours(aimed, base, layer):
+            if judge.over:
+                return False
+            if judge.offer(_with_layer(base, layer, placement)):
+                helped = True
+                break  # the others start from where it was
+    return helped
+
+
+def _with_layer(layout: Layout, layer: int, placement: LayerPlacement) -> Layout:
+    placements = list(layout.placement)
+    placements[layer] = placement
+    return layout.model_copy(update={"placement": placements})
 
 
 def neighbours(aimed: Named, layout: Layout, layer: int) -> Iterator[LayerPlacement]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import highspy
 import pulp
 
 from hetermoe_cli.errors import ExitCode, UserError
@@ -66,6 +67,15 @@ def _attempt(problem: pulp.LpProblem, options: SolverOptions, **more: str | floa
     status = _status(problem, result)
     objective = float(pulp.value(problem.objective)) if status in ("optimal", "feasible") else float("inf")
     return Run(status, objective, _bound(problem, result, status, objective, options), seconds)
+
+
+def quiet_highs() -> Any:
+    """HiGHS itself, for LPs that go on from their last basis or that PuLP takes longer to build than to solve."""
+    with silent_stdout():
+        highs = highspy.Highs()  # type: ignore[no-untyped-call]
+    highs.setOptionValue("output_flag", False)
+    highs.setOptionValue("threads", THREADS)  # one pool per process, of one size
+    return highs
 
 
 def check_available(name: str) -> None:

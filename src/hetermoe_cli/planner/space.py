@@ -27,10 +27,15 @@ def kinds(devices: Sequence[Device]) -> list[list[int]]:
 
 
 def schedules(cost: CostModel, limit: int) -> list[ScheduleChoice]:
-    """Every R, window, recompute and dense state, in the default order of experts and transfers."""
+    """Those of every R."""
+    counts = micro_batch_counts(cost.train.global_batch_sequences, limit)
+    return [schedule for count in counts for schedule in schedules_of(cost, count)]
+
+
+def schedules_of(cost: CostModel, count: int) -> list[ScheduleChoice]:
+    """Every window, recompute and dense state of so many micro-batches; experts and transfers in the default order."""
     return [
         cost.schedule(count, window, recompute, dense_state)
-        for count in micro_batch_counts(cost.train.global_batch_sequences, limit)
         for window in divisors(count)
         for recompute, dense_state in kept_choices(cost)
     ]

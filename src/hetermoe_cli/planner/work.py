@@ -10,7 +10,7 @@ import numpy as np
 
 from hetermoe_cli.cost.device import DeviceCost
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.planner.baselines import micro_batch_counts
+from hetermoe_cli.planner.baselines.rival import micro_batch_counts
 
 STEPS = 60  # bisection steps
 TINY = 1e-300  # seconds

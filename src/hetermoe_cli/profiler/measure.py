@@ -3,7 +3,6 @@
 Caches are emptied before each: a layer's weights and rows are used once an iteration, not over and over.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.model.seed import Seed
+from hetermoe_cli.profiler.spread import relative_spread
 
 _OTHER_BYTES = 2**28  # several times a card's caches; of a server's last cache less leaves half a layer warm
 
@@ -59,14 +59,6 @@ class Samples:
     def spread(self) -> float:
         """(75th - 25th percentile) / median of forward + backward."""
         return relative_spread([f + b for f, b in zip(self.forward, self.backward, strict=True)])
-
-
-def relative_spread(values: Sequence[float]) -> float:
-    """(75th - 25th percentile) / median; 0 for a single value."""
-    if len(values) < 2:
-        return 0.0
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return (high - low) / middle
 
 
 class Stopwatch:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from datetime import date, timedelta
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from hetermoe_cli.profiler.spread import relative_spread
 from hetermoe_cli.spec.cluster import Link, LinkRecord
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def link_record(task: LinkTask, name: str, samples: Samples) -> LinkRecord:
             latency_microseconds=round(latency * 1e6, 2),
             all_reduce_gigabytes_per_second=round(ring / 1e9, 4),
         ),
-        spread=round(statistics.median(_spread(values) for values in samples.messages), 4),
+        spread=round(statistics.median(relative_spread(values) for values in samples.messages), 4),
         comment=f"between {task.where}, {task.sizes[0]} to {task.sizes[-1]} bytes, first quartiles",
     )
 
@@ -120,12 +121,6 @@ def fit(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]
 def _usual(values: Sequence[float]) -> float:
     """The first quartile, not the median: two busy cores of a shared machine wake a receiver milliseconds late."""
     return statistics.quantiles(values, n=4, method="inclusive")[0]
-
-
-def _spread(values: Sequence[float]) -> float:
-    from hetermoe_cli.profiler.measure import relative_spread
-
-    return relative_spread(values)
 
 
 class _Pair:

@@ -8,7 +8,7 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.planner.cluster.parts import group_inputs
 from hetermoe_cli.planner.cluster.replayed import Replayed, replay_groups
 from hetermoe_cli.report.tasks import ranges
-from hetermoe_cli.spec.plan import Group, Plan, Prediction
+from hetermoe_cli.spec.plan import Group, Plan, Prediction, ranks_in
 from hetermoe_cli.trace import Span, Trace
 
 
@@ -59,14 +59,13 @@ def groups_table(plan: Plan) -> Table:
     for name in ("group", "copies", "devices", "schedule", "sequences each", "ranks"):
         table.add_column(name, justify="left" if name in ("devices", "schedule", "ranks") else "right")
     for number, group in enumerate(plan.groups):
-        ranks = sorted(rank for replica in group.replicas for rank in replica)
         table.add_row(
             str(number),
             str(len(group.replicas)),
             devices_text(plan, group.replicas[0]),
             str(group.schedule),
             str(group.sequences),
-            ranges(ranks),
+            ranges(ranks_in([group])),
         )
     return table
 

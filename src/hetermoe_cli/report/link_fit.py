@@ -3,11 +3,12 @@
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median, quantiles
+from statistics import median
 from typing import NamedTuple
 
-from hetermoe_cli.cost import LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.profiler.refit import Sample
+from hetermoe_cli.profiler.spread import relative_spread
 from hetermoe_cli.report.run_tasks import CopyTasks
 from hetermoe_cli.schedule.action import Action
 from hetermoe_cli.schedule.schedule import is_of_all
@@ -48,15 +49,14 @@ def fit_link(
     excess = median(sample.measured - sample.predicted for sample in samples)
     latency = round(max(old.latency_microseconds + 1e6 * excess, 0.0), 2)
     measured = [sample.measured for sample in samples]
-    low, middle, high = quantiles(measured, n=4, method="inclusive")
     found = LinkFit(
         name=name,
         transfers=len(samples),
         old=old,
         new=old.model_copy(update={"latency_microseconds": latency}),
         old_seconds=median(sample.predicted for sample in samples),
-        measured_seconds=middle,
-        spread=(high - low) / middle,
+        measured_seconds=median(measured),
+        spread=relative_spread(measured),
     )
     return found, (
         f"link {name}: latency from {len(samples)} transfers that had their ports alone, from ready to last lane done; "

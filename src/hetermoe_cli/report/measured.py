@@ -10,7 +10,7 @@ from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.trace import Trace, read_trace
 
 if TYPE_CHECKING:
-    from hetermoe_cli.cost import Load
+    from hetermoe_cli.cost.load import Load
     from hetermoe_cli.spec.run import RunSpec
 
 

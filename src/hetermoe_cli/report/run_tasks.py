@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from hetermoe_cli.cost import LayoutCost, balanced_load
-from hetermoe_cli.cost.load import Load, RecordedLoad
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.load import Load, RecordedLoad, balanced_load
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.planner.cluster.replayed import Replayed, replay_groups
 from hetermoe_cli.profiler.refit import KINDS, Sample

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hetermoe_cli.cost import LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.measured import MeasuredState
 from hetermoe_cli.planner.cluster.replayed import group_cost
 from hetermoe_cli.planner.drift import LEAST_FACTOR, Drift, find_drift

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from hetermoe_cli.cost import LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.load import CountedLoad, Load
 from hetermoe_cli.cost.ports import Matrix
 from hetermoe_cli.planner.cluster.replayed import replay_groups

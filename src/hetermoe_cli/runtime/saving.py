@@ -4,16 +4,8 @@ import json
 from pathlib import Path
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.model.checkpoint import (
-    MANIFEST,
-    CheckpointState,
-    finish,
-    load_tensors,
-    read_manifest,
-    step_folder,
-    verify,
-    write_shard,
-)
+from hetermoe_cli.model.checkpoint import MANIFEST, CheckpointState, load_tensors, read_manifest, step_folder, verify
+from hetermoe_cli.model.checkpoint_saving import finish, write_shard
 from hetermoe_cli.model.hugging_face import Weights
 from hetermoe_cli.model.training_state import begin_with, restore_training, training_names, training_tensors
 from hetermoe_cli.model.transformer import named_state, parameter_slices

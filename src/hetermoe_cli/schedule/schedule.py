@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from hetermoe_cli.errors import UserError
-from hetermoe_cli.schedule.action import Action, Kind, Pass, parse_action
+from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.spec.layout import Layout
 
 
@@ -55,37 +54,6 @@ class Schedule:
             first = f" after {self.after[transfer]}" if transfer in self.after else ""
             lines.append(f"transfer {transfer}: {senders} > {receivers}{first}")
         return "\n".join(lines) + "\n"
-
-
-def parse_schedule(text: str) -> Schedule:
-    """Inverse of str(schedule); UserError names the line that does not parse."""
-    compute: list[tuple[Action, ...]] = []
-    transfers: list[Action] = []
-    senders: dict[Action, tuple[int, ...]] = {}
-    receivers: dict[Action, tuple[int, ...]] = {}
-    after: dict[Action, Action] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        try:
-            head, body = line.split(":", 1)
-            word, name = head.split()
-            if word == "rank" and int(name) == len(compute):
-                compute.append(tuple(map(parse_action, body.split())))
-            elif word == "transfer":
-                action = parse_action(name)
-                body, *first = body.split(" after ")
-                left, right = body.split(">")
-                transfers.append(action)
-                if first:
-                    after[action] = parse_action(first[0].strip())
-                senders[action] = tuple(int(rank) for rank in left.split(","))
-                receivers[action] = tuple(int(rank) for rank in right.split(","))
-            else:
-                raise ValueError(line)
-        except ValueError as error:
-            raise UserError(f"schedule: line {number} does not parse: {line!r}") from error
-    return Schedule(tuple(compute), tuple(transfers), senders, receivers, after)
 
 
 _FORWARD, _BACKWARD = Pass.FORWARD, Pass.BACKWARD

@@ -2,13 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.spec.files import read_text
-
-if TYPE_CHECKING:
-    from hetermoe_cli.spec.model import ModelConfig
+from hetermoe_cli.spec.model import ModelConfig
 
 _COMMON_FIELDS = {
     "num_hidden_layers": "layers",
@@ -87,7 +85,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return dict(data)
 
 
-def model_type(model: "ModelConfig") -> str:
+def model_type(model: ModelConfig) -> str:
     """Hugging Face's type that computes what this model does; UserError if it has none.
 
     Losses that balance the router and its capacity belong to training and are no part of it.
@@ -114,7 +112,7 @@ def model_type(model: "ModelConfig") -> str:
     return kind
 
 
-def config_fields(model: "ModelConfig", sequence_length: int) -> dict[str, Any]:
+def config_fields(model: ModelConfig, sequence_length: int) -> dict[str, Any]:
     """config.json of `model`, trained on sequences of that length; UserError as of `model_type`."""
     kind, scaling = model_type(model), model.rope_scaling
     result = {"model_type": kind, "hidden_act": "silu", "tie_word_embeddings": False, **_given(model, _COMMON_FIELDS)}

@@ -1,6 +1,6 @@
 """Inputs: everything that a plan was computed from."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -37,6 +37,10 @@ class Inputs(ExtendedSpec):
         result |= {f"profiles.{name}": sha256(profile) for name, profile in sorted(self.profiles.items())}
         result |= {"expert_load": sha256(self.expert_load)} if self.expert_load else {}
         return result
+
+    def with_train(self, **changes: Any) -> "Inputs":
+        """The same with changes of the training spec."""
+        return self.model_copy(update={"train": self.train.model_copy(update=changes)})
 
     def devices(self) -> list[Device]:
         """One Device per rank."""

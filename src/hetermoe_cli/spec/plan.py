@@ -1,6 +1,6 @@
 """Plan: layouts of groups of ranks, the inputs they were made from, and the reasons for them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import date
 from typing import Any, ClassVar, Literal
 
@@ -66,6 +66,11 @@ class Group(ExtendedSpec):
 def world_of(groups: Sequence[Group]) -> World:
     """All copies of the model, on processes of the same numbers as ranks: no device may be left out."""
     return World.side_by_side([(group.layout, ranks) for group in groups for ranks in group.replicas])
+
+
+def ranks_in(groups: Iterable[Group]) -> list[int]:
+    """All that are in some group, ascending."""
+    return sorted(rank for group in groups for ranks in group.replicas for rank in ranks)
 
 
 class Memory(Spec):
@@ -239,7 +244,7 @@ class Plan(Spec):
     @property
     def used_ranks(self) -> list[int]:
         """Ranks that are in a group."""
-        return sorted(rank for group in self.groups for replica in group.replicas for rank in replica)
+        return ranks_in(self.groups)
 
     @property
     def world(self) -> World:
@@ -263,21 +268,6 @@ class Plan(Spec):
                 f"{source}: field groups: devices of the cluster are left out, this works on all: describe a cluster "
                 "without them and plan that"
             )
-
-    @property
-    def schedule(self) -> ScheduleChoice:
-        """The order of a plan with one group."""
-        return self.layout.schedule
-
-    @property
-    def sequences_per_rank(self) -> list[int]:
-        """Sequences per micro-batch and rank of a plan with one group."""
-        return self.layout.sequences_per_rank
-
-    @property
-    def placement(self) -> list[LayerPlacement]:
-        """Experts of a plan with one group."""
-        return self.layout.placement
 
     def verify(self, source: str) -> None:
         """UserError if an input was edited after planning, so that its hash no longer matches."""

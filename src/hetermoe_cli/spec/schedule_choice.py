@@ -70,11 +70,6 @@ class ScheduleChoice(ExtendedSpec):
         """All micro-batches in flight together."""
         return cls(micro_batches=micro_batches, window=micro_batches, recompute=recompute)
 
-    @classmethod
-    def sequential(cls, micro_batches: int, *, recompute: Recompute = "none") -> "ScheduleChoice":
-        """One micro-batch after another, nothing overlapped."""
-        return cls(micro_batches=micro_batches, window=1, recompute=recompute)
-
     @property
     def name(self) -> ScheduleName:
         """zebra, windowed or sequential."""

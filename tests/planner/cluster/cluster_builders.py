@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from builders import make_inputs, make_model, make_profile
-from hetermoe_cli.cost import CostModel
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.inputs import Inputs
 

@@ -3,7 +3,8 @@
 import pytest
 
 from builders import make_inputs, make_layout, make_model
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.binding import binding
 from hetermoe_cli.planner.cluster.explained import binding_of_groups, with_other_orders
 from hetermoe_cli.planner.cluster.objective import Wanted

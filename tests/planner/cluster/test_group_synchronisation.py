@@ -4,7 +4,7 @@ import pytest
 from cluster_builders import fleet, fleet_cost
 
 from builders import make_layout
-from hetermoe_cli.cost import LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.planner.cluster.replayed import Replayed, replay_groups
 from hetermoe_cli.planner.cluster.synchronise import expert_seconds
 from hetermoe_cli.schedule.action import Kind

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from builders import make_inputs, make_model
-from hetermoe_cli.cost import CostModel
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.cluster.objective import Wanted
 from hetermoe_cli.planner.cluster.plan_groups import plan_groups
 from hetermoe_cli.planner.cluster.replayed import replay_groups

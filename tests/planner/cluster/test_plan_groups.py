@@ -7,7 +7,8 @@ import pytest
 from cluster_builders import fleet
 
 from builders import make_inputs, make_layout, make_model, make_profile
-from hetermoe_cli.cost import CostModel, LayoutCost
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.cluster.bound import groups_bound
 from hetermoe_cli.planner.cluster.groups import FoundGroups, GroupSearch, may_split
@@ -193,7 +194,7 @@ def test_the_plan_of_one_group_stands_where_the_search_over_groups_finds_nothing
     memory = 10**6 + 72 * model.expert_parameters
     profiles = {"new": make_profile("new", model=model, memory_bytes=memory)}
     inputs = make_inputs([("new", 1)] * 8, model=model, profiles=profiles, global_batch_sequences=16)
-    inputs = inputs.model_copy(update={"train": inputs.train.model_copy(update={"memory_headroom": 1.0})})
+    inputs = inputs.with_train(memory_headroom=1.0)
     one, several = planned(inputs, most_groups=1), planned(inputs, most_groups=2)
     assert several.predicted.iteration_seconds <= one.predicted.iteration_seconds * (1 + 1e-9)
     assert several.max_groups == 2

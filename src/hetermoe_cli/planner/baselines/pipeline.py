@@ -12,7 +12,7 @@ devices share out optimizer states unless the training spec wants them whole.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from math import ceil, inf
@@ -23,67 +23,13 @@ from hetermoe_cli.planner.baselines.layer_split import Held, Way, deal, split, u
 from hetermoe_cli.planner.baselines.pipeline_cost import PipelineCost, Unit
 from hetermoe_cli.planner.baselines.pipeline_run import Order, Pipeline, in_flight, run
 from hetermoe_cli.planner.baselines.rival import Rival, micro_batch_counts, recompute_choices
+from hetermoe_cli.planner.baselines.setups import Setup, Tuned
 from hetermoe_cli.spec.schedule_choice import PassOrder
 from hetermoe_cli.spec.train import Recompute
 
 MOST_DEVICES = 128  # beyond that the search takes seconds
 MOST_UNITS = 16  # nodes, as units
 FEW_DEVICES = 16  # up to which units of any width are looked at with woven passes
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Pipelines before their layers are split. `micro_batches`: of all pipelines together; `passes`: as of a
-    schedule."""
-
-    width: int
-    stages: int
-    pipelines: int
-    micro_batches: int
-    passes: PassOrder = "in_turn"
-
-    @property
-    def order(self) -> Order:
-        """That of its tasks."""
-        return "woven" if self.passes == "woven" else "1F1B"
-
-    def __str__(self) -> str:
-        width = f" of {self.width} devices" if self.width > 1 else ""
-        return f"{self.pipelines} x {self.stages} stages{width}"
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """A setup with units, layers and recomputation of every stage, and the micro-batches of every pipeline."""
-
-    setup: Setup
-    order: Order
-    units: list[list[Unit]]
-    layers: list[list[int]]
-    recompute: list[list[Recompute]]
-    micro_batches: list[int]
-
-    def __str__(self) -> str:
-        splits = sorted({"-".join(map(str, layers)) for layers in self.layers})
-        text = f"{self.order}, R = {max(self.micro_batches)}, {self.setup}, layers {' or '.join(splits)}"
-        again = sorted({"-".join(recompute) for recompute in self.recompute})
-        kept = {each for recompute in self.recompute for each in recompute} == {"none"}
-        return text if kept else f"{text}, recomputation {' or '.join(again)}"
-
-
-def spread(tuned: Tuned, ranks: Sequence[Sequence[int]]) -> Tuned:
-    """What was tuned for a part of a cluster, side by side on equal parts of the whole: rank r is `ranks[part][r]`."""
-    setup, parts = tuned.setup, len(ranks)
-    whole = replace(setup, pipelines=parts * setup.pipelines, micro_batches=parts * setup.micro_batches)
-    units = [[tuple(own[rank] for rank in unit) for unit in stages] for own in ranks for stages in tuned.units]
-    return replace(
-        tuned,
-        setup=whole,
-        units=units,
-        layers=parts * tuned.layers,
-        recompute=parts * tuned.recompute,
-        micro_batches=parts * tuned.micro_batches,
-    )
 
 
 def pp(cost: CostModel, limit: int, *, pipelines: int | None = None) -> Rival:

@@ -8,7 +8,6 @@ corrects. The router is taken as balanced: a unit holds all experts of its layer
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import floor
 
 import numpy as np
@@ -106,11 +105,6 @@ class PipelineCost:
         sent = np.zeros((len(self.cost.devices), len(unit)))
         sent[list(unit)] = rows * self.cost.travelling_share(self.hosted) * self.cost.row_bytes
         return self.cost.network.seconds(sent, np.array(unit))
-
-    @cached_property
-    def layer_parameters(self) -> int:
-        """Parameters of a layer that a device holds."""
-        return self.cost.model.attention_layer_parameters + self.hosted * self.cost.model.expert_parameters
 
     def edge_parameters(self, first: bool, last: bool) -> int:
         """Embedding and dense layers on the first stage; final norm and head on the last."""

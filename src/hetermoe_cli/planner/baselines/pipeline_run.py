@@ -6,7 +6,9 @@ from heapq import heappop, heappush
 from typing import Literal, NamedTuple
 
 from hetermoe_cli.cost.ports import Network
-from hetermoe_cli.spec.schedule_choice import windows_ahead
+from hetermoe_cli.schedule.action import Pass
+from hetermoe_cli.schedule.zebra import Windows, steps
+from hetermoe_cli.spec.schedule_choice import PassOrder, windows_ahead
 
 Order = Literal["1F1B", "GPipe", "woven"]
 
@@ -42,26 +44,25 @@ class Pipeline:
 
 
 def stage_order(order: Order, stage: int, stages: int, micro_batches: int) -> list[Step]:
-    """GPipe runs all forwards first, the others some (windows_ahead), then a forward and a backward in turn, or both
-    at once."""
-    warm = min(micro_batches, _ahead(order, stage, stages, micro_batches))
-    result: list[Step] = [(Task(True, index),) for index in range(warm)]
-    for index in range(micro_batches):
-        backward, forward = Task(False, index), [Task(True, later) for later in range(warm + index, micro_batches)[:1]]
-        result += [(*forward, backward)] if order == "woven" else [*[(task,) for task in forward], (backward,)]
-    return result
+    """That of a plan's pipeline stage, with windows of one micro-batch."""
+    windows = Windows(micro_batches, 1, passes=_passes(order))
+    found = steps(_following(order, stage, stages, micro_batches), windows)
+    return [tuple(Task(direction is Pass.FORWARD, window.start) for direction, window in step) for step in found]
 
 
 def in_flight(order: Order, stage: int, stages: int, micro_batches: int) -> int:
     """Micro-batches between forward and backward on a stage, at most."""
-    return min(micro_batches, _ahead(order, stage, stages, micro_batches) + 1)
+    ahead = windows_ahead(_passes(order), _following(order, stage, stages, micro_batches))
+    return min(micro_batches, ahead + 1)
 
 
-def _ahead(order: Order, stage: int, stages: int, micro_batches: int) -> int:
-    """Forwards before the first backward, if there are as many."""
-    if order == "GPipe":
-        return micro_batches
-    return windows_ahead("woven" if order == "woven" else "in_turn", stages - 1 - stage)
+def _following(order: Order, stage: int, stages: int, micro_batches: int) -> int:
+    """Stages behind a stage; as many as micro-batches send all of these forward first, as GPipe does."""
+    return micro_batches if order == "GPipe" else stages - 1 - stage
+
+
+def _passes(order: Order) -> PassOrder:
+    return "woven" if order == "woven" else "in_turn"
 
 
 def run(network: Network, pipelines: Sequence[Pipeline], order: Order, message_bytes: float) -> float:

@@ -5,20 +5,18 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from math import inf
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.baselines.parts import parted_seconds
+from hetermoe_cli.planner.baselines.setups import Tuned
 from hetermoe_cli.planner.orders import other_orders
 from hetermoe_cli.planner.replay import Overflow, busy_bound, over_steps, overflow, replay_seconds
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import Baseline
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 from hetermoe_cli.spec.train import DenseState, Recompute
-
-if TYPE_CHECKING:
-    from hetermoe_cli.planner.baselines.pipeline import Tuned
 
 # What runs beside an all-to-all: nothing; experts of other parts of the same micro-batch and layer (parts.py); any task
 # of other micro-batches.
@@ -39,7 +37,7 @@ class Rival:
     layout: Layout | None
     seconds: float
     reason: str = ""
-    pipelines: "Sequence[tuple[float, Tuned]]" = ()
+    pipelines: Sequence[tuple[float, Tuned]] = ()
 
     def baseline(self) -> Baseline:
         """What a plan stores."""

@@ -8,7 +8,7 @@ from math import ceil, floor, inf
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.baselines.rival import Overlap, Rival, best, micro_batch_counts, windows, with_schedule
 from hetermoe_cli.planner.deal import number, rotate
-from hetermoe_cli.planner.device_rates import ClassRates, device_rates
+from hetermoe_cli.planner.device_rates import device_rates
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
@@ -111,8 +111,8 @@ def offloaded(cost: CostModel, roles: Roles, schedule: ScheduleChoice) -> list[i
     squeeze = (time_expert * given + attention.hosted[0] * experts / n * taken) * n / experts
     if given == 0 or squeeze <= 0:
         return [0] * layers
-    least = max(max(0.0, layers * experts / n - _capacity(host, layers)) for host in hosts)
-    most = max(0.0, _capacity(attention, layers)) * m / n
+    least = max(max(0.0, layers * experts / n - host.room(layers, wider=1)) for host in hosts)
+    most = max(0.0, attention.room(layers, wider=1)) * m / n
     if gather <= 0:  # no bubble to fill: give up only what does not fit
         scale, gather = ceil(least / given) * squeeze / layers, 1.0
     else:
@@ -130,9 +130,3 @@ def chunks_of(bubble: float, squeeze: float, layers: int, most: int) -> list[int
         gathered -= chunks * squeeze
         result.append(chunks)
     return result
-
-
-def _capacity(rates: ClassRates, layers: int) -> float:
-    """Experts that a device's memory holds over `layers` layers, one of which may have one more than the mean."""
-    room = rates.memory_limit - rates.memory_base - rates.memory_if_any - rates.memory_per_share
-    return room / (rates.memory_per_hosted + rates.memory_per_share / layers)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from hetermoe_cli.planner.baselines.rival import kept_choices, state_choices
 from hetermoe_cli.planner.cluster.parts import Kernels, Part
-from hetermoe_cli.planner.device_rates import ClassRates
 from hetermoe_cli.planner.space import divisors
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
@@ -162,10 +161,9 @@ def estimate(part: Part, kernels: Kernels, schedule: ScheduleChoice, shares: Seq
     total = sum(share.devices * share.sequences for share in shares)
     attending = sum(share.devices for share in shares if share.sequences)
     rates = [kernels.rates(s.kind, s.sequences, schedule, total, attending, part.groups) for s in shares]
-    rooms = [_room(r, model.layers) for r in rates]
-    if any(room < 0 and share.sequences for room, share in zip(rooms, shares, strict=True)):
+    if any(share.sequences and not r.fits for r, share in zip(rates, shares, strict=True)):
         return Estimate(inf, True)
-    rooms = [max(0.0, room) / model.layers for room in rooms]
+    rooms = [max(0.0, r.room(model.layers)) / model.layers for r in rates]
     if sum(share.devices * room for share, room in zip(shares, rooms, strict=True)) < model.experts:
         return Estimate(inf, True)
     base = [
@@ -199,15 +197,6 @@ def _gather_seconds(kernels: Kernels, shares: Sequence[Share], windows: int) -> 
     devices = [kernels.cost.devices[2 * share.kind] for share in shares if share.sequences]
     slowest = min(device.network.ring_bandwidth for device in devices)
     return (3 * windows - 1) * kernels.cost.dense_gradient_bytes / slowest
-
-
-def _room(rates: ClassRates, layers: int) -> float:
-    """Experts of all layers that memory leaves room for; negative where not even the rest fits."""
-    left = rates.memory_limit - rates.memory_base
-    if left < 0:
-        return -1.0
-    each = rates.memory_per_hosted + rates.memory_per_share / layers
-    return max(0.0, left - rates.memory_if_any) / each
 
 
 def _layer_seconds(

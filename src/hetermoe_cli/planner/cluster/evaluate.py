@@ -12,7 +12,7 @@ from hetermoe_cli.planner.choice import Choice, DeviceClass, group
 from hetermoe_cli.planner.cluster.choices import Option
 from hetermoe_cli.planner.cluster.parts import Kernels, Part
 from hetermoe_cli.planner.cluster.placements import mixture, placements, rows
-from hetermoe_cli.planner.counts import Counts, fits, from_totals, seconds
+from hetermoe_cli.planner.counts import Counts, counts_of, fits, seconds, step_seconds
 from hetermoe_cli.planner.deal import deal
 from hetermoe_cli.planner.graph import TaskGraph, task_graph
 from hetermoe_cli.planner.ports import Port
@@ -104,14 +104,14 @@ def evaluate(part: Part, kernels: Kernels, option: Option) -> Evaluated | None:
     if found is None:
         return None
     table, time = found
-    counts = from_totals(table[..., :-1], table[..., -1], [c.count for c in classes])
-    return Evaluated(choice, classes, counts, time, _optimizer(rates, counts))
+    counts = counts_of(rates, table)
+    return Evaluated(choice, classes, counts, time, float(step_seconds(rates, counts)))
 
 
 def _in_full(rates: GroupRates) -> tuple[IntArray, float] | None:
     """[layers, classes + 1] the best levelled placement, all layers timed."""
     tables = placements(rates)
-    counts = from_totals(tables[..., :-1], tables[..., -1], [c.count for c in rates.classes])
+    counts = counts_of(rates, tables)
     tables = tables[fits(rates, counts)]
     if not len(tables):
         return None
@@ -153,7 +153,7 @@ def sequences_per_rank(part: Part, option: Option) -> tuple[int, ...]:
 
 def timed(rates: GroupRates, tables: IntArray) -> FloatArray:
     """[n] seconds of compute and transfers of `tables` [n, layers, classes + 1]."""
-    counts = from_totals(tables[..., :-1], tables[..., -1], [c.count for c in rates.classes])
+    counts = counts_of(rates, tables)
     return seconds(_without_steps(rates), small_graph(rates, tables.shape[1]), counts)
 
 
@@ -176,12 +176,3 @@ def small_graph(rates: Rates, layers: int) -> TaskGraph:
         small.append(DeviceClass(c.type, c.sequences, ranks))
         sequences += [c.sequences] * len(ranks)
     return task_graph(Choice(rates.choice.schedule, tuple(sequences)), small, layers)
-
-
-def _optimizer(rates: Rates, counts: Counts) -> float:
-    totals = counts.totals([c.count for c in rates.classes]).sum(-2)
-    copies = int(counts.replicated.sum())
-    return max(
-        r.optimizer_base + r.optimizer_per_expert * -(-int(totals[index]) // c.count) + r.optimizer_per_copy * copies
-        for index, (c, r) in enumerate(zip(rates.classes, rates.of, strict=True))
-    )

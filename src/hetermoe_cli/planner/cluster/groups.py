@@ -10,9 +10,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import gcd, inf, lcm
+from math import inf, lcm
 
-from hetermoe_cli.cost.device import STATE_BYTES
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.cluster.compositions import Composition, compositions, ranks_of
@@ -22,10 +21,11 @@ from hetermoe_cli.planner.cluster.objective import Wanted, known_prices, merit, 
 from hetermoe_cli.planner.cluster.packing import Limits, Packer, Packing
 from hetermoe_cli.planner.cluster.replayed import Replayed, joined, replay_group
 from hetermoe_cli.planner.cluster.trim import trimmed
+from hetermoe_cli.planner.cluster.worth import Worth, finest
 from hetermoe_cli.planner.remedies import lacking_states
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.spec.inputs import Inputs
-from hetermoe_cli.spec.plan import Group
+from hetermoe_cli.spec.plan import Group, ranks_in
 
 ROUNDS = 10  # of packing and computing or replaying what was chosen
 LAST_ROUND = 100  # if not one packing could be replayed before
@@ -34,7 +34,6 @@ CLOSE = 0.01  # relative error of estimates that makes another round pointless
 ESTIMATING = 0.15  # of the time limit
 MORE = 12  # compositions that get more points
 PATIENCE = 4.0  # times the time limit, if nothing could be packed within it
-FINEST = 128  # parts of the batch that shares are multiples of
 SCALES = (0.5, 0.75, 1.25, 1.5, 2.0)  # of the fair share
 
 
@@ -66,12 +65,13 @@ class GroupSearch:
         self.limits = Limits(
             devices=[node.count * node.devices for node in self.cluster.nodes],
             batch=self.batch,
-            quantum=1,
+            quantum=finest(self.batch),
             prices=prices(self.cluster) if wanted.needs_prices else known_prices(self.cluster),
             most_cost=wanted.most_cost,
             most_groups=wanted.most_groups,
             solver=solver.name,
         )
+        self.worth = Worth(cost, wanted, self.limits)
         self.best: FoundGroups | None = None
 
     def past(self, share: float) -> bool:
@@ -86,19 +86,17 @@ class GroupSearch:
         found = self.candidates()
         if not found:
             return
-        speed = self._speeds()
+        speed = self.worth.speeds
         whole = sum(speed[kind] * count for kind, count in enumerate(self.limits.devices))
         shares = {c: self.batch * sum(s * count for s, count in zip(speed, c, strict=True)) / whole for c in found}
-        quantum = self._quantum()
-        self.limits = Limits(**{**vars(self.limits), "quantum": quantum})
         for c in found:
             self.fair[c] = self._whole(c, shares[c])
-        for c in self._in_turn(sorted(found, key=self._promise)):
+        for c in self._in_turn(sorted(found, key=self.worth.promise)):
             if self.past(PATIENCE if patient else 0.5) and (patient or self._pack() is not None):
                 break
             self.curves.point(c, self.fair[c])
             groups = self._most(c)
-            if self.batch % (groups * quantum) == 0:  # the whole batch on such groups alone
+            if self.batch % (groups * self.limits.quantum) == 0:  # the whole batch on such groups alone
                 self.curves.point(c, self.batch // groups)
         if self.beat == inf or self._packed_seconds() < FAR * self.beat:
             self._widen()
@@ -110,7 +108,7 @@ class GroupSearch:
         for c in found:
             if self.cost.model.layers <= FULL or self.past(ESTIMATING):  # short models are placed as fast as estimated
                 break
-            efficiency = self.fair[c] / self._value(c) / self.curves.promise(c, self.fair[c])
+            efficiency = self.fair[c] / self.worth.value(c) / self.curves.promise(c, self.fair[c])
             known[tuple(count > 0 for count in c)].append((-efficiency, c))
         ranked = [(place, one) for several in known.values() for place, one in enumerate(sorted(several))]
         first = [c for _, (_, c) in sorted(ranked)]
@@ -132,7 +130,7 @@ class GroupSearch:
     def _widen(self) -> None:
         def efficiency(c: Composition) -> float:
             point = self.curves.points[c].get(self.fair[c])
-            return self.fair[c] / self._value(c) / point.seconds if point else 0.0
+            return self.fair[c] / self.worth.value(c) / point.seconds if point else 0.0
 
         looked = sorted((c for c in self.curves.points if self.curves.known(c)), key=efficiency, reverse=True)
         for c in looked[:MORE]:
@@ -144,24 +142,6 @@ class GroupSearch:
                     return
                 self.curves.point(c, self._whole(c, share))
 
-    def _value(self, c: Composition) -> float:
-        """What the composition's devices are worth: dollars for the cost objective, else work."""
-        if self.wanted.objective == "cost":
-            return self.limits.price(c)
-        return sum(s * count for s, count in zip(self._speeds(), c, strict=True))
-
-    def _speeds(self) -> list[float]:
-        """Work a second of one device of each node group: sequences with their expert rows."""
-        model, train = self.cost.model, self.cost.train
-        result = []
-        for node in self.cluster.nodes:
-            device = self.cost.types[node.device]
-            rows = self.cost.rows_per_expert(max(1, min(self.batch, 64)))
-            row = sum(device.expert(rows)[:2]) / rows
-            attention = self.cost.attending_seconds(device, 1)
-            result.append(1 / (attention + row * model.layers * train.sequence_length * model.top_k))
-        return result
-
     def _whole(self, c: Composition, share: float) -> int:
         """Sequences of about that share: by the quantum, and as many for each of its devices where there are so many.
 
@@ -171,42 +151,14 @@ class GroupSearch:
         step = next(step for step in (lcm(sum(c), quantum), quantum) if step <= max(share, quantum))
         return min(self.batch, max(step, round(share / step) * step))
 
-    def _quantum(self) -> int:
-        """Shares are multiples of it: a power of two that divides the batch, at most a 128th of it."""
-        power = 1
-        while 2 * power * FINEST <= self.batch:
-            power *= 2
-        return gcd(power, self.batch)
-
-    def _promise(self, c: Composition) -> tuple[int, bool, int]:
-        """Equal parts of everything first, then single node groups, pairs, others; of these first what leaves no
-        devices over, then large ones."""
-        kinds = sum(count > 0 for count in c)
-        parts = {most / count for count, most in zip(c, self.limits.devices, strict=True) if count}
-        equal = len(parts) == 1
-        rank = 0 if equal and kinds == len(c) else 1 if kinds == 1 else 2 if equal else 3
-        rest = any(most % count for count, most in zip(c, self.limits.devices, strict=True) if count)
-        return rank, rest, -sum(c)
-
     def candidates(self) -> list[Composition]:
         """Compositions that hold the model and cost no more than allowed."""
         found = (c for c in compositions(self.cluster) if sum(c) <= self.largest)
-        return [c for c in found if self.holds(c) and self._affordable(c)]
+        return [c for c in found if self.holds(c) and self.worth.affordable(c)]
 
     def holds(self, c: Composition) -> bool:
-        """Whether the devices' memory holds one copy of all states; of optimizer states what as many groups as
-        there can be leave to each, where they may share them out."""
-        weights, gradients, optimizer = STATE_BYTES[self.cost.train.precision]
-        sharing = self.curves.sharing(c)[-1] if self.cost.train.dense_state != "replicated" else 1
-        held = sum(
-            count * (device.memory_bytes * self.cost.train.memory_headroom - device.framework_bytes)
-            for count, node in zip(c, self.cluster.nodes, strict=True)
-            for device in [self.cost.types[node.device]]
-        )
-        return held >= self.cost.model.parameters * (weights + gradients + optimizer / sharing)
-
-    def _affordable(self, c: Composition) -> bool:
-        return self.wanted.most_cost is None or self.limits.price(c) <= self.wanted.most_cost
+        """Whether the devices' memory holds one copy of all states."""
+        return self.worth.holds(c, self.curves.sharing(c)[-1])
 
     def pack(self) -> None:
         """Pack, compute what was interpolated, pack again; replay it, correct what was estimated, and pack again."""
@@ -249,10 +201,9 @@ class GroupSearch:
                 refused = True
         if refused:
             return inf
-        used = [rank for g in done for ranks in g.group.replicas for rank in ranks]
-        value = merit(self.cluster, self.wanted, used, replayed.seconds)
+        groups = [g.group for g in done]
+        value = merit(self.cluster, self.wanted, ranks_in(groups), replayed.seconds)
         if value < (self.best.merit if self.best else inf):
-            groups = [g.group for g in done]
             self.best = FoundGroups(groups, replayed, len(self.curves.points), self.curves.evaluated, value)
         copies = len(replayed.copies)
         better = [self.curves.reconsider(c, share, copies) for c, share, _ in chosen]

@@ -8,8 +8,7 @@ from statistics import fmean
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.planner.cluster.parts import group_inputs
-from hetermoe_cli.planner.cluster.replayed import iteration_seconds
+from hetermoe_cli.planner.cluster.replayed import group_cost, iteration_seconds
 from hetermoe_cli.planner.expert_load import Best, load_report, place_by_name
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.solver import SolverOptions
@@ -55,7 +54,7 @@ def numbered_under_load(cost: CostModel, groups: Sequence[Group], balanced: floa
 def _cost_among(cost: CostModel, group: Group, groups: Sequence[Group]) -> CostModel:
     """Costs of a group's devices, where states are shared out over all copies of the model."""
     copies = sum(len(other.replicas) for other in groups)
-    return CostModel(group_inputs(cost.inputs, group.replicas[0], group.sequences), copies)
+    return group_cost(cost.inputs, group, copies)
 
 
 def _mean_seconds(cost: CostModel, groups: Sequence[Group]) -> float:

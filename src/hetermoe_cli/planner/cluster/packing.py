@@ -48,7 +48,7 @@ class Packer:
     ) -> None:
         """`refused`: shares, between points or not, at which a composition is known to fit in no way."""
         self.limits, self.refused = limits, refused
-        self.curves = {c: curve for c, curve in curves.items() if curve and self._affordable(c)}
+        self.curves = {c: curve for c, curve in curves.items() if curve}
         self.times: dict[Composition, list[tuple[int, float]]] = {
             c: [
                 (share, time_at(curve, share))
@@ -58,9 +58,6 @@ class Packer:
             for c, curve in self.curves.items()
         }
         self.looks = sorted({seconds for times in self.times.values() for _, seconds in times})
-
-    def _affordable(self, composition: Composition) -> bool:
-        return self.limits.most_cost is None or self.limits.price(composition) <= self.limits.most_cost
 
     def fastest(self) -> Packing | None:
         """The packing that ends first."""

@@ -12,8 +12,8 @@ from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
 def group_inputs(inputs: Inputs, ranks: list[int], sequences: int) -> Inputs:
     """What one group is planned from: its devices and its share of the batch."""
-    train = inputs.train.model_copy(update={"global_batch_sequences": sequences})
-    return inputs.model_copy(update={"cluster": subcluster(inputs.cluster, ranks), "train": train, "origin": None})
+    part = inputs.with_train(global_batch_sequences=sequences)
+    return part.model_copy(update={"cluster": subcluster(inputs.cluster, ranks), "origin": None})
 
 
 def part_of(inputs: Inputs, ranks: list[int]) -> Inputs:

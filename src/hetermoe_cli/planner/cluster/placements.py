@@ -11,7 +11,7 @@ import numpy as np
 import pulp
 
 from hetermoe_cli.planner.arrays import FloatArray, IntArray
-from hetermoe_cli.planner.counts import fits, from_totals
+from hetermoe_cli.planner.counts import counts_of, fits
 from hetermoe_cli.planner.rates import Rates
 from hetermoe_cli.planner.solver import SolverOptions, solve_problem
 
@@ -42,9 +42,7 @@ def placements(rates: Rates) -> IntArray:
 
 def _room(rates: Rates) -> FloatArray:
     """[classes] experts of all layers that a device's memory holds, with one layer that has one more than the mean."""
-    each = [r.memory_per_hosted + r.memory_per_share / rates.layers for r in rates.of]
-    left = [r.memory_limit - r.memory_base - r.memory_if_any - r.memory_per_share for r in rates.of]
-    return np.array([max(0, int(room / size)) for room, size in zip(left, each, strict=True)])
+    return np.array([max(0, int(r.room(rates.layers, wider=1))) for r in rates.of])
 
 
 Load = tuple[FloatArray, FloatArray]
@@ -63,14 +61,14 @@ def _loads(rates: Rates) -> list[Load]:
         max((port.bytes_per_expert[c] * port.byte_seconds for port in rates.ports if port.devices), default=0.0)
         for c in range(len(each))
     ]
-    usual = rates.cost.travelling_share(rates.experts / sum(c.count for c in rates.classes))
+    usual = rates.cost.travelling_share(rates.experts / sum(rates.sizes))
     return [(base, each), (base, np.maximum(each, 2 * usual * np.array(moved)))]
 
 
 def _levelled(rates: Rates, load: Load, allowed: list[bool]) -> FloatArray:
     """[classes] experts of all layers that level the devices' load, within their memory."""
     base, each = load
-    sizes = np.array([c.count for c in rates.classes]) * np.array(allowed)
+    sizes = np.array(rates.sizes) * np.array(allowed)
     room, wanted = _room(rates), rates.layers * rates.experts
     low, high = 0.0, float(base.max() + rates.experts * each.max())
     for _ in range(50):
@@ -84,7 +82,7 @@ def _levelled(rates: Rates, load: Load, allowed: list[bool]) -> FloatArray:
 def _quantised(rates: Rates, load: Load, allowed: list[bool], room: FloatArray) -> Iterator[IntArray]:
     """[classes + 1] one layer's experts: the least time in which whole experts per device find a place, if any does."""
     base, each = load
-    sizes, most = np.array([c.count for c in rates.classes]), np.where(allowed, room, 0)
+    sizes, most = np.array(rates.sizes), np.where(allowed, room, 0)
     steps = np.arange(1, min(rates.experts, MOST_STEPS) + 1)
     for time in np.unique(np.concatenate([b + e * steps for b, e in zip(base, each, strict=True)])):
         counts = np.clip(np.floor((time - base) / each + 1e-9), 0, most).astype(np.int64) * sizes
@@ -137,7 +135,7 @@ def _fill(target: FloatArray, steps: IntArray, experts: int) -> IntArray | None:
 
 def rows(rates: Rates) -> IntArray:
     """[n, classes + 1] whole experts levelled over any of the classes, by compute alone or with the network."""
-    sizes = [c.count for c in rates.classes]
+    sizes = rates.sizes
     numbers = range(len(sizes))
     if len(sizes) <= MOST_CLASSES:
         subsets = [[bool(mask >> c & 1) for c in numbers] for mask in range(1, 1 << len(sizes))]
@@ -154,13 +152,12 @@ def rows(rates: Rates) -> IntArray:
 
 def mixture(rates: Rates, pool: IntArray, seconds: FloatArray) -> IntArray | None:
     """[layers, classes + 1] the rows of `pool`, each lasting `seconds`, that take least time together and fit."""
-    sizes = [c.count for c in rates.classes]
     for margin in MARGINS:
         numbers = _numbers(rates, pool, seconds, margin)
         if numbers is None:
             return None
         table = _spread(pool, numbers)
-        if fits(rates, from_totals(table[..., :-1], table[..., -1], sizes)):
+        if fits(rates, counts_of(rates, table)):
             return table
     return None
 

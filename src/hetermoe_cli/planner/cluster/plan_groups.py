@@ -29,7 +29,7 @@ from hetermoe_cli.planner.explain import not_used, sources
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.spec.inputs import Inputs
-from hetermoe_cli.spec.plan import Bound, Economy, Plan, Prediction, SolverReport
+from hetermoe_cli.spec.plan import Bound, Economy, Plan, Prediction, SolverReport, ranks_in
 from hetermoe_cli.spec.train import DenseState
 
 RIVALS_SHARE = 0.05  # of the time limit, for each rival
@@ -83,7 +83,7 @@ def plan_groups(
         found = replace(found, groups=loaded.groups, replayed=replay_groups(cost.inputs, loaded.groups, cost))
     train, world = cost.train, len(cost.devices)
     replayed = found.replayed
-    used = sorted(rank for group in found.groups for ranks in group.replicas for rank in ranks)
+    used = ranks_in(found.groups)
     paid = economy(cost, used, seconds, limit)
     bound = bound_of_groups(cost, limit, wanted, paid)
     return Plan(
@@ -135,8 +135,7 @@ def _of_one_state(cost: CostModel, find: Callable[[CostModel], FoundGroups]) -> 
 
 def _with_state(cost: CostModel, state: DenseState) -> CostModel:
     """The same costs where the training spec leaves no other state."""
-    train = cost.train.model_copy(update={"dense_state": state})
-    return CostModel(cost.inputs.model_copy(update={"train": train}))
+    return CostModel(cost.inputs.with_train(dense_state=state))
 
 
 def _no_slower(found: FoundGroups, rivals: Iterable[EvenGroups]) -> FoundGroups:

@@ -30,7 +30,7 @@ OverGroups = Mapping[Kind, Sequence[TransferCost]]  # what all groups sum (R) an
 
 class GroupCost(LayoutCost):
     """A layout among other groups, which share nothing if there is no `over_groups`. `synchronise`: from the group's
-    own last gradient until all groups may step; `sharers` as of LayoutCost."""
+    own last gradient until all groups may step; `sharers` as of LayoutMemory."""
 
     def __init__(
         self,
@@ -195,9 +195,9 @@ def joined(done: list[ReplayedGroup], whole: CostModel) -> Replayed:
     return Replayed(groups)
 
 
-def group_cost(inputs: Inputs, group: Group) -> CostModel:
-    """Costs of a layout's first replica."""
-    return CostModel(group_inputs(inputs, group.replicas[0], group.sequences))
+def group_cost(inputs: Inputs, group: Group, copies: int = 1) -> CostModel:
+    """Costs of a layout's first replica, where states are shared out over `copies` of the model."""
+    return CostModel(group_inputs(inputs, group.replicas[0], group.sequences), copies)
 
 
 def replay_measured(inputs: Inputs, groups: Sequence[Group], state: MeasuredState) -> Replayed:
