@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from builders import any_layouts, layouts, make_layout
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.runtime.calls import Calls, calls_of, check, check_agreement, digest, verify
+from hetermoe_cli.runtime.call_check import check, verify
+from hetermoe_cli.runtime.calls import Calls, calls_of, check_agreement, digest
 from hetermoe_cli.schedule.action import Action, parse_action
 from hetermoe_cli.schedule.lower import training_schedule, training_schedules, validation_schedule
 from hetermoe_cli.schedule.schedule import Schedule

@@ -10,7 +10,7 @@ from hetermoe_cli.launch.preflight import check_devices, check_measured, check_n
 from hetermoe_cli.launch.started import started_plan
 from hetermoe_cli.model.data import VOCAB_SIZE, Batches, Corpus, corpus_of
 from hetermoe_cli.planner.cluster.replayed import group_cost
-from hetermoe_cli.runtime.calls import check
+from hetermoe_cli.runtime.call_check import check
 from hetermoe_cli.runtime.recorder import CHECKPOINTS, METRICS
 from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.spec.files import load

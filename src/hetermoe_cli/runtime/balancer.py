@@ -3,7 +3,8 @@
 import time
 
 from hetermoe_cli.planner.rebalance import UNSTEADY, decide
-from hetermoe_cli.runtime.calls import check, check_agreement, digest
+from hetermoe_cli.runtime.call_check import check
+from hetermoe_cli.runtime.calls import check_agreement, digest
 from hetermoe_cli.runtime.drift import DriftMonitor, Measured
 from hetermoe_cli.runtime.emulator import EmulatedClock
 from hetermoe_cli.runtime.rebalance import move_experts, share_change
