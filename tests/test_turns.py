@@ -10,7 +10,7 @@ from builders import any_layouts, make_layout
 from hetermoe_cli.schedule.lower import training_schedule, validation_schedule
 from hetermoe_cli.schedule.schedule import Schedule
 from hetermoe_cli.simulator import check_deadlock
-from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.layout import Layout, PipelineStage
 from hetermoe_cli.turns import in_turns
 
 
@@ -40,3 +40,13 @@ def test_ranks_that_keep_it_never_wait_in_a_circle(of: Callable[[Layout], Schedu
             )
             assert mine == own
     check_deadlock(by_turns, layout.layers)
+
+
+def test_pipelines_keep_the_order_of_the_schedule() -> None:
+    """Stages may have unlike numbers of layers, each as slow as its devices are."""
+    stages = [PipelineStage(layers=1, ranks=[0]), PipelineStage(layers=3, ranks=[1])]
+    layout = make_layout((1, 1), (0, 0), replicated=2, micro_batches=4, layers=4).model_copy(
+        update={"pipeline": stages}
+    )
+    schedule = training_schedule(layout)
+    assert in_turns(schedule, 4) is schedule

@@ -42,12 +42,20 @@ def test_two_nodes_measure_what_is_between_them(tmp_path: Path, port: int) -> No
 
 
 def test_nodes_that_would_measure_different_things_both_say_so(tmp_path: Path, port: int) -> None:
-    nodes = [link(tmp_path, 0, port, "--nics", 2, "--nproc-per-node", 2), link(tmp_path, 1, port)]
+    nodes = [link(tmp_path, 0, port, "--nproc-per-node", 2), link(tmp_path, 1, port)]
     errors = [node.communicate(timeout=120)[1].strip().splitlines()[-1] for node in nodes]
     assert [node.returncode for node in nodes] == [3, 3]
     assert errors[1].startswith("hetermoe: error: --nproc-per-node (or the number of CUDA devices), --nics, --device ")
     assert errors[0].startswith("hetermoe: error: node 1: --nproc-per-node ")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_node_that_cannot_measure_tells_the_other(tmp_path: Path, port: int) -> None:
+    nodes = [link(tmp_path, 0, port), link(tmp_path, 1, port, "--nics", 2)]
+    errors = [node.communicate(timeout=120)[1].strip().splitlines()[-1] for node in nodes]
+    assert [node.returncode for node in nodes] == [3, 3]
+    told = "--nics 2: only 1 of a node's devices send, over as many NICs at most"
+    assert errors == [f"hetermoe: error: node 1: {told}", f"hetermoe: error: {told}"]
 
 
 @pytest.mark.parametrize(

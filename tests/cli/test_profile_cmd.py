@@ -257,6 +257,7 @@ def test_the_command_line_imports_neither_torch_nor_pydantic() -> None:
         ((8, 0), ["sm_75", "sm_86"], False),
         ((12, 1), ["sm_90a", "compute_120"], True),
         ((8, 0), [], True),
+        ((9, 0), ["gfx90a"], True),
     ],
 )
 def test_a_card_without_kernels_in_this_torch_is_named(

@@ -28,6 +28,7 @@ def test_ends_of_errors() -> None:
         ({0: DONE}, DONE),
         ({0: LOST, 1: DIED}, End(6, "node 1: worker of rank 2 died")),
         ({0: SAVED, 1: End(3, "interrupted, and not saved")}, End(3, "node 1: interrupted, and not saved")),
+        ({0: LOST, 1: End(130, "interrupted")}, End(130, "interrupted")),
         ({0: LOST}, End(6, f"node 1: {GONE}")),
         ({0: LOST, 1: LOST}, End(6, LOST.line)),
     ],

@@ -19,7 +19,7 @@ def test_a_link_between_two_processes_is_plausible(monkeypatch: pytest.MonkeyPat
     """Wide bounds: the machine may be busy; a wrong unit misses them by far."""
     found: list[Samples] = []
     monkeypatch.setattr(link, "link_record", lambda *known: found.append(known[-1]) or link_record(*known))
-    record = measure_link(LinkTask("gloo", sizes=SIZES, repeats=10), "cpu-pair")
+    record = measure_link(lambda: LinkTask("gloo", sizes=SIZES, repeats=10), "cpu-pair")
     assert record is not None
     assert (record.name, record.source) == ("cpu-pair", "measured")
     assert 0.05 < record.link.bandwidth_gigabytes_per_second < 100
@@ -44,7 +44,7 @@ def test_a_failed_worker_is_one_line_and_leaves_no_process(monkeypatch: pytest.M
 
     monkeypatch.setattr(link, "_start", record)
     with pytest.raises(UserError, match=r"network worker [01]: .*Error") as caught:
-        measure_link(LinkTask("gloo", sizes=(2**50,), repeats=1), "too much")
+        measure_link(lambda: LinkTask("gloo", sizes=(2**50,), repeats=1), "too much")
     assert caught.value.code == ExitCode.WORKER_DIED
     assert len(started) == 2
     assert all(worker.poll() is not None for worker in started)
@@ -53,6 +53,6 @@ def test_a_failed_worker_is_one_line_and_leaves_no_process(monkeypatch: pytest.M
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_nccl_between_two_gpus() -> None:
-    record = measure_link(LinkTask("nccl", sizes=SIZES, repeats=10), "nccl-pair")
+    record = measure_link(lambda: LinkTask("nccl", sizes=SIZES, repeats=10), "nccl-pair")
     assert record is not None
     assert record.link.bandwidth_gigabytes_per_second > 1

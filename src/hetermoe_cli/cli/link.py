@@ -47,13 +47,17 @@ def link(
     place = find_place(2, PlaceOptions(node_rank, master_addr, master_port), os.environ, sys.argv[1:], subject=LINK)
     assert place  # both nodes have workers
     path = output / "links" / f"{name}.yaml"
-    if place.leads:
-        check_writable(path)
+
+    def prepare() -> "LinkTask":
+        if place.leads:
+            check_writable(path)
+        return _task(device, nproc_per_node, nics, quick)
+
     announce(place, f"hetermoe: node {place.node} of 2")
 
     from hetermoe_cli.launch.link import measure_link
 
-    measured = measure_link(_task(device, nproc_per_node, nics, quick), name, place)
+    measured = measure_link(prepare, name, place)
     if not measured:
         typer.echo("hetermoe: node 1 of 2: done; node 0 has the figures", err=True)
         return
@@ -73,8 +77,11 @@ def _task(device: str, nproc_per_node: int | None, nics: int, quick: bool) -> "L
     count = torch.cuda.device_count() if cuda else 1
     if cuda and (nproc_per_node or 1) > count:
         raise UserError(f"--nproc-per-node {nproc_per_node}: this node has {count} CUDA devices: pass fewer on both")
+    workers = nproc_per_node or count
+    if nics > workers:
+        raise UserError(f"--nics {nics}: only {workers} of a node's devices send, over as many NICs at most")
     sizes = NODES_QUICK_SIZES if quick else NODES_SIZES
-    return LinkTask("nccl" if cuda else "gloo", nodes=2, width=nproc_per_node or count, nics=nics, sizes=sizes)
+    return LinkTask("nccl" if cuda else "gloo", nodes=2, width=workers, nics=nics, sizes=sizes)
 
 
 def check_name(name: str, option: str) -> None:

@@ -126,7 +126,7 @@ def _link(name: str | None, accelerator: str, quick: bool) -> "LinkRecord | None
 
     pair = accelerator == "cuda" and torch.cuda.device_count() > 1
     task = LinkTask("nccl" if pair else "gloo", sizes=QUICK_SIZES if quick else SIZES)
-    return measure_link(task, name or NAMES[task.backend])
+    return measure_link(lambda: task, name or NAMES[task.backend])
 
 
 def _print_json(measured: "Profile", link: "LinkRecord | None", path: Path, note: str) -> None:

@@ -52,12 +52,15 @@ def explains(ends: Mapping[int, End]) -> bool:
 
 def verdict(nodes: int, ends: Mapping[int, End], leader: int = 0) -> End:
     """What all nodes report that have no failure of their own, given the ends that the leader knows, its own with them:
-    the first failure that followed no other, else a node that is gone. Of a run that did not fail the leader knows
-    whether it finished, and where it was saved."""
+    the first failure that followed no other, else who was interrupted, or a node that is gone. Of a run that did not
+    fail the leader knows whether it finished, and where it was saved."""
     failed = sorted((end.follows, node) for node, end in ends.items() if end.failed)
     if not failed:
         return ends[leader]
     follows, first = failed[0]
+    interrupted = next((end for _, end in sorted(ends.items()) if end.code == ExitCode.INTERRUPTED), None)
+    if follows and interrupted:
+        return interrupted
     missing = [node for node in range(nodes) if node not in ends]
     if follows and missing:
         return End(ExitCode.WORKER_DIED, f"node {missing[0]}: {GONE}")

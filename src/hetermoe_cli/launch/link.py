@@ -25,12 +25,15 @@ _SECONDS = 300.0  # for workers to end
 _POLL_SECONDS = 0.05
 
 
-def measure_link(task: LinkTask, name: str, place: Place = LOOPBACK) -> LinkRecord | None:
+def measure_link(prepare: Callable[[], LinkTask], name: str, place: Place = LOOPBACK) -> LinkRecord | None:
     """The record of a link between two workers of this machine, or between two nodes; None on the second of these.
 
-    UserError (WORKER_DIED) with a worker's last line if it fails, PeerFailure if the other node's did.
+    `prepare` checks this node's part, so that the other hears of an error. UserError (WORKER_DIED) with a worker's last
+    line if it fails, PeerFailure if the other node's did.
     """
+    task, samples = None, None  # a node that is interrupted when all is done leaves the meeting without an error
     with Meeting(place) as meeting:
+        task = prepare()
         own = json.dumps(asdict(task))
         if meeting.gather("task", own) != own:
             raise UserError(
@@ -38,7 +41,7 @@ def measure_link(task: LinkTask, name: str, place: Place = LOOPBACK) -> LinkReco
                 f"{place.leader}'s: pass the same on both"
             )
         samples = _run_workers(task, meeting)
-    return link_record(task, name, samples) if samples else None
+    return link_record(task, name, samples) if task and samples else None
 
 
 def _run_workers(task: LinkTask, meeting: Meeting) -> Samples | None:
@@ -67,10 +70,12 @@ def _run_workers(task: LinkTask, meeting: Meeting) -> Samples | None:
                 worker.kill()
                 worker.wait()
         if failed is not None:
-            errors[failed].seek(0)
-            last = (errors[failed].read().strip().splitlines() or ["it did not finish in time"])[-1]
-            kind = PeerFailure if workers[failed].returncode == ExitCode.WORKER_DIED else UserError
-            raise kind(f"network worker {failed}: {last}", ExitCode.WORKER_DIED)
+            number, code = failed
+            errors[number].seek(0)
+            how = "it did not finish in time" if code is None else f"it ended with code {code}"
+            last = (errors[number].read().strip().splitlines() or [how])[-1].removeprefix("hetermoe: error: ")
+            kind = PeerFailure if code == ExitCode.WORKER_DIED else UserError
+            raise kind(f"network worker {number}: {last}", ExitCode.WORKER_DIED)
         outputs[0].seek(0)
         lines = outputs[0].read().strip().splitlines()
     return Samples(*json.loads(lines[-1])) if seats[0] == (0, 0) else None
@@ -82,17 +87,16 @@ def _start(
     return subprocess.Popen([sys.executable, *arguments], stdout=output, stderr=errors, text=True, env=variables)
 
 
-def _wait(workers: Sequence[subprocess.Popen[str]], watch: Callable[[], None]) -> int | None:
-    """None once all have ended well, else the number of one that failed or is late, if there is one not of those that
-    only lost another; raises what `watch` does."""
+def _wait(workers: Sequence[subprocess.Popen[str]], watch: Callable[[], None]) -> tuple[int, int | None] | None:
+    """None once all have ended well, else the number of one that failed, with its code, or of one that is late; not of
+    one that only lost another, if there are others. Raises what `watch` does."""
     deadline = time.monotonic() + _SECONDS
     while time.monotonic() < deadline:
         codes = [worker.poll() for worker in workers]
-        if any(codes):
-            failed = [number for number, code in enumerate(codes) if code]
-            return min(failed, key=lambda number: codes[number] == ExitCode.WORKER_DIED)
+        if failed := [(number, code) for number, code in enumerate(codes) if code]:
+            return min(failed, key=lambda one: one[1] == ExitCode.WORKER_DIED)
         if None not in codes:
             return None
         watch()
         time.sleep(_POLL_SECONDS)
-    return next(number for number, worker in enumerate(workers) if worker.poll() is None)
+    return next(number for number, worker in enumerate(workers) if worker.poll() is None), None

@@ -33,8 +33,8 @@ NODES_SIZES = (4096, *(2**20 * 4**power for power in range(4)))  # to 64 MiB
 NODES_QUICK_SIZES = NODES_SIZES[:4]
 NAMES: dict[Backend, str] = {"gloo": "cpu-pair", "nccl": "nccl-pair"}  # of links inside a machine
 _WAIT = timedelta(seconds=60)  # for another worker to start; importing torch takes seconds on a busy machine
-_WARM_UP = 5
-_ENOUGH_SECONDS = 30.0  # of measuring, on slow links
+_WARM_UP = 2
+_ENOUGH_SECONDS = 30.0  # on slow links
 _FEWEST_REPEATS = 5
 
 
@@ -194,9 +194,9 @@ def _bounced(pair: _Pair, seat: Seat, task: LinkTask, buffers: "Sequence[Tensor]
         return value
 
     found: list[list[tuple[float, float]]] = []  # of every repeat and size
-    measured = 0.0
+    first = seconds()
     for repeat in range(_WARM_UP + task.repeats):
-        began, times = seconds(), []
+        times = []
         for buffer in buffers:
             start = seconds()
             for turn in range(2):
@@ -209,8 +209,7 @@ def _bounced(pair: _Pair, seat: Seat, task: LinkTask, buffers: "Sequence[Tensor]
             times.append(((bounced - start) / 2, seconds() - bounced))
         if repeat >= _WARM_UP:
             found.append(times)
-            measured += seconds() - began
-        late = torch.tensor(float(measured > _ENOUGH_SECONDS), device=device)
+        late = torch.tensor(float(seconds() - first > _ENOUGH_SECONDS), device=device)
         if of_all(late) and len(found) >= _FEWEST_REPEATS:
             break
     own = torch.tensor(found, dtype=torch.float64, device=device) * (seat.side == 0)

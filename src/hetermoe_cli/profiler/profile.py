@@ -53,6 +53,8 @@ def require_kernels(index: int) -> None:
 def _runs_on(capability: tuple[int, int], architecture: str) -> bool:
     """Whether a device runs kernels built for `architecture`: sm_XY (binary) or compute_XY (compiled for it)."""
     kind, _, number = architecture.partition("_")
+    if kind not in ("sm", "compute"):  # not CUDA's
+        return True
     major, minor = divmod(int(re.sub(r"\D", "", number)), 10)
     if kind == "compute":
         return (major, minor) <= capability
