@@ -99,16 +99,11 @@ def manual_plan(inputs: Inputs, cost: LayoutCost) -> Plan:
     """A plan of a given layout: predicted, not searched for."""
     layout, embedded, trace = cost.layout, embed(inputs), simulate(cost)
     ranks = range(layout.world_size)
-    tokens = inputs.train.global_batch_sequences * inputs.train.sequence_length
     return Plan(
         date=datetime.date.today(),
         assignment="manual",
         groups=[Group.of(layout, [list(ranks)])],
-        predicted=Prediction(
-            iteration_seconds=trace.seconds,
-            tokens_per_second=tokens / trace.seconds,
-            busy_share_per_rank=trace.busy_share(layout.world_size),
-        ),
+        predicted=Prediction.of(inputs.train, trace.seconds, trace.busy_share(layout.world_size), trace.seconds),
         bound=Bound(iteration_seconds=0.0, work_iteration_seconds=0.0, exact_over="not solved"),
         gap=0.0,
         memory=[cost.memory(rank) for rank in ranks],

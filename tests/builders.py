@@ -232,16 +232,11 @@ def make_plan(inputs: Inputs | None = None, layout: Layout | None = None) -> Pla
     inputs, layout = inputs or make_inputs(), layout or make_layout()
     cost = LayoutCost(CostModel(inputs), layout)
     trace = simulate(cost)
-    tokens = inputs.train.global_batch_sequences * inputs.train.sequence_length
     return Plan(
         date=DAY,
         assignment="manual",
         groups=[Group.of(layout, [list(range(layout.world_size))])],
-        predicted=Prediction(
-            iteration_seconds=trace.seconds,
-            tokens_per_second=tokens / trace.seconds,
-            busy_share_per_rank=trace.busy_share(layout.world_size),
-        ),
+        predicted=Prediction.of(inputs.train, trace.seconds, trace.busy_share(layout.world_size), trace.seconds),
         bound=Bound(iteration_seconds=0.0, work_iteration_seconds=0.0, exact_over="not solved"),
         gap=0.0,
         memory=[cost.memory(rank) for rank in range(layout.world_size)],

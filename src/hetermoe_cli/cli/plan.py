@@ -156,7 +156,7 @@ def _with_documents(inputs: "Inputs", sources: list[Path]) -> "Inputs":
     corpus = corpus_of(sources, train)
     size = (train.sequence_length, train.global_batch_sequences, train.seed)
     found = Batches(corpus.train, *size, corpus.source).document_tokens(train.document_end)
-    return inputs.model_copy(update={"train": train.model_copy(update={"document_tokens": found})})
+    return inputs.with_train(document_tokens=found)
 
 
 def _variants(

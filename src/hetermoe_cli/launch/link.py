@@ -20,12 +20,12 @@ from hetermoe_cli.profiler.network import LinkTask, Samples, Seat, link_record, 
 from hetermoe_cli.spec.cluster import LinkRecord
 from hetermoe_cli.spec.run import LAUNCHER
 
-LOOPBACK = Place()
+_HERE = Place()
 _SECONDS = 300.0  # for workers to end
 _POLL_SECONDS = 0.05
 
 
-def measure_link(prepare: Callable[[], LinkTask], name: str, place: Place = LOOPBACK) -> LinkRecord | None:
+def measure_link(prepare: Callable[[], LinkTask], name: str, place: Place = _HERE) -> LinkRecord | None:
     """The record of a link between two workers of this machine, or between two nodes; None on the second of these.
 
     `prepare` checks this node's part, so that the other hears of an error. UserError (WORKER_DIED) with a worker's last

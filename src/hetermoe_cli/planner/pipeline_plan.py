@@ -164,7 +164,7 @@ class PipelineSearch:
         """The plan of what was chosen with the other fields of `base`; `told`: of plans without a pipeline."""
         cost, wanted, limit = self.cost, self.wanted, self.limit
         seconds, groups, load = chosen.seconds, chosen.groups, chosen.load
-        replayed, train = replay_groups(cost.inputs, groups, cost), cost.train
+        replayed = replay_groups(cost.inputs, groups, cost)
         world, used, bound = len(cost.devices), ranks_in(groups), pipeline_bound(cost, limit)
         paid = economy(cost, used, seconds, limit, stages=True)
         if wanted.needs_prices:
@@ -178,11 +178,7 @@ class PipelineSearch:
             "date": datetime.date.today(),
             "max_groups": wanted.most_groups,
             "groups": groups,
-            "predicted": Prediction(
-                iteration_seconds=seconds,
-                tokens_per_second=train.global_batch_sequences * train.sequence_length / seconds,
-                busy_share_per_rank=[share * replayed.seconds / seconds for share in replayed.busy_share(world)],
-            ),
+            "predicted": Prediction.of(cost.train, seconds, replayed.busy_share(world), replayed.seconds),
             "bound": Bound(iteration_seconds=bound, work_iteration_seconds=bound, exact_over="not solved"),
             "gap": max(0.0, 1 - bound / seconds),
             "one_group": None,

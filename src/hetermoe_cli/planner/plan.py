@@ -161,18 +161,13 @@ def _plan_one_group(
     layout_cost = LayoutCost(cost, layout)
     trace, seconds = simulate(typical(layout_cost)), replay_seconds(layout_cost)
     world = layout.world_size
-    tokens = inputs.train.global_batch_sequences * inputs.train.sequence_length
     embedded, baselines = embed(inputs), {name: rival.baseline() for name, rival in rivals.items()}
     told = notes(cost, layout, rivals, found)
     plan = Plan(
         date=datetime.date.today(),
         assignment=options.assignment,
         groups=[Group.of(layout, [list(range(world))])],
-        predicted=Prediction(
-            iteration_seconds=seconds,
-            tokens_per_second=tokens / seconds,
-            busy_share_per_rank=[share * trace.seconds / seconds for share in trace.busy_share(world)],
-        ),
+        predicted=Prediction.of(inputs.train, seconds, trace.busy_share(world), trace.seconds),
         bound=Bound(
             iteration_seconds=found.bound,
             work_iteration_seconds=work,

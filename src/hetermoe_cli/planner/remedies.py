@@ -43,10 +43,8 @@ def smallest_change(inputs: Inputs, limit: int) -> str:
     for options in _options(inputs.train):
         if fits(inputs.with_train(**options), limit):
             return f"with {_named(options)} it would fit"
-    leaner, words = (
-        inputs.with_train(recompute="auto"),
-        "" if inputs.train.recompute == "auto" else "with recompute: auto ",
-    )
+    leaner = inputs.with_train(recompute="auto")
+    words = "" if inputs.train.recompute == "auto" else "with recompute: auto "
     end = time.monotonic() + SECONDS
     ways = [list(islice(way(leaner, limit), _TRIES)) for way in (_devices, _lengths, _batches, _micro_batches)]
     sure = [text for way in ways if (text := _confirmed(way, end))]

@@ -91,7 +91,7 @@ def _speed(cost: CostModel, name: str, micro_batch_limit: int) -> Speed:
 def rows_of(cost: CostModel) -> float:
     """Rows of all layers in an iteration."""
     train, model = cost.train, cost.model
-    return model.layers * train.global_batch_sequences * train.sequence_length * model.top_k
+    return model.layers * train.tokens * model.top_k
 
 
 def _loaded_row_seconds(cost: CostModel, device: DeviceCost, sequences: int) -> float:

@@ -47,7 +47,7 @@ class LinkTask:
     nodes: int = 1
     width: int = 1
     nics: int = 1
-    sizes: tuple[int, ...] = SIZES
+    sizes: Sequence[int] = SIZES
     repeats: int = 40
 
     @property
@@ -228,14 +228,14 @@ def main(arguments: Sequence[str]) -> None:
     from hetermoe_cli.runtime.leaving import follow_parent, leave_after
     from hetermoe_cli.runtime.peers import PeerLost
 
-    host, port, seat, task = arguments
-    told = json.loads(task)
+    host, port, *told = arguments
+    seat, task = Seat(*json.loads(told[0])), LinkTask(**json.loads(told[1]))
     follow_parent()
     try:
-        samples = bounce(host, int(port), Seat(*json.loads(seat)), LinkTask(**told | {"sizes": tuple(told["sizes"])}))
+        samples = bounce(host, int(port), seat, task)
     except PeerLost as lost:
         leave_after(lost)
-    if json.loads(seat)[:2] == [0, 0]:
+    if (seat.side, seat.number) == (0, 0):
         print(json.dumps(samples))
 
 

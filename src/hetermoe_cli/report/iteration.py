@@ -87,7 +87,7 @@ def summarise(plan: Plan, trace: Trace) -> Iteration:
     return Iteration(
         origin=f"{trace.origin} ({profile_sources(plan.inputs)})",
         iteration_seconds=trace.seconds,
-        tokens_per_second=train.global_batch_sequences * train.sequence_length / trace.seconds,
+        tokens_per_second=train.tokens / trace.seconds,
         ranks=[RankRow(d.rank, d.type, role(layout, d.rank), shares[d.rank], dict(seconds[d.rank])) for d in devices],
         critical=Critical(rank, devices[rank].type, lane, longest / trace.seconds),
     )

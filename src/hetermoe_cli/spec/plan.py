@@ -19,6 +19,7 @@ from hetermoe_cli.spec.explanation import Explanation, Variant
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
+from hetermoe_cli.spec.train import TrainSpec
 from hetermoe_cli.spec.world import World
 
 Objective = Literal["time", "cost"]
@@ -103,6 +104,15 @@ class Prediction(Spec):
     iteration_seconds: PositiveFloat
     tokens_per_second: PositiveFloat
     busy_share_per_rank: list[NonNegativeFloat]
+
+    @classmethod
+    def of(cls, train: TrainSpec, seconds: float, busy: Iterable[float], traced: float) -> "Prediction":
+        """Of an iteration of `seconds`. `busy`: shares of one of `traced` seconds, another one under a load."""
+        return cls(
+            iteration_seconds=seconds,
+            tokens_per_second=train.tokens / seconds,
+            busy_share_per_rank=[share * traced / seconds for share in busy],
+        )
 
 
 class Bound(Spec):

@@ -115,7 +115,7 @@ class RunSpec(Spec):
     def tokens_per_second(self, iteration_seconds: float) -> float:
         """Tokens/s of an iteration that took so long here; of an emulated run, nominal tokens a nominal second."""
         train = self.plan.inputs.train
-        return train.global_batch_sequences * train.sequence_length * self.time_scale / iteration_seconds
+        return train.tokens * self.time_scale / iteration_seconds
 
     @property
     def row_scale(self) -> float:

@@ -63,6 +63,11 @@ class TrainSpec(ExtendedSpec):
         return self.device_precision.get(device_type, self.precision)
 
     @property
+    def tokens(self) -> int:
+        """Of an iteration."""
+        return self.global_batch_sequences * self.sequence_length
+
+    @property
     def attention_tokens(self) -> int:
         """What one causal attention goes over, as predictions take it: a document, at most a sequence."""
         return min(self.document_tokens or self.sequence_length, self.sequence_length)

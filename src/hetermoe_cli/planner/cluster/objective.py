@@ -81,7 +81,7 @@ def economy(
     if known_prices(cost.inputs.cluster) is None:
         return None
     hourly = dollars_per_hour(cost.inputs.cluster, ranks)
-    tokens = cost.train.global_batch_sequences * cost.train.sequence_length
+    tokens = cost.train.tokens
     return Economy(
         dollars_per_hour=hourly,
         tokens_per_dollar=tokens / (hourly / HOUR * seconds),

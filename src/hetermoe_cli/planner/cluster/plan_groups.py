@@ -59,31 +59,15 @@ def plan_groups(
     began = time.monotonic()
     progress("rivals")
     rivals = even_groups(cost.balanced, limit, wanted.most_groups, RIVALS_SHARE * solver.time_limit)
-    left = solver.time_limit - (time.monotonic() - began)
-    find = partial(
-        find_groups,
-        solver=replace(solver, time_limit=left),
-        limit=limit,
-        wanted=wanted,
-        progress=progress,
-        beat=beat,
-    )
-    found = _of_one_state(cost.balanced, find)
-    if not wanted.needs_prices:
-        found = _no_slower(found, rivals.values())
-    progress("improving groups")
-    left = max(0.0, solver.time_limit - (time.monotonic() - began)) if found.replayed.seconds < FAR * beat else 0.0
-    state = found.groups[0].schedule.dense_state
-    found, load = refined(_with_state(cost.balanced, state), found, replace(solver, time_limit=left), limit), None
+    remaining = replace(solver, time_limit=solver.time_limit - (time.monotonic() - began))
+    found, load = _searched(cost.balanced, rivals.values(), remaining, limit, wanted, progress, beat), None
     seconds = found.replayed.seconds
     if cost.inputs.expert_load:
         progress("placing experts by name")
         loaded = groups_under_load(cost, found.groups, seconds, solver)
         seconds, load = loaded.seconds, loaded.report
         found = replace(found, groups=loaded.groups, replayed=replay_groups(cost.inputs, loaded.groups, cost))
-    train, world = cost.train, len(cost.devices)
-    replayed = found.replayed
-    used = ranks_in(found.groups)
+    replayed, used = found.replayed, ranks_in(found.groups)
     paid = economy(cost, used, seconds, limit)
     bound = bound_of_groups(cost, limit, wanted, paid)
     return Plan(
@@ -92,11 +76,7 @@ def plan_groups(
         objective=wanted.objective,
         max_groups=wanted.most_groups,
         groups=found.groups,
-        predicted=Prediction(
-            iteration_seconds=seconds,
-            tokens_per_second=train.global_batch_sequences * train.sequence_length / seconds,
-            busy_share_per_rank=[share * replayed.seconds / seconds for share in replayed.busy_share(world)],
-        ),
+        predicted=Prediction.of(cost.train, seconds, replayed.busy_share(len(cost.devices)), replayed.seconds),
         bound=bound,
         gap=max(0.0, 1 - bound.iteration_seconds / seconds),
         memory=replayed.memory(cost),
@@ -115,6 +95,27 @@ def plan_groups(
         inputs=embedded,
         inputs_sha256=embedded.hashes(),
     )
+
+
+def _searched(
+    cost: CostModel,
+    rivals: Iterable[EvenGroups],
+    solver: SolverOptions,
+    limit: int,
+    wanted: Wanted,
+    progress: Callable[[str], None],
+    beat: float,
+) -> FoundGroups:
+    """The best groups for a balanced router, no slower than `rivals`, improved in what is left of the time."""
+    began = time.monotonic()
+    find = partial(find_groups, solver=solver, limit=limit, wanted=wanted, progress=progress, beat=beat)
+    found = _of_one_state(cost, find)
+    if not wanted.needs_prices:
+        found = _no_slower(found, rivals)
+    progress("improving groups")
+    left = max(0.0, solver.time_limit - (time.monotonic() - began)) if found.replayed.seconds < FAR * beat else 0.0
+    state = found.groups[0].schedule.dense_state
+    return refined(_with_state(cost, state), found, replace(solver, time_limit=left), limit)
 
 
 def _of_one_state(cost: CostModel, find: Callable[[CostModel], FoundGroups]) -> FoundGroups:
