@@ -21,7 +21,7 @@ from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.load import Load, RecordedLoad
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.dataflow import dataflow
-from hetermoe_cli.planner.deal import number, rotate
+from hetermoe_cli.planner.instance.deal import number, rotate
 from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.schedule.zebra import part_of, training_order, windows_of
 from hetermoe_cli.simulator import SimulatedTrace, compute_seconds, replay

@@ -13,7 +13,7 @@ import numpy as np
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.launch.prepare import automatic_time_scale
-from hetermoe_cli.planner.deal import number
+from hetermoe_cli.planner.instance.deal import number
 from hetermoe_cli.planner.plan import embed
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.simulator import simulate

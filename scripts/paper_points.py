@@ -19,7 +19,7 @@ from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.baselines.even import ep, even_placement
 from hetermoe_cli.planner.baselines.ideal import ep_ideal
 from hetermoe_cli.planner.baselines.methods import RIVALS
-from hetermoe_cli.planner.baselines.pipeline import pp
+from hetermoe_cli.planner.baselines.pp import pp
 from hetermoe_cli.planner.baselines.rival import Overlap, Rival
 from hetermoe_cli.planner.baselines.roles import dist_ep, gather_squeeze
 from hetermoe_cli.planner.replay import overflow

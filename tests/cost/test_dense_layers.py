@@ -7,7 +7,7 @@ from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.measured import MeasuredCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.planner.device_rates import device_rates
+from hetermoe_cli.planner.instance.device_rates import device_rates
 from hetermoe_cli.planner.plan import embed
 from hetermoe_cli.schedule.action import Kind, Pass, parse_action
 from hetermoe_cli.spec.inputs import Inputs

@@ -8,9 +8,9 @@ from builders import make_inputs, make_layout, make_model
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.sharers import Sharers
-from hetermoe_cli.planner.choice import Choice, group
-from hetermoe_cli.planner.device_rates import device_rates
-from hetermoe_cli.planner.rates import Rates
+from hetermoe_cli.planner.instance.choice import Choice, group
+from hetermoe_cli.planner.instance.device_rates import device_rates
+from hetermoe_cli.planner.instance.rates import Rates
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.schedule.zebra import OPTIMIZER

@@ -5,8 +5,8 @@ import pytest
 from builders import make_inputs, make_layout, make_model, make_plan, make_profile
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.planner.explain import sources
 from hetermoe_cli.planner.plan import embed
+from hetermoe_cli.planner.reasons.explain import sources
 from hetermoe_cli.spec.files import parse
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.profile import Profile

@@ -14,7 +14,7 @@ from workers import run_workers
 from builders import make_groups_plan, make_inputs, make_layout, make_plan, make_profile
 from hetermoe_cli.model.training_state import training_tensors
 from hetermoe_cli.model.transformer import named_tensors
-from hetermoe_cli.planner.drift import NAMED
+from hetermoe_cli.planner.rebalancing.drift import NAMED
 from hetermoe_cli.runtime.recorder import read_rebalances
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import LayerPlacement, PipelineStage

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hetermoe_cli.planner import incumbent, search
+from hetermoe_cli.planner.search import incumbent, outer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -12,7 +12,7 @@ def untimed() -> Iterator[None]:
     """Heuristics in other orders run to their end, shaken placements are few; the MILPs there, which get what time is
     left, do not run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "MORE", 0.0)
+        patch.setattr(outer, "MORE", 0.0)
         patch.setattr(incumbent, "REORDER", 1)
         patch.setattr(incumbent, "SHAKE", 1)
         patch.setattr(incumbent, "AS_LONG", 1e9)

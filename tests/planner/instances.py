@@ -3,7 +3,7 @@
 import random
 
 from builders import make_inputs, make_model, make_profile, make_schedule
-from hetermoe_cli.planner.choice import Choice
+from hetermoe_cli.planner.instance.choice import Choice
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.train import Dispatch

@@ -10,11 +10,11 @@ from builders import make_inputs, make_model, make_profile, make_schedule
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.planner import ilp, search
-from hetermoe_cli.planner.choice import ALL, Choice
 from hetermoe_cli.planner.cluster.objective import Wanted
+from hetermoe_cli.planner.instance.choice import ALL, Choice
+from hetermoe_cli.planner.instance.prepared import Prepared
+from hetermoe_cli.planner.milp import problem as milp
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
-from hetermoe_cli.planner.prepared import Prepared
 from hetermoe_cli.planner.solver import Run, SolverOptions
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
@@ -157,10 +157,10 @@ def test_replay_is_never_above_the_milp_and_equal_where_classes_are_even(
     ready = Prepared.of(cost, Choice(schedule, sequences), apart)
     attending = [rank for rank, count in enumerate(sequences) if count]
     start = ready.choice.layout([spread(cost.model.experts, attending, len(sequences))] * cost.model.layers)
-    model = ilp.build(ready.rates, ready.graph, 1.2 * simulate(LayoutCost(cost, start)).seconds, "largest")
-    run = ilp.solve(model, SolverOptions(time_limit=10.0, relative_gap=1e-6))
+    model = milp.build(ready.rates, ready.graph, 1.2 * simulate(LayoutCost(cost, start)).seconds, "largest")
+    run = milp.solve(model, SolverOptions(time_limit=10.0, relative_gap=1e-6))
     assert run.status in ("optimal", "feasible")
-    layout = ready.layout(ilp.extract(model))
+    layout = ready.layout(milp.extract(model))
     replay = simulate(LayoutCost(cost, layout)).seconds
     assert replay <= run.objective * (1 + 1e-6)
     even = all(
@@ -181,7 +181,7 @@ def test_the_solver_result_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
             2, 1, layers=2, experts=experts, batch=4, old=6.0, old_experts=1.3, expert=2.3e-5, bandwidth=0.3
         )  # fmt: skip
         with monkeypatch.context() as patch:
-            patch.setattr(search.ilp, "solve", lambda *_, **__: blind)
+            patch.setattr(milp, "solve", lambda *_, **__: blind)
             without = make_plan(instance, OPTIONS)
         best = make_plan(instance, OPTIONS)
         assert best.predicted.iteration_seconds <= without.predicted.iteration_seconds * (1 + 1e-9)

@@ -11,9 +11,9 @@ from builders import make_schedule
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.planner.baselines.rival import recompute_choices
+from hetermoe_cli.planner.allowed import recompute_choices
 from hetermoe_cli.planner.cluster.objective import Wanted
-from hetermoe_cli.planner.deal import number
+from hetermoe_cli.planner.instance.deal import number
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.simulator import simulate

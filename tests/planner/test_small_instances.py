@@ -8,7 +8,7 @@ import pytest
 from builders import make_inputs, make_model, make_profile, make_schedule
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.planner.baselines.rival import recompute_choices
+from hetermoe_cli.planner.allowed import recompute_choices
 from hetermoe_cli.planner.cluster.objective import Wanted
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.solver import SolverOptions

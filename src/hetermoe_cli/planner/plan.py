@@ -12,26 +12,26 @@ from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.planner.baselines.methods import RIVALS
 from hetermoe_cli.planner.baselines.rival import Rival
-from hetermoe_cli.planner.binding import binding, with_runner_ups
+from hetermoe_cli.planner.bounds.work import work_bound
+from hetermoe_cli.planner.by_name.expert_load import load_notes, under_load
 from hetermoe_cli.planner.cluster.explained import with_other_orders
 from hetermoe_cli.planner.cluster.groups import may_split
 from hetermoe_cli.planner.cluster.objective import Wanted, economy
 from hetermoe_cli.planner.cluster.plan_groups import bound_of_groups, plan_groups, wants_groups
-from hetermoe_cli.planner.expert_load import load_notes, under_load
-from hetermoe_cli.planner.explain import does_not_fit, notes
-from hetermoe_cli.planner.pipeline_plan import (
+from hetermoe_cli.planner.pipelines.layouts import Setups
+from hetermoe_cli.planner.pipelines.plan_pipelines import (
     SHARE,
     SHARE_OF_NODES,
     WORTH,
     PipelineSearch,
     reason_against,
 )
-from hetermoe_cli.planner.pipelines import Setups
+from hetermoe_cli.planner.reasons.binding import binding, with_runner_ups
+from hetermoe_cli.planner.reasons.explain import does_not_fit, notes
 from hetermoe_cli.planner.replay import replay_seconds, typical
-from hetermoe_cli.planner.runner_up import RunnerUp
-from hetermoe_cli.planner.search import Found, search
+from hetermoe_cli.planner.search.outer import Found, search
+from hetermoe_cli.planner.search.runner_up import RunnerUp
 from hetermoe_cli.planner.solver import SolverOptions, check_available
-from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.explanation import Explanation
 from hetermoe_cli.spec.inputs import Inputs

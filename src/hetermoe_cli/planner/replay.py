@@ -7,7 +7,7 @@ from itertools import product
 from statistics import fmean
 
 from hetermoe_cli.cost.layout import LayoutCost
-from hetermoe_cli.planner.device_rates import device_rates
+from hetermoe_cli.planner.instance.device_rates import device_rates
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.plan import Memory

@@ -18,7 +18,7 @@ import pulp
 from hetermoe_cli.errors import ExitCode, UserError
 
 THREADS = 2
-# of constraints that are of the order of one (ilp.build): a makespan must not undercut its replay by what adds up
+# of constraints that are of the order of one (milp/problem.py): a makespan must not undercut its replay by what adds up
 HIGHS_TOLERANCES = {"primal_feasibility_tolerance": 1e-9, "mip_feasibility_tolerance": 1e-9}
 # runs that only prove: their horizon leaves few solutions, and strong branching took more than it saved (docs/log.md)
 BOUND_ONLY = {"mip_heuristic_effort": 0.0, "mip_pscost_minreliable": 1}

@@ -2,7 +2,7 @@
 
 import time
 
-from hetermoe_cli.planner.rebalance import UNSTEADY, decide
+from hetermoe_cli.planner.rebalancing.rebalance import UNSTEADY, decide
 from hetermoe_cli.runtime.call_check import check
 from hetermoe_cli.runtime.calls import check_agreement, digest
 from hetermoe_cli.runtime.drift import DriftMonitor, Measured

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.measured import MeasuredState
 from hetermoe_cli.planner.cluster.replayed import group_cost
-from hetermoe_cli.planner.drift import LEAST_FACTOR, Drift, find_drift
+from hetermoe_cli.planner.rebalancing.drift import LEAST_FACTOR, Drift, find_drift
 from hetermoe_cli.runtime.clock import Timing
 from hetermoe_cli.runtime.mesh import Mesh
 from hetermoe_cli.runtime.trainer import StepResult, Trainer

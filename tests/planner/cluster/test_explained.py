@@ -5,11 +5,11 @@ import pytest
 from builders import make_inputs, make_layout, make_model
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.planner.binding import binding
 from hetermoe_cli.planner.cluster.explained import binding_of_groups, with_other_orders
 from hetermoe_cli.planner.cluster.objective import Wanted
 from hetermoe_cli.planner.cluster.replayed import replay_groups
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
+from hetermoe_cli.planner.reasons.binding import binding
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.plan import Group

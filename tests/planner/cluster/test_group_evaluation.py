@@ -6,7 +6,7 @@ from cluster_builders import fleet
 from builders import make_layout
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.planner.baselines.rival import micro_batch_counts
+from hetermoe_cli.planner.allowed import micro_batch_counts
 from hetermoe_cli.planner.cluster.choices import Share, estimate, options
 from hetermoe_cli.planner.cluster.curves import Curves
 from hetermoe_cli.planner.cluster.evaluate import FULL, evaluate

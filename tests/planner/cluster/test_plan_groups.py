@@ -10,16 +10,16 @@ from builders import make_inputs, make_layout, make_model, make_profile
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
+from hetermoe_cli.planner.bounds.work import work_bound
 from hetermoe_cli.planner.cluster.bound import groups_bound
 from hetermoe_cli.planner.cluster.groups import FoundGroups, GroupSearch, may_split
 from hetermoe_cli.planner.cluster.objective import Wanted, least_dollars
 from hetermoe_cli.planner.cluster.plan_groups import _of_one_state
 from hetermoe_cli.planner.cluster.replayed import replay_groups
-from hetermoe_cli.planner.pipeline_plan import PipelineSearch
+from hetermoe_cli.planner.pipelines.plan_pipelines import PipelineSearch
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.solver import SolverOptions
-from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.inputs import Inputs

@@ -1,0 +1,1 @@
+"""Rivals: what other methods would run, from the same costs."""

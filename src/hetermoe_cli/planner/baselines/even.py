@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from math import floor
 
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.planner.baselines.rival import Overlap, Rival, best, micro_batch_counts, windows, with_schedule
-from hetermoe_cli.planner.deal import number, rotate
+from hetermoe_cli.planner.allowed import micro_batch_counts
+from hetermoe_cli.planner.baselines.rival import Overlap, Rival, best, windows, with_schedule
+from hetermoe_cli.planner.instance.deal import number, proportional, rotate
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
@@ -75,22 +75,3 @@ def hetero_ep(cost: CostModel, limit: int) -> Rival:
 
 def _attention_seconds(cost: CostModel, rank: int) -> float:
     return cost.attending_seconds(cost.of(rank), 1)
-
-
-def proportional(totals: Sequence[int], speeds: Sequence[float]) -> list[list[int]]:
-    """Split each total in proportion to `speeds`; what one split rounds off is carried to the next."""
-    everything, owed = sum(speeds), [0.0] * len(speeds)
-    result: list[list[int]] = []
-    for total in totals:
-        owed = [debt + total * speed / everything for debt, speed in zip(owed, speeds, strict=True)]
-        share = [max(0, floor(debt + 1e-9)) for debt in owed]
-        while sum(share) > total:  # debts of earlier splits fall due together
-            some = (i for i, count in enumerate(share) if count)
-            share[max(some, key=lambda i: share[i] - owed[i])] -= 1
-        left = total - sum(share)
-        order = sorted(range(len(share)), key=lambda i: (share[i] - owed[i], -speeds[i]))
-        for index in order[:left]:
-            share[index] += 1
-        owed = [debt - count for debt, count in zip(owed, share, strict=True)]
-        result.append(share)
-    return result

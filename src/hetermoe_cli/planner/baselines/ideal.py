@@ -17,7 +17,7 @@ from hetermoe_cli.cost.device import STATE_BYTES
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.baselines.even import even_placement
 from hetermoe_cli.planner.baselines.rival import Overlap, Rival, best, schedules, with_schedule
-from hetermoe_cli.planner.deal import rotate
+from hetermoe_cli.planner.instance.deal import rotate
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice

@@ -5,7 +5,7 @@ dist_ep             roles.py     the fastest attention type attends, the others 
 gather_squeeze      roles.py     the same roles, zebra, the paper's Algorithm 1 moves experts back
 ep_ideal            ideal.py     EP on each type alone, throughputs added; no real system reaches it
 ep_ideal_charged    ideal.py     the same, and the all-reduce of all gradients between the types
-pp                  pipeline.py  layers over stages, tuned under memory limits; data parallel replicas
+pp                  pp.py        layers over stages, tuned under memory limits; data parallel replicas
 
 All-to-alls of EP overlap with other micro-batches, those of DistEP with nothing; on demand each cuts them into parts
 (parts.py), as the paper's do.
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.baselines.even import ep, hetero_ep
 from hetermoe_cli.planner.baselines.ideal import ep_ideal, ep_ideal_charged
-from hetermoe_cli.planner.baselines.pipeline import pp
+from hetermoe_cli.planner.baselines.pp import pp
 from hetermoe_cli.planner.baselines.rival import Rival
 from hetermoe_cli.planner.baselines.roles import dist_ep, gather_squeeze
 

@@ -3,26 +3,24 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from math import inf
-from typing import Literal, get_args
+from typing import Literal
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.planner.allowed import kept_choices, micro_batch_counts
 from hetermoe_cli.planner.baselines.parts import parted_seconds
-from hetermoe_cli.planner.baselines.setups import Tuned
 from hetermoe_cli.planner.orders import other_orders
+from hetermoe_cli.planner.pipeline_search.setups import Tuned
 from hetermoe_cli.planner.replay import Overflow, busy_bound, over_steps, overflow, replay_seconds
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import Baseline
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
-from hetermoe_cli.spec.train import DenseState, Recompute
 
 # What runs beside an all-to-all: nothing; experts of other parts of the same micro-batch and layer (parts.py); any task
 # of other micro-batches.
 Overlap = Literal["none", "parts", "micro_batches"]
 
-FEW_CHOICES = 2  # experts a token
 FAR = 1.15  # times the best: what no other order makes up for (4 % is the most that was seen)
 
 
@@ -31,7 +29,7 @@ class Rival:
     """The fastest that a method finds; infinite seconds and the reason where there is nothing.
 
     Without a layout `reason` tells how a method runs that it has no layout for. `pipelines`: what `pp` timed, with
-    its seconds, the fastest first (planner/pipelines.py).
+    its seconds, the fastest first (planner/pipelines/).
     """
 
     layout: Layout | None
@@ -44,32 +42,6 @@ class Rival:
         seconds = None if self.seconds == inf else self.seconds
         schedule = self.layout.schedule if self.layout else None
         return Baseline(iteration_seconds=seconds, schedule=schedule, reason=self.reason)
-
-
-def micro_batch_counts(batch: int, limit: int) -> list[int]:
-    """Every R that cuts `batch` sequences into equal micro-batches."""
-    return [count for count in range(1, min(batch, limit) + 1) if batch % count == 0]
-
-
-def recompute_choices(cost: CostModel) -> list[Recompute]:
-    """What the training spec allows, cheapest first. `auto` sends rows again only of models with many choices a token:
-    where these are few, experts do not keep much more than attention, and all that is searched takes longer."""
-    wanted = cost.train.recompute
-    if wanted != "auto":
-        return [wanted]
-    return [each for each in get_args(Recompute) if each != "full" or cost.model.top_k > FEW_CHOICES]
-
-
-def state_choices(cost: CostModel) -> list[DenseState]:
-    """What the training spec allows; whole optimizer states gain nothing over sharded ones."""
-    wanted = cost.train.dense_state
-    return ["optimizer", "full"] if wanted == "auto" else [wanted]
-
-
-def kept_choices(cost: CostModel) -> list[tuple[Recompute, DenseState]]:
-    """What is kept of activations and states; full ones exclude each other (ScheduleChoice)."""
-    pairs = product(recompute_choices(cost), state_choices(cost))
-    return [pair for pair in pairs if pair != ("full", "full")]
 
 
 def schedules(cost: CostModel, sizes: Sequence[tuple[int, int]]) -> Iterator[list[ScheduleChoice]]:

@@ -6,9 +6,10 @@ from itertools import chain
 from math import ceil, floor, inf
 
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.planner.baselines.rival import Overlap, Rival, best, micro_batch_counts, windows, with_schedule
-from hetermoe_cli.planner.deal import number, rotate
-from hetermoe_cli.planner.device_rates import device_rates
+from hetermoe_cli.planner.allowed import micro_batch_counts
+from hetermoe_cli.planner.baselines.rival import Overlap, Rival, best, windows, with_schedule
+from hetermoe_cli.planner.instance.deal import number, rotate
+from hetermoe_cli.planner.instance.device_rates import device_rates
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 

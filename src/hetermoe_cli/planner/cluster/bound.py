@@ -14,8 +14,8 @@ import pulp
 
 from hetermoe_cli.cost.device import STATE_BYTES
 from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.planner.bounds.work import rows_of, type_speeds, work_bound
 from hetermoe_cli.planner.solver import SolverOptions, solve_problem
-from hetermoe_cli.planner.work import rows_of, type_speeds, work_bound
 from hetermoe_cli.spec.cluster import NodeGroup
 
 SECONDS = 5.0  # for the linear program; it takes milliseconds

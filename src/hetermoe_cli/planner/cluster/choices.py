@@ -10,9 +10,9 @@ from itertools import product
 from math import floor, inf
 from typing import NamedTuple
 
-from hetermoe_cli.planner.baselines.rival import kept_choices, state_choices
+from hetermoe_cli.planner.allowed import kept_choices, state_choices
 from hetermoe_cli.planner.cluster.parts import Kernels, Part
-from hetermoe_cli.planner.space import divisors
+from hetermoe_cli.planner.search.space import divisors
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
 LEVEL_STEPS = 30

@@ -4,7 +4,7 @@ from bisect import bisect_right
 from dataclasses import dataclass, replace
 from math import inf
 
-from hetermoe_cli.planner.baselines.rival import micro_batch_counts
+from hetermoe_cli.planner.allowed import micro_batch_counts
 from hetermoe_cli.planner.cluster.choices import options
 from hetermoe_cli.planner.cluster.compositions import Composition
 from hetermoe_cli.planner.cluster.evaluate import Evaluated, evaluate

@@ -8,15 +8,15 @@ import numpy as np
 
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.arrays import FloatArray, IntArray
-from hetermoe_cli.planner.choice import Choice, DeviceClass, group
 from hetermoe_cli.planner.cluster.choices import Option
 from hetermoe_cli.planner.cluster.parts import Kernels, Part
 from hetermoe_cli.planner.cluster.placements import mixture, placements, rows
-from hetermoe_cli.planner.counts import Counts, counts_of, fits, seconds, step_seconds
-from hetermoe_cli.planner.deal import deal
-from hetermoe_cli.planner.graph import TaskGraph, task_graph
-from hetermoe_cli.planner.ports import Port
-from hetermoe_cli.planner.rates import Rates
+from hetermoe_cli.planner.instance.choice import Choice, DeviceClass, group
+from hetermoe_cli.planner.instance.counts import Counts, counts_of, fits, seconds, step_seconds
+from hetermoe_cli.planner.instance.deal import deal
+from hetermoe_cli.planner.instance.graph import TaskGraph, task_graph
+from hetermoe_cli.planner.instance.ports import Port
+from hetermoe_cli.planner.instance.rates import Rates
 from hetermoe_cli.spec.layout import Layout
 
 FULL = 12  # layers that are timed in full

@@ -4,8 +4,8 @@ from collections import defaultdict
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.planner.binding import binding, tight_memory, with_runner_ups
 from hetermoe_cli.planner.cluster.replayed import GroupCost, Replayed, ReplayedGroup
+from hetermoe_cli.planner.reasons.binding import binding, tight_memory, with_runner_ups
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.explanation import Explanation, TightMemory
 from hetermoe_cli.spec.plan import Plan

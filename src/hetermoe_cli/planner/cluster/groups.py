@@ -22,7 +22,7 @@ from hetermoe_cli.planner.cluster.packing import Limits, Packer, Packing
 from hetermoe_cli.planner.cluster.replayed import Replayed, joined, replay_group
 from hetermoe_cli.planner.cluster.trim import trimmed
 from hetermoe_cli.planner.cluster.worth import Worth, finest
-from hetermoe_cli.planner.remedies import lacking_states
+from hetermoe_cli.planner.reasons.remedies import lacking_states
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.plan import Group, ranks_in

@@ -8,8 +8,8 @@ from statistics import fmean
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.planner.by_name.expert_load import Best, load_report, place_by_name
 from hetermoe_cli.planner.cluster.replayed import group_cost, iteration_seconds
-from hetermoe_cli.planner.expert_load import Best, load_report, place_by_name
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.spec.plan import Group, LoadReport

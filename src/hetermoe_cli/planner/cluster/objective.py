@@ -6,7 +6,7 @@ from math import inf
 
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.planner.work import work_dollars
+from hetermoe_cli.planner.bounds.work import work_dollars
 from hetermoe_cli.spec.cluster import ClusterSpec
 from hetermoe_cli.spec.plan import Economy, Objective
 

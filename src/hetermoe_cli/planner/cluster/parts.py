@@ -4,7 +4,7 @@ from functools import cached_property
 
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.cluster.compositions import Composition, ranks_of
-from hetermoe_cli.planner.device_rates import ClassRates, Times, device_rates, device_times
+from hetermoe_cli.planner.instance.device_rates import ClassRates, Times, device_rates, device_times
 from hetermoe_cli.spec.cluster import NodeGroup, Origin, subcluster
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice

@@ -11,8 +11,8 @@ import numpy as np
 import pulp
 
 from hetermoe_cli.planner.arrays import FloatArray, IntArray
-from hetermoe_cli.planner.counts import counts_of, fits
-from hetermoe_cli.planner.rates import Rates
+from hetermoe_cli.planner.instance.counts import counts_of, fits
+from hetermoe_cli.planner.instance.rates import Rates
 from hetermoe_cli.planner.solver import SolverOptions, solve_problem
 
 MOST_STEPS = 64  # experts of one layer on a device that are tried

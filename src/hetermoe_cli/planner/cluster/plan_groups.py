@@ -9,6 +9,8 @@ from math import inf
 
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.errors import ExitCode, UserError
+from hetermoe_cli.planner.bounds.work import work_bound
+from hetermoe_cli.planner.by_name.expert_load import load_notes
 from hetermoe_cli.planner.cluster.bound import groups_bound
 from hetermoe_cli.planner.cluster.even_groups import EvenGroups, even_groups
 from hetermoe_cli.planner.cluster.explained import binding_of_groups
@@ -24,10 +26,8 @@ from hetermoe_cli.planner.cluster.objective import (
 )
 from hetermoe_cli.planner.cluster.refine import refined
 from hetermoe_cli.planner.cluster.replayed import replay_groups
-from hetermoe_cli.planner.expert_load import load_notes
-from hetermoe_cli.planner.explain import not_used, sources
+from hetermoe_cli.planner.reasons.explain import not_used, sources
 from hetermoe_cli.planner.solver import SolverOptions
-from hetermoe_cli.planner.work import work_bound
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.plan import Bound, Economy, Plan, Prediction, SolverReport, ranks_in
 from hetermoe_cli.spec.train import DenseState

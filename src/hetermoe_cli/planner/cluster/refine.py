@@ -8,7 +8,7 @@ from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.cluster.groups import FoundGroups
 from hetermoe_cli.planner.cluster.replayed import ReplayedGroup, replay_groups
 from hetermoe_cli.planner.orders import other_orders
-from hetermoe_cli.planner.search import search
+from hetermoe_cli.planner.search.outer import search
 from hetermoe_cli.planner.solver import SolverOptions
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.layout import Layout

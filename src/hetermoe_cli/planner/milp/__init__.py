@@ -1,0 +1,1 @@
+"""The MILP of one choice: its variables, its constraints, and its solution as counts."""

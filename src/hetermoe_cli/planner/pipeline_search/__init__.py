@@ -1,0 +1,1 @@
+"""Pipelines ranked by the thousand, in a small simulator of their own."""

@@ -1,0 +1,1 @@
+"""The outer search over the layouts of one group, and the heuristics that place experts."""
