@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import Action, Kind
-from hetermoe_cli.schedule.schedule import Schedule, inputs
+from hetermoe_cli.schedule.schedule import Schedule
 
 Ranks = NDArray[np.intp]
 Places = Ranks | None  # positions among a task's ranks; None: all of them
@@ -175,7 +175,7 @@ class _Graph:
         """What a compute task needs; the end of synchronisation needs all gradients."""
         if action.kind is Kind.SYNCHRONISE:
             return [t for t in self._schedule.transfers if t.kind is Kind.REDUCE]
-        return inputs(action, self._layers)
+        return self._schedule.needs(action, self._layers)
 
     def _chosen(self, tasks: Sequence[int], ranks: tuple[int, ...]) -> list[tuple[int, Places]]:
         """Those of `tasks` that run on some of `ranks`, and where these stand among the task's own."""

@@ -35,7 +35,7 @@ class LayoutCost(LayoutMemory):
 
     def __init__(self, cost: CostModel, layout: Layout, load: Load | None = None) -> None:
         super().__init__(cost, layout)
-        self._alike = load is None  # all micro-batches
+        self._alike = load is None and not layout.shifts  # all micro-batches
         self._balanced = load is None and cost.shares is None
         assumed = balanced_load(cost, layout) if cost.shares is None else AssumedLoad(cost.shares, cost, layout)
         self._load = load or assumed
@@ -51,7 +51,7 @@ class LayoutCost(LayoutMemory):
         self._transfers: dict[tuple[int, int, bool], TransferCost] = {}
         self._busy: dict[object, Matrix] = {}
         self._collectives: dict[tuple[Kind, int, bool], TransferCost] = {}
-        self._ports: dict[tuple[object, bool], tuple[int, ...]] = {}
+        self._ports: dict[tuple[object, int, bool], tuple[int, ...]] = {}
         self._rings: dict[int, tuple[int, ...]] = {}  # by pipeline stage
         self._crossings: dict[int, Crossing] = {}
 
@@ -69,8 +69,12 @@ class LayoutCost(LayoutMemory):
     def _key(self, layer: int, micro_batch: int) -> tuple[int, ...]:
         """Equal where loads are."""
         if self._balanced:
-            return (self._span[layer].number,)
+            return (self._span[layer].number, self._shift(micro_batch))
         return (layer,) if self._alike else (layer, micro_batch)
+
+    def _shift(self, micro_batch: int) -> int:
+        """Equal where the same ranks attend."""
+        return micro_batch if self.layout.shifts else 0
 
     def _rows_of(self, layer: int, micro_batch: int) -> Matrix:
         """The load, kept until another one is asked for."""
@@ -81,7 +85,9 @@ class LayoutCost(LayoutMemory):
 
     def _shape(self, layer: int, micro_batch: int) -> object:
         """Equal where costs are: under a balanced router, layers of a stage whose ranks hold as many experts each."""
-        return self._shapes[layer] if self._balanced else self._key(layer, micro_batch)
+        if self._balanced:
+            return self._shapes[layer], self._shift(micro_batch)
+        return self._key(layer, micro_batch)
 
     def seconds(self, rank: int, action: Action) -> float:
         """Seconds of a compute action (not S) on `rank`."""
@@ -179,7 +185,7 @@ class LayoutCost(LayoutMemory):
         layer, micro_batch = action.layer, 0 if self._alike else action.micro_batch
         key = (layer, micro_batch, action.towards_experts)
         if key not in self._transfers:
-            ports = self._static_ports(layer, action.towards_experts)
+            ports = self._static_ports(layer, micro_batch, action.towards_experts)
             self._transfers[key] = TransferCost(float(self._port_seconds(layer, micro_batch).max()), ports)
         seconds, ports = self._transfers[key]
         return TransferCost(trips(action, self._span[layer].schedule) * seconds, ports)
@@ -213,10 +219,10 @@ class LayoutCost(LayoutMemory):
             return self._load.by_rank(layer, micro_batch), np.arange(self.layout.world_size)
         return once_per_device(rows, *hosts, self.cost.model.top_k)
 
-    def _static_ports(self, layer: int, towards_experts: bool) -> tuple[int, ...]:
-        key = self._shapes[layer][0], towards_experts
+    def _static_ports(self, layer: int, micro_batch: int, towards_experts: bool) -> tuple[int, ...]:
+        key = self._shapes[layer][0], self._shift(micro_batch), towards_experts
         if key not in self._ports:
-            pair = np.array(self._span[layer].attending), np.unique(self._hosts[layer].ranks)
+            pair = np.array(self.layout.crew(layer, micro_batch)), np.unique(self._hosts[layer].ranks)
             self._ports[key] = self.cost.network.ports(*(pair if towards_experts else pair[::-1]))
         return self._ports[key]
 

@@ -57,6 +57,7 @@ class LayoutMemory:
             attending=len(span.attending),
             stepped=self.parameters(rank),
             windows=layout.windows_in_flight(rank),
+            on_shift=layout.on_shift_at_once(rank) / layout.schedule.window,
             span=self._part(span),
         )
 

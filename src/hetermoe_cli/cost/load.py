@@ -1,6 +1,7 @@
 """Load: who sends how many rows to which expert, assumed or recorded."""
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +21,8 @@ class Load(Protocol):
 
 def balanced_load(cost: CostModel, layout: Layout) -> Load:
     """Every expert gets the same share of every rank's rows."""
-    found = [
-        np.repeat([[cost.rows_per_expert(count)] for count in counts], cost.model.experts, axis=1)
-        for counts in _sequences(layout)
-    ]
-    return lambda layer, micro_batch: found[layout.span_at(layer).number]
+    experts = cost.model.experts
+    return _Sent(layout, lambda count: np.full(experts, cost.rows_per_expert(count)))
 
 
 class AssumedLoad:
@@ -32,21 +30,29 @@ class AssumedLoad:
 
     def __init__(self, shares: NDArray[np.float64], cost: CostModel, layout: Layout) -> None:
         experts = cost.model.experts
-        self._shares, self._layout = shares, layout
-        self._rows = [np.array([cost.rows_per_expert(c) * experts for c in counts]) for counts in _sequences(layout)]
+        self._shares = shares
+        self._rows = _Sent(layout, lambda count: np.float64(cost.rows_per_expert(count) * experts))
 
     def __call__(self, layer: int, micro_batch: int) -> Matrix:
-        return np.outer(self._rows[self._layout.span_at(layer).number], self._shares[layer])
+        return np.outer(self._rows(layer, micro_batch), self._shares[layer])
 
 
-def _sequences(layout: Layout) -> list[list[int]]:
-    """By pipeline stage, the sequences of every rank: those of other stages send no rows."""
-    if not layout.pipeline:
-        return [layout.sequences_per_rank]
-    attending = [frozenset(span.attending) for span in layout.spans]
-    return [
-        [count if rank in ranks else 0 for rank, count in enumerate(layout.sequences_per_rank)] for ranks in attending
-    ]
+class _Sent:
+    """What every rank sends of a layer and micro-batch, stacked: `of` its sequences, which those of other pipeline
+    stages have none of, nor those that are not on shift."""
+
+    def __init__(self, layout: Layout, of: Callable[[int], Any]) -> None:
+        self._layout, self._of = layout, of
+        self._known: dict[tuple[int, int], Matrix] = {}
+
+    def __call__(self, layer: int, micro_batch: int) -> Matrix:
+        layout = self._layout
+        key = layout.span_at(layer).number, micro_batch if layout.shifts else 0
+        if key not in self._known:
+            crew = frozenset(layout.crew(layer, micro_batch))
+            counts = [count if rank in crew else 0 for rank, count in enumerate(layout.sequences_per_rank)]
+            self._known[key] = np.array([self._of(count) for count in counts])
+        return self._known[key]
 
 
 class RecordedLoad:

@@ -211,13 +211,14 @@ class MemoryModel:
         attending: int = 1,
         stepped: float,
         windows: float,
+        on_shift: float = 1.0,
         span: Span | None = None,
     ) -> Memory:
         """Bytes of one rank under a balanced router, or where its experts get `rows`.
 
         `hosted` and `replicated`: experts per layer. `attending`: ranks of the group that do, for a sharded dense part.
-        `stepped`: parameters whose masters and moments the rank holds. `windows`: those alive at once. `span`: where it
-        holds a pipeline stage only.
+        `stepped`: parameters whose masters and moments the rank holds. `windows`: those alive at once. `on_shift`: of
+        a window's micro-batches, the share that it attends to. `span`: where it holds a pipeline stage only.
         """
         held = sum(hosted) + (sum(replicated) if sequences else 0)
         dense = self.dense_state_bytes(schedule, attending, span) if sequences else (0.0, 0.0, 0.0)
@@ -236,7 +237,7 @@ class MemoryModel:
             largest = self.expert_task_bytes(device, expected) * bool(held)
             share, busiest = max(hosted, default=0) / self.model.experts, expected
         if sequences:
-            kept += self.attention_kept_bytes(device, sequences, schedule.recompute_attention, span)
+            kept += on_shift * self.attention_kept_bytes(device, sequences, schedule.recompute_attention, span)
         peak = self.transient_bytes(device, sequences, schedule, span) + largest
         peak += max(hosted, default=0) * self.expert_transient_bytes(device, busiest, schedule)
         if sequences:  # as if the layer with most copies were the one that hosts most: linear in both

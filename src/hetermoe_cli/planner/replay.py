@@ -75,7 +75,8 @@ def usages(cost: LayoutCost) -> Iterator[Overflow]:
     for rank, device in enumerate(cost.cost.devices):
         held = tuple([len(placement.experts[rank]) for placement in layout.placement])
         stage = layout.span_of(rank).number
-        key = (device.type, layout.sequences_per_rank[rank], held, stage) if balanced else rank
+        own = layout.sequences_per_rank[rank], layout.on_shift_at_once(rank)
+        key = (device.type, own, held, stage) if balanced else rank
         if key not in known:
             known[key] = cost.memory(rank)
         memory = known[key]
@@ -110,6 +111,7 @@ def busy_bound(cost: LayoutCost, *, exposed: bool = True) -> float:
             known[key] = device_rates(cost.cost, rank, sequences, layout.schedule, layout.sequences_per_micro_batch)
         r = known[key]
         attention = r.attending(layout.layers) + transfers if sequences else 0.0
+        attention *= layout.on_shift(rank) / layout.micro_batches
         busiest = max(busiest, attention + _hosted_seconds(cost, rank, sum(r.hosted)))
     computed = layout.micro_batches * busiest + cost.collective(Kind.REDUCE, 0).seconds
     return max(computed, _carried_seconds(cost) if exposed else 0.0)

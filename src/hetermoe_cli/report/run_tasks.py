@@ -22,7 +22,7 @@ from hetermoe_cli.report.run_figures import read_run, recorded_load
 from hetermoe_cli.report.tasks import category
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.lower import training_schedules
-from hetermoe_cli.schedule.schedule import Schedule, inputs
+from hetermoe_cli.schedule.schedule import Schedule
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import Layout, Span
 from hetermoe_cli.spec.run import RunSpec
@@ -52,7 +52,7 @@ class CopyTasks:
                 for action in order:
                     span = spans.get((step, rank, display_name(action)))
                     if span:
-                        needed = inputs(action, self.layout.layers)
+                        needed = self.schedule.needs(action, self.layout.layers)
                         sources = [spans.get((step, rank, display_name(source))) for source in needed]
                         ready = max([before or 0.0, *(source.end for source in sources if source)])
                         start = span.start if before is None else min(ready, span.start)

@@ -21,7 +21,7 @@ from hetermoe_cli.runtime.dispatcher import Routing
 from hetermoe_cli.runtime.lanes import Handoff
 from hetermoe_cli.schedule.action import Action, Kind
 from hetermoe_cli.schedule.lower import training_schedules
-from hetermoe_cli.schedule.schedule import Schedule, inputs, is_of_all
+from hetermoe_cli.schedule.schedule import Schedule, is_of_all
 from hetermoe_cli.schedule.zebra import SYNCHRONISE
 from hetermoe_cli.spec.run import RunSpec
 from hetermoe_cli.spec.world import World
@@ -92,7 +92,7 @@ class EmulatedClock(Clock):
         return scaled
 
     def compute(self, action: Action, began: float, arrived: float, rows: list[int] | None = None) -> None:
-        weights = [a for a in inputs(action, self._world.layers) if a.kind is Kind.GATHER]
+        weights = [a for a in self._schedule.needs(action, self._world.layers) if a.kind is Kind.GATHER]
         start = max(self._now, arrived, *(self._ends.get(gather, 0.0) for gather in weights))
         if rows is None:
             seconds = self._cost.seconds(self._local, action)

@@ -21,7 +21,7 @@ from hetermoe_cli.runtime.shared_rows import layer_map
 from hetermoe_cli.runtime.stage import AttentionStage, ExpertStage
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.gathers import releases
-from hetermoe_cli.schedule.schedule import Schedule, inputs
+from hetermoe_cli.schedule.schedule import Schedule
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.model import ModelConfig
 
@@ -86,7 +86,7 @@ class Engine:
                 self._give(following.pop(None, []))
                 for action in order:
                     if (action.kind, action.direction) in self._handlers:
-                        self._take(inputs(action, layers))  # its weights
+                        self._take(schedule.needs(action, layers))  # its weights
                         self._handlers[action.kind, action.direction](action)
                         after(action)
                         if (segment := dropped.get(action)) is not None:
@@ -101,11 +101,11 @@ class Engine:
     def _following(self, schedule: Schedule) -> dict[Action | None, list[Action]]:
         """This rank's collectives by the task that each follows (None: the start)."""
         result: dict[Action | None, list[Action]] = {}
-        mine, layers = set(schedule.compute[self.mesh.rank]), self.layout.layers
+        mine = {action: place for place, action in enumerate(schedule.compute[self.mesh.rank])}
         for transfer in schedule.transfers_of(self.mesh.rank):
             if transfer.is_collective:
-                own = [source for source in schedule.sources(transfer, layers) if source in mine]
-                result.setdefault(own[-1] if own else None, []).append(transfer)
+                own = [source for source in schedule.sources(transfer, self.layout.layers) if source in mine]
+                result.setdefault(max(own, key=mine.__getitem__, default=None), []).append(transfer)
         return result
 
     def _give(self, transfers: Iterable[Action]) -> None:

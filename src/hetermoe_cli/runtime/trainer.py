@@ -99,8 +99,7 @@ class Trainer:
             found = [in_turns(schedule, layout.layers) for schedule in found]
         self._schedule, self._validation = found
         self._last_of_runs = last_of_runs(self._schedule.compute[self.mesh.rank])
-        sequences = layout.sequences_of(layout.span_of(self.mesh.rank)).get(self.mesh.rank, range(0))
-        self._first = replica.first + sequences.start
+        self._span, self._first = layout.span_of(self.mesh.rank), replica.first
 
     def release_gradients(self) -> None:
         """Free the buffers of gradients between two steps, before `lay_out` makes others."""
@@ -212,8 +211,9 @@ class Trainer:
 
     def _batch(self, batches: Batches | None, step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
         assert batches is not None
-        start = micro_batch * self.layout.sequences_per_micro_batch + self._first
-        return batches.sequences(step, start, start + self.layout.sequences_per_rank[self.mesh.rank])
+        own = self.layout.sequences_of(self._span, micro_batch)[self.mesh.rank]
+        before = self._first + micro_batch * self.layout.sequences_per_micro_batch
+        return batches.sequences(step, before + own.start, before + own.stop)
 
 
 def last_of_runs(compute: Sequence[Action]) -> set[Action]:

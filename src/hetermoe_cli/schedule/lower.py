@@ -67,7 +67,8 @@ class _Orders:
     def of(cls, layout: Layout) -> "_Orders":
         hosts = tuple([(*map(bool, layer.experts), bool(layer.replicated)) for layer in layout.placement])
         stages = tuple([(stage.layers, *stage.ranks) for stage in layout.pipeline])
-        return cls((layout.schedule, tuple(map(bool, layout.sequences_per_rank)), hosts, stages), layout)
+        shifts = tuple(map(tuple, layout.shifts))
+        return cls((layout.schedule, tuple(map(bool, layout.sequences_per_rank)), hosts, stages, shifts), layout)
 
 
 def _lower(layout: Layout, order_of: _OrderOf, copies: int) -> Schedule:
@@ -78,7 +79,9 @@ def _lower(layout: Layout, order_of: _OrderOf, copies: int) -> Schedule:
 def _lowered(orders: _Orders, order_of: _OrderOf, copies: int) -> Schedule:
     layout = orders.layout
     windows = windows_of(layout)
-    compute = tuple([order_of(part_of(layout, rank), windows) for rank in range(layout.world_size)])
+    compute = tuple(
+        [_on_shift(order_of(part_of(layout, rank), windows), layout, rank) for rank in range(layout.world_size)]
+    )
     transfers: list[Action] = []
     senders: dict[Action, tuple[int, ...]] = {}
     receivers: dict[Action, tuple[int, ...]] = {}
@@ -100,11 +103,23 @@ def _lowered(orders: _Orders, order_of: _OrderOf, copies: int) -> Schedule:
             senders[action], receivers[action] = (before, attending) if forward else (attending, before)
             continue
         hosts = hosting[action.layer]
-        if not hosts or (hosts == attending and len(attending) == 1):
+        crew = layout.crew(action.layer, action.micro_batch)
+        if not hosts or (hosts == crew and len(crew) == 1):
             continue  # every row stays on its device
         transfers.append(action)
-        senders[action], receivers[action] = (attending, hosts) if action.towards_experts else (hosts, attending)
-    return Schedule(compute, tuple(transfers), senders, receivers, after)
+        senders[action], receivers[action] = (crew, hosts) if action.towards_experts else (hosts, crew)
+    lasts = tuple(sorted({shift[-1] for shift in layout.shifts if shift}))
+    return Schedule(compute, tuple(transfers), senders, receivers, after, lasts)
+
+
+def _on_shift(order: Order, layout: Layout, rank: int) -> Order:
+    """A rank's order without what it does not attend to."""
+    return _some_of(order, tuple(layout.shifts[rank])) if layout.shifts and layout.shifts[rank] else order
+
+
+@lru_cache(maxsize=256)
+def _some_of(order: Order, shift: tuple[int, ...]) -> Order:
+    return tuple([action for action in order if action.kind not in _OF_ATTENDING or action.micro_batch in shift])
 
 
 def _weights_of(layout: Layout) -> _Weights:

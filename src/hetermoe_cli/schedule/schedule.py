@@ -14,7 +14,8 @@ class Schedule:
 
     `compute[r]` is rank r's compute order. `transfers` is one static order over all transfers: of two that share a
     NIC direction, the earlier one goes first; `senders` and `receivers` say who takes part. `after`: the task whose end
-    frees the memory that a gather needs.
+    frees the memory that a gather needs. `lasts`: where ranks attend to some micro-batches only, those after which
+    some of them are done with a layer, ascending.
     """
 
     compute: tuple[tuple[Action, ...], ...]
@@ -22,6 +23,7 @@ class Schedule:
     senders: dict[Action, tuple[int, ...]]
     receivers: dict[Action, tuple[int, ...]]
     after: dict[Action, Action] = field(default_factory=dict)
+    lasts: tuple[int, ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -41,9 +43,21 @@ class Schedule:
 
     def sources(self, transfer: Action, layers: int) -> tuple[Action, ...]:
         """Tasks that its senders must have done, where they have them, before they take part in it."""
-        made = completions(transfer, layers) if transfer.kind is Kind.REDUCE else inputs(transfer, layers)
+        if transfer.kind is Kind.REDUCE:
+            ends = {*self.lasts, transfer.micro_batch}
+            made = tuple([task for j in sorted(ends) for task in completions(transfer._replace(micro_batch=j), layers)])
+        else:
+            made = inputs(transfer, layers)
         first = self.after.get(transfer)
         return (*made, first) if first else made
+
+    def needs(self, task: Action, layers: int) -> tuple[Action, ...]:
+        """What a compute task needs, where the schedule has it: `inputs`; and for the first micro-batch that a rank
+        attends to, new weights, which come with the first of all."""
+        found = inputs(task, layers)
+        if not self.lasts or not found or found[-1].kind is not Kind.GATHER:
+            return found
+        return (*found, found[-1]._replace(micro_batch=0))
 
     def __str__(self) -> str:
         """Text form: a line per rank, then a line per transfer with its senders and receivers and what it follows."""

@@ -62,16 +62,18 @@ class Layout(ExtendedSpec):
     """All that the schedule, the simulator and the engine need to know of a plan.
 
     `sequences_per_rank[r]` is what rank r attends to per micro-batch; 0 makes it a pure expert rank. `pipeline`: stages
-    of consecutive layers, each a zebra group of its own; none: all ranks work on all layers.
+    of consecutive layers, each a zebra group of its own; none: all ranks work on all layers. `shifts[r]`: the
+    micro-batches of an iteration in which rank r attends to them; none: attending ranks do so in all of them.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"pipeline"})
+    later: ClassVar[frozenset[str]] = frozenset({"pipeline", "shifts"})
     model_config = ConfigDict(ignored_types=(cached_property,))
 
     schedule: ScheduleChoice
     sequences_per_rank: list[NonNegativeInt] = Field(min_length=1)
     placement: list[LayerPlacement] = Field(min_length=1)
     pipeline: list[PipelineStage] = Field(default_factory=list)
+    shifts: list[list[NonNegativeInt]] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _check(self) -> "Layout":
@@ -89,7 +91,27 @@ class Layout(ExtendedSpec):
                 raise ValueError(f"placement.{layer}: every expert must be placed exactly once")
         if self.pipeline:
             self._check_pipeline()
+        if self.shifts:
+            self._check_shifts()
         return self
+
+    def _check_shifts(self) -> None:
+        if self.pipeline or self.schedule.dense_state == "full" or self.schedule.passes == "woven":
+            raise ValueError("shifts: not with pipeline stages, dense_state full or woven passes")
+        if any(placement.replicated for placement in self.placement):
+            raise ValueError("shifts: not with replicated experts")
+        if len(self.shifts) != self.world_size:
+            raise ValueError(f"shifts: {len(self.shifts)} ranks listed, sequences_per_rank has {self.world_size}")
+        for rank, (shift, sequences) in enumerate(zip(self.shifts, self.sequences_per_rank, strict=True)):
+            if sorted({*shift}) != shift or shift[-1:] >= [self.micro_batches]:
+                raise ValueError(
+                    f"shifts.{rank}: must be numbers of micro-batches, below {self.micro_batches}, ascending"
+                )
+            if bool(shift) != bool(sequences):
+                raise ValueError(f"shifts.{rank}: must name micro-batches where, and only where, the rank attends")
+        sizes = [sum(self.sequences_per_rank[rank] for rank in crew) for crew in self._crews]
+        if len({*sizes}) > 1:
+            raise ValueError(f"shifts: micro-batches have from {min(sizes)} to {max(sizes)} sequences, must be equal")
 
     def _check_pipeline(self) -> None:
         if sorted(rank for stage in self.pipeline for rank in stage.ranks) != list(range(self.world_size)):
@@ -163,7 +185,30 @@ class Layout(ExtendedSpec):
         """Without what was derived from other fields."""
         copy = super().model_copy(update=update, deep=deep)
         copy.__dict__.pop("_spans", None)
+        copy.__dict__.pop("_crews", None)
         return copy
+
+    @cached_property
+    def _crews(self) -> tuple[tuple[int, ...], ...]:
+        """With shifts, who attends in each micro-batch."""
+        numbers = range(self.micro_batches)
+        return tuple([tuple([rank for rank, shift in enumerate(self.shifts) if j in shift]) for j in numbers])
+
+    def crew(self, layer: int, micro_batch: int) -> tuple[int, ...]:
+        """Ranks that attend in a layer (attending_at) to this micro-batch."""
+        return self._crews[micro_batch] if self.shifts else self.attending_at(layer)
+
+    def on_shift(self, rank: int) -> int:
+        """Micro-batches of an iteration in which `rank` attends, if it does."""
+        return len(self.shifts[rank]) if self.shifts else self.micro_batches
+
+    def on_shift_at_once(self, rank: int) -> int:
+        """Of those of a window, at most."""
+        width = self.schedule.window
+        if not self.shifts:
+            return width
+        windows = [j // width for j in self.shifts[rank]]
+        return max(map(windows.count, windows), default=0)
 
     def _attending(self, stage: PipelineStage) -> tuple[int, ...]:
         return tuple([rank for rank in sorted(stage.ranks) if self.sequences_per_rank[rank]])
@@ -188,14 +233,15 @@ class Layout(ExtendedSpec):
     def sequences_per_micro_batch(self) -> int:
         """Sequences of one micro-batch, over all ranks of a pipeline stage."""
         if not self.pipeline:
-            return sum(self.sequences_per_rank)
+            return sum([self.sequences_per_rank[rank] for rank in self.crew(0, 0)])
         return sum([self.sequences_per_rank[rank] for rank in self.pipeline[0].ranks])
 
-    def sequences_of(self, span: Span) -> dict[int, range]:
-        """Which of a micro-batch's sequences every attending rank of a stage has: they go to its ranks in turn."""
-        counts = [self.sequences_per_rank[rank] for rank in span.attending]
+    def sequences_of(self, span: Span, micro_batch: int = 0) -> dict[int, range]:
+        """Which of a micro-batch's sequences every rank that attends to it has in a stage: they go to these in turn."""
+        crew = self.crew(span.first, micro_batch)
+        counts = [self.sequences_per_rank[rank] for rank in crew]
         ends = accumulate(counts)
-        return {rank: range(end - n, end) for rank, n, end in zip(span.attending, counts, ends, strict=True)}
+        return {rank: range(end - n, end) for rank, n, end in zip(crew, counts, ends, strict=True)}
 
     def common(self, rank: int, other: int) -> int:
         """Sequences of a micro-batch that `rank` and `other`, of another pipeline stage, both attend to."""

@@ -32,13 +32,14 @@ class Group(ExtendedSpec):
     `replicas`: the ranks of each, ascending. Rank r of the layout is the r-th of them.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"pipeline"})
+    later: ClassVar[frozenset[str]] = frozenset({"pipeline", "shifts"})
 
     replicas: list[list[NonNegativeInt]] = Field(min_length=1)
     schedule: ScheduleChoice
     sequences_per_rank: list[NonNegativeInt] = Field(min_length=1)
     placement: list[LayerPlacement] = Field(min_length=1)
     pipeline: list[PipelineStage] = Field(default_factory=list)
+    shifts: list[list[NonNegativeInt]] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _check(self) -> "Group":

@@ -1,4 +1,4 @@
-"""planner/pipelines/layouts.py and plan_pipelines.py: setups of pp as layouts with stages, and when they become the plan."""
+"""planner/pipelines/: setups of pp as layouts with stages, and when they become the plan."""
 
 from dataclasses import replace
 from pathlib import Path

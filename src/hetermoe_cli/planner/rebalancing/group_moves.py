@@ -1,8 +1,8 @@
 """Other places for the named experts of one group under a measured load, sequences and schedule kept.
 
-Candidates: the experts placed by name for several aims (by_name/named.py), with equal ranks renumbered so that few experts
-move; then single moves, swaps and copies of the best so far. Each is judged by its replay over the steps that are left
-plus the time that moving takes, and must fit into memory.
+Candidates: the experts placed by name for several aims (by_name/named.py), with equal ranks renumbered so that few
+experts move; then single moves, swaps and copies of the best so far. Each is judged by its replay over the steps that
+are left plus the time that moving takes, and must fit into memory.
 """
 
 import time
