@@ -25,6 +25,7 @@ def trimmed(
         schedule=layout.schedule,
         sequences_per_rank=[layout.sequences_per_rank[local] for local in kept],
         placement=placement,
+        shifts=[layout.shifts[local] for local in kept] if layout.shifts else [],
     )
     return result, [[ranks[local] for local in kept] for ranks in replicas]
 

@@ -27,6 +27,7 @@ from hetermoe_cli.planner.search import heuristic
 from hetermoe_cli.planner.search.candidates import Candidate
 from hetermoe_cli.planner.search.runner_up import RunnerUp
 from hetermoe_cli.planner.search.shake import shaken
+from hetermoe_cli.planner.search.shifts import with_shifts
 from hetermoe_cli.planner.solver import Run, SolverOptions
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.layout import Layout
@@ -39,6 +40,8 @@ SHAKEN = 6  # choices, in any order, whose best placements are shaken
 CLIMBS = 32  # of each
 SHAKE = 4  # for at most one part in so many of the time that is left
 AS_LONG = 1.0  # times what the search took so far, at most: small problems are soon solved
+RELIEVED = 4  # placements, in whatever order
+RELIEVE = 4  # for at most one part in so many of the time that is left
 ORDERS = 4  # that MILPs take up: choices in orders other than the default
 REFINED = (0, 2, ALL)  # devices of each class with variables of their own, step by step
 SHARE = 0.7  # of the time that is left for these, what each may take
@@ -87,7 +90,7 @@ class Incumbent:
         for one, replayed in tried:
             self.offered.append(RunnerUp.of(self.cost, one, replayed))
             choice = Choice(one.schedule, tuple(one.sequences_per_rank))
-            if choice not in self.placed or replayed < self.placed[choice][0]:
+            if not one.shifts and (choice not in self.placed or replayed < self.placed[choice][0]):
                 self.placed[choice] = replayed, one
             if replayed < self.seconds:
                 self.best, self.seconds = one, replayed
@@ -155,6 +158,14 @@ class Incumbent:
             table = heuristic.table_in(ready.classes, self.placed[choice][1])
             better = shaken(ready.rates, ready.tasks, table, CLIMBS, end)
             self.offer(ready.layout(counts_of(ready.rates, better)))
+
+    def relieve(self, spent: float) -> None:
+        """Layouts in which hosts attend in shifts, for at most as long as `spent` seconds of search, and a part of the
+        time."""
+        end = time.monotonic() + min(self.left / RELIEVE, AS_LONG * spent)
+        bases = sorted(self.placed.values(), key=lambda pair: pair[0])[:RELIEVED]
+        for layout in with_shifts(self.cost, [base for _, base in bases], self.seconds, end):
+            self.offer(layout)
 
     def _fastest(self, choices: Iterable[Choice]) -> list[Choice]:
         """Those whose best placements are near the best of all, in their order."""

@@ -230,6 +230,7 @@ def search(
     state.explore()
     state.reorder(state.open)
     state.shake(time.monotonic() - began)
+    state.relieve(time.monotonic() - began)
     progress("proving")
     state.deadline = end
     state.prove()

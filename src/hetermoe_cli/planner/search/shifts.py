@@ -1,0 +1,235 @@
+"""Shifts: old devices that only host attend as well, each to a few micro-batches, in place of ranks that attend to all.
+
+At long sequences attention decides the iteration and hosts have time to spare, but a host that is several times slower
+at attention would hold up every micro-batch that it had a part in. A *helper* takes over all sequences that one rank
+has in one micro-batch: it may be late with that one by as much as the window's other micro-batches take.
+
+Numbers of helpers and micro-batches, windows and recomputation are ranked by a closed estimate; the best ones that fit
+are replayed with experts in simple shares, and the best of these climbed by replays. No bound covers these layouts.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from math import ceil, floor, inf
+
+import numpy as np
+
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.planner.allowed import kept_choices
+from hetermoe_cli.planner.arrays import IntArray
+from hetermoe_cli.planner.instance.deal import number, proportional, rotate
+from hetermoe_cli.planner.instance.device_rates import ClassRates, device_rates
+from hetermoe_cli.planner.replay import overflow
+from hetermoe_cli.simulator import simulate
+from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.schedule_choice import ScheduleChoice
+
+MOST_DEVICES = 16  # beyond that replays are too slow to climb by
+REPLAYED = 8  # variants that fit of every schedule, the lowest estimates first
+CLIMBED = 3
+NEAR = 1.1  # times the best: from further off no climb gets below it
+HELPED = (1.0, 0.5, 0.0)  # of their room, what helpers host at most to begin with
+LEVELS = 30  # bisections
+STRIDES = (1, 2, 4)  # a move goes over every layer, every second, every fourth, and over one
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Who attends when: ranks of `everywhere` in all micro-batches but those that a helper takes over from them."""
+
+    schedule: ScheduleChoice
+    sequences: int  # of a micro-batch, on a rank that attends to it
+    everywhere: tuple[int, ...]
+    helpers: tuple[int, ...]
+    others: tuple[int, ...]
+    taken: int  # times that a helper, each in turn, takes over a micro-batch
+    late: bool  # the last one among those, or the first
+
+    @property
+    def classes(self) -> list[tuple[int, ...]]:
+        """Ranks that are alike."""
+        return [ranks for ranks in (self.everywhere, self.helpers, self.others) if ranks]
+
+    def shifts(self) -> list[list[int]] | None:
+        """By rank; None where a helper would take over the same sequences as another, or two at once."""
+        count = self.schedule.micro_batches
+        result: dict[int, set[int]] = {rank: set() for rank in (*self.helpers, *self.others)}
+        result |= {rank: set(range(count)) for rank in self.everywhere}
+        for turn in range(self.taken):
+            place, helper = turn * count // self.taken, self.helpers[turn % len(self.helpers)]
+            j = count - 1 - place if self.late else place
+            relieved = self.everywhere[turn % len(self.everywhere)]
+            if j in result[helper] or j not in result[relieved]:
+                return None
+            result[helper].add(j)
+            result[relieved].remove(j)
+        return [sorted(result[rank]) for rank in sorted(result)] if all(result[r] for r in self.everywhere) else None
+
+
+def with_shifts(cost: CostModel, bases: Sequence[Layout], seconds: float, deadline: float) -> Iterator[Layout]:
+    """Layouts with shifts that may beat `seconds`, improved until `deadline`; `bases`: good ones without."""
+    if len(cost.devices) > MOST_DEVICES:
+        return
+    found = sorted(_variants(cost, bases), key=lambda variant: variant.estimate)
+    looked, timed = Counter[ScheduleChoice](), list[tuple[float, int, _Variant, IntArray]]()
+    for place, variant in enumerate(found):
+        if variant.estimate >= seconds or time.monotonic() > deadline:
+            break
+        if looked[variant.roster.schedule] < REPLAYED:
+            began, table = min([(variant.seconds(table), table) for table in variant.starts()], key=lambda one: one[0])
+            looked[variant.roster.schedule] += began < inf
+            timed.append((began, place, variant, table))
+    for began, _, variant, table in sorted(timed, key=lambda one: one[:2])[:CLIMBED]:
+        if began < NEAR * seconds:
+            yield variant.layout(variant.climbed(table, began, deadline))
+
+
+def _variants(cost: CostModel, bases: Sequence[Layout]) -> Iterator["_Variant"]:
+    """Of every roster that the bases lead to, once."""
+    for roster in dict.fromkeys(roster for base in bases for roster in _rosters(cost, base)):
+        if (shifts := roster.shifts()) is not None:
+            yield _Variant(cost, roster, shifts)
+
+
+def _rosters(cost: CostModel, base: Layout) -> Iterator[Roster]:
+    """What helpers can make of a layout whose attending ranks are alike: its micro-batches as they are or in halves,
+    its windows or all at once."""
+    attending, schedule = tuple(base.attending), base.schedule
+    hosts = [rank for rank in range(base.world_size) if not base.sequences_per_rank[rank]]
+    kinds = {(cost.devices[rank].type, base.sequences_per_rank[rank]) for rank in attending}
+    if base.pipeline or not hosts or len(kinds) > 1 or schedule.dense_state == "full" or schedule.window == 1:
+        return
+    ((_, sequences),) = kinds
+    hosts.sort(key=lambda rank: (sum(cost.attention_cost(cost.of(rank), 1, 1)[:2]), rank))
+    again = [recompute for recompute, state in kept_choices(cost) if state == schedule.dense_state]
+    for parts, recompute in product((1, 2), again):
+        if sequences % parts:
+            continue
+        count = parts * schedule.micro_batches
+        for width in dict.fromkeys((parts * schedule.window, count)):
+            choice = cost.schedule(count, width, recompute, schedule.dense_state)
+            for helpers in range(1, len(hosts) + 1):
+                for taken, late in product(range(helpers, count * len(attending) // 2 + 1), (False, True)):
+                    yield Roster(
+                        choice,
+                        sequences // parts,
+                        attending,
+                        tuple(sorted(hosts[:helpers])),
+                        tuple(sorted(hosts[helpers:])),
+                        taken,
+                        late,
+                    )
+
+
+class _Variant:
+    """A roster with its shifts; placements are tables [layers, classes] of experts."""
+
+    def __init__(self, cost: CostModel, roster: Roster, shifts: list[list[int]]) -> None:
+        self.cost, self.roster, self._shifts = cost, roster, shifts
+        self._attending = {*roster.everywhere, *roster.helpers}
+        self._rates = [self._rates_of(max(ranks, key=lambda rank: len(shifts[rank]))) for ranks in roster.classes]
+        self._busy = self._attended()
+        self._each = [roster.schedule.micro_batches * sum(rates.hosted) for rates in self._rates]
+        self._rooms = [floor(rates.room(cost.model.layers, 1)) for rates in self._rates]
+        self.estimate = max(self._level(), self._chain())
+
+    def _rates_of(self, rank: int) -> ClassRates:
+        roster = self.roster
+        own, total = roster.sequences * (rank in self._attending), roster.sequences * len(roster.everywhere)
+        rates, width = device_rates(self.cost, rank, own, roster.schedule, total), roster.schedule.window
+        windows = [j // width for j in self._shifts[rank]]
+        free = width - max(map(windows.count, windows), default=width)  # micro-batches of which it keeps nothing
+        kept = self.cost.attention_kept_bytes(self.cost.of(rank), own, roster.schedule.recompute_attention)
+        return replace(rates, memory_base=rates.memory_base - free * kept)
+
+    def _attended(self) -> list[float]:
+        """Seconds that a device of each class attends."""
+        roster, layers = self.roster, self.cost.model.layers
+        given, most = roster.taken / len(roster.everywhere), ceil(roster.taken / len(roster.helpers))
+        counts = {roster.everywhere: roster.schedule.micro_batches - given, roster.helpers: most}
+        times = [rates.attending(layers) for rates in self._rates]
+        return [counts.get(ranks, 0) * own for ranks, own in zip(roster.classes, times, strict=True)]
+
+    def _level(self, helped: float = 1.0) -> float:
+        """When all devices are done if experts are shared out so that they are done together, as far as there is room;
+        helpers host at most a part `helped` of what they have room for."""
+        work = self.cost.model.layers * self.cost.model.experts
+        if min(self._rooms) < 0 or sum(self._shares(inf, helped)) < work:
+            return inf
+        low = high = max(self._busy)
+        while sum(self._shares(high, helped)) < work:
+            low, high = high, 2 * high
+        for _ in range(LEVELS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if sum(self._shares(middle, helped)) >= work else (middle, high)
+        return high
+
+    def _shares(self, done: float, helped: float) -> list[float]:
+        """Experts that classes can compute until then, and have room for."""
+        rooms = [room * (helped if place == 1 else 1.0) for place, room in enumerate(self._rooms)]
+        times = zip(self._busy, self._each, strict=True)
+        spare = [max(0.0, min(room, (done - own) / one)) for room, (own, one) in zip(rooms, times, strict=True)]
+        return [len(ranks) * each for ranks, each in zip(self.roster.classes, spare, strict=True)]
+
+    def _chain(self) -> float:
+        """No window is done before the micro-batch that a helper attends to has gone through all layers."""
+        roster, layers, width = self.roster, self.cost.model.layers, self.roster.schedule.window
+        own = self._rates[0].attending(layers)
+        slow = self._rates[1].attending(layers)
+        windows = {j // width for rank in roster.helpers for j in self._shifts[rank]}
+        count = roster.schedule.micro_batches // width
+        return len(windows) * max(slow, (width - 1) * own) + (count - len(windows)) * width * own
+
+    def starts(self) -> Iterator[IntArray]:
+        """Experts shared out so that all devices are done together; and helpers with fewer of them, or none, as what
+        they attend to holds up their experts."""
+        totals = [self.cost.model.experts] * self.cost.model.layers
+        for helped in HELPED:
+            if (done := self._level(helped)) < inf:
+                yield np.array(proportional(totals, self._shares(done, helped)))
+
+    def layout(self, table: IntArray) -> Layout:
+        """The layout of a placement."""
+        counts = np.zeros((len(table), self.cost.inputs.cluster.world_size), dtype=int)
+        for totals, ranks in zip(table.T, self.roster.classes, strict=True):
+            counts[:, list(ranks)] = rotate([int(total) for total in totals], len(ranks))
+        sequences = [self.roster.sequences * (rank in self._attending) for rank in range(counts.shape[1])]
+        placement = [number([int(count) for count in layer], 0) for layer in counts]
+        return Layout(
+            schedule=self.roster.schedule, sequences_per_rank=sequences, placement=placement, shifts=self._shifts
+        )
+
+    def seconds(self, table: IntArray) -> float:
+        """Its replay; infinite if it does not fit."""
+        layout = LayoutCost(self.cost, self.layout(table))
+        return inf if overflow(layout) else simulate(layout).seconds
+
+    def climbed(self, table: IntArray, seconds: float, deadline: float) -> IntArray:
+        """The placement after moves of experts from class to class, each of which helps, in random order."""
+        moves, draw, failed = self._moves(len(table)), np.random.default_rng(0), 0
+        while failed < len(moves) and time.monotonic() < deadline:
+            for move in draw.permutation(len(moves)):
+                moved = table + moves[move]
+                took = self.seconds(moved) if (moved >= 0).all() else inf
+                failed = failed + 1
+                if took < seconds:
+                    table, seconds, failed = moved, took, 0
+                if failed >= len(moves) or time.monotonic() > deadline:
+                    break
+        return table
+
+    def _moves(self, layers: int) -> list[IntArray]:
+        """One expert from a class to another in some layers."""
+        blocks = {tuple(range(first, layers, stride)) for stride in STRIDES for first in range(stride)}
+        blocks |= {(layer,) for layer in range(layers)}
+        classes, moves = range(len(self.roster.classes)), []
+        for block, giver, taker in product(sorted(blocks), classes, classes):
+            if giver != taker and block:
+                move = np.zeros((layers, len(classes)), dtype=int)
+                move[list(block), giver], move[list(block), taker] = -1, 1
+                moves.append(move)
+        return moves
