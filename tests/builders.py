@@ -333,9 +333,38 @@ def pipelines(draw: st.DrawFn) -> Layout:
     return Layout(schedule=schedule, sequences_per_rank=shares, placement=placement, pipeline=stages)
 
 
+@st.composite
+def in_shifts(draw: st.DrawFn) -> Layout:
+    """Any legal layout whose ranks attend in turn: up to 3 posts of 1 or 2 sequences, each of which one of its ranks
+    takes in every micro-batch. A rank that never does attends to nothing."""
+    world, experts = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    states: list[DenseState] = ["replicated", "optimizer"]
+    schedule = _schedule(
+        draw, get_args(ScheduleName), get_args(ExpertOrder), 4, draw(st.sampled_from(get_args(Recompute))), states
+    )
+    posts = draw(st.lists(st.integers(0, 3), min_size=world, max_size=world).filter(any))  # 0: none
+    sizes = [0, *draw(st.lists(st.integers(1, 2), min_size=3, max_size=3))]
+    shifts: list[list[int]] = [[] for _ in range(world)]
+    for post in {*posts} - {0}:
+        ranks = [rank for rank, own in enumerate(posts) if own == post]
+        for micro_batch in range(schedule.micro_batches):
+            shifts[draw(st.sampled_from(ranks))].append(micro_batch)
+    placement = []
+    for _ in range(draw(st.integers(1, 3))):
+        hosts = draw(st.lists(st.integers(0, world - 1), min_size=experts, max_size=experts))
+        by_rank = [[e for e, host in enumerate(hosts) if host == rank] for rank in range(world)]
+        placement.append(LayerPlacement(experts=by_rank))
+    return Layout(
+        schedule=schedule.model_copy(update={"passes": "in_turn"}),
+        sequences_per_rank=[sizes[post] if shift else 0 for post, shift in zip(posts, shifts, strict=True)],
+        placement=placement,
+        shifts=shifts,
+    )
+
+
 def any_layouts() -> st.SearchStrategy[Layout]:
-    """With pipeline stages or without."""
-    return st.one_of(layouts(), pipelines())
+    """With pipeline stages, with shifts, or without."""
+    return st.one_of(layouts(), pipelines(), in_shifts())
 
 
 def parse_schedule(text: str) -> Schedule:

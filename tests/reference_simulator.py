@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.schedule.action import Action, Kind
-from hetermoe_cli.schedule.schedule import Schedule, inputs
+from hetermoe_cli.schedule.schedule import Schedule
 from hetermoe_cli.trace import Span, display_name, lane_of
 
 Task = tuple[int, Action]  # rank -1: of all ranks, or of a transfer's participants
@@ -39,7 +39,7 @@ def waits(schedule: Schedule, layers: int, ports: Callable[[Action], object]) ->
 def sources(schedule: Schedule, action: Action, layers: int) -> Sequence[Action]:
     if action.kind is Kind.SYNCHRONISE:
         return [t for t in schedule.transfers if t.kind is Kind.REDUCE]
-    return inputs(action, layers)
+    return schedule.needs(action, layers)
 
 
 def participants(schedule: Schedule, action: Action) -> set[int]:

@@ -140,5 +140,7 @@ def _counts(plan: Plan, steps: int) -> dict[int, np.ndarray[Any, np.dtype[np.int
         shares = random.dirichlet(np.ones(layout.experts), size=(steps, layout.layers, layout.micro_batches))
         shares = (shares + 1) / (1 + layout.experts)  # a token visits an expert once at most
         sent = [random.multinomial(count, shares).astype(np.int32) for count in rows]
+        for counts, shift in zip(sent, layout.shifts, strict=False):  # none but those where there are any
+            counts[:, :, [j for j in range(layout.micro_batches) if j not in shift]] = 0
         result |= zip(copy.processes, sent, strict=True)
     return result

@@ -271,8 +271,8 @@ def test_every_span_is_that_of_the_plainest_replay(
     if not balanced:
         size = (world, layout.layers, layout.micro_batches, layout.experts)
         counts = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 50, size)
-        for place in itertools.product(range(world), range(layout.layers)):
-            counts[place] *= layout.attends(*place)
+        for rank, layer, j in itertools.product(range(world), range(layout.layers), range(layout.micro_batches)):
+            counts[rank, layer, j] *= rank in layout.crew(layer, j)
         cost = LayoutCost(cost.cost, layout, RecordedLoad(counts, 1.5))
     schedule = training_schedule(layout, data.draw(st.integers(1, 2), label="groups"))
     rank = data.draw(st.integers(0, world - 1))

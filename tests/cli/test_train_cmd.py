@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from builders import make_inputs, make_layout, make_model, make_plan, make_profile
 from hetermoe_cli.spec.files import dump
+from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.plan import Plan
 from train_command import HETERMOE, run
@@ -98,6 +99,24 @@ def test_run_then_resume_is_bit_exact(plan_file: Path, text: Path, tmp_path: Pat
     for rank in (0, 1):
         shard = f"checkpoints/step-00000012/rank-{rank:05d}.safetensors"
         assert (half / shard).read_bytes() == (whole / shard).read_bytes()
+
+
+def test_ranks_that_attend_in_turn_train_calibrate_and_resume(text: Path, tmp_path: Path) -> None:
+    plain = cpu_plan(4, replicated=0, hosted=(1, 3))
+    layout = plain.layout.model_dump() | {"sequences_per_rank": [2, 2], "shifts": [[0], [1]]}
+    plans = {"plain": plain, "shifts": make_plan(plain.inputs, Layout.model_validate(layout))}
+    for name, plan in plans.items():
+        dump(plan, tmp_path / f"{name}.yaml")
+        options = ("--data", text, "--validate-every", 2, "--checkpoint-every", 2)
+        hetermoe("train", tmp_path / f"{name}.yaml", "--run-folder", tmp_path / name, *options)
+    for event in ("step", "validation"):
+        losses = {name: [line["loss"] for line in metrics(tmp_path / name, event)] for name in plans}
+        assert losses["shifts"] == pytest.approx(losses["plain"], rel=1e-4)
+    done = hetermoe("calibrate", tmp_path / "shifts", "--dry-run", "--json")
+    assert {row["tasks"] for row in json.loads(done.stdout)["rows"] if row["kind"] == "head"} == {2}
+    options = ("--data", text, "--run-folder", tmp_path / "shifts", "--resume", "--steps", 6)
+    hetermoe("train", tmp_path / "plain.yaml", *options)
+    assert [line["step"] for line in metrics(tmp_path / "shifts")] == list(range(6))
 
 
 @pytest.mark.long

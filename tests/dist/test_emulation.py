@@ -123,6 +123,13 @@ def test_emulated_pipeline_stages_take_the_cost_of_their_rows(tmp_path: Path) ->
     check(make_run(tmp_path, (2, 1, 1), (4, 1, 3), layout=layout))
 
 
+def test_emulated_shifts_take_the_cost_of_their_rows(tmp_path: Path) -> None:
+    """New weights arrive with the first micro-batch, which one rank is not on."""
+    plain = make_layout((1, 1, 0), (0, 1, 3), micro_batches=4, schedule="windowed", dense_state="optimizer")
+    layout = Layout.model_validate(plain.model_dump() | {"shifts": [[0, 1, 3], [2], []]})
+    check(make_run(tmp_path, (1, 1, 0), (0, 1, 3), layout=layout))
+
+
 def check(run: RunSpec) -> None:
     ranks = run_workers(run.plan.layout.world_size, work, run)
     emulated = Trace("emulated", [span for spans, *_ in ranks for span in spans])

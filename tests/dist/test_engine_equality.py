@@ -42,6 +42,7 @@ class Case:
     dispatch: Dispatch = "per_expert"
     passes: PassOrder = "in_turn"
     pipeline: list[PipelineStage] = field(default_factory=list)
+    shifts: list[list[int]] = field(default_factory=list)
     features: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -64,7 +65,11 @@ class Case:
             passes=self.passes,
         )
         return Layout(
-            schedule=choice, sequences_per_rank=self.sequences, placement=self.placement, pipeline=self.pipeline
+            schedule=choice,
+            sequences_per_rank=self.sequences,
+            placement=self.placement,
+            pipeline=self.pipeline,
+            shifts=self.shifts,
         )
 
 
@@ -89,6 +94,12 @@ TWO_STAGES = [
     LayerPlacement(experts=[[], [], [0, 5], [1, 2, 3, 4]]),
     LayerPlacement(experts=[[], [], [], [0, 4]], replicated=[1, 2, 3, 5]),
 ]
+APART = [
+    LayerPlacement(experts=[[5], [], [0, 1, 2], [3, 4]]),
+    LayerPlacement(experts=[[], [], [0, 2, 4], [1, 3, 5]]),
+    LayerPlacement(experts=[[0], [1], [5, 2], [4, 3]]),
+]
+BY_TURNS = [LayerPlacement(experts=experts) for experts in ([[*range(6)], []], [[], [*range(6)]], [[*range(6)], []])]
 SWAPPED = [p.model_copy(update={"experts": p.experts[2:] + p.experts[:2]}) for p in TWO_STAGES]
 SIGMOID = {"router_score": "sigmoid", "router_renormalise": False, "router_scale": 2.5, "shared_experts": 2}
 LOSSES = {"router_balance": "auxiliary", "router_auxiliary_loss": 0.5, "router_z_loss": 0.1}
@@ -171,6 +182,20 @@ CASES = {
         [1, 1], hosts([0, 1, 2], [3, 4, 5]), 4, schedule="sequential", passes="woven", recompute="full",
         dispatch="per_device", features={"top_k": 3},
     ),
+    "shifts, one helps once": Case(
+        [2, 2, 0], hosts([], [], list(range(6))), 4, shifts=[[0, 2, 3], [1], []], features=DENSE
+    ),
+    "shifts, hosts attend at times, windows, between, full recompute": Case(
+        [1, 1, 1, 0], APART, 4, schedule="windowed", expert_order="between", recompute="full",
+        shifts=[[0, 1, 2, 3], [0, 3], [1, 2], []], features=CAPACITY | BIAS,
+    ),
+    "shifts, one as much as two, interleaved, once per device": Case(
+        [2, 1, 1, 0], APART, 4, transfers="interleaved", dispatch="per_device", documents="masked",
+        shifts=[[0, 2], [1, 3], [1, 3], []], features=LOSSES | {"top_k": 3},
+    ),
+    "shifts, alone with all experts, windows of one, recompute": Case(
+        [2, 2], BY_TURNS, 4, schedule="sequential", recompute="all", shifts=[[1, 2, 3], [0]], features=SIGMOID
+    ),
     "1+1 sequential": Case([4, 0], hosts([], list(range(6))), 2, schedule="sequential"),
     "1+1 balanced router": Case([4, 0], hosts([], list(range(6))), 2, router="balanced"),
     "1+1 all replicated": Case([4, 0], hosts([], [], replicated=tuple(range(6))), 2),
@@ -248,6 +273,8 @@ OVER_GLOO = [
     "EP 2 between, interleaved",
     "left out",
     "pipeline, woven, every stage its own recomputation",
+    "shifts, one helps once",
+    "shifts, hosts attend at times, windows, between, full recompute",
 ]
 
 

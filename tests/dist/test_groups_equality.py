@@ -113,6 +113,13 @@ CASES = {
         ],
         features=LOSSES,
     ),
+    "in shifts, and one alone": Groups(
+        copies=[
+            (Case([2, 2, 0], hosts([], [1, 0], [2, 3, 4, 5]), 3, shifts=[[0, 2], [1], []]), [0, 2, 3]),
+            (ALONE, [1]),
+        ],
+        features=BIAS | DENSE,
+    ),
     "four and one": Groups(
         copies=[
             (Case([2, 1, 0, 0], MIXED, 2, recompute="attention"), [0, 1, 2, 4]),

@@ -39,9 +39,10 @@ NAMES = [
     "pipeline, full recompute, documents",
     "pipeline, woven, every stage its own recomputation",
     "mixed, windows, woven",
+    "shifts, hosts attend at times, windows, between, full recompute",
 ]
 STATES = [(name, "replicated") for name in NAMES]
-STATES += [("pipeline, last ranks first, recompute", "optimizer")]
+STATES += [(name, "optimizer") for name in ("pipeline, last ranks first, recompute", "shifts, one helps once")]
 STATES += [(name, state) for name in NAMES[2:4] for state in ("optimizer", "full")]
 STATES += [(name, "full") for name in ("2+1 uneven sequences", "EP 2 between, interleaved", "left out")]
 ORDERED = [pytest.param(False, marks=pytest.mark.long), True]  # both ways over groups in any case

@@ -88,11 +88,16 @@ GROUPS = {  # each gathers among its own ranks
 }  # fmt: skip
 FULL |= GROUPS
 SEVERAL = MIXED_GROUPS | {"equal": EQUAL_GROUPS}
-PIPELINES = {
+SHARES = {  # not with a fully sharded dense part
     name: CASES[name]
-    for name in ("pipeline of 3 stages, one window, bias, dense layers", "pipeline, EP and zebra, uneven, windows")
+    for name in (
+        "pipeline of 3 stages, one window, bias, dense layers",
+        "pipeline, EP and zebra, uneven, windows",
+        "shifts, one helps once",
+        "shifts, alone with all experts, windows of one, recompute",
+    )
 }
-STATES = [*((name, "optimizer") for name in (*SHARDED, *SEVERAL, *PIPELINES)), *((name, "full") for name in FULL)]
+STATES = [*((name, "optimizer") for name in (*SHARDED, *SEVERAL, *SHARES)), *((name, "full") for name in FULL)]
 PADDING = 4 * 4 + 3 * 16 * 4  # elements that the last share has less, of experts and of a fully sharded dense part
 PAIR = Case([2, 2], hosts([0, 1], [2, 3], replicated=(4, 5)), 2)
 OTHER = {"optimizer": "full", "full": "optimizer"}
@@ -175,7 +180,7 @@ def predicted(case: Case, state: str) -> list[float]:
 
 @pytest.mark.parametrize(("name", "state"), STATES)
 def test_equals_single_device_reference(name: str, state: str) -> None:
-    case = (FULL | SEVERAL | PIPELINES)[name]
+    case = (FULL | SEVERAL | SHARES)[name]
     expected, ranks = reference(case), run_workers(len(case.sequences), weights, case, state)
     for step, wanted in enumerate(expected):
         assert wanted.weights.keys() <= {key for found, *_ in ranks for key in found[step][1]}

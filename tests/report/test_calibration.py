@@ -18,6 +18,7 @@ from hetermoe_cli.schedule.action import Kind
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.inputs import Inputs
+from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import Plan
 from hetermoe_cli.trace import Trace, read_trace
 from run_builders import measured_plan, scaled_inputs, write_run
@@ -60,6 +61,19 @@ def test_ratios_of_every_kind_are_recovered(tmp_path: Path, recompute: Any, repl
         assert row.spread < 1e-6
     assert found.iteration.after_seconds == pytest.approx(found.iteration.measured_seconds, rel=0.01)
     assert found.iteration.before_seconds != pytest.approx(found.iteration.measured_seconds, rel=0.05)
+
+
+def test_tasks_of_ranks_on_some_shifts_count_as_often_as_they_ran(tmp_path: Path) -> None:
+    plain = make_layout((1, 1, 0), (1, 2, 1), micro_batches=4, dense_state="optimizer")
+    layout = Layout.model_validate(plain.model_dump() | {"shifts": [[0, 1, 3], [2], []]})
+    plan = measured_plan(layout, (("new", 1), ("old", 2)))
+    found = calibrate(write_run(tmp_path, plan, scaled_inputs(plan.inputs, RATIOS)))
+    expected = {(device, kind): ratio for device, kinds in RATIOS.items() for kind, ratio in kinds.items()}
+    assert ratios(found) == pytest.approx(expected, rel=0.01)
+    tasks = {(row.device, row.kind): row.tasks for row in found.rows}
+    assert [tasks[device, "head"] for device in ("new", "old")] == [3 * found.steps, found.steps]
+    assert tasks["old", "expert forward"] == 2 * found.steps * layout.layers * layout.micro_batches
+    assert found.iteration.after_seconds == pytest.approx(found.iteration.measured_seconds, rel=0.01)
 
 
 def groups_plan(dense_state: Any = "replicated", nodes: Any = APART) -> Plan:

@@ -9,6 +9,7 @@ import pytest
 from builders import make_inputs, make_layout, make_model, make_plan
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.report.placement import COPIES, draw_placement
+from hetermoe_cli.report.plan_table import rank_row
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import Plan
 
@@ -49,6 +50,19 @@ def test_only_ranks_of_a_pipeline_stage_hold_its_copies() -> None:
     inputs = plan.inputs.with_train(global_batch_sequences=2)
     assert texts(plan).count("0+2") == 6
     assert texts(make_plan(inputs, Layout.model_validate(layout))).count("0+2") == 3
+
+
+def test_ranks_on_some_shifts_say_in_how_many_micro_batches() -> None:
+    plan = placed([("new", 1), ("old", 2)], [2, 2, 0], [0, 1, 2])
+    layout = plan.layout.model_dump() | {"shifts": [[0], [1], []]}
+    plan = make_plan(plan.inputs.with_train(global_batch_sequences=4), Layout.model_validate(layout))
+    names = {"0: 2 sequences in 1 of 2 micro-batches", "1: 2 sequences in 1 of 2 micro-batches", "2: no attention"}
+    assert names <= set(texts(plan))
+    assert [rank_row(plan, plan.layout, device)[2] for device in plan.inputs.devices()] == [
+        "2 in 1 of 2 micro-batches",
+        "2 in 1 of 2 micro-batches",
+        "0",
+    ]
 
 
 def test_many_ranks_share_labels_and_carry_no_numbers() -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from builders import make_layout
-from hetermoe_cli.report.tasks import CATEGORIES, category, in_words, median_step, role
+from hetermoe_cli.report.tasks import CATEGORIES, category, in_words, median_step, role, shift_of
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.trace import Span, Trace, display_name
 
@@ -56,6 +56,14 @@ def test_roles() -> None:
 )
 def test_seconds_in_words(seconds: float, words: str) -> None:
     assert in_words(seconds) == words
+
+
+def test_shifts_in_words() -> None:
+    plain = make_layout((1, 1, 1, 0), (0, 0, 0, 4), micro_batches=4)
+    assert [shift_of(plain, rank) for rank in range(4)] == [""] * 4
+    layout = plain.model_copy(update={"shifts": [[0, 1, 3], [2], [0, 1, 2, 3], []]})
+    words = [" in 3 of 4 micro-batches", " in 1 of 4 micro-batches", "", ""]
+    assert [shift_of(layout, rank) for rank in range(4)] == words
 
 
 def trace_of(*ends: float) -> Trace:

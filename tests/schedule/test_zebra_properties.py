@@ -1,6 +1,7 @@
 """Properties of every schedule that zebra.py and lower.py can make, on random layouts."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from builders import any_layouts, layouts, make_cost, make_layout, pipelines
+from builders import any_layouts, in_shifts, layouts, make_cost, make_layout, pipelines
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.schedule.action import Action, Kind, Pass, parse_action
@@ -25,14 +26,15 @@ FORWARD, BACKWARD = Pass.FORWARD, Pass.BACKWARD
 def expected_compute(layout: Layout, rank: int, passes: tuple[Pass, ...]) -> Counter[Action]:
     """The tasks of a rank, counted from the layout alone."""
     micro_batches = range(layout.micro_batches)
-    tasks = [Action(Kind.HEAD, passes[-1], 0, j) for j in micro_batches if layout.attends(rank, layout.layers)]
+    attended = layout.shifts[rank] if layout.shifts else micro_batches
+    tasks = [Action(Kind.HEAD, passes[-1], 0, j) for j in attended if layout.attends(rank, layout.layers)]
     borders = [span.end for span in layout.spans if span.ahead]
     for direction in passes:
         ended = [border for border in borders if layout.attends(rank, border - 1)]
         tasks += [Action(Kind.PASS, direction, border, j) for border in ended for j in micro_batches]
         for layer in range(layout.layers):
             if layout.attends(rank, layer):
-                tasks += [Action(Kind.ATTENTION, direction, layer, j) for j in micro_batches]
+                tasks += [Action(Kind.ATTENTION, direction, layer, j) for j in attended]
             if layout.local_experts(layer, rank):
                 tasks += [Action(Kind.EXPERT, direction, layer, j) for j in micro_batches]
     if BACKWARD in passes:
@@ -40,10 +42,16 @@ def expected_compute(layout: Layout, rank: int, passes: tuple[Pass, ...]) -> Cou
     return Counter(tasks)
 
 
-def travels(layout: Layout, layer: int) -> bool:
-    """Whether any row of the layer leaves its device."""
+def on_shift(layout: Layout, layer: int, micro_batch: int) -> tuple[int, ...]:
+    """Ranks that attend in a layer to a micro-batch."""
+    ranks = layout.attending_at(layer)
+    return tuple(rank for rank in ranks if not layout.shifts or micro_batch in layout.shifts[rank])
+
+
+def travels(layout: Layout, layer: int, micro_batch: int) -> bool:
+    """Whether any row of the layer and micro-batch leaves its device."""
     hosts = layout.hosting(layer)
-    return any(host != rank for host in hosts for rank in layout.attending_at(layer))
+    return any(host != rank for host in hosts for rank in on_shift(layout, layer, micro_batch))
 
 
 def expected_transfers(layout: Layout, passes: tuple[Pass, ...]) -> Counter[Action]:
@@ -59,10 +67,10 @@ def expected_transfers(layout: Layout, passes: tuple[Pass, ...]) -> Counter[Acti
     return moved + Counter(
         Action(kind, direction, layer, j)
         for layer in range(layout.layers)
-        if travels(layout, layer)
+        for j in range(layout.micro_batches)
+        if travels(layout, layer, j)
         for kind in (Kind.DISPATCH, Kind.COMBINE)
         for direction in passes
-        for j in range(layout.micro_batches)
     )
 
 
@@ -87,6 +95,7 @@ def test_attending_ranks_and_hosts_take_part_in_transfers(layout: Layout) -> Non
             second, forwards = layout.attending_at(transfer.layer - 1), transfer.direction is BACKWARD
         else:
             second = first if transfer.is_collective else tuple(layout.hosting(transfer.layer))
+            first = first if transfer.is_collective else on_shift(layout, transfer.layer, transfer.micro_batch)
             forwards = transfer.towards_experts
         ends = (schedule.senders[transfer], schedule.receivers[transfer])
         assert ends == ((first, second) if forwards else (second, first))
@@ -114,6 +123,42 @@ def test_gradients_are_summed_behind_what_an_earlier_stage_waits_for(layout: Lay
         crossed = max(transfers.index(Action(Kind.CROSS, BACKWARD, span.first, j)) for j in range(layout.micro_batches))
         summed = [transfers.index(Action(Kind.REDUCE, BACKWARD, layer, layout.micro_batches - 1)) for layer in layers]
         assert crossed < min(summed)
+
+
+@given(in_shifts(), st.integers(1, 2))
+def test_ranks_give_gradients_after_their_own_last_backward(layout: Layout, copies: int) -> None:
+    schedule, layers = training_schedule(layout, copies), layout.layers
+    for transfer in schedule.transfers:
+        if transfer.kind is Kind.REDUCE:
+            kind = Kind.HEAD if transfer.layer == layers else Kind.ATTENTION
+            layer = 0 if kind is Kind.HEAD else transfer.layer
+            made = schedule.sources(transfer, layers)
+            for rank in set(schedule.senders[transfer]) & set(layout.attending):
+                assert Action(kind, BACKWARD, layer, layout.shifts[rank][-1]) in made
+
+
+@given(in_shifts(), st.sampled_from([training_schedule, validation_schedule]))
+def test_the_first_stage_of_every_rank_waits_for_new_weights(layout: Layout, of: Callable[..., Schedule]) -> None:
+    layers, schedule = layout.layers, of(layout, 2)
+    for rank in layout.attending:
+        for layer in range(layers):
+            first = Action(Kind.ATTENTION, FORWARD, layer, layout.shifts[rank][0])
+            gather = Action(Kind.GATHER, FORWARD, layer, 0)
+            assert gather in schedule.needs(first, layers)
+            assert (gather in schedule.transfers) == layout.schedule.shares_states
+    if layout.schedule.shares_states:
+        ends = {(span.rank, span.name): span for span in simulate(make_cost(layout), schedule).spans}
+        for (rank, name), span in ends.items():
+            if span.lane == "compute" and name[1:3] == "AF":
+                assert span.start >= ends[rank, f"{name[0]}GF0"].end
+
+
+@given(in_shifts())
+def test_shifts_of_all_are_none(layout: Layout) -> None:
+    everyone = [[*range(layout.micro_batches)] if count else [] for count in layout.sequences_per_rank]
+    plain, all_on = (layout.model_copy(update={"shifts": shifts}) for shifts in ([], everyone))
+    for of in (training_schedule, validation_schedule):
+        assert str(of(all_on)) == str(of(plain))
 
 
 @given(any_layouts())

@@ -9,10 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetermoe_cli.report.drawing import encoded, new_figure
-from hetermoe_cli.report.tasks import ranges
+from hetermoe_cli.report.tasks import ranges, shift_of
+from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import Plan
 
 COPIES = "#d9701e"  # marks of replicated experts
+_NONE = "no attention"
 _MOST_NAMED = 32  # ranks with a label each; of more, runs of equal ranks share one
 _MOST_LABELS = 48
 _WIDTH_INCHES, _HEIGHT_INCHES = 12.0, 12.0  # of the cells, at most
@@ -22,11 +24,11 @@ _TEXT_INCHES = (0.24, 0.15)  # of the smallest cell that carries its number
 
 @dataclass(frozen=True)
 class _Columns:
-    """Ranks in drawing order: by type, then by rank."""
+    """Ranks in drawing order: by type, then by rank; `sequences`: of each, in words."""
 
     ranks: list[int]
     types: list[str]
-    sequences: list[int]
+    sequences: list[str]
 
     def runs(self, key: Callable[[int], object]) -> Iterable[tuple[int, int]]:
         """(first, last) column of every run of columns with equal `key`."""
@@ -60,13 +62,21 @@ def _columns(plan: Plan) -> _Columns:
     order = plan.inputs.cluster.device_types
     devices = sorted(plan.inputs.devices(), key=lambda device: (order.index(device.type), device.rank))
     sequences = {
-        rank: count
+        rank: text
         for group in plan.groups
         for replica in group.replicas
-        for rank, count in zip(replica, group.sequences_per_rank, strict=True)
+        for rank, text in zip(replica, _attention(group.layout), strict=True)
     }
     ranks = [device.rank for device in devices]
-    return _Columns(ranks, [device.type for device in devices], [sequences.get(rank, 0) for rank in ranks])
+    return _Columns(ranks, [device.type for device in devices], [sequences.get(rank, _NONE) for rank in ranks])
+
+
+def _attention(layout: Layout) -> list[str]:
+    """By rank: `2 sequences`, or `1 sequence in 2 of 8 micro-batches`."""
+    return [
+        f"{count} sequence{'s' * (count != 1)}{shift_of(layout, rank)}" if count else _NONE
+        for rank, count in enumerate(layout.sequences_per_rank)
+    ]
 
 
 def _counts(plan: Plan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -142,9 +152,7 @@ def _name_columns(axis: Any, columns: _Columns) -> None:
 
 
 def _label(columns: _Columns, first: int, last: int) -> str:
-    sequences = columns.sequences[first]
-    attends = f"{sequences} sequence{'s' * (sequences != 1)}" if sequences else "no attention"
-    return f"{ranges(columns.ranks[first : last + 1])}: {attends}"
+    return f"{ranges(columns.ranks[first : last + 1])}: {columns.sequences[first]}"
 
 
 def _name_layers(axis: Any, layers: int) -> None:

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from hetermoe_cli.report.groups import economy_lines, group_plan, groups_table, is_whole
 from hetermoe_cli.report.plan_reasons import binding_lines, runner_ups_table, what_if_table
-from hetermoe_cli.report.tasks import order_of, ranges, role
+from hetermoe_cli.report.tasks import order_of, ranges, role, shift_of
 from hetermoe_cli.spec.cluster import Device
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import Plan
@@ -134,7 +134,7 @@ def rank_row(plan: Plan, layout: Layout, device: Device) -> tuple[str, ...]:
     return (
         device.type,
         role(layout, rank),
-        str(sequences),
+        f"{sequences}{shift_of(layout, rank)}",
         experts,
         f"{plan.predicted.busy_share_per_rank[rank]:.0%}",
         f"{memory.total_bytes / 1e9:.1f} of {memory.capacity_bytes / 1e9:.0f}",

@@ -61,6 +61,12 @@ def role(layout: Layout, rank: int) -> str:
     return " + ".join(["attention"] * attends + ["experts"] * hosts) or "unused"
 
 
+def shift_of(layout: Layout, rank: int) -> str:
+    """` in 2 of 8 micro-batches`; nothing of a rank that attends in all of them, or never."""
+    count, total = layout.on_shift(rank), layout.micro_batches
+    return f" in {count} of {total} micro-batches" if 0 < count < total else ""
+
+
 def order_of(layout: Layout) -> str:
     """How it runs: "3 pipeline stages, sequential, R = 8"."""
     stages = f"{len(layout.spans)} pipeline stages, " if len(layout.spans) > 1 else ""

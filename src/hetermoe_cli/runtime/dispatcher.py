@@ -33,7 +33,7 @@ class LayerMap:
         self.attends = layout.attends(rank, layer)
         self.local = layout.local_experts(layer, rank)
         self.told = layout.numbers_ahead(layer, rank)
-        self.attending = layout.attending_at(layer)
+        self._layout, self._layer = layout, layer
         self.bounds = list(accumulate((self.slots(target) for target in range(self.world_size)), initial=0))
         self.keys = self._send_keys(layout.experts)
         self._key = torch.tensor(self.keys, device=device)
@@ -48,6 +48,10 @@ class LayerMap:
         """How many experts this rank's rows can go to on `target`."""
         own = len(self.replicated) if target == self.rank and self.attends else 0
         return len(self.hosted[target]) + own
+
+    def keeps(self, micro_batch: int) -> bool:
+        """Whether rows of a micro-batch go from this rank to its own experts, and back."""
+        return self.slots(self.rank) > 0 and self.rank in self._layout.crew(self._layer, micro_batch)
 
     def _send_keys(self, experts: int) -> list[int]:
         """Position of each expert in this rank's sending order: by target rank, then as local there.

@@ -58,7 +58,7 @@ class Rows:
         Others get them in the precision of the exchange.
         """
         layer_map = self._maps[action.layer]
-        if layer_map.attends and layer_map.slots(self._mesh.rank):
+        if layer_map.keeps(action.micro_batch):
             self._kept[action] = rows, parcel
         self._clock.sent(action)
         self._lanes.put(action, _in(self._parts.exchange, rows), parcel)

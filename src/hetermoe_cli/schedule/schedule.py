@@ -52,12 +52,12 @@ class Schedule:
         return (*made, first) if first else made
 
     def needs(self, task: Action, layers: int) -> tuple[Action, ...]:
-        """What a compute task needs, where the schedule has it: `inputs`; and for the first micro-batch that a rank
-        attends to, new weights, which come with the first of all."""
+        """What a compute task needs, where the schedule has it: `inputs`. A rank may attend to later micro-batches
+        only, while new weights come with the first."""
         found = inputs(task, layers)
         if not self.lasts or not found or found[-1].kind is not Kind.GATHER:
             return found
-        return (*found, found[-1]._replace(micro_batch=0))
+        return (*found[:-1], found[-1]._replace(micro_batch=0))
 
     def __str__(self) -> str:
         """Text form: a line per rank, then a line per transfer with its senders and receivers and what it follows."""
