@@ -169,9 +169,11 @@ def bounds_lines(plan: Plan) -> Iterator[str]:
     seconds, bound, solver = plan.predicted.iteration_seconds, plan.bound, plan.solver
     scope = {"devices": "exact over device-level placements", "classes": "over placements alike within a device class"}
     if not any(group.pipeline for group in plan.groups):
+        shifts = ", without shifts," if any(group.shifts for group in plan.groups) else ""
+        proven = scope.get(bound.exact_over, "search not finished")
         yield (
-            f"lower bound in the default order of experts and transfers {seconds_text(bound.iteration_seconds)}: "
-            f"gap {plan.gap:.2%} ({scope.get(bound.exact_over, 'search not finished')})"
+            f"lower bound in the default order of experts and transfers{shifts} "
+            f"{seconds_text(bound.iteration_seconds)}: gap {plan.gap:.2%} ({proven})"
         )
     work_gap = max(0.0, 1 - bound.work_iteration_seconds / seconds)
     yield f"perfectly divisible work {seconds_text(bound.work_iteration_seconds)}: gap {work_gap:.1%}"

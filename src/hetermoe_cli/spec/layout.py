@@ -98,7 +98,7 @@ class Layout(ExtendedSpec):
     def _check_shifts(self) -> None:
         if self.pipeline or self.schedule.dense_state == "full" or self.schedule.passes == "woven":
             raise ValueError("shifts: not with pipeline stages, dense_state full or woven passes")
-        if any(placement.replicated for placement in self.placement):
+        if self.replicates_in_shifts:
             raise ValueError("shifts: not with replicated experts")
         if len(self.shifts) != self.world_size:
             raise ValueError(f"shifts: {len(self.shifts)} ranks listed, sequences_per_rank has {self.world_size}")
@@ -197,6 +197,11 @@ class Layout(ExtendedSpec):
     def crew(self, layer: int, micro_batch: int) -> tuple[int, ...]:
         """Ranks that attend in a layer (attending_at) to this micro-batch."""
         return self._crews[micro_batch] if self.shifts else self.attending_at(layer)
+
+    @property
+    def replicates_in_shifts(self) -> bool:
+        """What no rank can run: a copy of an expert would have to skip micro-batches with its rank."""
+        return bool(self.shifts) and any(placement.replicated for placement in self.placement)
 
     def on_shift(self, rank: int) -> int:
         """Micro-batches of an iteration in which `rank` attends, if it does."""

@@ -117,7 +117,8 @@ class Prediction(Spec):
 
 
 class Bound(Spec):
-    """Lower bounds on the iteration: over the searched space in the default order, and of perfectly divisible work.
+    """Lower bounds on the iteration: over the searched space in the default order without shifts, and of perfectly
+    divisible work.
 
     The second holds for any number of groups; so does the first where the plan's `max_groups` is not 1.
     """

@@ -57,7 +57,7 @@ class Best:
     def offer(self, layout: Layout | None, *, quick: bool = True) -> bool:
         """Keep `layout` if it fits and its replay is the fastest. `quick`: not if that under the mean load is not, as
         steps are hardly ever faster in the mean than their mean."""
-        if layout is None:
+        if layout is None or layout.replicates_in_shifts:
             return False
         layout_cost = LayoutCost(self.cost, layout)
         lacks = overflow(layout_cost)
@@ -206,6 +206,7 @@ def _improve(best: Best, aimed: Named) -> None:
         before = best.seconds
         while improve_layers(aimed, best, best.layout):
             pass
-        for schedule in [] if best.layout.pipeline else schedules_of(best.cost, best.layout.micro_batches):
+        kept = best.layout.pipeline or best.layout.shifts  # which were made for one schedule
+        for schedule in [] if kept else schedules_of(best.cost, best.layout.micro_batches):
             if best.left > 0:
                 best.offer(best.layout.model_copy(update={"schedule": schedule}))

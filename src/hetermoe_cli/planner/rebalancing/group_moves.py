@@ -48,6 +48,8 @@ class Search:
 
     def offer(self, layout: Layout) -> bool:
         """Keep `layout` if it is better."""
+        if layout.replicates_in_shifts:
+            return False
         layout_cost = self._cost_of(layout)
         least = max(busy_bound(layout_cost), sum(self._others))
         if overflow(layout_cost) or least * self._remaining >= self.total:

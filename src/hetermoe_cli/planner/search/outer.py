@@ -53,7 +53,8 @@ class Stage(NamedTuple):
 
 @dataclass
 class Found:
-    """Result of a search; `bound` holds for every layout in the default orders of experts and transfers."""
+    """Result of a search; `bound` holds for every layout in the default orders of experts and transfers, without
+    shifts."""
 
     layout: Layout | None
     seconds: float

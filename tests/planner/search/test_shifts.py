@@ -1,0 +1,137 @@
+"""Hosts that attend in shifts: who takes over what, and that plans with long sequences gain by it."""
+
+from math import inf
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from builders import make_inputs, make_model, make_profile, make_schedule
+from hetermoe_cli.cost.layout import LayoutCost
+from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.planner.replay import overflow
+from hetermoe_cli.planner.search import incumbent, outer
+from hetermoe_cli.planner.search import shifts as module
+from hetermoe_cli.planner.search.outer import Found
+from hetermoe_cli.planner.search.shifts import Roster, with_shifts
+from hetermoe_cli.planner.solver import SolverOptions
+from hetermoe_cli.schedule.lower import training_schedule
+from hetermoe_cli.simulator import check_deadlock, simulate
+from hetermoe_cli.spec.inputs import Inputs
+from hetermoe_cli.spec.layout import Layout
+
+
+def inputs() -> Inputs:
+    """Two new devices, and old ones that are as good at experts, and four times slower at attention, which is most of
+    the work."""
+    model = make_model(layers=4, experts=8, top_k=1)
+    profiles = {
+        name: make_profile(name, model=model, attention_seconds=slow, expert_seconds=1e-2, head_seconds=1e-4)
+        for name, slow in (("new", 1.0), ("old", 4.0))
+    }
+    return make_inputs([("new", 2), ("old", 4)], model=model, profiles=profiles, global_batch_sequences=16)
+
+
+def found(given: Inputs) -> Found:
+    """The search's result."""
+    return outer.search(CostModel(given), SolverOptions(time_limit=30.0), 16, ())
+
+
+def test_hosts_take_over_sequences_where_attention_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two new devices attend to eight sequences each; with an old one in place of each for one, to seven."""
+    cost = CostModel(inputs())
+    shifted = found(cost.inputs)
+    monkeypatch.setattr(incumbent, "with_shifts", lambda *_: iter(()))
+    plain = found(cost.inputs)
+    assert plain.layout is not None
+    assert shifted.layout is not None
+    assert shifted.layout.shifts
+    assert not plain.layout.shifts
+    assert shifted.seconds < 0.9 * plain.seconds
+    layout_cost = LayoutCost(cost, shifted.layout)
+    assert simulate(layout_cost).seconds == shifted.seconds
+    assert overflow(layout_cost) is None
+    check_deadlock(training_schedule(shifted.layout), shifted.layout.layers)
+    assert shifted.bound <= plain.seconds
+
+
+def test_layouts_with_shifts_are_valid_and_named() -> None:
+    result = found(inputs())
+    assert result.layout is not None
+    assert Layout.model_validate(result.layout.model_dump()) == result.layout
+    lost = [runner_up.family for runner_up in result.runner_ups]
+    assert lost
+    assert not all(family.endswith("some in shifts") for family in lost)
+
+
+def base(sequences: list[int], hosted: list[int], **schedule: str) -> Layout:
+    """A zebra of four micro-batches, eight experts a layer."""
+    first, experts = 0, []
+    for count in hosted:
+        experts.append(list(range(first, first + count)))
+        first += count
+    placement = [{"experts": experts, "replicated": []}] * 4
+    choice = make_schedule("zebra", 4, **schedule)  # type: ignore[arg-type]
+    return Layout.model_validate(
+        {"schedule": choice.model_dump(), "sequences_per_rank": sequences, "placement": placement}
+    )
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        base([1, 1, 1, 1, 1, 1], [2, 2, 1, 1, 1, 1]),  # nobody is left to help
+        base([2, 1, 0, 0, 0, 1], [0, 0, 2, 2, 2, 2]),  # attending ranks differ
+        base([2, 2, 0, 0, 0, 0], [0, 0, 2, 2, 2, 2], dense_state="full"),
+    ],
+)
+def test_only_layouts_whose_attending_ranks_are_alike_are_helped(layout: Layout) -> None:
+    assert not list(with_shifts(CostModel(inputs()), [layout], inf, inf))
+
+
+def test_nobody_helps_without_room_for_the_dense_part() -> None:
+    layout = base([2, 2, 0, 0, 0, 0], [4, 4, 0, 0, 0, 0])
+    assert any(True for _ in with_shifts(CostModel(inputs()), [layout], 1e9, inf))
+    given = inputs()  # a helper holds attention of all layers, embedding and head: 0.7 MB with their states
+    small = given.profiles["old"].model_copy(update={"memory_bytes": 1_500_000})
+    poor = given.model_copy(update={"profiles": {**given.profiles, "old": small}})
+    assert not any(True for _ in with_shifts(CostModel(poor), [layout], 1e9, inf))
+
+
+def test_large_clusters_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = base([2, 2, 0, 0, 0, 0], [0, 0, 2, 2, 2, 2])
+    monkeypatch.setattr(module, "CLIMBED", 1)
+    assert list(with_shifts(CostModel(inputs()), [layout], 1e9, inf))
+    monkeypatch.setattr(module, "MOST_DEVICES", 5)
+    assert not list(with_shifts(CostModel(inputs()), [layout], 1e9, inf))
+
+
+@given(
+    count=st.integers(1, 12),
+    everywhere=st.integers(1, 4),
+    helpers=st.integers(1, 5),
+    others=st.integers(0, 2),
+    taken=st.integers(1, 16),
+    late=st.booleans(),
+)
+def test_every_micro_batch_has_as_many_sequences(
+    count: int, everywhere: int, helpers: int, others: int, taken: int, late: bool
+) -> None:
+    numbers = iter(range(everywhere + helpers + others))
+    first, second, third = (tuple(next(numbers) for _ in range(n)) for n in (everywhere, helpers, others))
+    roster = Roster(make_schedule("zebra", count), 2, first, second, third, taken, late)
+    shifts = roster.shifts()
+    if shifts is None or taken < helpers:
+        return
+    assert sum(len(shifts[rank]) for rank in second) == taken
+    assert not any(shifts[rank] for rank in third)
+    assert all(sum(j in shift for shift in shifts) == everywhere for j in range(count))
+    assert max(len(shifts[rank]) for rank in second) - min(len(shifts[rank]) for rank in second) <= 1
+
+
+def test_estimates_are_below_replays() -> None:
+    layout = base([2, 2, 0, 0, 0, 0], [0, 0, 2, 2, 2, 2])
+    variants = list(module._variants(CostModel(inputs()), [layout]))
+    replays = [(v.estimate, v.seconds(table)) for v in variants for table in v.starts()]
+    assert len(replays) > 20
+    assert sum(estimate <= seconds * (1 + 1e-9) for estimate, seconds in replays) > 0.95 * len(replays)
