@@ -29,7 +29,8 @@ from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
 MOST_DEVICES = 16  # beyond that replays are too slow to climb by
-REPLAYED = 8  # variants that fit of every schedule, the lowest estimates first
+REPLAYED = 4  # variants that fit of every schedule, the lowest estimates first
+WORTH = 0.97  # times the best: what an estimate must be below, as replays are some per cent above it
 CLIMBED = 3
 NEAR = 1.1  # times the best: from further off no climb gets below it
 HELPED = (1.0, 0.5, 0.0)  # of their room, what helpers host at most to begin with
@@ -77,7 +78,7 @@ def with_shifts(cost: CostModel, bases: Sequence[Layout], seconds: float, deadli
     found = sorted(_variants(cost, bases), key=lambda variant: variant.estimate)
     looked, timed = Counter[ScheduleChoice](), list[tuple[float, int, _Variant, IntArray]]()
     for place, variant in enumerate(found):
-        if variant.estimate >= seconds or time.monotonic() > deadline:
+        if variant.estimate >= WORTH * seconds or time.monotonic() > deadline:
             break
         if looked[variant.roster.schedule] < REPLAYED:
             began, table = min([(variant.seconds(table), table) for table in variant.starts()], key=lambda one: one[0])
