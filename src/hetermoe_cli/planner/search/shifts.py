@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, islice, product
 from math import ceil, floor, inf
 
 import numpy as np
@@ -29,6 +29,7 @@ from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
 MOST_DEVICES = 16  # beyond that replays are too slow to climb by
+BASES = 4  # that helpers are tried in
 REPLAYED = 4  # variants that fit of every schedule, the lowest estimates first
 WORTH = 0.97  # times the best: what an estimate must be below, as replays are some per cent above it
 CLIMBED = 3
@@ -72,7 +73,7 @@ class Roster:
 
 
 def with_shifts(cost: CostModel, bases: Sequence[Layout], seconds: float, deadline: float) -> Iterator[Layout]:
-    """Layouts with shifts that may beat `seconds`, improved until `deadline`; `bases`: good ones without."""
+    """Layouts with shifts that may beat `seconds`, improved until `deadline`; `bases`: without, the fastest first."""
     if len(cost.devices) > MOST_DEVICES:
         return
     found = sorted(_variants(cost, bases), key=lambda variant: variant.estimate)
@@ -90,8 +91,9 @@ def with_shifts(cost: CostModel, bases: Sequence[Layout], seconds: float, deadli
 
 
 def _variants(cost: CostModel, bases: Sequence[Layout]) -> Iterator["_Variant"]:
-    """Of every roster that the bases lead to, once."""
-    for roster in dict.fromkeys(roster for base in bases for roster in _rosters(cost, base)):
+    """Of every roster that the first bases that can be helped lead to, once."""
+    helped = islice(filter(None, (list(_rosters(cost, base)) for base in bases)), BASES)
+    for roster in dict.fromkeys(chain.from_iterable(helped)):
         if (shifts := roster.shifts()) is not None:
             yield _Variant(cost, roster, shifts)
 
