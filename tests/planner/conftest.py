@@ -18,3 +18,9 @@ def untimed() -> Iterator[None]:
         patch.setattr(incumbent, "AS_LONG", 1e9)
         patch.setattr(incumbent, "CLIMBS", 4)
         yield
+
+
+@pytest.fixture
+def without_shifts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bounds, brute force and MILPs are of: every attending rank attends to all micro-batches."""
+    monkeypatch.setattr(incumbent, "with_shifts", lambda *_: iter(()))

@@ -20,6 +20,8 @@ from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
 
+pytestmark = pytest.mark.usefixtures("without_shifts")
+
 GAP = 1e-5
 
 

@@ -40,6 +40,7 @@ SHAKEN = 6  # choices, in any order, whose best placements are shaken
 CLIMBS = 32  # of each
 SHAKE = 4  # for at most one part in so many of the time that is left
 AS_LONG = 1.0  # times what the search took so far, at most: small problems are soon solved
+LITTLE = 1.0  # seconds
 RELIEVE = 2  # for at most one part in so many of the time that is left
 ORDERS = 4  # that MILPs take up: choices in orders other than the default
 REFINED = (0, 2, ALL)  # devices of each class with variables of their own, step by step
@@ -159,9 +160,9 @@ class Incumbent:
             self.offer(ready.layout(counts_of(ready.rates, better)))
 
     def relieve(self, spent: float) -> None:
-        """Layouts in which hosts attend in shifts, for at most as long as `spent` seconds of search, and a part of the
-        time."""
-        end = time.monotonic() + min(self.left / RELIEVE, AS_LONG * spent)
+        """Layouts in which hosts attend in shifts, for at most as long as `spent` seconds of search, if that is not
+        very little, and a part of the time."""
+        end = time.monotonic() + min(self.left / RELIEVE, max(LITTLE, AS_LONG * spent))
         bases = sorted(self.placed.values(), key=lambda pair: pair[0])
         for layout in with_shifts(self.cost, [base for _, base in bases], self.seconds, end):
             self.offer(layout)
