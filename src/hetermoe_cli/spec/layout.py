@@ -96,7 +96,7 @@ class Layout(ExtendedSpec):
         return self
 
     def _check_shifts(self) -> None:
-        if self.pipeline or self.schedule.dense_state == "full" or self.schedule.passes == "woven":
+        if self.pipeline or not self.allows(self.schedule):
             raise ValueError("shifts: not with pipeline stages, dense_state full or woven passes")
         if self.replicates_in_shifts:
             raise ValueError("shifts: not with replicated experts")
@@ -197,6 +197,10 @@ class Layout(ExtendedSpec):
     def crew(self, layer: int, micro_batch: int) -> tuple[int, ...]:
         """Ranks that attend in a layer (attending_at) to this micro-batch."""
         return self._crews[micro_batch] if self.shifts else self.attending_at(layer)
+
+    def allows(self, schedule: ScheduleChoice) -> bool:
+        """Whether its ranks' shifts, if there are any, go with a schedule of as many micro-batches."""
+        return not self.shifts or (schedule.dense_state != "full" and schedule.passes != "woven")
 
     @property
     def replicates_in_shifts(self) -> bool:

@@ -1,5 +1,6 @@
 """Hosts that attend in shifts: who takes over what, and that plans with long sequences gain by it."""
 
+import time
 from math import inf
 
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 from builders import make_inputs, make_model, make_profile, make_schedule
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
+from hetermoe_cli.planner.cluster.objective import Wanted
+from hetermoe_cli.planner.plan import PlanOptions, make_plan
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.search import incumbent, outer
 from hetermoe_cli.planner.search import shifts as module
@@ -86,24 +89,24 @@ def base(sequences: list[int], hosted: list[int], **schedule: str) -> Layout:
     ],
 )
 def test_only_layouts_whose_attending_ranks_are_alike_are_helped(layout: Layout) -> None:
-    assert not list(with_shifts(CostModel(inputs()), [layout], inf, inf))
+    assert not list(with_shifts(CostModel(inputs()), [layout], inf, 1e9, 16))
 
 
 def test_nobody_helps_without_room_for_the_dense_part() -> None:
     layout = base([2, 2, 0, 0, 0, 0], [4, 4, 0, 0, 0, 0])
-    assert any(True for _ in with_shifts(CostModel(inputs()), [layout], 1e9, inf))
+    assert any(True for _ in with_shifts(CostModel(inputs()), [layout], 1e9, 1e9, 16))
     given = inputs()  # a helper holds attention of all layers, embedding and head: 0.7 MB with their states
     small = given.profiles["old"].model_copy(update={"memory_bytes": 1_500_000})
     poor = given.model_copy(update={"profiles": {**given.profiles, "old": small}})
-    assert not any(True for _ in with_shifts(CostModel(poor), [layout], 1e9, inf))
+    assert not any(True for _ in with_shifts(CostModel(poor), [layout], 1e9, 1e9, 16))
 
 
 def test_large_clusters_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = base([2, 2, 0, 0, 0, 0], [0, 0, 2, 2, 2, 2])
     monkeypatch.setattr(module, "CLIMBED", 1)
-    assert list(with_shifts(CostModel(inputs()), [layout], 1e9, inf))
+    assert list(with_shifts(CostModel(inputs()), [layout], 1e9, 1e9, 16))
     monkeypatch.setattr(module, "MOST_DEVICES", 5)
-    assert not list(with_shifts(CostModel(inputs()), [layout], 1e9, inf))
+    assert not list(with_shifts(CostModel(inputs()), [layout], 1e9, 1e9, 16))
 
 
 @given(
@@ -131,7 +134,30 @@ def test_every_micro_batch_has_as_many_sequences(
 
 def test_estimates_are_below_replays() -> None:
     layout = base([2, 2, 0, 0, 0, 0], [0, 0, 2, 2, 2, 2])
-    variants = list(module._variants(CostModel(inputs()), [layout]))
+    variants = list(module._variants(CostModel(inputs()), [layout], 16))
     replays = [(v.estimate, v.seconds(table)) for v in variants for table in v.starts()]
     assert len(replays) > 20
     assert sum(estimate <= seconds * (1 + 1e-9) for estimate, seconds in replays) > 0.95 * len(replays)
+
+
+def test_no_more_micro_batches_than_are_allowed() -> None:
+    layout = base([2, 2, 0, 0, 0, 0], [0, 0, 2, 2, 2, 2])
+    counts = {v.roster.schedule.micro_batches for v in module._variants(CostModel(inputs()), [layout], 16)}
+    assert counts == {4, 8}
+    few = {v.roster.schedule.micro_batches for v in module._variants(CostModel(inputs()), [layout], 4)}
+    assert few == {4}
+
+
+def test_time_limits_are_kept() -> None:
+    """Estimates of thousands of variants alone would take longer."""
+    began = time.monotonic()
+    assert not list(with_shifts(CostModel(inputs()), [base([2, 2, 0, 0, 0, 0], [0, 0, 2, 2, 2, 2])], 1e9, 0.0, 16))
+    assert time.monotonic() - began < 5.0
+
+
+def test_a_plan_with_shifts_is_explained_and_claims_no_proof() -> None:
+    """Other schedules of its layout are looked at as well: not those that do not go with shifts."""
+    plan = make_plan(inputs().with_train(dense_state="auto"), PlanOptions(explain=True, wanted=Wanted(most_groups=1)))
+    assert plan.layout.shifts
+    assert plan.solver.status == "feasible"
+    assert any("no bound covers" in note for note in plan.notes)

@@ -206,7 +206,6 @@ def _improve(best: Best, aimed: Named) -> None:
         before = best.seconds
         while improve_layers(aimed, best, best.layout):
             pass
-        kept = best.layout.pipeline or best.layout.shifts  # which were made for one schedule
-        for schedule in [] if kept else schedules_of(best.cost, best.layout.micro_batches):
-            if best.left > 0:
+        for schedule in [] if best.layout.pipeline else schedules_of(best.cost, best.layout.micro_batches):
+            if best.left > 0 and best.layout.allows(schedule):
                 best.offer(best.layout.model_copy(update={"schedule": schedule}))

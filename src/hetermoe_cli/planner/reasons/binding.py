@@ -67,7 +67,7 @@ def alternatives(cost: LayoutCost, seconds: float, time_limit: float) -> Alterna
 def _reordered(cost: LayoutCost) -> Iterator[LayoutCost]:
     layout = cost.layout
     for schedule in schedules_of(cost.cost, layout.micro_batches):
-        if schedule != layout.schedule:
+        if schedule != layout.schedule and layout.allows(schedule):
             yield LayoutCost(cost.cost, layout.model_copy(update={"schedule": schedule}))
 
 

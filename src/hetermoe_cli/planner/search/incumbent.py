@@ -159,13 +159,14 @@ class Incumbent:
             better = shaken(ready.rates, ready.tasks, table, CLIMBS, end)
             self.offer(ready.layout(counts_of(ready.rates, better)))
 
-    def relieve(self, spent: float) -> None:
+    def relieve(self, spent: float, micro_batch_limit: int) -> None:
         """Layouts in which hosts attend in shifts, for at most as long as `spent` seconds of search, if that is not
         very little, and a part of the time."""
-        end = time.monotonic() + min(self.left / RELIEVE, max(LITTLE, AS_LONG * spent))
-        bases = sorted(self.placed.values(), key=lambda pair: pair[0])
-        for layout in with_shifts(self.cost, [base for _, base in bases], self.seconds, end):
-            self.offer(layout)
+        seconds = min(self.left / RELIEVE, max(LITTLE, AS_LONG * spent))
+        bases = [base for _, base in sorted(self.placed.values(), key=lambda pair: pair[0])]
+        if seconds > 0:
+            for layout in with_shifts(self.cost, bases, self.seconds, seconds, micro_batch_limit):
+                self.offer(layout)
 
     def _fastest(self, choices: Iterable[Choice]) -> list[Choice]:
         """Those whose best placements are near the best of all, in their order."""

@@ -204,7 +204,8 @@ class Search(Incumbent):
             exact, bound = "classes", classes
         else:
             exact, bound = "not solved", devices if scope == "devices" else classes
-        status = "feasible" if exact == "not solved" else "optimal"
+        shifts = bool(self.best and self.best.shifts)  # which no bound is of
+        status = "feasible" if shifts or exact == "not solved" else "optimal"
         losers = [r for r in best_of_families(self.offered) if r.layout is not self.best]
         return Found(self.best, self.seconds, bound, exact, status, len(self.open), self.solved, losers)
 
@@ -231,7 +232,7 @@ def search(
     state.explore()
     state.reorder(state.open)
     state.shake(time.monotonic() - began)
-    state.relieve(time.monotonic() - began)
+    state.relieve(time.monotonic() - began, micro_batch_limit)
     progress("proving")
     state.deadline = end
     state.prove()

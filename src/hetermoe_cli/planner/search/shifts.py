@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice, product
+from itertools import chain, islice, product, takewhile
 from math import ceil, floor, inf
 
 import numpy as np
@@ -29,6 +29,7 @@ from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
 MOST_DEVICES = 16  # beyond that replays are too slow to climb by
+MOST_EACH = 4  # micro-batches that a helper takes over
 BASES = 4  # that helpers are tried in
 REPLAYED = 4  # variants that fit of every schedule, the lowest estimates first
 WORTH = 0.97  # times the best: what an estimate must be below, as replays are some per cent above it
@@ -72,33 +73,45 @@ class Roster:
         return [sorted(result[rank]) for rank in sorted(result)] if all(result[r] for r in self.everywhere) else None
 
 
-def with_shifts(cost: CostModel, bases: Sequence[Layout], seconds: float, deadline: float) -> Iterator[Layout]:
-    """Layouts with shifts that may beat `seconds`, improved until `deadline`; `bases`: without, the fastest first."""
+def with_shifts(
+    cost: CostModel, bases: Sequence[Layout], seconds: float, allowed: float, micro_batch_limit: int
+) -> Iterator[Layout]:
+    """Layouts with shifts that may beat `seconds`, found in about `allowed` seconds; `bases`: those without, fastest
+    first.
+
+    A part of the time is for estimates, a part for replays, and what is left for climbs.
+    """
     if len(cost.devices) > MOST_DEVICES:
         return
-    found = sorted(_variants(cost, bases), key=lambda variant: variant.estimate)
+    began = time.monotonic()
+    listed = _until(began + allowed / 4, _variants(cost, bases, micro_batch_limit))
+    found = sorted(listed, key=lambda variant: variant.estimate)
     looked, timed = Counter[ScheduleChoice](), list[tuple[float, int, _Variant, IntArray]]()
     for place, variant in enumerate(found):
-        if variant.estimate >= WORTH * seconds or time.monotonic() > deadline:
+        if variant.estimate >= WORTH * seconds or time.monotonic() > began + allowed / 2:
             break
         if looked[variant.roster.schedule] < REPLAYED:
-            began, table = min([(variant.seconds(table), table) for table in variant.starts()], key=lambda one: one[0])
-            looked[variant.roster.schedule] += began < inf
-            timed.append((began, place, variant, table))
-    for began, _, variant, table in sorted(timed, key=lambda one: one[:2])[:CLIMBED]:
-        if began < NEAR * seconds:
-            yield variant.layout(variant.climbed(table, began, deadline))
+            took, table = min([(variant.seconds(table), table) for table in variant.starts()], key=lambda one: one[0])
+            looked[variant.roster.schedule] += took < inf
+            timed.append((took, place, variant, table))
+    for took, _, variant, table in sorted(timed, key=lambda one: one[:2])[:CLIMBED]:
+        if took < NEAR * seconds:
+            yield variant.layout(variant.climbed(table, took, began + allowed))
 
 
-def _variants(cost: CostModel, bases: Sequence[Layout]) -> Iterator["_Variant"]:
+def _until(deadline: float, variants: Iterator["_Variant"]) -> Iterator["_Variant"]:
+    return takewhile(lambda variant: time.monotonic() < deadline, variants)
+
+
+def _variants(cost: CostModel, bases: Sequence[Layout], micro_batch_limit: int) -> Iterator["_Variant"]:
     """Of every roster that the first bases that can be helped lead to, once."""
-    helped = islice(filter(None, (list(_rosters(cost, base)) for base in bases)), BASES)
+    helped = islice(filter(None, (list(_rosters(cost, base, micro_batch_limit)) for base in bases)), BASES)
     for roster in dict.fromkeys(chain.from_iterable(helped)):
         if (shifts := roster.shifts()) is not None:
             yield _Variant(cost, roster, shifts)
 
 
-def _rosters(cost: CostModel, base: Layout) -> Iterator[Roster]:
+def _rosters(cost: CostModel, base: Layout, micro_batch_limit: int) -> Iterator[Roster]:
     """What helpers can make of a layout whose attending ranks are alike: its micro-batches as they are or in halves,
     its windows or all at once."""
     attending, schedule = tuple(base.attending), base.schedule
@@ -110,13 +123,14 @@ def _rosters(cost: CostModel, base: Layout) -> Iterator[Roster]:
     hosts.sort(key=lambda rank: (sum(cost.attention_cost(cost.of(rank), 1, 1)[:2]), rank))
     again = [recompute for recompute, state in kept_choices(cost) if state == schedule.dense_state]
     for parts, recompute in product((1, 2), again):
-        if sequences % parts:
-            continue
         count = parts * schedule.micro_batches
+        if sequences % parts or (parts > 1 and count > micro_batch_limit):
+            continue
         for width in dict.fromkeys((parts * schedule.window, count)):
             choice = cost.schedule(count, width, recompute, schedule.dense_state)
             for helpers in range(1, len(hosts) + 1):
-                for taken, late in product(range(helpers, count * len(attending) // 2 + 1), (False, True)):
+                most = min(MOST_EACH * helpers, count * len(attending) // 2)
+                for taken, late in product(range(helpers, most + 1), (False, True)):
                     yield Roster(
                         choice,
                         sequences // parts,
