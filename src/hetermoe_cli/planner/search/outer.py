@@ -232,9 +232,9 @@ def search(
     state.explore()
     state.reorder(state.open)
     state.shake(time.monotonic() - began)
+    state.deadline = end
     state.relieve(time.monotonic() - began, micro_batch_limit)
     progress("proving")
-    state.deadline = end
     state.prove()
     state.prove_devices(scope == "devices")
     now = time.monotonic()
