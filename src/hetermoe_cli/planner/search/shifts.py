@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice, product, takewhile
+from itertools import chain, count, islice, product, takewhile
 from math import ceil, floor, inf
 
 import numpy as np
@@ -59,12 +59,12 @@ class Roster:
 
     def shifts(self) -> list[list[int]] | None:
         """By rank; None where a helper would take over the same sequences as another, or two at once."""
-        count = self.schedule.micro_batches
+        total = self.schedule.micro_batches
         result: dict[int, set[int]] = {rank: set() for rank in (*self.helpers, *self.others)}
-        result |= {rank: set(range(count)) for rank in self.everywhere}
+        result |= {rank: set(range(total)) for rank in self.everywhere}
         for turn in range(self.taken):
-            place, helper = turn * count // self.taken, self.helpers[turn % len(self.helpers)]
-            j = count - 1 - place if self.late else place
+            place, helper = turn * total // self.taken, self.helpers[turn % len(self.helpers)]
+            j = total - 1 - place if self.late else place
             relieved = self.everywhere[turn % len(self.everywhere)]
             if j in result[helper] or j not in result[relieved]:
                 return None
@@ -84,7 +84,8 @@ def with_shifts(
     if len(cost.devices) > MOST_DEVICES:
         return
     began = time.monotonic()
-    listed = _until(began + allowed / 4, _variants(cost, bases, micro_batch_limit))
+    variants = _variants(cost, bases, micro_batch_limit)
+    listed = takewhile(lambda variant: time.monotonic() < began + allowed / 4, variants)
     found = sorted(listed, key=lambda variant: variant.estimate)
     looked, timed = Counter[ScheduleChoice](), list[tuple[float, int, _Variant, IntArray]]()
     for place, variant in enumerate(found):
@@ -97,10 +98,6 @@ def with_shifts(
     for took, _, variant, table in sorted(timed, key=lambda one: one[:2])[:CLIMBED]:
         if took < NEAR * seconds:
             yield variant.layout(variant.climbed(table, took, began + allowed))
-
-
-def _until(deadline: float, variants: Iterator["_Variant"]) -> Iterator["_Variant"]:
-    return takewhile(lambda variant: time.monotonic() < deadline, variants)
 
 
 def _variants(cost: CostModel, bases: Sequence[Layout], micro_batch_limit: int) -> Iterator["_Variant"]:
@@ -123,13 +120,13 @@ def _rosters(cost: CostModel, base: Layout, micro_batch_limit: int) -> Iterator[
     hosts.sort(key=lambda rank: (sum(cost.attention_cost(cost.of(rank), 1, 1)[:2]), rank))
     again = [recompute for recompute, state in kept_choices(cost) if state == schedule.dense_state]
     for parts, recompute in product((1, 2), again):
-        count = parts * schedule.micro_batches
-        if sequences % parts or (parts > 1 and count > micro_batch_limit):
+        total = parts * schedule.micro_batches
+        if sequences % parts or (parts > 1 and total > micro_batch_limit):
             continue
-        for width in dict.fromkeys((parts * schedule.window, count)):
-            choice = cost.schedule(count, width, recompute, schedule.dense_state)
+        for width in dict.fromkeys((parts * schedule.window, total)):
+            choice = cost.schedule(total, width, recompute, schedule.dense_state)
             for helpers in range(1, len(hosts) + 1):
-                most = min(MOST_EACH * helpers, count * len(attending) // 2)
+                most = min(MOST_EACH * helpers, total * len(attending) // 2)
                 for taken, late in product(range(helpers, most + 1), (False, True)):
                     yield Roster(
                         choice,
@@ -198,8 +195,8 @@ class _Variant:
         own = self._rates[0].attending(layers)
         slow = self._rates[1].attending(layers)
         windows = {j // width for rank in roster.helpers for j in self._shifts[rank]}
-        count = roster.schedule.micro_batches // width
-        return len(windows) * max(slow, (width - 1) * own) + (count - len(windows)) * width * own
+        others = roster.schedule.micro_batches // width - len(windows)
+        return len(windows) * max(slow, (width - 1) * own) + others * width * own
 
     def starts(self) -> Iterator[IntArray]:
         """Experts shared out so that all devices are done together; and helpers with fewer of them, or none, as what
@@ -228,15 +225,14 @@ class _Variant:
     def climbed(self, table: IntArray, seconds: float, deadline: float) -> IntArray:
         """The placement after moves of experts from class to class, each of which helps, in random order."""
         moves, draw, failed = self._moves(len(table)), np.random.default_rng(0), 0
-        while failed < len(moves) and time.monotonic() < deadline:
-            for move in draw.permutation(len(moves)):
-                moved = table + moves[move]
-                took = self.seconds(moved) if (moved >= 0).all() else inf
-                failed = failed + 1
-                if took < seconds:
-                    table, seconds, failed = moved, took, 0
-                if failed >= len(moves) or time.monotonic() > deadline:
-                    break
+        for move in chain.from_iterable(draw.permutation(len(moves)) for _ in count()):
+            if failed >= len(moves) or time.monotonic() > deadline:
+                break
+            moved = table + moves[move]
+            took = self.seconds(moved) if (moved >= 0).all() else inf
+            failed += 1
+            if took < seconds:
+                table, seconds, failed = moved, took, 0
         return table
 
     def _moves(self, layers: int) -> list[IntArray]:
