@@ -10,10 +10,12 @@ are replayed with experts in simple shares, and the best of these climbed by rep
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import chain, count, islice, product, takewhile
-from math import ceil, floor, inf
+from math import floor, inf
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,11 +53,6 @@ class Roster:
     others: tuple[int, ...]
     taken: int  # times that a helper, each in turn, takes over a micro-batch
     late: bool  # the last one among those, or the first
-
-    @property
-    def classes(self) -> list[tuple[int, ...]]:
-        """Ranks that are alike."""
-        return [ranks for ranks in (self.everywhere, self.helpers, self.others) if ranks]
 
     def shifts(self) -> list[list[int]] | None:
         """By rank; None where a helper would take over the same sequences as another, or two at once."""
@@ -103,9 +100,10 @@ def with_shifts(
 def _variants(cost: CostModel, bases: Sequence[Layout], micro_batch_limit: int) -> Iterator["_Variant"]:
     """Of every roster that the first bases that can be helped lead to, once."""
     helped = islice(filter(None, (list(_rosters(cost, base, micro_batch_limit)) for base in bases)), BASES)
+    rates = cache(partial(device_rates, cost))
     for roster in dict.fromkeys(chain.from_iterable(helped)):
         if (shifts := roster.shifts()) is not None:
-            yield _Variant(cost, roster, shifts)
+            yield _Variant(cost, roster, shifts, rates)
 
 
 def _rosters(cost: CostModel, base: Layout, micro_batch_limit: int) -> Iterator[Roster]:
@@ -139,42 +137,64 @@ def _rosters(cost: CostModel, base: Layout, micro_batch_limit: int) -> Iterator[
                     )
 
 
+class _Class(NamedTuple):
+    """Ranks of one part in a roster and of one device type; seconds and room of one of them."""
+
+    ranks: tuple[int, ...]
+    helps: bool
+    attention: float  # of one micro-batch, both ways in all layers; 0 of one that never attends
+    busy: float  # that it attends in an iteration
+    each: float  # that one expert of a layer takes in an iteration
+    room: int  # experts of all layers; negative where memory does not hold the rest
+
+
 class _Variant:
     """A roster with its shifts; placements are tables [layers, classes] of experts."""
 
-    def __init__(self, cost: CostModel, roster: Roster, shifts: list[list[int]]) -> None:
-        self.cost, self.roster, self._shifts = cost, roster, shifts
+    def __init__(
+        self, cost: CostModel, roster: Roster, shifts: list[list[int]], rates: Callable[..., ClassRates]
+    ) -> None:
+        self.cost, self.roster, self._shifts, self._rates = cost, roster, shifts, rates
         self._attending = {*roster.everywhere, *roster.helpers}
-        self._rates = [self._rates_of(max(ranks, key=lambda rank: len(shifts[rank]))) for ranks in roster.classes]
-        self._busy = self._attended()
-        self._each = [roster.schedule.micro_batches * sum(rates.hosted) for rates in self._rates]
-        self._rooms = [floor(rates.room(cost.model.layers, 1)) for rates in self._rates]
+        parts = (roster.everywhere, roster.helpers, roster.others)
+        self._classes = [self._class(ranks) for part in parts for ranks in self._alike(part)]
         self.estimate = max(self._level(), self._chain())
 
-    def _rates_of(self, rank: int) -> ClassRates:
-        roster = self.roster
-        own, total = roster.sequences * (rank in self._attending), roster.sequences * len(roster.everywhere)
-        rates, width = device_rates(self.cost, rank, own, roster.schedule, total), roster.schedule.window
-        windows = [j // width for j in self._shifts[rank]]
-        free = width - max(map(windows.count, windows), default=width)  # micro-batches of which it keeps nothing
-        kept = self.cost.attention_kept_bytes(self.cost.of(rank), own, roster.schedule.recompute_attention)
-        return replace(rates, memory_base=rates.memory_base - free * kept)
+    def _alike(self, part: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Ranks of each device type."""
+        types = {rank: self.cost.devices[rank].type for rank in part}
+        return [tuple(rank for rank in part if types[rank] == one) for one in dict.fromkeys(types.values())]
 
-    def _attended(self) -> list[float]:
-        """Seconds that a device of each class attends."""
-        roster, layers = self.roster, self.cost.model.layers
-        given, most = roster.taken / len(roster.everywhere), ceil(roster.taken / len(roster.helpers))
-        counts = {roster.everywhere: roster.schedule.micro_batches - given, roster.helpers: most}
-        times = [rates.attending(layers) for rates in self._rates]
-        return [counts.get(ranks, 0) * own for ranks, own in zip(roster.classes, times, strict=True)]
+    def _class(self, ranks: tuple[int, ...]) -> _Class:
+        roster, layers, helps = self.roster, self.cost.model.layers, ranks[0] in self.roster.helpers
+        counts = [len(self._shifts[rank]) for rank in ranks]
+        rates = self._rates_of(ranks)
+        attention = rates.attending(layers)
+        return _Class(
+            ranks=ranks,
+            helps=helps,
+            attention=attention,
+            busy=attention * (max(counts) if helps else sum(counts) / len(ranks)),
+            each=roster.schedule.micro_batches * sum(rates.hosted),
+            room=floor(rates.room(layers, 1)),
+        )
+
+    def _rates_of(self, ranks: tuple[int, ...]) -> ClassRates:
+        """Of one that attends to most micro-batches of a window."""
+        roster, width = self.roster, self.roster.schedule.window
+        own, total = roster.sequences * (ranks[0] in self._attending), roster.sequences * len(roster.everywhere)
+        rates = self._rates(ranks[0], own, roster.schedule, total)
+        alive = max(max(Counter(j // width for j in self._shifts[rank]).values(), default=0) for rank in ranks)
+        kept = self.cost.attention_kept_bytes(self.cost.of(ranks[0]), own, roster.schedule.recompute_attention)
+        return replace(rates, memory_base=rates.memory_base - (width - alive) * kept)
 
     def _level(self, helped: float = 1.0) -> float:
         """When all devices are done if experts are shared out so that they are done together, as far as there is room;
         helpers host at most a part `helped` of what they have room for."""
         work = self.cost.model.layers * self.cost.model.experts
-        if min(self._rooms) < 0 or sum(self._shares(inf, helped)) < work:
+        if min(c.room for c in self._classes) < 0 or sum(self._shares(inf, helped)) < work:
             return inf
-        low = high = max(self._busy)
+        low = high = max(c.busy for c in self._classes)
         while sum(self._shares(high, helped)) < work:
             low, high = high, 2 * high
         for _ in range(LEVELS):
@@ -184,16 +204,15 @@ class _Variant:
 
     def _shares(self, done: float, helped: float) -> list[float]:
         """Experts that classes can compute until then, and have room for."""
-        rooms = [room * (helped if place == 1 else 1.0) for place, room in enumerate(self._rooms)]
-        times = zip(self._busy, self._each, strict=True)
-        spare = [max(0.0, min(room, (done - own) / one)) for room, (own, one) in zip(rooms, times, strict=True)]
-        return [len(ranks) * each for ranks, each in zip(self.roster.classes, spare, strict=True)]
+        rooms = [c.room * (helped if c.helps else 1.0) for c in self._classes]
+        spare = [max(0.0, min(room, (done - c.busy) / c.each)) for room, c in zip(rooms, self._classes, strict=True)]
+        return [len(c.ranks) * each for each, c in zip(spare, self._classes, strict=True)]
 
     def _chain(self) -> float:
         """No window is done before the micro-batch that a helper attends to has gone through all layers."""
-        roster, layers, width = self.roster, self.cost.model.layers, self.roster.schedule.window
-        own = self._rates[0].attending(layers)
-        slow = self._rates[1].attending(layers)
+        roster, width = self.roster, self.roster.schedule.window
+        own = self._classes[0].attention
+        slow = max(c.attention for c in self._classes if c.helps)
         windows = {j // width for rank in roster.helpers for j in self._shifts[rank]}
         others = roster.schedule.micro_batches // width - len(windows)
         return len(windows) * max(slow, (width - 1) * own) + others * width * own
@@ -209,8 +228,8 @@ class _Variant:
     def layout(self, table: IntArray) -> Layout:
         """The layout of a placement."""
         counts = np.zeros((len(table), self.cost.inputs.cluster.world_size), dtype=int)
-        for totals, ranks in zip(table.T, self.roster.classes, strict=True):
-            counts[:, list(ranks)] = rotate([int(total) for total in totals], len(ranks))
+        for totals, c in zip(table.T, self._classes, strict=True):
+            counts[:, list(c.ranks)] = rotate([int(total) for total in totals], len(c.ranks))
         sequences = [self.roster.sequences * (rank in self._attending) for rank in range(counts.shape[1])]
         placement = [number([int(count) for count in layer], 0) for layer in counts]
         return Layout(
@@ -239,7 +258,7 @@ class _Variant:
         """One expert from a class to another in some layers."""
         blocks = {tuple(range(first, layers, stride)) for stride in STRIDES for first in range(stride)}
         blocks |= {(layer,) for layer in range(layers)}
-        classes, moves = range(len(self.roster.classes)), []
+        classes, moves = range(len(self._classes)), []
         for block, giver, taker in product(sorted(blocks), classes, classes):
             if giver != taker and block:
                 move = np.zeros((layers, len(classes)), dtype=int)
