@@ -220,6 +220,5 @@ def expert_saved_bytes(shape: LayerShape, tokens: int, element: int) -> int:
 
 
 def head_saved_bytes(shape: LayerShape, tokens: int, element: int) -> int:
-    """What it reads and the norm of that; log-probabilities, int64 targets."""
-    per_token = element * (2 * shape.hidden_size + shape.vocab_size)
-    return tokens * (per_token + 8 + 4)
+    """What it reads, and inverse norms of that: gradients are found with the loss."""
+    return tokens * (element * shape.hidden_size + 4)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from builders import make_cost, make_inputs, make_layout, make_model, make_profile
+from hetermoe_cli.cost import memory
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.load import RecordedLoad, balanced_load
 from hetermoe_cli.cost.model import CostModel
@@ -230,9 +231,11 @@ def test_memory_by_kind(layout: Layout) -> None:
     assert attending.optimizer_bytes == 12 * model.dense_parameters
     assert hosting.weights_bytes == 2 * 8 * model.expert_parameters
     # 1000 bytes a token or row: 2 layers x 2 micro-batches, then the gradient of what the head read, and the head: what
-    # it saves beside that, and 2 + 4 + 4 bytes for each element of its matrix.
+    # it saves beside that, its norm and the norm's gradient, logits in 2 and in 4 bytes, and 2 + 4 + 4 bytes for each
+    # element of its matrix.
     kept = 2 * (2 * 64 * 1000 + 64 * ROW_BYTES)
-    assert attending.activations_bytes == kept + 64 * (1000 - ROW_BYTES) + 10 * 64 * 256
+    head = 64 * (1000 - ROW_BYTES) + 2 * 64 * ROW_BYTES + 64 * 256 * (2 + 4)
+    assert attending.activations_bytes == kept + head + 10 * 64 * 256
     # One expert's task, and the gradients of a layer's: 4 bytes in fp32, 2 when new, two thirds stacked
     working = 4 * (4 + 2 + 2 / 3 * 4) * model.expert_parameters - 4 * ROWS * 1000
     assert hosting.activations_bytes == int(2 * 2 * 4 * ROWS * 1000 + ROWS * 1000 + working)
@@ -243,6 +246,13 @@ def test_memory_by_kind(layout: Layout) -> None:
     assert attending.total_bytes == (
         16 * model.dense_parameters + attending.activations_bytes + attending.buffers_bytes + 10**6
     )
+
+
+def test_logits_of_many_tokens_do_not_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = LayoutCost(CostModel(saving()), make_layout())
+    whole = cost.memory(0).activations_bytes
+    monkeypatch.setattr(memory, "logit_tokens", lambda vocabulary: 16)
+    assert LayoutCost(cost.cost, cost.layout).memory(0).activations_bytes == whole - 48 * 256 * (2 + 4)
 
 
 def test_recompute_keeps_only_the_inputs_of_stages() -> None:

@@ -6,7 +6,7 @@ from itertools import pairwise
 from hetermoe_cli.cost.curves import Cost
 from hetermoe_cli.cost.device import STATE_BYTES, DeviceCost, ExpertRows
 from hetermoe_cli.spec.layout import Span
-from hetermoe_cli.spec.model import ModelConfig
+from hetermoe_cli.spec.model import ModelConfig, logit_tokens
 from hetermoe_cli.spec.plan import Memory
 from hetermoe_cli.spec.profile import BYTES_PER_ELEMENT
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
@@ -129,7 +129,8 @@ class MemoryModel:
     ) -> float:
         """Largest working set of a single attention or head task of an attending device, beside what is kept.
 
-        Head: what it saves without its inputs, and the gradient of its matrix. Attention: what is saved when the first
+        Head: what it saves without its inputs, the norm of these and its gradient, logits of some tokens, and the
+        gradient of its matrix. Attention: what is saved when the first
         stage runs again. Where gradients are narrower than fp32, those of the part at work are in fp32 beside
         (`Gradients.fold`). Where rows are sent again, stages that ran for that wait for their gradients, those of a
         whole window of one layer. Only the first pipeline stage has dense layers, and only the last one the head.
@@ -141,7 +142,8 @@ class MemoryModel:
         matrix, narrow = self.model.hidden_size * self.model.vocab_size, self._narrow(device)
         # of the matrix: its new gradient, and in fp32 that and the sum of those before
         head = float(matrix * (self._element_bytes(device) + narrow * 2 * _WIDE_BYTES))
-        head += max(0.0, self.head_cost(device, sequences).saved_bytes - inputs)
+        head += max(0.0, self.head_cost(device, sequences).saved_bytes - inputs) + 2 * inputs
+        head += self._logit_bytes(device, sequences)
         largest = self.model.attention_layer_parameters if layer else self.model.first_stage_parameters
         stage = float(narrow * _WIDE_BYTES * largest)
         again = max(0.0, self.attention_cost(device, sequences, layer).saved_bytes - inputs)
@@ -178,6 +180,11 @@ class MemoryModel:
             return device.expert(rows).saved_bytes
         both = self._element_bytes(device) + _WIDE_BYTES
         return self._narrow(device) * 2 / 3 * both * self.model.expert_parameters
+
+    def _logit_bytes(self, device: DeviceCost, sequences: float) -> float:
+        """Of as many tokens as have them at a time (model/head_loss.py): as they come and in fp32 or wider."""
+        tokens = min(sequences * self.train.sequence_length, logit_tokens(self.model.vocab_size))
+        return tokens * self.model.vocab_size * (self._element_bytes(device) + self._narrow(device) * _WIDE_BYTES)
 
     def _element_bytes(self, device: DeviceCost) -> int:
         return BYTES_PER_ELEMENT[self.train.precision_of(device.type)]

@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hetermoe_cli.model.attention import AttentionBlock, DenseBlock, Routed
 from hetermoe_cli.model.documents import Documents, find_documents
 from hetermoe_cli.model.embedding import Embedding
 from hetermoe_cli.model.gate import Router
+from hetermoe_cli.model.head_loss import summed_cross_entropy
 from hetermoe_cli.model.moe import ExpertGroup
 from hetermoe_cli.model.norm import RMSNorm
 from hetermoe_cli.spec.model import ModelConfig
@@ -61,11 +61,11 @@ class DenseModel(nn.Module):
         routed: Routed = self.layers[layer](hidden, documents)
         return routed
 
-    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Summed cross entropy in nats, in fp32 or wider; hidden [B, S, H], targets [B, S]. Scalar."""
-        logits = self.head(self.norm(hidden)).flatten(0, 1)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return functional.cross_entropy(wide, targets.flatten(), reduction="sum")
+    def loss(self, hidden: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
+        """`scale` x summed cross entropy in nats, in fp32 or wider; hidden [B, S, H], targets [B, S]. Scalar."""
+        assert isinstance(self.head, nn.Linear)
+        normed: Tensor = self.norm(hidden)
+        return summed_cross_entropy(normed.flatten(0, 1), self.head.weight, targets.flatten(), scale)
 
     def update_biases(self, rows: Tensor) -> None:
         """Move the gates' selection biases, if any, after a step in which the experts got rows [layers, E] float64."""

@@ -37,7 +37,6 @@ from hetermoe_cli.spec.profile import AttentionPoint, DensePoint, ExpertPoint, H
 # Experts in one grouped product, of which one's share is kept. Ranks hold from one to many: on a CPU one alone takes
 # 0.9 to 2.5 times as long as one of four (the fewer rows the more), one of 16 takes 0.8 to 1.3 times.
 _GROUP = 4
-_LOGIT_BYTES = 12  # a token and entry of the vocabulary, at the peak of loss and its backward (allocator, CPU)
 _AMPERE = (8, 0)  # first compute capability with bf16; is_bf16_supported() also says True where it is emulated
 
 
@@ -69,8 +68,7 @@ def profile_kernels(
 ) -> KernelTable:
     """Measure one layer of `config` on `device`.
 
-    Seconds are medians; the head's at those sizes whose logits fit. `peak_bytes` is the allocator's peak over all
-    points on CUDA, null on the CPU.
+    Seconds are medians. `peak_bytes` is the allocator's peak over all points on CUDA, null on the CPU.
     UserError if the device lacks the precision, or a size does not fit into its memory.
     """
     require_precision(precision, device)
@@ -79,12 +77,11 @@ def profile_kernels(
     bench = Bench(config, DTYPES[precision], device)
     lengths = list(itertools.product(sorted(set(sizes.sequence_lengths)), sorted(set(sizes.sequences))))
     tokens = sorted(set(sizes.tokens))
-    head_tokens = tokens[:1] + [count for count in tokens[1:] if _head_fits(count, config, device)]
     groups = [
         [bench.attention(length, count) for length, count in lengths],
         [bench.dense_layer(length, count) for length, count in lengths if config.dense_layers],
         [bench.expert(count) for count in tokens],
-        [bench.head(count) for count in head_tokens],
+        [bench.head(count) for count in tokens],
     ]
     cases = list(itertools.chain.from_iterable(groups))
     kept = [saved_bytes(case, bench.parameters) // case.parts for case in cases]
@@ -103,18 +100,10 @@ def profile_kernels(
             for (length, count), point in zip(lengths, dense, strict=False)  # none without dense layers
         ],
         expert=[ExpertPoint(tokens=count, **point) for count, point in zip(tokens, expert, strict=True)],
-        head=[HeadPoint(tokens=count, **point) for count, point in zip(head_tokens, head, strict=True)],
+        head=[HeadPoint(tokens=count, **point) for count, point in zip(tokens, head, strict=True)],
         optimizer_seconds_per_parameter=bench.optimizer_seconds(effort),
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
-
-
-def _head_fits(tokens: int, config: ModelConfig, device: torch.device) -> bool:
-    """Whether logits of so many tokens may fit: no plan lets a device have more in a micro-batch than its memory."""
-    if device.type != "cuda":
-        return True
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return tokens * config.vocab_size * _LOGIT_BYTES < 0.9 * memory
 
 
 def require_precision(precision: Precision, device: torch.device) -> None:

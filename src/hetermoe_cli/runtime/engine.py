@@ -178,12 +178,12 @@ class Engine:
     def _head(self, action: Action) -> None:
         last, j = self.layout.layers - 1, action.micro_batch
         hidden, arrived = self._border_before(self.layout.layers, j)
-        loss = self._dense().loss(hidden, upload(self._batch(j)[1], self.mesh.device))
-        self.loss += loss.detach()
+        loss = self._dense().loss(hidden, upload(self._batch(j)[1], self.mesh.device), self._loss_scale)
+        self.loss += loss.detach() / self._loss_scale
         if action.direction is Pass.FORWARD:
             self._clock.compute(action, self._rows.began, arrived)
             return
-        (loss * self._loss_scale).backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
         self._return((last, j), hidden.grad, action, arrived)
 
     def _expert_backward(self, action: Action) -> None:

@@ -242,7 +242,7 @@ def test_rows_between_the_device_types_of_one_machine_cross_no_nic() -> None:
 
 def test_experts_whose_states_are_shared_out_take_less_of_a_nodes_memory() -> None:
     """Copies of all experts on every device send no row, and fit where whole states would not."""
-    inputs = fleet([("new", 4, 1)], nics=1, bandwidth=1e-4, memory=10_100_000, dense_state="optimizer", batch=4096)
+    inputs = fleet([("new", 4, 1)], nics=1, bandwidth=1e-4, memory=11_100_000, dense_state="optimizer", batch=4096)
     cost = CostModel(inputs)
     layout = make_layout(
         (8,) * 4, (0,) * 4, replicated=8, micro_batches=128, schedule="sequential", dense_state="optimizer"
