@@ -14,10 +14,10 @@ from hetermoe_cli.spec.model import logit_tokens
 
 
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
-    """`scale` times the summed cross entropy in nats, in fp32 or wider; hidden [T, H], weight [V, H], targets [T].
+    """The summed cross entropy in nats, in fp32 or wider; hidden [T, H], weight [V, H], targets [T].
 
-    Gradients of logits are rounded to the precision of `hidden` as multiples of `scale`, as fp16 needs it; that of
-    `weight` is summed in fp32 or wider.
+    Its gradients come times `scale`: those of logits are so before they are rounded to the precision of `hidden`, as
+    fp16 needs it. That of `weight` is summed in fp32 or wider.
     """
     return _CrossEntropy.apply(hidden, weight, targets, scale, torch.is_grad_enabled())  # type: ignore[no-any-return, no-untyped-call]
 
@@ -41,7 +41,7 @@ class _CrossEntropy(torch.autograd.Function):
                 torch.mm(given, weight, out=found)
                 to_weight = _added(to_weight, given.T, rows, wide)
         ctx.gradients = to_hidden, to_weight
-        return total * scale
+        return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:

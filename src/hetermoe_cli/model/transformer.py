@@ -62,7 +62,8 @@ class DenseModel(nn.Module):
         return routed
 
     def loss(self, hidden: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
-        """`scale` x summed cross entropy in nats, in fp32 or wider; hidden [B, S, H], targets [B, S]. Scalar."""
+        """Summed cross entropy in nats, in fp32 or wider, whose gradients come times `scale`; hidden [B, S, H], targets
+        [B, S]. Scalar."""
         assert isinstance(self.head, nn.Linear)
         normed: Tensor = self.norm(hidden)
         return summed_cross_entropy(normed.flatten(0, 1), self.head.weight, targets.flatten(), scale)

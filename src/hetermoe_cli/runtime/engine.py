@@ -179,7 +179,7 @@ class Engine:
         last, j = self.layout.layers - 1, action.micro_batch
         hidden, arrived = self._border_before(self.layout.layers, j)
         loss = self._dense().loss(hidden, upload(self._batch(j)[1], self.mesh.device), self._loss_scale)
-        self.loss += loss.detach() / self._loss_scale
+        self.loss += loss.detach()
         if action.direction is Pass.FORWARD:
             self._clock.compute(action, self._rows.began, arrived)
             return
