@@ -341,8 +341,8 @@ def reference(case: Case) -> list[Step]:
 
 
 def work(rank: int, case: Case, devices: list[str] | None = None, backend: Any = None, shares: bool = True):
-    from hetermoe_cli.runtime.mesh import join
-    from hetermoe_cli.runtime.trainer import Trainer
+    from hetermoe_cli.runtime.machine.mesh import join
+    from hetermoe_cli.runtime.step.trainer import Trainer
 
     layout = case.layout
     mesh = join(layout, devices[rank] if devices else "cpu", backend, shares=shares)

@@ -142,8 +142,8 @@ def test_groups_equal_the_single_device_reference(name: str) -> None:
 
 
 def spans_of_a_step(rank: int, case: Groups) -> list[Span]:
-    from hetermoe_cli.runtime.mesh import join
-    from hetermoe_cli.runtime.trainer import Trainer
+    from hetermoe_cli.runtime.machine.mesh import join
+    from hetermoe_cli.runtime.step.trainer import Trainer
 
     mesh = join(case.layout, "cpu")
     trainer = Trainer.build(case.model, case.layout, case.train, mesh, sequence_length=LENGTH, precision="fp64")
@@ -166,8 +166,8 @@ def test_gradients_are_summed_by_their_lane_as_scheduled_on_hosts_too() -> None:
 
 def trained_states(rank: int, case: Groups, precisions: tuple[str, ...]) -> tuple[list[float], dict[str, np.ndarray]]:
     """Losses, and masters with moments after three steps."""
-    from hetermoe_cli.runtime.mesh import join
-    from hetermoe_cli.runtime.trainer import Trainer
+    from hetermoe_cli.runtime.machine.mesh import join
+    from hetermoe_cli.runtime.step.trainer import Trainer
 
     mesh = join(case.layout, "cpu")
     trainer = Trainer.build(

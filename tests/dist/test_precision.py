@@ -46,8 +46,8 @@ BOTH: dict[str, Any] = {"sequences": [1, 1], "experts": [[0], [1, 2]], "replicat
 
 
 def build(case: Case):
-    from hetermoe_cli.runtime.mesh import join
-    from hetermoe_cli.runtime.trainer import Trainer
+    from hetermoe_cli.runtime.machine.mesh import join
+    from hetermoe_cli.runtime.step.trainer import Trainer
 
     placement = LayerPlacement(experts=case.experts, replicated=case.replicated)
     layout = Layout(

@@ -14,8 +14,8 @@ HELPS, AT_TIMES, AS_TWO, ALONE = (name for name in CASES if name.startswith("shi
 
 
 def build(rank: int, case: Case, precision: str, precisions: Sequence[str] = ()) -> Any:
-    from hetermoe_cli.runtime.mesh import join
-    from hetermoe_cli.runtime.trainer import Trainer
+    from hetermoe_cli.runtime.machine.mesh import join
+    from hetermoe_cli.runtime.step.trainer import Trainer
 
     return Trainer.build(
         case.model, case.layout, case.train, join(case.layout, "cpu"),

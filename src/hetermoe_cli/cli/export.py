@@ -16,7 +16,7 @@ def export(
     from hetermoe_cli.model.checkpoint import MANIFEST, find_latest, load_tensors, read_manifest
     from hetermoe_cli.model.hugging_face import export as write
     from hetermoe_cli.model.training_state import weight_names
-    from hetermoe_cli.runtime.recorder import CHECKPOINTS
+    from hetermoe_cli.runtime.run.recorder import CHECKPOINTS
 
     folder = source if (source / MANIFEST).is_file() else find_latest(source / CHECKPOINTS)
     if folder is None:

@@ -17,7 +17,7 @@ _WIDE_BYTES = 4  # what gradients of fp16 and bf16 are added up in
 
 class MemoryModel:
     """Bytes of one model and training spec. Each part is linear in what a device holds, so that the MILP can use it as
-    it is. Tensors are named as in runtime/stage.py."""
+    it is. Tensors are named as in runtime/modules/stage.py."""
 
     model: ModelConfig
     train: TrainSpec

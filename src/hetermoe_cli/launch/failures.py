@@ -7,7 +7,7 @@ from typing import Any
 
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.launch.ends import PeerFailure
-from hetermoe_cli.runtime.recorder import CHECKPOINTS
+from hetermoe_cli.runtime.run.recorder import CHECKPOINTS
 
 _LOG_TAIL_LINES = 15
 _PREFIX, _FRAME = "hetermoe: error: ", "frame #"

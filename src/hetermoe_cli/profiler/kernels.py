@@ -30,7 +30,7 @@ from hetermoe_cli.profiler.measure import (
     saved_bytes,
 )
 from hetermoe_cli.profiler.tables import rounded
-from hetermoe_cli.runtime.parts import DTYPES
+from hetermoe_cli.runtime.modules.parts import DTYPES
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.profile import AttentionPoint, DensePoint, ExpertPoint, HeadPoint, KernelTable, Precision
 
