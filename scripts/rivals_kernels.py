@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hetermoe_cli.model.causal import attend
+from hetermoe_cli.model.kernels.causal import attend
 from hetermoe_cli.profiler.kernels import adamw
 from hetermoe_cli.runtime.modules.parts import DTYPES
 from hetermoe_cli.spec.model import ModelConfig

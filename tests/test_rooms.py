@@ -15,6 +15,7 @@ FLOORS = (
     {"cli"},
 )
 ROOMS = {
+    "model": ("copies", "seed", "data", "kernels", "layers", "transformer", "optimizer", "weights", "warm_up"),
     "planner": (
         "arrays", "solver", "allowed", "instance", "replay", "orders", "bounds", "milp", "search", "pipeline_search",
         "baselines", "reasons", "by_name", "cluster", "pipelines", "rebalancing", "plan", "what_if", "replan",
@@ -58,7 +59,7 @@ def test_rooms_are_those_that_are_there() -> None:
 
 
 def test_what_is_above_is_told() -> None:
-    assert is_above(("runtime", "step", "engine"), ("model", "gate"))
+    assert is_above(("runtime", "step", "engine"), ("model", "layers", "gate"))
     assert is_above(("planner", "plan"), ("planner", "search", "outer"))
     assert is_above(("runtime", "step", "trainer"), ("runtime", "modules", "parts"))
     assert not is_above(("planner", "search", "outer"), ("planner", "plan"))

@@ -12,8 +12,8 @@ from test_engine_equality import LENGTH, MODEL, arrays, batches
 from workers import run_workers
 
 from builders import make_groups_plan, make_inputs, make_layout, make_plan, make_profile
-from hetermoe_cli.model.training_state import training_tensors
 from hetermoe_cli.model.transformer import named_tensors
+from hetermoe_cli.model.weights.training_state import training_tensors
 from hetermoe_cli.planner.rebalancing.drift import NAMED
 from hetermoe_cli.runtime.run.recorder import read_rebalances
 from hetermoe_cli.spec.inputs import Inputs

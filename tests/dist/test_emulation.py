@@ -11,7 +11,7 @@ from builders import make_inputs, make_layout, make_model, make_plan, make_profi
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.load import CountedLoad, RecordedLoad
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.model.data import Batches
+from hetermoe_cli.model.data.corpus import Batches
 from hetermoe_cli.planner.cluster.replayed import Replayed, replay_groups
 from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.simulator import simulate

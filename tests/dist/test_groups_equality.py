@@ -26,7 +26,7 @@ from test_engine_equality import (
 )
 from workers import run_workers
 
-from hetermoe_cli.model.training_state import training_shapes, training_tensors
+from hetermoe_cli.model.weights.training_state import training_shapes, training_tensors
 from hetermoe_cli.schedule.action import Kind
 from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.spec.layout import LayerPlacement, Layout

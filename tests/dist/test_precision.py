@@ -10,8 +10,8 @@ from workers import run_workers
 
 from builders import make_schedule
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.model.data import Batches
-from hetermoe_cli.model.training_state import restore_training, training_tensors
+from hetermoe_cli.model.data.corpus import Batches
+from hetermoe_cli.model.weights.training_state import restore_training, training_tensors
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.train import TrainSpec

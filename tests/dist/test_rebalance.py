@@ -9,7 +9,7 @@ from test_groups_equality import CASES as GROUPS
 from test_sharded_states import in_state, whole_weights
 from workers import run_workers
 
-from hetermoe_cli.model.training_state import training_tensors
+from hetermoe_cli.model.weights.training_state import training_tensors
 from hetermoe_cli.spec.layout import LayerPlacement
 from hetermoe_cli.spec.world import World
 

@@ -35,8 +35,13 @@ from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.sharers import Sharers
 from hetermoe_cli.model.optimizer import part_of
-from hetermoe_cli.model.training_state import restore_training, training_names, training_shapes, training_tensors
 from hetermoe_cli.model.transformer import named_tensors
+from hetermoe_cli.model.weights.training_state import (
+    restore_training,
+    training_names,
+    training_shapes,
+    training_tensors,
+)
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
 from hetermoe_cli.spec.world import World
 

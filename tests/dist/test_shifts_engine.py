@@ -8,7 +8,7 @@ import pytest
 from test_engine_equality import CASES, LENGTH, STEPS, Case, arrays, batches, reference, starve
 from workers import run_workers
 
-from hetermoe_cli.model.training_state import training_tensors
+from hetermoe_cli.model.weights.training_state import training_tensors
 
 HELPS, AT_TIMES, AS_TWO, ALONE = (name for name in CASES if name.startswith("shifts"))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.model.grouped import run_experts
+from hetermoe_cli.model.kernels.grouped import run_experts
 from hetermoe_cli.model.transformer import DenseModel
 from hetermoe_cli.profiler import kernels
 from hetermoe_cli.profiler.kernels import Bench, Sizes, profile_kernels

@@ -60,7 +60,7 @@ def unsaved(logs: Path) -> UserError | None:
 
 def interrupted_early(folder: Path) -> UserError:
     """Of an interrupted run without a last word: there was nothing to save yet."""
-    from hetermoe_cli.model.checkpoint import find_latest
+    from hetermoe_cli.model.weights.checkpoint import find_latest
 
     latest = find_latest(folder / CHECKPOINTS)
     found = f"the newest checkpoint is {latest.name}" if latest else "before anything was saved"

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.model.data import Batches, corpus_of
+from hetermoe_cli.model.data.corpus import Batches, corpus_of
 from hetermoe_cli.model.warm_up import warm_up
 from hetermoe_cli.runtime.clocks.moment import common_moment
 from hetermoe_cli.runtime.machine.cores import bind

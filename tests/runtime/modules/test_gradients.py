@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from builders import make_layout, make_model
-from hetermoe_cli.model.moe import ExpertGroup
+from hetermoe_cli.model.layers.moe import ExpertGroup
 from hetermoe_cli.model.optimizer import AdamW
 from hetermoe_cli.runtime.machine.mesh import Mesh
 from hetermoe_cli.runtime.modules import gradients as module

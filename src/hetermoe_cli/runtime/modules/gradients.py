@@ -6,7 +6,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from hetermoe_cli.model.grouped import give_place
+from hetermoe_cli.model.kernels.grouped import give_place
 from hetermoe_cli.model.optimizer import AdamW
 from hetermoe_cli.runtime.machine.mesh import Mesh
 from hetermoe_cli.runtime.modules.gradient_shares import GradientShares

@@ -7,8 +7,8 @@ from functools import partial, reduce
 import torch
 from torch import Tensor, nn
 
-from hetermoe_cli.model.gate import Router
-from hetermoe_cli.model.moe import ExpertGroup
+from hetermoe_cli.model.layers.gate import Router
+from hetermoe_cli.model.layers.moe import ExpertGroup
 from hetermoe_cli.model.transformer import DenseModel, initialise_tensor, parameter_slices
 from hetermoe_cli.runtime.machine.mesh import Mesh
 from hetermoe_cli.runtime.modules.stage import ExpertParts

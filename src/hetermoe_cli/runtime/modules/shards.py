@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hetermoe_cli.model.optimizer import AdamW, Piece, part_of
-from hetermoe_cli.model.training_state import fresh_state, state_slices, state_tensors
 from hetermoe_cli.model.transformer import parameter_slices
+from hetermoe_cli.model.weights.training_state import fresh_state, state_slices, state_tensors
 from hetermoe_cli.runtime.machine.mesh import Mesh
 from hetermoe_cli.runtime.modules.parts import Holding, Parts, Slices
 from hetermoe_cli.spec.world import World

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hetermoe_cli.model.attention import Routed
-from hetermoe_cli.model.documents import Documents
-from hetermoe_cli.model.moe import ExpertGroup
+from hetermoe_cli.model.kernels.documents import Documents
+from hetermoe_cli.model.layers.attention import Routed
+from hetermoe_cli.model.layers.moe import ExpertGroup
 from hetermoe_cli.model.seed import Seed
 from hetermoe_cli.model.transformer import DenseModel
 

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hetermoe_cli.cost.moving import Move, moves
-from hetermoe_cli.model.moe import ExpertGroup
+from hetermoe_cli.model.layers.moe import ExpertGroup
 from hetermoe_cli.model.optimizer import AdamW
-from hetermoe_cli.model.training_state import fresh_state, state_slices
+from hetermoe_cli.model.weights.training_state import fresh_state, state_slices
 from hetermoe_cli.runtime.machine.mesh import Mesh, regroup
 from hetermoe_cli.runtime.machine.peers import peer_errors
 from hetermoe_cli.runtime.modules.parts import Parts

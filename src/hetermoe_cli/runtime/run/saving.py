@@ -4,11 +4,18 @@ import json
 from pathlib import Path
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.model.checkpoint import MANIFEST, CheckpointState, load_tensors, read_manifest, step_folder, verify
-from hetermoe_cli.model.checkpoint_saving import finish, write_shard
-from hetermoe_cli.model.hugging_face import Weights
-from hetermoe_cli.model.training_state import begin_with, restore_training, training_names, training_tensors
 from hetermoe_cli.model.transformer import named_state, parameter_slices
+from hetermoe_cli.model.weights.checkpoint import (
+    MANIFEST,
+    CheckpointState,
+    load_tensors,
+    read_manifest,
+    step_folder,
+    verify,
+)
+from hetermoe_cli.model.weights.checkpoint_saving import finish, write_shard
+from hetermoe_cli.model.weights.hugging_face import Weights
+from hetermoe_cli.model.weights.training_state import begin_with, restore_training, training_names, training_tensors
 from hetermoe_cli.runtime.run.recorder import CHECKPOINTS, STATUS
 from hetermoe_cli.runtime.step.trainer import Trainer
 from hetermoe_cli.spec.files import parse

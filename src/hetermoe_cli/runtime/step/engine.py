@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hetermoe_cli.model.copies import upload
-from hetermoe_cli.model.documents import Documents
+from hetermoe_cli.model.kernels.documents import Documents
 from hetermoe_cli.model.transformer import DenseModel
 from hetermoe_cli.runtime.clocks.clock import Clock
 from hetermoe_cli.runtime.machine.mesh import Mesh

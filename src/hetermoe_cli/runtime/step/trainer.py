@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.model.copies import upload
-from hetermoe_cli.model.data import Batches
-from hetermoe_cli.model.gate import Router
-from hetermoe_cli.model.grouped import give_place
+from hetermoe_cli.model.data.corpus import Batches
+from hetermoe_cli.model.kernels.grouped import give_place
+from hetermoe_cli.model.layers.gate import Router
 from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
 from hetermoe_cli.runtime.clocks.clock import Clock
 from hetermoe_cli.runtime.clocks.device_clock import make_clock
