@@ -20,7 +20,7 @@ from demo import ROOT, hetermoe
 from emulated_plans import manual_plan
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.runtime.recorder import read_metrics
+from hetermoe_cli.runtime.run.recorder import read_metrics
 from hetermoe_cli.spec.cluster import ClusterSpec, Link, NodeGroup
 from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.layout import LayerPlacement, Layout

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import bars
 from demo import ROOT, hetermoe
-from hetermoe_cli.model.bigram import bigram_loss, fit_bigram
-from hetermoe_cli.model.data import Batches, load_corpus
+from hetermoe_cli.model.data.bigram import bigram_loss, fit_bigram
+from hetermoe_cli.model.data.corpus import Batches, load_corpus
 from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
 from hetermoe_cli.model.transformer import Transformer, initialise
 from hetermoe_cli.spec.files import load

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 import bars
 from demo import ROOT, hetermoe
-from hetermoe_cli.runtime.recorder import read_metrics
+from hetermoe_cli.runtime.run.recorder import read_metrics
 from hetermoe_cli.spec.cluster import ClusterSpec
 from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.model import ModelConfig

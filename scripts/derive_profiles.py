@@ -184,7 +184,7 @@ def header(name: str, gpu: Gpu) -> str:
             "seconds: scripts/roofline.py; backward: GEMM and traffic 2 x forward, attention core 2.5 x (latent 2.6 x)",
             "attention of a shape with shared experts: they run in it, on the device's own tokens",
             "dense: one dense layer (attention, SwiGLU of dense_ffn_size) of a model that begins with such layers",
-            "saved_bytes: counted in model/*.py for 2 bytes an element; tests compare the count with measurements",
+            "saved_bytes: counted in model/ for 2 bytes an element; tests compare the count with measurements",
             f"optimizer_seconds_per_parameter: {OPTIMIZER_BYTES} bytes of mixed-precision AdamW over the bandwidth",
             "spread, peak_bytes, other facts: null, since nothing was run",
         ]

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hetermoe_cli.model.causal import attend
+from hetermoe_cli.model.kernels.causal import attend
 from hetermoe_cli.profiler.kernels import adamw
-from hetermoe_cli.runtime.parts import DTYPES
+from hetermoe_cli.runtime.modules.parts import DTYPES
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.profile import Precision
 from hetermoe_cli.spec.train import TrainSpec

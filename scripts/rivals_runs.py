@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.launch.local import MEMORY
-from hetermoe_cli.model.data import Batches, load_corpus
+from hetermoe_cli.model.data.corpus import Batches, load_corpus
 from hetermoe_cli.model.transformer import Transformer, initialise, named_tensors
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.train import TrainSpec

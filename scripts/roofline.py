@@ -22,7 +22,7 @@ from hetermoe_cli.spec.named_models import NAMED_MODELS
 
 ELEMENT_BYTES = 2  # fp16 and bf16
 LAUNCH_SECONDS = 5e-6  # one kernel launch, typical of CUDA drivers
-ATTENTION_KERNELS, EXPERT_KERNELS, HEAD_KERNELS = 20, 4, 8  # launches of a forward, counted in model/*.py
+ATTENTION_KERNELS, EXPERT_KERNELS, HEAD_KERNELS = 20, 4, 8  # launches of a forward, counted in model/
 DENSE_KERNELS = 12  # of a dense layer without its SwiGLU network: no combine, no gate
 LATENT_KERNELS = 8  # more than ATTENTION_KERNELS: three projections, two norms, copies that join the parts of a head
 QK_NORM_KERNELS = 2  # norms of queries and keys
@@ -182,7 +182,7 @@ def head_work(shape: LayerShape, tokens: int) -> Work:
 
 
 def attention_saved_bytes(shape: LayerShape, length: int, sequences: int, element: int) -> int:
-    """What autograd and the stage keep of model/attention.py, `element` bytes each; no parameters.
+    """What autograd and the stage keep of model/layers/attention.py, `element` bytes each; no parameters.
 
     What it reads, the second residual and both norms' outputs; what the parts keep (fp32 log-sum-exp beside it); gate
     scores, top k and their sum, int64 choices, inverse norms; once: cos and sin.

@@ -13,7 +13,7 @@ import numpy as np
 from builders import make_inputs, make_layout, make_model, make_plan, make_profile
 from hetermoe_cli.cost.load import RecordedLoad
 from hetermoe_cli.planner.cluster.replayed import replay_groups
-from hetermoe_cli.runtime.recorder import load_path, trace_path
+from hetermoe_cli.runtime.run.recorder import load_path, trace_path
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.inputs import Inputs

@@ -1,4 +1,4 @@
-"""docs/architecture.md, "Rooms": a file imports from lower floors or its own; in the planner, from earlier rooms."""
+"""docs/architecture.md, "Rooms": a file imports from lower floors or its own, there from earlier rooms."""
 
 import ast
 from collections.abc import Iterator
@@ -14,10 +14,14 @@ FLOORS = (
     {"launch", "report"},
     {"cli"},
 )
-PLANNER = (
-    "arrays", "solver", "allowed", "instance", "replay", "orders", "bounds", "milp", "search", "pipeline_search",
-    "baselines", "reasons", "by_name", "cluster", "pipelines", "rebalancing", "plan", "what_if", "replan",
-)  # fmt: skip
+ROOMS = {
+    "model": ("copies", "seed", "data", "kernels", "layers", "transformer", "optimizer", "weights", "warm_up"),
+    "planner": (
+        "arrays", "solver", "allowed", "instance", "replay", "orders", "bounds", "milp", "search", "pipeline_search",
+        "baselines", "reasons", "by_name", "cluster", "pipelines", "rebalancing", "plan", "what_if", "replan",
+    ),
+    "runtime": ("machine", "modules", "transfers", "clocks", "step", "run", "worker"),
+}  # fmt: skip
 
 
 def imports(file: Path) -> Iterator[tuple[str, ...]]:
@@ -28,15 +32,16 @@ def imports(file: Path) -> Iterator[tuple[str, ...]]:
                 yield (*node.module.split(".")[1:], name.name)
 
 
-def floor(room: str) -> int:
-    """On which a room is; one that is new must be given one above."""
-    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+def floor(package: str) -> int:
+    """On which a package is; one that is new must be given one above."""
+    return next(number for number, packages in enumerate(FLOORS) if package in packages)
 
 
 def is_above(there: tuple[str, ...], own: tuple[str, ...]) -> bool:
-    """Whether a module is on a higher floor than the file that imports it, or in a later room of the planner."""
-    if own[0] == there[0] == "planner" and own[1] != "__init__":
-        return PLANNER.index(there[1]) > PLANNER.index(own[1])
+    """Whether a module is on a higher floor than the file that imports it, or in a later room of the same package."""
+    if own[0] == there[0] and own[0] in ROOMS:
+        rooms = ROOMS[own[0]]
+        return rooms.index(there[1]) > rooms.index(own[1])
     return floor(there[0]) > floor(own[0])
 
 
@@ -47,7 +52,14 @@ def test_files_import_from_lower_floors_or_their_own() -> None:
     assert len(files) > 200
 
 
+def test_rooms_are_those_that_are_there() -> None:
+    for package, rooms in ROOMS.items():
+        files = (SOURCE / package).rglob("*.py")
+        assert {file.relative_to(SOURCE / package).with_suffix("").parts[0] for file in files} == {"__init__", *rooms}
+
+
 def test_what_is_above_is_told() -> None:
-    assert is_above(("runtime", "engine"), ("model", "gate"))
+    assert is_above(("runtime", "step", "engine"), ("model", "layers", "gate"))
     assert is_above(("planner", "plan"), ("planner", "search", "outer"))
+    assert is_above(("runtime", "step", "trainer"), ("runtime", "modules", "parts"))
     assert not is_above(("planner", "search", "outer"), ("planner", "plan"))

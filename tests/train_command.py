@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 
 from hetermoe_cli.cli.main import main
-from hetermoe_cli.runtime.recorder import read_metrics
+from hetermoe_cli.runtime.run.recorder import read_metrics
 
 HETERMOE = [str(Path(sys.executable).parent / "hetermoe")]
 

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from builders import make_inputs, make_profile
-from hetermoe_cli.model.data import END_OF_TEXT, Batches, load_corpus
-from hetermoe_cli.model.hugging_face import Weights
+from hetermoe_cli.model.data.corpus import END_OF_TEXT, Batches, load_corpus
 from hetermoe_cli.model.transformer import Transformer, named_state, named_tensors
+from hetermoe_cli.model.weights.hugging_face import Weights
 from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.named_models import load_model
 from hetermoe_cli.spec.plan import Plan

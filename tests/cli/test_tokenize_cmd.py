@@ -9,7 +9,7 @@ import torch
 
 from builders import make_inputs, make_layout, make_model, make_plan, make_profile
 from command import Hetermoe
-from hetermoe_cli.model.data import Batches, load_corpus
+from hetermoe_cli.model.data.corpus import Batches, load_corpus
 from hetermoe_cli.model.transformer import Transformer, initialise
 from hetermoe_cli.spec.files import dump
 from train_command import events, train

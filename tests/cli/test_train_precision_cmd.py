@@ -10,7 +10,7 @@ import torch
 
 import train_command
 from builders import make_inputs, make_layout, make_model, make_plan, make_profile
-from hetermoe_cli.model.checkpoint import load_tensors, read_manifest
+from hetermoe_cli.model.weights.checkpoint import load_tensors, read_manifest
 from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.profile import Precision
 from train_command import events

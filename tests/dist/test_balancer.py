@@ -12,10 +12,10 @@ from test_engine_equality import LENGTH, MODEL, arrays, batches
 from workers import run_workers
 
 from builders import make_groups_plan, make_inputs, make_layout, make_plan, make_profile
-from hetermoe_cli.model.training_state import training_tensors
 from hetermoe_cli.model.transformer import named_tensors
+from hetermoe_cli.model.weights.training_state import training_tensors
 from hetermoe_cli.planner.rebalancing.drift import NAMED
-from hetermoe_cli.runtime.recorder import read_rebalances
+from hetermoe_cli.runtime.run.recorder import read_rebalances
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import LayerPlacement, PipelineStage
 from hetermoe_cli.spec.plan import Plan, world_of
@@ -115,12 +115,12 @@ def skew(parts: torch.nn.Module) -> None:
 
 def work(rank: int, run: RunSpec) -> tuple[list[float], dict[str, np.ndarray], list[list[int]], list[int]]:
     """Losses, the state at the end, the experts hosted then, and the spans' steps."""
-    from hetermoe_cli.runtime.balancer import Balancer
-    from hetermoe_cli.runtime.emulator import EmulatedClock
-    from hetermoe_cli.runtime.mesh import join
-    from hetermoe_cli.runtime.moment import common_moment
-    from hetermoe_cli.runtime.recorder import Recorder
-    from hetermoe_cli.runtime.trainer import Trainer
+    from hetermoe_cli.runtime.clocks.emulator import EmulatedClock
+    from hetermoe_cli.runtime.clocks.moment import common_moment
+    from hetermoe_cli.runtime.machine.mesh import join
+    from hetermoe_cli.runtime.run.balancer import Balancer
+    from hetermoe_cli.runtime.run.recorder import Recorder
+    from hetermoe_cli.runtime.step.trainer import Trainer
     from hetermoe_cli.schedule.lower import training_schedules
 
     mesh = join(run.world, "cpu")

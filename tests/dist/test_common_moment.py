@@ -14,8 +14,8 @@ def work(rank: int, layout: Layout, nodes: list[list[int]]) -> tuple[float, floa
 
     With several nodes, every one has a clock of its own.
     """
-    from hetermoe_cli.runtime import moment
-    from hetermoe_cli.runtime.mesh import join
+    from hetermoe_cli.runtime.clocks import moment
+    from hetermoe_cli.runtime.machine.mesh import join
 
     ahead = 1e5 * next((node for node, ranks in enumerate(nodes) if rank in ranks), 0)
     mesh, clock = join(layout, "cpu"), time.monotonic

@@ -72,8 +72,8 @@ def test_two_ranks_with_nccl_equal_the_reference(name: str) -> None:
 
 def step_without_waiting(rank: int, case: Case, devices: list[str]) -> tuple[list[float], list[Span], float]:
     """Losses of two steps; in the second, any call that makes a thread wait for the whole stream is an error."""
-    from hetermoe_cli.runtime.mesh import join
-    from hetermoe_cli.runtime.trainer import Trainer
+    from hetermoe_cli.runtime.machine.mesh import join
+    from hetermoe_cli.runtime.step.trainer import Trainer
 
     mesh = join(case.layout, devices[rank], "gloo")
     trainer = Trainer.build(case.model, case.layout, case.train, mesh, sequence_length=LENGTH, precision="fp32")

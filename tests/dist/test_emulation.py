@@ -11,7 +11,7 @@ from builders import make_inputs, make_layout, make_model, make_plan, make_profi
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.load import CountedLoad, RecordedLoad
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.model.data import Batches
+from hetermoe_cli.model.data.corpus import Batches
 from hetermoe_cli.planner.cluster.replayed import Replayed, replay_groups
 from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.simulator import simulate
@@ -64,11 +64,11 @@ Sent = dict[tuple[int, int, int], list[int]]  # (step, layer, micro-batch): rows
 
 
 def work(rank: int, run: RunSpec) -> tuple[list[Span], list[np.ndarray], int, Sent]:
-    from hetermoe_cli.runtime.dispatcher import Routing
-    from hetermoe_cli.runtime.emulator import EmulatedClock
-    from hetermoe_cli.runtime.mesh import join
-    from hetermoe_cli.runtime.moment import common_moment
-    from hetermoe_cli.runtime.trainer import Trainer
+    from hetermoe_cli.runtime.clocks.emulator import EmulatedClock
+    from hetermoe_cli.runtime.clocks.moment import common_moment
+    from hetermoe_cli.runtime.machine.mesh import join
+    from hetermoe_cli.runtime.step.trainer import Trainer
+    from hetermoe_cli.runtime.transfers.dispatcher import Routing
     from hetermoe_cli.schedule.lower import training_schedules
 
     world = run.world

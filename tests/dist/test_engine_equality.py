@@ -10,7 +10,7 @@ import torch
 from workers import run_workers
 
 from builders import make_schedule
-from hetermoe_cli.model.data import END_OF_TEXT, Batches
+from hetermoe_cli.model.data.corpus import END_OF_TEXT, Batches
 from hetermoe_cli.model.optimizer import learning_rate, make_optimizer
 from hetermoe_cli.model.transformer import Transformer, initialise, named_state, named_tensors, parameter_slices
 from hetermoe_cli.spec.layout import LayerPlacement, Layout, PipelineStage
@@ -341,8 +341,8 @@ def reference(case: Case) -> list[Step]:
 
 
 def work(rank: int, case: Case, devices: list[str] | None = None, backend: Any = None, shares: bool = True):
-    from hetermoe_cli.runtime.mesh import join
-    from hetermoe_cli.runtime.trainer import Trainer
+    from hetermoe_cli.runtime.machine.mesh import join
+    from hetermoe_cli.runtime.step.trainer import Trainer
 
     layout = case.layout
     mesh = join(layout, devices[rank] if devices else "cpu", backend, shares=shares)

@@ -26,7 +26,7 @@ from test_engine_equality import (
 )
 from workers import run_workers
 
-from hetermoe_cli.model.training_state import training_shapes, training_tensors
+from hetermoe_cli.model.weights.training_state import training_shapes, training_tensors
 from hetermoe_cli.schedule.action import Kind
 from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
@@ -142,8 +142,8 @@ def test_groups_equal_the_single_device_reference(name: str) -> None:
 
 
 def spans_of_a_step(rank: int, case: Groups) -> list[Span]:
-    from hetermoe_cli.runtime.mesh import join
-    from hetermoe_cli.runtime.trainer import Trainer
+    from hetermoe_cli.runtime.machine.mesh import join
+    from hetermoe_cli.runtime.step.trainer import Trainer
 
     mesh = join(case.layout, "cpu")
     trainer = Trainer.build(case.model, case.layout, case.train, mesh, sequence_length=LENGTH, precision="fp64")
@@ -166,8 +166,8 @@ def test_gradients_are_summed_by_their_lane_as_scheduled_on_hosts_too() -> None:
 
 def trained_states(rank: int, case: Groups, precisions: tuple[str, ...]) -> tuple[list[float], dict[str, np.ndarray]]:
     """Losses, and masters with moments after three steps."""
-    from hetermoe_cli.runtime.mesh import join
-    from hetermoe_cli.runtime.trainer import Trainer
+    from hetermoe_cli.runtime.machine.mesh import join
+    from hetermoe_cli.runtime.step.trainer import Trainer
 
     mesh = join(case.layout, "cpu")
     trainer = Trainer.build(

@@ -22,8 +22,8 @@ CASES = {
 
 
 def weights_and_loss(rank: int, case: Case) -> tuple[dict[str, np.ndarray], float]:
-    from hetermoe_cli.runtime.mesh import join
-    from hetermoe_cli.runtime.trainer import Trainer
+    from hetermoe_cli.runtime.machine.mesh import join
+    from hetermoe_cli.runtime.step.trainer import Trainer
 
     mesh = join(case.layout, "cpu")
     trainer = Trainer.build(MODEL, case.layout, TRAIN, mesh, sequence_length=LENGTH, precision="fp64")

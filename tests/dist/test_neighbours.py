@@ -21,7 +21,7 @@ def start(rank: int) -> None:
 def exchange(rank: int, copies: list[list[int]]) -> Any:
     import torch
 
-    from hetermoe_cli.runtime.neighbours import connect
+    from hetermoe_cli.runtime.machine.neighbours import connect
 
     start(rank)
     processes = next(copy for copy in copies if rank in copy)
@@ -46,7 +46,7 @@ def test_every_rank_hears_every_other_of_its_copy_in_both_directions(copies: lis
 
 
 def reluctant(rank: int, how: str) -> int:
-    from hetermoe_cli.runtime.neighbours import connect
+    from hetermoe_cli.runtime.machine.neighbours import connect
 
     start(rank)
     if how == "another node":
@@ -62,8 +62,8 @@ def test_none_shares_where_one_cannot(how: str) -> None:
 def add(rank: int, members: list[int], sizes: list[int]) -> list[Any]:
     import torch
 
-    from hetermoe_cli.runtime.local_sum import all_reduce
-    from hetermoe_cli.runtime.neighbours import connect
+    from hetermoe_cli.runtime.machine.local_sum import all_reduce
+    from hetermoe_cli.runtime.machine.neighbours import connect
 
     start(rank)
     (mail,) = connect([0, 1, 2], 1, shares=True)
@@ -77,8 +77,8 @@ def add(rank: int, members: list[int], sizes: list[int]) -> list[Any]:
 def scatter_and_gather(rank: int, members: list[int], sizes: list[int]) -> list[Any]:
     import torch
 
-    from hetermoe_cli.runtime.local_sum import all_gather, reduce_scatter
-    from hetermoe_cli.runtime.neighbours import connect
+    from hetermoe_cli.runtime.machine.local_sum import all_gather, reduce_scatter
+    from hetermoe_cli.runtime.machine.neighbours import connect
 
     start(rank)
     (mail,) = connect([0, 1, 2], 1, shares=True)
@@ -110,7 +110,7 @@ def test_shares_of_sums_are_those_of_whole_sums(members: list[int]) -> None:
 def scatter(rank: int, sizes: list[int], dtype: str) -> list[Any]:
     import torch
 
-    from hetermoe_cli.runtime.mesh import join
+    from hetermoe_cli.runtime.machine.mesh import join
 
     mesh, result = join(make_layout((1, 1, 1), (1, 1, 1)), "cpu", shares=False), []
     for size in sizes:

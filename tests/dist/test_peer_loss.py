@@ -9,9 +9,9 @@ from workers import run_workers
 
 
 def work(rank: int) -> str:
-    from hetermoe_cli.runtime.mesh import join
-    from hetermoe_cli.runtime.peers import PeerLost
-    from hetermoe_cli.runtime.trainer import Trainer
+    from hetermoe_cli.runtime.machine.mesh import join
+    from hetermoe_cli.runtime.machine.peers import PeerLost
+    from hetermoe_cli.runtime.step.trainer import Trainer
 
     case = CASES["2+1"]
     trainer = Trainer.build(
@@ -29,7 +29,7 @@ def work(rank: int) -> str:
 
 
 def orphan(rank: int) -> None:
-    from hetermoe_cli.runtime import leaving
+    from hetermoe_cli.runtime.machine import leaving
     from hetermoe_cli.spec.run import LAUNCHER
 
     os.environ[LAUNCHER] = "1"  # init: this process' parent is another, as if the launcher had died

@@ -10,8 +10,8 @@ from workers import run_workers
 
 from builders import make_schedule
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.model.data import Batches
-from hetermoe_cli.model.training_state import restore_training, training_tensors
+from hetermoe_cli.model.data.corpus import Batches
+from hetermoe_cli.model.weights.training_state import restore_training, training_tensors
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.train import TrainSpec
@@ -46,8 +46,8 @@ BOTH: dict[str, Any] = {"sequences": [1, 1], "experts": [[0], [1, 2]], "replicat
 
 
 def build(case: Case):
-    from hetermoe_cli.runtime.mesh import join
-    from hetermoe_cli.runtime.trainer import Trainer
+    from hetermoe_cli.runtime.machine.mesh import join
+    from hetermoe_cli.runtime.step.trainer import Trainer
 
     placement = LayerPlacement(experts=case.experts, replicated=case.replicated)
     layout = Layout(

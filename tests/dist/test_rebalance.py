@@ -9,7 +9,7 @@ from test_groups_equality import CASES as GROUPS
 from test_sharded_states import in_state, whole_weights
 from workers import run_workers
 
-from hetermoe_cli.model.training_state import training_tensors
+from hetermoe_cli.model.weights.training_state import training_tensors
 from hetermoe_cli.spec.layout import LayerPlacement
 from hetermoe_cli.spec.world import World
 
@@ -83,9 +83,9 @@ def in_other_places(world: World, placements: Placements) -> World:
 
 def work(rank: int, case: Case, placements: Placements | None, dense_state: str):
     """Per step the loss and the states that this rank would save, or has a copy of. Experts move after the first."""
-    from hetermoe_cli.runtime.mesh import join
-    from hetermoe_cli.runtime.rebalance import move_experts
-    from hetermoe_cli.runtime.trainer import Trainer
+    from hetermoe_cli.runtime.machine.mesh import join
+    from hetermoe_cli.runtime.run.rebalance import move_experts
+    from hetermoe_cli.runtime.step.trainer import Trainer
 
     world = in_state(case.layout, dense_state)
     trainer = Trainer.build(case.model, world, case.train, join(world, "cpu"), sequence_length=LENGTH, precision="fp64")
@@ -148,9 +148,9 @@ def there_and_back(
     rank: int, case: Case, dense_state: str
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], float]:
     """Ranks of several precisions: masters, moments and rounded weights before and after two moves; the next loss."""
-    from hetermoe_cli.runtime.mesh import join
-    from hetermoe_cli.runtime.rebalance import move_experts
-    from hetermoe_cli.runtime.trainer import Trainer
+    from hetermoe_cli.runtime.machine.mesh import join
+    from hetermoe_cli.runtime.run.rebalance import move_experts
+    from hetermoe_cli.runtime.step.trainer import Trainer
 
     precisions = ["fp16", "bf16", "fp32", "bf16"]
     layout = in_state(case.layout, dense_state)

@@ -14,8 +14,8 @@ from test_sharded_states import GROUPS as FULL
 from test_sharded_states import in_state
 from workers import run_workers
 
-from hetermoe_cli.runtime.calls import COMMUNICATORS, PARITY, WIDEST, Call, calls_of, lane_name, share_name
-from hetermoe_cli.runtime.slots import tail_size
+from hetermoe_cli.runtime.transfers.calls import COMMUNICATORS, PARITY, WIDEST, Call, calls_of, lane_name, share_name
+from hetermoe_cli.runtime.transfers.slots import tail_size
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.spec.layout import Layout
@@ -52,9 +52,9 @@ DTYPES = {"torch.float64": "fp64", "torch.int64": "int64"}
 def work(rank: int, case: Case, layout: Layout | World, ordered: bool) -> tuple[list[Recorded], np.ndarray, float]:
     import torch.distributed as dist
 
-    from hetermoe_cli.runtime import mesh as mesh_module
-    from hetermoe_cli.runtime.mesh import join
-    from hetermoe_cli.runtime.trainer import Trainer
+    from hetermoe_cli.runtime.machine import mesh as mesh_module
+    from hetermoe_cli.runtime.machine.mesh import join
+    from hetermoe_cli.runtime.step.trainer import Trainer
 
     mesh, world = replace(join(layout, "cpu", shares=False), ordered=ordered), World.of(layout)
     lanes = [lane_name(world, world.seat(rank)[0], lane) for lane in (1, 2)]

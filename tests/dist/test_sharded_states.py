@@ -35,8 +35,13 @@ from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.cost.sharers import Sharers
 from hetermoe_cli.model.optimizer import part_of
-from hetermoe_cli.model.training_state import restore_training, training_names, training_shapes, training_tensors
 from hetermoe_cli.model.transformer import named_tensors
+from hetermoe_cli.model.weights.training_state import (
+    restore_training,
+    training_names,
+    training_shapes,
+    training_tensors,
+)
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
 from hetermoe_cli.spec.world import World
 
@@ -105,8 +110,8 @@ PRECISIONS = {"fp64": (), "bf16": (), "fp16": ("fp16", "bf16"), "fp32": ("bf16",
 
 
 def build(case: Case, precision: str = "fp64", ranks: tuple[str, ...] = (), state: str = "optimizer"):
-    from hetermoe_cli.runtime.mesh import join
-    from hetermoe_cli.runtime.trainer import Trainer
+    from hetermoe_cli.runtime.machine.mesh import join
+    from hetermoe_cli.runtime.step.trainer import Trainer
 
     layout = in_state(case.layout, state)
     trainer = Trainer.build(
@@ -378,7 +383,7 @@ def test_whole_weights_and_gradients_are_there_only_where_they_are_used(name: st
 
 def built(rank: int, case: Case, state: str) -> list[int]:
     """Elements of dense weights and wide masters that are there whenever a segment was filled, and at last."""
-    from hetermoe_cli.runtime.parts import Parts
+    from hetermoe_cli.runtime.modules.parts import Parts
 
     found: list[int] = []
     fill = Parts.fill

@@ -8,14 +8,14 @@ import pytest
 from test_engine_equality import CASES, LENGTH, STEPS, Case, arrays, batches, reference, starve
 from workers import run_workers
 
-from hetermoe_cli.model.training_state import training_tensors
+from hetermoe_cli.model.weights.training_state import training_tensors
 
 HELPS, AT_TIMES, AS_TWO, ALONE = (name for name in CASES if name.startswith("shifts"))
 
 
 def build(rank: int, case: Case, precision: str, precisions: Sequence[str] = ()) -> Any:
-    from hetermoe_cli.runtime.mesh import join
-    from hetermoe_cli.runtime.trainer import Trainer
+    from hetermoe_cli.runtime.machine.mesh import join
+    from hetermoe_cli.runtime.step.trainer import Trainer
 
     return Trainer.build(
         case.model, case.layout, case.train, join(case.layout, "cpu"),

@@ -26,8 +26,9 @@ def slow_second_rank(call: Callable[..., Any], rank: int) -> Callable[..., Any]:
 
 
 def save_and_restore(rank: int, run: RunSpec, folder: str) -> int:
-    from hetermoe_cli.runtime import mesh, saving
-    from hetermoe_cli.runtime.trainer import Trainer
+    from hetermoe_cli.runtime.machine import mesh
+    from hetermoe_cli.runtime.run import saving
+    from hetermoe_cli.runtime.step.trainer import Trainer
 
     mesh.TIMEOUT = LIMIT  # type: ignore[attr-defined]
     joined = mesh.join(run.world, "cpu")
@@ -49,8 +50,8 @@ def test_a_checkpoint_may_take_longer_than_a_message(tmp_path: Path) -> None:
 
 
 def lose_one(rank: int) -> None:
-    from hetermoe_cli.runtime.mesh import join
-    from hetermoe_cli.runtime.peers import PeerLost
+    from hetermoe_cli.runtime.machine.mesh import join
+    from hetermoe_cli.runtime.machine.peers import PeerLost
 
     joined, began = join(measured_plan().world, "cpu"), time.monotonic()
     if rank == 1:
@@ -69,7 +70,7 @@ def test_a_rank_that_dies_meanwhile_is_noticed_at_once() -> None:
 
 
 def waits(rank: int) -> list[timedelta]:
-    from hetermoe_cli.runtime.mesh import join
+    from hetermoe_cli.runtime.machine.mesh import join
 
     mesh = join(measured_plan().world, "cpu")
     groups = [mesh.to_experts, mesh.from_experts, *mesh.shared.values()]

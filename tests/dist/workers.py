@@ -13,7 +13,7 @@ from typing import Any
 from torch.distributed import TCPStore
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["hetermoe_cli.runtime.balancer", "test_engine_equality"])
+_context.set_forkserver_preload(["hetermoe_cli.runtime.run.balancer", "test_engine_equality"])
 
 
 def run_workers(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 90) -> list[Any]:

@@ -20,7 +20,7 @@ from hetermoe_cli.launch.ends import PeerFailure
 from hetermoe_cli.launch.failures import failure
 from hetermoe_cli.launch.meeting import Meeting
 from hetermoe_cli.launch.place import Place
-from hetermoe_cli.runtime.peers import DISK_TIMEOUT
+from hetermoe_cli.runtime.machine.peers import DISK_TIMEOUT
 
 # Rank 0 leaves as after the loss of a peer; rank 1 hangs, as gloo has not told it, and has a step to finish on SIGTERM.
 HANGS = """

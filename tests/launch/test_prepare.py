@@ -9,7 +9,7 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.launch import prepare as prepared
 from hetermoe_cli.launch.local import write_run
 from hetermoe_cli.launch.prepare import EmulateOptions, TrainOptions, prepare
-from hetermoe_cli.runtime.saving import resume_note
+from hetermoe_cli.runtime.run.saving import resume_note
 from hetermoe_cli.spec.run import RunSpec
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from builders import make_model
-from hetermoe_cli.model.attention import AttentionBlock, DenseBlock
-from hetermoe_cli.model.moe import ExpertGroup
-from hetermoe_cli.model.rope import rope_table, rotate
+from hetermoe_cli.model.kernels.rope import rope_table, rotate
+from hetermoe_cli.model.layers.attention import AttentionBlock, DenseBlock
+from hetermoe_cli.model.layers.moe import ExpertGroup
 from hetermoe_cli.model.transformer import DenseModel, Transformer, initialise, named_tensors, parameter_slices
 from hetermoe_cli.spec.model import ModelConfig
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.model.grouped import run_experts
+from hetermoe_cli.model.kernels.grouped import run_experts
 from hetermoe_cli.model.transformer import DenseModel
 from hetermoe_cli.profiler.kernels import Bench, Sizes, profile_kernels
 from hetermoe_cli.profiler.measure import Caches, Case, Effort, measure, saved_bytes
 from hetermoe_cli.profiler.spread import relative_spread
-from hetermoe_cli.runtime.parts import DTYPES
+from hetermoe_cli.runtime.modules.parts import DTYPES
 from hetermoe_cli.spec.named_models import NAMED_MODELS
 from hetermoe_cli.spec.profile import KernelTable, Precision
 

@@ -13,7 +13,7 @@ from hetermoe_cli.report.calibration import Calibration, calibrate
 from hetermoe_cli.report.link_fit import _transfers as transfer_samples
 from hetermoe_cli.report.run_figures import read_run
 from hetermoe_cli.report.run_tasks import read_run_tasks
-from hetermoe_cli.runtime.recorder import load_path, trace_path
+from hetermoe_cli.runtime.run.recorder import load_path, trace_path
 from hetermoe_cli.schedule.action import Kind
 from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.files import dump

@@ -8,7 +8,7 @@ import pytest
 from builders import make_layout
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.report.run_load import SAMPLES, read_load
-from hetermoe_cli.runtime.recorder import load_path
+from hetermoe_cli.runtime.run.recorder import load_path
 from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.load import ExpertLoad
 from run_builders import measured_plan, write_run

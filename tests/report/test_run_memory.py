@@ -8,7 +8,7 @@ from rich.console import Console
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.report.run_memory import memory_table, run_memory
-from hetermoe_cli.runtime.recorder import memory_path
+from hetermoe_cli.runtime.run.recorder import memory_path
 from run_builders import measured_plan, write_run
 
 

@@ -19,9 +19,9 @@ import pytest
 from builders import make_plan
 from hetermoe_cli.errors import ExitCode
 from hetermoe_cli.runtime import worker
-from hetermoe_cli.runtime.peers import PeerLost, peer_errors
-from hetermoe_cli.runtime.recorder import METRICS, STATUS, Recorder
-from hetermoe_cli.runtime.trainer import StepResult
+from hetermoe_cli.runtime.machine.peers import PeerLost, peer_errors
+from hetermoe_cli.runtime.run.recorder import METRICS, STATUS, Recorder
+from hetermoe_cli.runtime.step.trainer import StepResult
 from hetermoe_cli.spec.files import dump
 from hetermoe_cli.spec.run import RunSpec
 

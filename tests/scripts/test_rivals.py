@@ -17,8 +17,8 @@ import rivals_environment
 import rivals_kernels
 import rivals_runs
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.model.data import Batches, load_corpus
-from hetermoe_cli.model.moe import ExpertGroup
+from hetermoe_cli.model.data.corpus import Batches, load_corpus
+from hetermoe_cli.model.layers.moe import ExpertGroup
 from hetermoe_cli.model.transformer import Transformer, initialise
 from hetermoe_cli.spec.files import load
 from hetermoe_cli.spec.named_models import load_model

@@ -13,10 +13,10 @@ def export(
     output: Annotated[Path, typer.Option(help="New folder of config.json and safetensors.")],
 ) -> None:
     """Write the weights of a Mixtral, Qwen3-MoE or DeepSeek-V3 as transformers reads them, and `train --weights`."""
-    from hetermoe_cli.model.checkpoint import MANIFEST, find_latest, load_tensors, read_manifest
-    from hetermoe_cli.model.hugging_face import export as write
-    from hetermoe_cli.model.training_state import weight_names
-    from hetermoe_cli.runtime.recorder import CHECKPOINTS
+    from hetermoe_cli.model.weights.checkpoint import MANIFEST, find_latest, load_tensors, read_manifest
+    from hetermoe_cli.model.weights.hugging_face import export as write
+    from hetermoe_cli.model.weights.training_state import weight_names
+    from hetermoe_cli.runtime.run.recorder import CHECKPOINTS
 
     folder = source if (source / MANIFEST).is_file() else find_latest(source / CHECKPOINTS)
     if folder is None:

@@ -148,7 +148,7 @@ def _with_load(inputs: "Inputs", path: Path) -> "Inputs":
 
 def _with_documents(inputs: "Inputs", sources: list[Path]) -> "Inputs":
     """`document_tokens` as `train` will cut this text. UserError where attention does not stay inside documents."""
-    from hetermoe_cli.model.data import Batches, corpus_of
+    from hetermoe_cli.model.data.corpus import Batches, corpus_of
 
     train = inputs.train
     if train.documents != "masked":

@@ -21,7 +21,7 @@ def tokenize(
     json_output: Json = False,
 ) -> None:
     """Turn text into token ids. Corpora beyond memory: Megatron-LM's preprocess_data.py, whose files `train` reads."""
-    from hetermoe_cli.model.tokenizing import encode
+    from hetermoe_cli.model.data.tokenizing import encode
     from hetermoe_cli.spec.files import check_writable
 
     if output.suffix != ".npy":

@@ -17,7 +17,7 @@ _WIDE_BYTES = 4  # what gradients of fp16 and bf16 are added up in
 
 class MemoryModel:
     """Bytes of one model and training spec. Each part is linear in what a device holds, so that the MILP can use it as
-    it is. Tensors are named as in runtime/stage.py."""
+    it is. Tensors are named as in runtime/modules/stage.py."""
 
     model: ModelConfig
     train: TrainSpec
@@ -182,7 +182,7 @@ class MemoryModel:
         return self._narrow(device) * 2 / 3 * both * self.model.expert_parameters
 
     def _logit_bytes(self, device: DeviceCost, sequences: float) -> float:
-        """Of as many tokens as have them at a time (model/head_loss.py): as they come and in fp32 or wider."""
+        """Of as many tokens as have them at a time (model/kernels/head_loss.py): as they come and in fp32 or wider."""
         tokens = min(sequences * self.train.sequence_length, logit_tokens(self.model.vocab_size))
         return tokens * self.model.vocab_size * (self._element_bytes(device) + self._narrow(device) * _WIDE_BYTES)
 

@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.launch.meeting import FAILURE_SECONDS, Meeting
 from hetermoe_cli.launch.rendezvous import StaticRendezvous
-from hetermoe_cli.runtime.peers import DISK_TIMEOUT, TIMEOUT
+from hetermoe_cli.runtime.machine.peers import DISK_TIMEOUT, TIMEOUT
 
 # After Ctrl-C: the step in progress, which a lost peer ends, and the checkpoint, which is lost if its writer is killed.
 _SHUTDOWN_SECONDS = int((TIMEOUT + DISK_TIMEOUT).total_seconds())

@@ -8,7 +8,7 @@ from pathlib import Path
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.launch.preflight import check_one_node
 from hetermoe_cli.launch.prepare import TrainOptions, load_plan, prepare
-from hetermoe_cli.runtime.recorder import CHECKPOINTS
+from hetermoe_cli.runtime.run.recorder import CHECKPOINTS
 from hetermoe_cli.spec.run import RunSpec
 
 

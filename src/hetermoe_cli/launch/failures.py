@@ -7,7 +7,7 @@ from typing import Any
 
 from hetermoe_cli.errors import ExitCode, UserError
 from hetermoe_cli.launch.ends import PeerFailure
-from hetermoe_cli.runtime.recorder import CHECKPOINTS
+from hetermoe_cli.runtime.run.recorder import CHECKPOINTS
 
 _LOG_TAIL_LINES = 15
 _PREFIX, _FRAME = "hetermoe: error: ", "frame #"
@@ -60,7 +60,7 @@ def unsaved(logs: Path) -> UserError | None:
 
 def interrupted_early(folder: Path) -> UserError:
     """Of an interrupted run without a last word: there was nothing to save yet."""
-    from hetermoe_cli.model.checkpoint import find_latest
+    from hetermoe_cli.model.weights.checkpoint import find_latest
 
     latest = find_latest(folder / CHECKPOINTS)
     found = f"the newest checkpoint is {latest.name}" if latest else "before anything was saved"

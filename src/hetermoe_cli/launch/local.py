@@ -16,7 +16,7 @@ from hetermoe_cli.launch.ends import PeerFailure
 from hetermoe_cli.launch.failures import failure, interrupted_early, unsaved
 from hetermoe_cli.launch.interfaces import socket_environment
 from hetermoe_cli.launch.place import Place
-from hetermoe_cli.runtime.recorder import METRICS, STATUS, load_path, trace_path
+from hetermoe_cli.runtime.run.recorder import METRICS, STATUS, load_path, trace_path
 from hetermoe_cli.spec.files import dump, load
 from hetermoe_cli.spec.run import LAUNCHER, RunSpec
 

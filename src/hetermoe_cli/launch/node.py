@@ -79,7 +79,7 @@ def _run(meeting: "Meeting", check: Callable[[], RunSpec], resumes: bool) -> Non
 
     first, run = meeting.place.leads, agreed_run(meeting, check)
     if resumes and first:
-        from hetermoe_cli.runtime.saving import resume_note
+        from hetermoe_cli.runtime.run.saving import resume_note
 
         if note := resume_note(run):
             _say(f"hetermoe: note: {note}")

@@ -8,10 +8,10 @@ from hetermoe_cli.errors import UserError
 from hetermoe_cli.launch.local import RUN_FILE
 from hetermoe_cli.launch.preflight import check_devices, check_measured, check_nodes
 from hetermoe_cli.launch.started import started_plan
-from hetermoe_cli.model.data import VOCAB_SIZE, Batches, Corpus, corpus_of
+from hetermoe_cli.model.data.corpus import VOCAB_SIZE, Batches, Corpus, corpus_of
 from hetermoe_cli.planner.cluster.replayed import group_cost
-from hetermoe_cli.runtime.call_check import check
-from hetermoe_cli.runtime.recorder import CHECKPOINTS, METRICS
+from hetermoe_cli.runtime.run.recorder import CHECKPOINTS, METRICS
+from hetermoe_cli.runtime.transfers.call_check import check
 from hetermoe_cli.schedule.lower import training_schedule
 from hetermoe_cli.spec.files import load
 from hetermoe_cli.spec.inputs import Inputs
@@ -102,7 +102,7 @@ def prepare(plan: Plan, source: Path, options: TrainOptions, node: int | None = 
     if weights:
         _check_weights(run, weights)
     if run.resume_from and leads:
-        from hetermoe_cli.runtime.saving import check_resumable, resumed_placement  # loads torch
+        from hetermoe_cli.runtime.run.saving import check_resumable, resumed_placement  # loads torch
 
         run = run.model_copy(update={"start_step": check_resumable(run), "rebalanced": resumed_placement(run)})
     return run
@@ -134,7 +134,7 @@ def _check_text(run: RunSpec, corpus: Corpus) -> None:
 
 
 def _check_weights(run: RunSpec, folder: Path) -> None:
-    from hetermoe_cli.model.hugging_face import Weights  # loads torch
+    from hetermoe_cli.model.weights.hugging_face import Weights  # loads torch
 
     Weights(folder, run.model)
 
@@ -143,7 +143,7 @@ def _resume_point(options: TrainOptions) -> str | None:
     """The newest checkpoint; None: the run begins, also where one has ended before its first checkpoint."""
     folder = options.folder
     if options.resume:
-        from hetermoe_cli.model.checkpoint import find_latest  # loads torch
+        from hetermoe_cli.model.weights.checkpoint import find_latest  # loads torch
 
         latest = find_latest(folder / CHECKPOINTS)
         return str(latest.resolve()) if latest else None

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hetermoe_cli.runtime.recorder import METRICS, event_of
+from hetermoe_cli.runtime.run.recorder import METRICS, event_of
 from hetermoe_cli.spec.run import RunSpec
 
 _POLL_SECONDS = 0.25

@@ -6,13 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hetermoe_cli.model.attention import AttentionBlock, DenseBlock, Routed
-from hetermoe_cli.model.documents import Documents, find_documents
-from hetermoe_cli.model.embedding import Embedding
-from hetermoe_cli.model.gate import Router
-from hetermoe_cli.model.head_loss import summed_cross_entropy
-from hetermoe_cli.model.moe import ExpertGroup
-from hetermoe_cli.model.norm import RMSNorm
+from hetermoe_cli.model.kernels.documents import Documents, find_documents
+from hetermoe_cli.model.kernels.head_loss import summed_cross_entropy
+from hetermoe_cli.model.layers.attention import AttentionBlock, DenseBlock, Routed
+from hetermoe_cli.model.layers.embedding import Embedding
+from hetermoe_cli.model.layers.gate import Router
+from hetermoe_cli.model.layers.moe import ExpertGroup
+from hetermoe_cli.model.layers.norm import RMSNorm
 from hetermoe_cli.spec.model import ModelConfig
 
 

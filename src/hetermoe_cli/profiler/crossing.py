@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetermoe_cli.runtime.dispatcher import Arrivals
-from hetermoe_cli.runtime.slots import Slots, tail_size
+from hetermoe_cli.runtime.transfers.dispatcher import Arrivals
+from hetermoe_cli.runtime.transfers.slots import Slots, tail_size
 
 
 class _Crossing(torch.autograd.Function):

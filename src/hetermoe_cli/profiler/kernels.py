@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hetermoe_cli.errors import UserError
-from hetermoe_cli.model.grouped import has_grouped_gemm
-from hetermoe_cli.model.moe import ExpertGroup
+from hetermoe_cli.model.kernels.grouped import has_grouped_gemm
+from hetermoe_cli.model.layers.moe import ExpertGroup
 from hetermoe_cli.model.transformer import DenseModel, initialise
 from hetermoe_cli.profiler.crossing import ExpertSide, TokenSide
 from hetermoe_cli.profiler.measure import (
@@ -30,7 +30,7 @@ from hetermoe_cli.profiler.measure import (
     saved_bytes,
 )
 from hetermoe_cli.profiler.tables import rounded
-from hetermoe_cli.runtime.parts import DTYPES
+from hetermoe_cli.runtime.modules.parts import DTYPES
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.profile import AttentionPoint, DensePoint, ExpertPoint, HeadPoint, KernelTable, Precision
 

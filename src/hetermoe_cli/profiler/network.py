@@ -23,7 +23,7 @@ from hetermoe_cli.spec.cluster import Link, LinkRecord
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hetermoe_cli.runtime.neighbours import Mail
+    from hetermoe_cli.runtime.machine.neighbours import Mail
 
 Backend = Literal["gloo", "nccl"]
 SIZES = tuple(4096 * 4**power for power in range(7))  # 4 KiB to 16 MiB
@@ -148,7 +148,7 @@ class _Pair:
     def all_reduce(self, tensor: "Tensor") -> None:
         import torch.distributed as dist
 
-        from hetermoe_cli.runtime import local_sum
+        from hetermoe_cli.runtime.machine import local_sum
 
         if self._mail is None:
             dist.all_reduce(tensor)
@@ -162,8 +162,8 @@ def bounce(host: str, port: int, seat: Seat, task: LinkTask) -> Samples:
     import torch.distributed as dist
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-    from hetermoe_cli.runtime.neighbours import connect
-    from hetermoe_cli.runtime.peers import peer_errors
+    from hetermoe_cli.runtime.machine.neighbours import connect
+    from hetermoe_cli.runtime.machine.peers import peer_errors
 
     store = PrefixStore("link", TCPStore(host, port, is_master=False, timeout=_WAIT))
     device = torch.device("cuda", seat.device) if task.backend == "nccl" else torch.device("cpu")
@@ -225,8 +225,8 @@ def worker_arguments(host: str, port: int, seat: Seat, task: LinkTask) -> list[s
 
 def main(arguments: Sequence[str]) -> None:
     """Run one worker; the first prints the samples as one JSON line."""
-    from hetermoe_cli.runtime.leaving import follow_parent, leave_after
-    from hetermoe_cli.runtime.peers import PeerLost
+    from hetermoe_cli.runtime.machine.leaving import follow_parent, leave_after
+    from hetermoe_cli.runtime.machine.peers import PeerLost
 
     host, port, *told = arguments
     seat, task = Seat(*json.loads(told[0])), LinkTask(**json.loads(told[1]))

@@ -16,7 +16,7 @@ from hetermoe_cli.model.warm_up import warm_up
 from hetermoe_cli.profiler.kernels import Sizes, profile_kernels, require_precision
 from hetermoe_cli.profiler.measure import Effort, Progress
 from hetermoe_cli.profiler.nvml import cpu_facts, gpu_facts
-from hetermoe_cli.runtime.parts import DTYPES
+from hetermoe_cli.runtime.modules.parts import DTYPES
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.profile import DeviceFacts, Precision, Profile
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hetermoe_cli.report.run_figures import RunFigures, figures, read_run, timed_steps
 from hetermoe_cli.report.tables import table
 from hetermoe_cli.report.tasks import in_words
-from hetermoe_cli.runtime.recorder import read_metrics
+from hetermoe_cli.runtime.run.recorder import read_metrics
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -12,7 +12,7 @@ import numpy as np
 from hetermoe_cli.cost.load import RecordedLoad
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.planner.cluster.replayed import replay_groups
-from hetermoe_cli.runtime.recorder import METRICS, STATUS, load_path, read_metrics, read_rebalances
+from hetermoe_cli.runtime.run.recorder import METRICS, STATUS, load_path, read_metrics, read_rebalances
 from hetermoe_cli.spec.files import load, read_text
 from hetermoe_cli.spec.rebalance import Rebalance
 from hetermoe_cli.spec.run import RunSpec

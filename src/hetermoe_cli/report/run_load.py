@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.report.run_figures import read_run
-from hetermoe_cli.runtime.recorder import load_path
+from hetermoe_cli.runtime.run.recorder import load_path
 from hetermoe_cli.spec.files import load
 from hetermoe_cli.spec.load import ExpertLoad
 

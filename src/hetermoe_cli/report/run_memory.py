@@ -9,7 +9,7 @@ from rich.table import Table
 
 from hetermoe_cli.errors import UserError
 from hetermoe_cli.report.run_figures import read_run
-from hetermoe_cli.runtime.recorder import memory_path
+from hetermoe_cli.runtime.run.recorder import memory_path
 from hetermoe_cli.spec.files import read_text
 from hetermoe_cli.spec.run import RunSpec
 

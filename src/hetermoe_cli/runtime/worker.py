@@ -23,26 +23,26 @@ import torch
 import torch.distributed as dist
 
 from hetermoe_cli.errors import ExitCode, UserError
-from hetermoe_cli.model.data import Batches, corpus_of
+from hetermoe_cli.model.data.corpus import Batches, corpus_of
 from hetermoe_cli.model.warm_up import warm_up
-from hetermoe_cli.runtime.calls import check_agreement, digest
-from hetermoe_cli.runtime.cores import bind
-from hetermoe_cli.runtime.leaving import follow_parent, leave, leave_after
-from hetermoe_cli.runtime.memory import MemoryMeter
-from hetermoe_cli.runtime.mesh import Mesh, join
-from hetermoe_cli.runtime.moment import common_moment
-from hetermoe_cli.runtime.parts import DTYPES
-from hetermoe_cli.runtime.peers import PeerLost, peer_errors
-from hetermoe_cli.runtime.recorder import Recorder
-from hetermoe_cli.runtime.saving import restore, save, take_weights
-from hetermoe_cli.runtime.trainer import StepResult, Trainer
+from hetermoe_cli.runtime.clocks.moment import common_moment
+from hetermoe_cli.runtime.machine.cores import bind
+from hetermoe_cli.runtime.machine.leaving import follow_parent, leave, leave_after
+from hetermoe_cli.runtime.machine.mesh import Mesh, join
+from hetermoe_cli.runtime.machine.peers import PeerLost, peer_errors
+from hetermoe_cli.runtime.modules.parts import DTYPES
+from hetermoe_cli.runtime.run.memory import MemoryMeter
+from hetermoe_cli.runtime.run.recorder import Recorder
+from hetermoe_cli.runtime.run.saving import restore, save, take_weights
+from hetermoe_cli.runtime.step.trainer import StepResult, Trainer
+from hetermoe_cli.runtime.transfers.calls import check_agreement, digest
 from hetermoe_cli.schedule.lower import training_schedules
 from hetermoe_cli.spec.files import load
 from hetermoe_cli.spec.run import RunSpec
 from hetermoe_cli.trace import Trace
 
 if TYPE_CHECKING:
-    from hetermoe_cli.runtime.balancer import Balancer
+    from hetermoe_cli.runtime.run.balancer import Balancer
 
 WARM_UP_STEPS = 2  # not traced
 SHARED_MEMORY = "HETERMOE_SHARED_MEMORY"  # 0: messages between CPUs of one machine go over gloo, as between machines
@@ -88,7 +88,7 @@ def train(run: RunSpec) -> None:
         take_weights(run, trainer)
     recorder = Recorder(run, mesh.process)
     if run.emulation:
-        from hetermoe_cli.runtime.emulator import EmulatedClock  # loads the planner
+        from hetermoe_cli.runtime.clocks.emulator import EmulatedClock  # loads the planner
 
         copy, _ = world.seat(mesh.process)
         trainer.clock = EmulatedClock(run, training_schedules(world)[copy], mesh.process)
@@ -172,7 +172,7 @@ def _balancer(run: RunSpec, trainer: Trainer, recorder: Recorder) -> "Balancer |
     every = run.drift_every
     if not every or (run.steps - 1) // every == run.start_step // every:
         return None
-    from hetermoe_cli.runtime.balancer import Balancer
+    from hetermoe_cli.runtime.run.balancer import Balancer
 
     return Balancer(run, trainer, recorder)
 
@@ -217,7 +217,7 @@ def _summary(run: RunSpec, trainer: Trainer) -> dict[str, object]:
     """Overruns of all ranks: an emulated run whose real work does not keep up with its targets is invalid."""
     if not run.emulation:
         return {}
-    from hetermoe_cli.runtime.emulator import EmulatedClock
+    from hetermoe_cli.runtime.clocks.emulator import EmulatedClock
 
     clock = trainer.clock
     assert isinstance(clock, EmulatedClock)

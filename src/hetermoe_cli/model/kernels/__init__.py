@@ -1,0 +1,1 @@
+"""Functions with backwards of their own: attention, rotation, SwiGLU, experts in one product."""

@@ -1,0 +1,1 @@
+"""Modules of a layer: embedding, norm, attention, gate, experts."""

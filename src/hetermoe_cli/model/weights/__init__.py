@@ -1,0 +1,1 @@
+"""Weights and optimizer states by name: in checkpoints, and in Hugging Face's form."""

@@ -1,0 +1,1 @@
+"""Time: of tasks and transfers, on devices, over machines, and emulated."""

@@ -1,0 +1,1 @@
+"""Who is there and what is shared: ranks, cores, memory, process groups, lost peers."""

@@ -1,0 +1,1 @@
+"""What a rank holds: modules in stages, shares of states, gradients and their sums."""

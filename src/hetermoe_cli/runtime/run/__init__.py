@@ -1,0 +1,1 @@
+"""A run over its steps: peaks of memory, records, checkpoints, drift, experts that move."""
