@@ -182,9 +182,11 @@ class MemoryModel:
         return self._narrow(device) * 2 / 3 * both * self.model.expert_parameters
 
     def _logit_bytes(self, device: DeviceCost, sequences: float) -> float:
-        """Of as many tokens as have them at a time (model/kernels/head_loss.py): as they come and in fp32 or wider."""
+        """Of as many tokens as have them at a time (model/kernels/head_loss.py): as they come, and log-probabilities in
+        fp32 or wider; a CPU makes narrow ones wide first."""
         tokens = min(sequences * self.train.sequence_length, logit_tokens(self.model.vocab_size))
-        return tokens * self.model.vocab_size * (self._element_bytes(device) + self._narrow(device) * _WIDE_BYTES)
+        element, copies = self._element_bytes(device), 1 + (device.on_cpu and self._narrow(device))
+        return tokens * self.model.vocab_size * (element + copies * max(element, _WIDE_BYTES))
 
     def _element_bytes(self, device: DeviceCost) -> int:
         return BYTES_PER_ELEMENT[self.train.precision_of(device.type)]
