@@ -81,9 +81,10 @@ def test_memory_holds_states_and_what_is_saved() -> None:
 
 def test_gradients_of_the_first_stage_are_wide_at_once() -> None:
     """In fp16: more than the head's working set here."""
-    dense = make_cost(make_layout((1, 0), (0, 4)), model=DENSE).memory(0)
+    wide = DENSE.model_copy(update={"dense_ffn_size": 3 * DENSE.dense_ffn_size})
+    dense = make_cost(make_layout((1, 0), (0, 4)), model=wide).memory(0)
     kept = 2 * ((2 + 2) * 100 * TOKENS + TOKENS * ROW_BYTES)
-    assert dense.activations_bytes == kept + 4 * DENSE.first_stage_parameters
+    assert dense.activations_bytes == kept + 4 * wide.first_stage_parameters
 
 
 def test_recompute_keeps_nothing_of_dense_layers_until_they_run_again() -> None:
