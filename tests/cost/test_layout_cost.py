@@ -231,10 +231,10 @@ def test_memory_by_kind(layout: Layout) -> None:
     assert attending.optimizer_bytes == 12 * model.dense_parameters
     assert hosting.weights_bytes == 2 * 8 * model.expert_parameters
     # 1000 bytes a token or row: 2 layers x 2 micro-batches, then the gradient of what the head read, and the head: what
-    # it saves beside that, its norm and the norm's gradient, logits in 2 and in 4 bytes, and 2 + 4 + 4 bytes for each
-    # element of its matrix.
+    # it saves beside that, its norm and the norm's gradient, logits in 2 and twice in 4 bytes, and 2 + 4 + 4 bytes for
+    # each element of its matrix.
     kept = 2 * (2 * 64 * 1000 + 64 * ROW_BYTES)
-    head = 64 * (1000 - ROW_BYTES) + 2 * 64 * ROW_BYTES + 64 * 256 * (2 + 4)
+    head = 64 * (1000 - ROW_BYTES) + 2 * 64 * ROW_BYTES + 64 * 256 * (2 + 2 * 4)
     assert attending.activations_bytes == kept + head + 10 * 64 * 256
     # One expert's task, and the gradients of a layer's: 4 bytes in fp32, 2 when new, two thirds stacked
     working = 4 * (4 + 2 + 2 / 3 * 4) * model.expert_parameters - 4 * ROWS * 1000
@@ -252,7 +252,7 @@ def test_logits_of_many_tokens_do_not_exist_at_once(monkeypatch: pytest.MonkeyPa
     cost = LayoutCost(CostModel(saving()), make_layout())
     whole = cost.memory(0).activations_bytes
     monkeypatch.setattr(memory, "logit_tokens", lambda vocabulary: 16)
-    assert LayoutCost(cost.cost, cost.layout).memory(0).activations_bytes == whole - 48 * 256 * (2 + 4)
+    assert LayoutCost(cost.cost, cost.layout).memory(0).activations_bytes == whole - 48 * 256 * (2 + 2 * 4)
 
 
 def test_recompute_keeps_only_the_inputs_of_stages() -> None:

@@ -13,6 +13,7 @@ from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 from hetermoe_cli.spec.train import TrainSpec
 
 _WIDE_BYTES = 4  # what gradients of fp16 and bf16 are added up in
+_NARROW_NORM = 8  # times its input: what the backward of a norm in fp16 or bf16 has at once on a CPU
 
 
 class MemoryModel:
@@ -129,8 +130,8 @@ class MemoryModel:
     ) -> float:
         """Largest working set of a single attention or head task of an attending device, beside what is kept.
 
-        Head: what it saves without its inputs, the norm of these and its gradient, logits of some tokens, and the
-        gradient of its matrix. Attention: what is saved when the first
+        Head: what it saves without its inputs, the gradient of its matrix, and the norm of its inputs, that one's
+        gradient, and logits of some tokens, or the norm's own backward. Attention: what is saved when the first
         stage runs again. Where gradients are narrower than fp32, those of the part at work are in fp32 beside
         (`Gradients.fold`). Where rows are sent again, stages that ran for that wait for their gradients, those of a
         whole window of one layer. Only the first pipeline stage has dense layers, and only the last one the head.
@@ -142,8 +143,9 @@ class MemoryModel:
         matrix, narrow = self.model.hidden_size * self.model.vocab_size, self._narrow(device)
         # of the matrix: its new gradient, and in fp32 that and the sum of those before
         head = float(matrix * (self._element_bytes(device) + narrow * 2 * _WIDE_BYTES))
-        head += max(0.0, self.head_cost(device, sequences).saved_bytes - inputs) + 2 * inputs
-        head += self._logit_bytes(device, sequences)
+        head += max(0.0, self.head_cost(device, sequences).saved_bytes - inputs)
+        norm = _NARROW_NORM if device.on_cpu and narrow else 2  # model/layers/norm.py
+        head += max(norm * inputs, 2 * inputs + self._logit_bytes(device, sequences))
         largest = self.model.attention_layer_parameters if layer else self.model.first_stage_parameters
         stage = float(narrow * _WIDE_BYTES * largest)
         again = max(0.0, self.attention_cost(device, sequences, layer).saved_bytes - inputs)
@@ -183,9 +185,9 @@ class MemoryModel:
 
     def _logit_bytes(self, device: DeviceCost, sequences: float) -> float:
         """Of as many tokens as have them at a time (model/kernels/head_loss.py): as they come, and log-probabilities in
-        fp32 or wider; a CPU makes narrow ones wide first."""
+        fp32 or wider, for which narrow ones are made wide first (but for fp16 on CUDA)."""
         tokens = min(sequences * self.train.sequence_length, logit_tokens(self.model.vocab_size))
-        element, copies = self._element_bytes(device), 1 + (device.on_cpu and self._narrow(device))
+        element, copies = self._element_bytes(device), 1 + self._narrow(device)
         return tokens * self.model.vocab_size * (element + copies * max(element, _WIDE_BYTES))
 
     def _element_bytes(self, device: DeviceCost) -> int:

@@ -20,7 +20,7 @@ ROUTER_FIELDS = (
     "router_capacity",
 )
 MOST_LAYERS, MOST_EXPERTS = 1024, 4096  # plans list every expert of every layer; published models have a tenth of both
-_LOGITS, _LEAST_TOKENS = 2**25, 1024  # at once; with fewer tokens adding up the matrix's gradients takes long
+_LOGITS, _LEAST_TOKENS = 2**26, 1024  # at once; with fewer tokens adding up the matrix's gradients takes long
 
 
 def logit_tokens(vocab_size: int) -> int:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from hetermoe_cli.model.kernels import pieces
 from hetermoe_cli.model.kernels import swiglu as module
 from hetermoe_cli.model.kernels.swiglu import swiglu
 
@@ -12,7 +13,7 @@ from hetermoe_cli.model.kernels.swiglu import swiglu
 @pytest.mark.parametrize("shape", [(7, 12), (2, 3, 8)])
 def test_equals_autograd(monkeypatch: pytest.MonkeyPatch, block: int, shape: tuple[int, ...]) -> None:
     """In blocks of one row, of some and of all."""
-    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(pieces, "_ELEMENTS", block)
     joined = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(swiglu, joined)
     gate, up = joined.chunk(2, dim=-1)
@@ -22,7 +23,7 @@ def test_equals_autograd(monkeypatch: pytest.MonkeyPatch, block: int, shape: tup
 @pytest.mark.parametrize("block", [1, 24, 2**17])
 def test_weighted_equals_autograd(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """The result, and the gradients of gate, up and weights; the result may take the place of the gradient."""
-    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(pieces, "_ELEMENTS", block)
     joined, weights, given = (torch.randn(7, width, dtype=torch.float64) for width in (12, 1, 6))
     leaves = [joined.clone().requires_grad_(), weights.clone().requires_grad_()]
     gate, up = leaves[0].chunk(2, dim=-1)

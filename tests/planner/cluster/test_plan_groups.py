@@ -157,7 +157,7 @@ def test_a_limit_on_cost_is_kept(most: float) -> None:
 
 
 def test_a_dense_part_too_large_to_replicate_is_sharded() -> None:
-    options: dict[str, Any] = {"nodes": [("new", 9, 2)], "vocab_size": 8192, "memory": 17_000_000, "batch": 18}
+    options: dict[str, Any] = {"nodes": [("new", 9, 2)], "vocab_size": 8192, "memory": 19_000_000, "batch": 18}
     with pytest.raises(UserError, match="does not fit: no group of its devices holds") as caught:
         planned(fleet(**options))
     assert caught.value.code == ExitCode.DOES_NOT_FIT
@@ -242,7 +242,7 @@ def test_rows_between_the_device_types_of_one_machine_cross_no_nic() -> None:
 
 def test_experts_whose_states_are_shared_out_take_less_of_a_nodes_memory() -> None:
     """Copies of all experts on every device send no row, and fit where whole states would not."""
-    inputs = fleet([("new", 4, 1)], nics=1, bandwidth=1e-4, memory=11_100_000, dense_state="optimizer", batch=4096)
+    inputs = fleet([("new", 4, 1)], nics=1, bandwidth=1e-4, memory=11_800_000, dense_state="optimizer", batch=4096)
     cost = CostModel(inputs)
     layout = make_layout(
         (8,) * 4, (0,) * 4, replicated=8, micro_batches=128, schedule="sequential", dense_state="optimizer"

@@ -68,7 +68,7 @@ def test_recomputation() -> None:
 def test_sharded_state() -> None:
     model = make_model(vocab_size=4096)  # the head's states are most of all
     profiles = {
-        name: make_profile(name, model=model, sequence_lengths=(64,), memory_bytes=12 * 10**6)
+        name: make_profile(name, model=model, sequence_lengths=(64,), memory_bytes=13_500_000)
         for name in ("new", "old")
     }
     inputs = make_inputs([("new", 2), ("old", 2)], model=model, profiles=profiles, global_batch_sequences=4)

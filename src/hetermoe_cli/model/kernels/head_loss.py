@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from hetermoe_cli.model.kernels.pieces import pieces
 from hetermoe_cli.spec.model import logit_tokens
 
 
@@ -17,7 +19,7 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, scale:
     """The summed cross entropy in nats, in fp32 or wider; hidden [T, H], weight [V, H], targets [T].
 
     Its gradients come times `scale`: those of logits are so before they are rounded to the precision of `hidden`, as
-    fp16 needs it. That of `weight` is summed in fp32 or wider.
+    fp16 needs it; so leave scaling to it. That of `weight` is summed in fp32 or wider.
     """
     return _CrossEntropy.apply(hidden, weight, targets, scale, torch.is_grad_enabled())  # type: ignore[no-any-return, no-untyped-call]
 
@@ -27,8 +29,8 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, training: bool) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total, to_weight = hidden.new_zeros((), dtype=wide), weight.new_empty(0, dtype=wide)
-        to_hidden = torch.empty_like(hidden)
-        parts = -(-len(hidden) // logit_tokens(len(weight)))
+        to_hidden, training = torch.empty_like(hidden), training and any(ctx.needs_input_grad)
+        parts = max(1, -(-len(hidden) // logit_tokens(len(weight))))
         for rows, wanted, out in zip(*(x.chunk(parts) for x in (hidden, targets[:, None], to_hidden)), strict=True):
             total, given = _loss_and_gradient(total, rows @ weight.T, wanted, scale if training else None)
             if given is not None:
@@ -39,9 +41,10 @@ class _CrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         to_hidden, to_weight = ctx.gradients
-        ctx.gradients = None
+        ctx.gradients = None  # each is given away
         return to_hidden.mul_(gradients[0]), to_weight.mul_(gradients[0]), None, None, None
 
 
@@ -63,4 +66,8 @@ def _added(total: Tensor, given: Tensor, rows: Tensor) -> Tensor:
     """total + given @ rows, the sum in the precision of `total`, which is empty at first."""
     if not len(total):
         return (given @ rows).to(total.dtype)
-    return total.addmm_(given, rows) if rows.dtype == total.dtype else total.add_(given @ rows)
+    if rows.dtype == total.dtype:
+        return total.addmm_(given, rows)
+    for part, more in pieces(total, given @ rows):  # which a CPU makes wide to add them
+        part.add_(more)
+    return total

@@ -4,14 +4,13 @@ Autograd's own would keep silu(gate) and the product as well, as much again as g
 result with each row's combine weight, where next to nothing is to do for it (as Megatron-LM does).
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-_BLOCK_ELEMENTS = 2**17  # of gate and up: half a mebibyte in fp32, well inside a core's second-level cache
+from hetermoe_cli.model.kernels.pieces import pieces
 
 
 def swiglu(joined: Tensor) -> Tensor:
@@ -38,7 +37,7 @@ def activated(joined: Tensor, weights: Tensor | None = None) -> Tensor:
     """joined [T, 2 F] -> [T, F], each row times its one of `weights` [T, 1]."""
     result = joined.new_empty(len(joined), joined.shape[1] // 2)
     more = () if weights is None else (weights,)
-    for part, out, *scale in _blocks(joined, result, *more):
+    for part, out, *scale in pieces(joined, result, *more):
         gate, up = part.chunk(2, dim=-1)
         torch.mul(functional.silu(gate), up, out=out)
         for weight in scale:
@@ -49,14 +48,14 @@ def activated(joined: Tensor, weights: Tensor | None = None) -> Tensor:
 def backward(joined: Tensor, gradient: Tensor, to_joined: Tensor, result: Tensor) -> None:
     """From joined [T, 2 F] and the gradient of the result [T, F]: that of joined into `to_joined`, the result again
     into `result`, which may be `gradient` itself."""
-    for part, given, found, out in _blocks(joined, gradient, to_joined, result):
+    for part, given, found, out in pieces(joined, gradient, to_joined, result):
         _backward(part, given, found, out)
 
 
 def weighted_backward(joined: Tensor, weights: Tensor, gradient: Tensor, to_joined: Tensor, result: Tensor) -> Tensor:
     """The same of a result that was weighted; also the gradient of `weights` [T, 1]."""
     to_weights = torch.empty_like(weights)
-    for part, weight, given, found, out, to_weight in _blocks(joined, weights, gradient, to_joined, result, to_weights):
+    for part, weight, given, found, out, to_weight in pieces(joined, weights, gradient, to_joined, result, to_weights):
         scaled = given * weight
         activated = _backward(part, scaled, found, torch.empty_like(scaled))
         torch.sum(given * activated, dim=-1, keepdim=True, out=to_weight)
@@ -70,10 +69,3 @@ def _backward(joined: Tensor, given: Tensor, to_joined: Tensor, out: Tensor) -> 
     torch.mul(given, silu, out=to_up)
     torch.ops.aten.silu_backward.grad_input(given * up, gate, grad_input=to_gate)
     return torch.mul(silu, up, out=out)  # last: it may take the place of `given`
-
-
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some rows of each at a time on a CPU; a CUDA device is better off with few launches."""
-    first = tensors[0]
-    rows = len(first) if first.is_cuda else _BLOCK_ELEMENTS // first.shape[1]
-    return zip(*(torch.split(tensor, max(rows, 1)) for tensor in tensors), strict=True)

@@ -9,7 +9,7 @@ are replayed with experts in simple shares, and the best of these climbed by rep
 """
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -209,13 +209,13 @@ class _Variant:
         return [len(c.ranks) * each for each, c in zip(spare, self._classes, strict=True)]
 
     def _chain(self) -> float:
-        """No window is done before the micro-batch that a helper attends to has gone through all layers."""
-        roster, width = self.roster, self.roster.schedule.window
-        own = self._classes[0].attention
-        slow = max(c.attention for c in self._classes if c.helps)
-        windows = {j // width for rank in roster.helpers for j in self._shifts[rank]}
-        others = roster.schedule.micro_batches // width - len(windows)
-        return len(windows) * max(slow, (width - 1) * own) + others * width * own
+        """No window is done before each rank has attended to all its micro-batches in it, in all layers."""
+        width, longest = self.roster.schedule.window, defaultdict[int, float](float)
+        for c in self._classes:
+            for rank in c.ranks:
+                for window, taken in Counter(j // width for j in self._shifts[rank]).items():
+                    longest[window] = max(longest[window], taken * c.attention)
+        return sum(longest.values())
 
     def starts(self) -> Iterator[IntArray]:
         """Experts shared out so that all devices are done together; and helpers with fewer of them, or none, as what
