@@ -4,7 +4,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Process exit codes; the README documents the same table."""
+    """Process exit codes; docs/commands.md documents the same table."""
 
     DONE = 0
     NO_READER = 1  # typer's and rich's code as well

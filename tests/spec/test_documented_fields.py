@@ -24,7 +24,7 @@ def default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if isinstance(value, bool):
         return str(value).lower()
-    return "none" if value in (None, {}) else str(value)
+    return "-" if value in (None, {}) else str(value)
 
 
 @pytest.mark.parametrize("spec", HEADING)
