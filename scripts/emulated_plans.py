@@ -1,7 +1,8 @@
 """Held-out plans of bench_emulated.py: layouts drawn at random, which no search would choose, with their predictions.
 
 2 A40 + 2 V100 and Mixtral-D1's widths (plans/*/demo.yaml). Drawn: sequence length, R, window, recomputation, order of
-experts, who attends to how many sequences, and who hosts which number of experts in every layer.
+experts, who attends to how many sequences, and who hosts which number of experts in every layer. In every fifth plan a
+V100 takes over a micro-batch from an A40.
 """
 
 import datetime
@@ -56,7 +57,8 @@ def held_out(folder: Path, count: int, seed: int) -> list[Path]:
             return files
         kind = list(WINDOWS)[len(files) % len(WINDOWS)]
         inputs = inputs_for(16384 if len(files) % 2 else int(random.choice(LENGTHS)))
-        cost = LayoutCost(CostModel(inputs), _draw(inputs, kind, random))
+        drawn = _draw(inputs, kind, random)
+        cost = LayoutCost(CostModel(inputs), _in_shifts(drawn, random) if len(files) % 5 == 4 else drawn)
         if overflow(cost):
             continue
         plan = manual_plan(inputs, cost)
@@ -82,6 +84,20 @@ def _draw(inputs: Inputs, kind: str, random: np.random.Generator) -> Layout:
         schedule=schedule,
         sequences_per_rank=random.multinomial(share, attending).tolist(),
         placement=[number(_hosting(inputs, random), 0) for _ in range(inputs.model.layers)],
+    )
+
+
+def _in_shifts(layout: Layout, random: np.random.Generator) -> Layout:
+    """The same work, attended to by the two A40, but for a micro-batch in which a V100 takes the place of one."""
+    relieved, helper = int(random.integers(0, 2)), int(random.integers(2, 4))
+    taken, every = int(random.integers(0, layout.micro_batches)), list(range(layout.micro_batches))
+    share = sum(layout.sequences_per_rank) // 2
+    shifts = {relieved: [j for j in every if j != taken], 1 - relieved: every, helper: [taken]}
+    return Layout(
+        schedule=layout.schedule,
+        sequences_per_rank=[share * (rank in shifts) for rank in range(4)],
+        placement=layout.placement,
+        shifts=[shifts.get(rank, []) for rank in range(4)],
     )
 
 

@@ -25,6 +25,7 @@ def test_held_out_plans(tmp_path: Path) -> None:
     assert load(Plan, other[0]).layout != plans[0].layout
     assert [plan.layout.schedule.name for plan in plans] == ["zebra", "windowed", "sequential"] * 2
     assert len({str(plan.layout) for plan in plans}) == len(plans)
+    assert [bool(plan.layout.shifts) for plan in plans] == [False] * 4 + [True, False]
     for path, plan in zip(files, plans, strict=True):
         plan.verify(str(path))
         train = plan.inputs.train
