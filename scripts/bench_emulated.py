@@ -1,7 +1,8 @@
 """Emulated training against predictions: 2 A40 + 2 V100 with Mixtral-D1's widths, real workers on this machine's CPU.
 
 1. The plan, EP and DistEP at 4K, 16K and 32K, balanced router: speed-ups measured against predicted.
-2. Held-out plans (emulated_plans.py), two of them with shifts, whose files and predictions are hashed and written down before anything runs.
+2. Held-out plans (emulated_plans.py), two of them with shifts, whose files and predictions are hashed and written down
+   before anything runs.
 3. The same plans with the learned router, against a simulation with the expert rows that were really sent.
 
 All seconds are nominal: the modelled devices', which workers are stretched to (see demo.py).
