@@ -24,7 +24,7 @@ ELEMENT_BYTES = 2  # fp16 and bf16
 LAUNCH_SECONDS = 5e-6  # one kernel launch, typical of CUDA drivers
 ATTENTION_KERNELS, EXPERT_KERNELS, HEAD_KERNELS = 20, 4, 4  # launches of a forward, counted in model/
 PART_KERNELS = 12  # of a part of the head's tokens
-LOGIT_BYTES, MATRIX_BYTES = 2 + 8 + 8 + 6 + 4, 4 + 12  # that a head moves for each (head_work)
+LOGIT_BYTES, MATRIX_BYTES = 2 + 8 + 6 + 4, 4 + 12  # that a head moves for each (head_work)
 DENSE_KERNELS = 12  # of a dense layer without its SwiGLU network: no combine, no gate
 LATENT_KERNELS = 8  # more than ATTENTION_KERNELS: three projections, two norms, copies that join the parts of a head
 QK_NORM_KERNELS = 2  # norms of queries and keys
@@ -179,9 +179,9 @@ def expert_work(shape: LayerShape, tokens: int) -> Work:
 def head_work(shape: LayerShape, tokens: int) -> Work:
     """Combine, final norm, LM head, loss; gradients are found with the loss, so a third of all (kernels/head_loss.py).
 
-    Logits, in bytes: written 2, read twice and written in fp32 by log-softmax 8, their exponents 8, gradients 6, read
-    by two products 4. For each part of the tokens the matrix is read twice, 4, and its gradient written, read and added
-    to that of the parts before in fp32, 12.
+    Logits, in bytes: written 2, read twice and written in fp32 by softmax 8, scaled into their place 6, read by two
+    products 4. For each part of the tokens the matrix is read twice, 4, and its gradient written, read and added to
+    that of the parts before in fp32, 12.
     """
     weights, parts = shape.hidden_size * shape.vocab_size, -(-tokens // logit_tokens(shape.vocab_size))
     moved = ELEMENT_BYTES * tokens * (shape.top_k + 4) * shape.hidden_size

@@ -184,7 +184,7 @@ class MemoryModel:
         return self._narrow(device) * 2 / 3 * both * self.model.expert_parameters
 
     def _logit_bytes(self, device: DeviceCost, sequences: float) -> float:
-        """Of as many tokens as have them at a time (model/kernels/head_loss.py): as they come, and log-probabilities in
+        """Of as many tokens as have them at a time (model/kernels/head_loss.py): as they come, and probabilities in
         fp32 or wider, for which narrow ones are made wide first (but for fp16 on CUDA)."""
         tokens = min(sequences * self.train.sequence_length, logit_tokens(self.model.vocab_size))
         element, copies = self._element_bytes(device), 1 + self._narrow(device)

@@ -52,14 +52,15 @@ def _loss_and_gradient(
     total: Tensor, logits: Tensor, wanted: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """total + the summed cross entropy of logits [T, V] for wanted [T, 1], and if there is a `scale` the gradient of
-    logits times it, in their precision. In few passes: they are what a head reads and writes most."""
-    logs = torch.log_softmax(logits, -1, dtype=total.dtype)
-    chosen = logs.gather(-1, wanted)
-    total = total - chosen.sum()
+    logits times it, in their precision. In few passes: they are what a head reads and writes most. So the loss is taken
+    from probabilities, of which none counts as less than the smallest normal number (87 nats in fp32)."""
+    shares = torch.softmax(logits, -1, dtype=total.dtype)
+    chosen = shares.gather(-1, wanted)
+    total = total - chosen.clamp_min(torch.finfo(chosen.dtype).tiny).log().sum()
     if scale is None:
         return total, None
-    errors = logs.exp_().scatter_add_(-1, wanted, torch.full_like(chosen, -1))
-    return total, torch.mul(errors, scale, out=logits)
+    shares.scatter_(-1, wanted, chosen - 1)
+    return total, torch.mul(shares, scale, out=logits)
 
 
 def _added(total: Tensor, given: Tensor, rows: Tensor) -> Tensor:
