@@ -33,7 +33,7 @@ from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 MOST_DEVICES = 16  # beyond that replays are too slow to climb by
 MOST_EACH = 4  # micro-batches that a helper takes over
 BASES = 4  # that helpers are tried in
-REPLAYED = 4  # variants that fit of every schedule, the lowest estimates first
+REPLAYED = 8  # variants that fit of every schedule, the lowest estimates first
 WORTH = 0.97  # times the best: what an estimate must be below, as replays are some per cent above it
 CLIMBED = 3
 NEAR = 1.1  # times the best: from further off no climb gets below it
