@@ -217,7 +217,7 @@ def test_what_fits_only_with_a_balanced_router_says_so() -> None:
     base = make_inputs([("new", 1), ("new", 1)], model=model, global_batch_sequences=2)
     table = base.profiles["new"].tables[0]
     points = [point.model_copy(update={"saved_bytes": 10**5 * point.tokens}) for point in table.expert]
-    small = {"tables": [table.model_copy(update={"expert": points})], "memory_bytes": 8_000_000}
+    small = {"tables": [table.model_copy(update={"expert": points})], "memory_bytes": 8_800_000}
     inputs = base.model_copy(update={"profiles": {"new": base.profiles["new"].model_copy(update=small)}})
     assert make_plan(inputs, OPTIONS).memory
     with pytest.raises(UserError, match=r"not under the expert load: rank .* needs") as error:
