@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from builders import make_model
+from finite_differences import check_gradients
 from hetermoe_cli.model.kernels.rope import rope_table, rotate
 from hetermoe_cli.model.layers.attention import AttentionBlock, DenseBlock
 from hetermoe_cli.model.layers.moe import ExpertGroup
@@ -85,21 +86,7 @@ def test_dense_layers_have_names_and_all_parameters_that_the_spec_counts() -> No
 @pytest.mark.parametrize("dense", [{}, {"dense_layers": 1, "dense_ffn_size": 20}])
 def test_gradients_match_finite_differences(dense: dict[str, int]) -> None:
     """Central differences along a random direction of every parameter; the top-k choice is locally constant."""
-    model, (tokens, targets) = make(scale=10, config=MODEL.model_copy(update=dense)), text(0)
-    model(tokens, targets).backward()
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in model.named_parameters():
-        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        direction /= direction.norm()
-        ends = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                parameter.add_(direction, alpha=sign * 1e-6)
-                ends.append(model(tokens, targets).item())
-                parameter.sub_(direction, alpha=sign * 1e-6)
-        assert parameter.grad is not None
-        expected = (parameter.grad * direction).sum().item()
-        assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(expected, rel=1e-5, abs=1e-6), name
+    check_gradients(make(scale=10, config=MODEL.model_copy(update=dense)), *text(0))
 
 
 def test_expert_rows_pass_gradcheck() -> None:

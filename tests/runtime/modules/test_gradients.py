@@ -8,10 +8,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from builders import make_layout, make_model
+from hetermoe_cli.model.kernels import pieces
 from hetermoe_cli.model.layers.moe import ExpertGroup
 from hetermoe_cli.model.optimizer import AdamW
 from hetermoe_cli.runtime.machine.mesh import Mesh
-from hetermoe_cli.runtime.modules import gradients as module
 from hetermoe_cli.runtime.modules.gradients import Gradients, clip_factor
 from hetermoe_cli.runtime.step.trainer import last_of_runs
 from hetermoe_cli.schedule.action import Kind, Pass
@@ -61,7 +61,7 @@ def test_small_contributions_of_many_micro_batches_are_not_lost(dtype: torch.dty
 
 def test_gradients_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """None is left out, and no wide copy of a whole one is made: torch makes one of what a sum has of it."""
-    monkeypatch.setattr(module, "_FOLDED", 4)
+    monkeypatch.setattr(pieces, "_ELEMENTS", 4)
     shared = nn.Parameter(torch.zeros(3, 5, dtype=torch.bfloat16))
     gradients = Gradients([[shared]], [], MESH, torch.bfloat16)
     shared.grad = torch.arange(15, dtype=torch.float32).view(3, 5)
@@ -73,7 +73,7 @@ def test_gradients_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_card_adds_a_gradient_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """In one kernel, which makes no wide copy; meta tensors stand in for a card's."""
-    monkeypatch.setattr(module, "_FOLDED", 4)
+    monkeypatch.setattr(pieces, "_ELEMENTS", 4)
     mesh = Mesh(0, 1, torch.device("meta"), *cast(Any, (None, None)), attending=None)
     shared = nn.Parameter(torch.zeros(3, 5, dtype=torch.bfloat16, device="meta"))
     gradients = Gradients([[shared]], [], mesh, torch.bfloat16)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hetermoe_cli.model.kernels.grouped import give_place
+from hetermoe_cli.model.kernels.pieces import pieces
 from hetermoe_cli.model.optimizer import AdamW
 from hetermoe_cli.runtime.machine.mesh import Mesh
 from hetermoe_cli.runtime.modules.gradient_shares import GradientShares
@@ -15,7 +16,6 @@ from hetermoe_cli.runtime.modules.shards import Shards
 from hetermoe_cli.schedule.action import Action
 
 _ROW = 4096  # elements
-_FOLDED = 2**17  # elements at once on CPUs, where torch widens narrow ones to add wide ones: half a mebibyte each time
 
 
 class Gradients:
@@ -217,12 +217,8 @@ def _within(pieces: Sequence[Tensor], wanted: slice) -> list[Tensor]:
 
 
 def _add(place: Tensor, gradient: Tensor) -> None:
-    """A wider gradient to its place: in pieces on CPUs (_FOLDED), else at once, as a card's kernel copies nothing."""
-    if place.device.type != "cpu":
-        place.add_(gradient)
-        return
-    flat = place.view(-1), gradient.flatten()
-    for part, given in zip(*(torch.split(one, _FOLDED) for one in flat), strict=True):
+    """A wider gradient to its place: in pieces, as a CPU widens narrow ones to add wide ones."""
+    for part, given in pieces(place.view(-1), gradient.flatten()):
         part.add_(given)
 
 
