@@ -4,6 +4,7 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 from test_meeting import free_port
@@ -88,8 +89,14 @@ def alone(node: int, hosts: dict[int, str], host: str, port: int) -> Place:
     return opened(node, hosts, host, port)[0]
 
 
-def test_of_two_that_did_not_see_each_other_the_first_leads() -> None:
-    port = free_port()
+def test_of_two_that_did_not_see_each_other_the_first_leads(monkeypatch: pytest.MonkeyPatch) -> None:
+    port, both_have_looked, listen = free_port(), Barrier(2, timeout=30), rendezvous._listen
+
+    def after_the_other_has_looked(place: Place, address: str) -> socket.socket:
+        both_have_looked.wait()
+        return listen(place, address)
+
+    monkeypatch.setattr(rendezvous, "_listen", after_the_other_has_looked)
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda node: opened(node, HOSTS, HOSTS[0], port), (1, 2)))
     assert [place.leader for place, _ in found] == [1, 1]
