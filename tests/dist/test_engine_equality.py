@@ -43,6 +43,7 @@ class Case:
     passes: PassOrder = "in_turn"
     pipeline: list[PipelineStage] = field(default_factory=list)
     shifts: list[list[int]] = field(default_factory=list)
+    head: list[int] = field(default_factory=list)
     features: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -70,6 +71,7 @@ class Case:
             placement=self.placement,
             pipeline=self.pipeline,
             shifts=self.shifts,
+            head=self.head,
         )
 
 
@@ -252,6 +254,20 @@ CASES = {
         [1, 1, 0, 0], MIXED, 4, schedule="windowed", recompute="all", documents="masked", features=ROPE | LOSSES
     ),
     "latent": Case([4, 0], hosts([], list(range(6))), 2, features=LATENT),
+    "head on the host": Case([4, 0], hosts([], list(range(6))), 2, head=[0, 1]),
+    "head on the host, full recompute": Case([4, 0], hosts([], list(range(6))), 2, recompute="full", head=[0, 1]),
+    "head in parts of sequences, windows, between, recompute": Case(
+        [3, 1, 0, 0], MIXED, 2, schedule="windowed", expert_order="between", recompute="all", head=[3, 0, 2, 4],
+        features=LOSSES | DENSE,
+    ),
+    "head on all but the first, interleaved, documents": Case(
+        [1, 1, 0, 0], MIXED, 4, transfers="interleaved", documents="masked", head=[0, 7, 1, 5], features=BIAS
+    ),
+    "EP 2, head as attended to": Case([2, 2], hosts([0, 1, 2], [3, 4, 5]), 2, head=[1, 1]),
+    "pipeline, head on the last stage's host": Case(
+        [1, 1, 2, 0], TWO_STAGES, 4, schedule="windowed", pipeline=stages((1, [0, 1]), (2, [2, 3])), head=[0, 0, 1, 2],
+        recompute="full",
+    ),
     "latent, dense layers, mixed, windows, recompute, documents, rope scaling": Case(
         [1, 1, 0, 0], MIXED, 4, schedule="windowed", recompute="all", documents="masked",
         features=LATENT | ROPE | DENSE | {"dense_layers": 2} | BIAS,
@@ -275,6 +291,8 @@ OVER_GLOO = [
     "pipeline, woven, every stage its own recomputation",
     "shifts, one helps once",
     "shifts, hosts attend at times, windows, between, full recompute",
+    "head in parts of sequences, windows, between, recompute",
+    "pipeline, head on the last stage's host",
 ]
 
 

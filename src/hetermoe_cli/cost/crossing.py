@@ -1,7 +1,7 @@
-"""Crossing: the hidden states that attending ranks of one pipeline stage send to those of the next one.
+"""Crossing: the hidden states that attending ranks of one pipeline stage send to those of the next one, or of the head.
 
-A stage's sequences go to its attending ranks in turn, so that a rank sends to those of the next stage that attend to
-some of the same ones. Gradients go the same ways back.
+A stage's sequences go to its attending ranks in turn, and so do tokens to ranks of the head, so that a rank sends to
+those that have some of the same ones. Gradients go the same ways back.
 """
 
 from typing import NamedTuple
@@ -22,11 +22,12 @@ class Crossing(NamedTuple):
 
     @classmethod
     def of(cls, cost: CostModel, layout: Layout, layer: int) -> "Crossing":
-        """What crosses into the stage that begins with `layer`, for one micro-batch."""
-        shared, before, after = shared_sequences(layout, layer)
+        """What crosses into the stage that begins with `layer`, or into the head, for one micro-batch."""
+        tokens = layout.sequences_per_micro_batch * cost.train.sequence_length
+        shared, before, after = shared_tokens(layout, layer, tokens)
         sent = np.zeros((layout.world_size, len(after)))
-        sent[before] = shared * (cost.train.sequence_length * cost.row_bytes)
-        pairs = [(before[a], after[b]) for a, b in np.argwhere(shared).tolist()]
+        sent[before] = shared * cost.row_bytes
+        pairs = [(s, d) for s, d in zip(before[np.nonzero(shared)[0]], after[np.nonzero(shared)[1]]) if s != d]
         network = cost.network
         ports = {int(port) for s, d in pairs for port in (network.out_port[s, d], network.in_port[s, d])}
         return cls(network.busy(sent, after), tuple(sorted(ports)))
@@ -38,9 +39,9 @@ class Crossing(NamedTuple):
         return tuple(sorted(port ^ 1 for port in self.ports))
 
 
-def shared_sequences(layout: Layout, layer: int) -> tuple[Matrix, Ranks, Ranks]:
-    """[before, after] sequences of a micro-batch that both attend to; the attending ranks on either side."""
-    before, after = (layout.sequences_of(layout.span_at(at)) for at in (layer - 1, layer))
+def shared_tokens(layout: Layout, layer: int, tokens: int) -> tuple[Matrix, Ranks, Ranks]:
+    """[before, after] of a micro-batch's `tokens`, those that both have; the ranks on either side (Layout.crossing)."""
+    before, after = layout.crossing(layer, tokens)
     shared = [[in_both(one, other) for other in after.values()] for one in before.values()]
     ranks = [np.array([*side], dtype=np.intp) for side in (before, after)]
     return np.array(shared, dtype=np.float64), ranks[0], ranks[1]

@@ -1,5 +1,6 @@
 """LayoutCost: seconds of every action of one layout under one expert load."""
 
+from collections.abc import Iterable
 from itertools import chain
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ class LayoutCost(LayoutMemory):
         self._busy: dict[object, Matrix] = {}
         self._collectives: dict[tuple[Kind, int, bool], TransferCost] = {}
         self._ports: dict[tuple[object, int, bool], tuple[int, ...]] = {}
-        self._rings: dict[int, tuple[int, ...]] = {}  # by pipeline stage
+        self._rings: dict[tuple[int, ...], tuple[int, ...]] = {}  # by holders
         self._crossings: dict[int, Crossing] = {}
 
     def expert_rows(self, rank: int, layer: int, micro_batch: int) -> list[float]:
@@ -95,7 +96,9 @@ class LayoutCost(LayoutMemory):
             return self.expert_seconds(rank, action, self.expert_rows(rank, action.layer, action.micro_batch))
         if action.kind is Kind.OPTIMIZER:
             return self.cost.optimizer_seconds(self.cost.of(rank), self.parameters(rank))
-        sequences, span = self.layout.sequences_per_rank[rank], self._span_of(action)
+        head = action.kind is Kind.HEAD
+        sequences = self._head_sequences(rank) if head else self.layout.sequences_per_rank[rank]
+        span = self._span_of(action)
         place = _place(action), action.layer == span.first  # dense layers; a stage that has none before it
         key = (self.cost.devices[rank].type, sequences, action.kind, action.direction, place, span.schedule.recompute)
         if key not in self._dense:
@@ -113,10 +116,20 @@ class LayoutCost(LayoutMemory):
         return self._by_rank[key]
 
     def _other_seconds_by_rank(self, action: Action) -> Matrix:
-        everyone, result = range(self.layout.world_size), np.zeros(self.layout.world_size)
-        for rank in everyone if action.kind is Kind.OPTIMIZER else self._span_of(action).attending:
+        result = np.zeros(self.layout.world_size)
+        for rank in self._working(action):
             result[rank] = self.seconds(rank, action)
         return result
+
+    def _working(self, action: Action) -> Iterable[int]:
+        """Who has a part in a task that is not of experts."""
+        if action.kind is Kind.OPTIMIZER:
+            return range(self.layout.world_size)
+        return self.layout.head_ranks if action.kind is Kind.HEAD else self._span_of(action).attending
+
+    def _head_sequences(self, rank: int) -> float:
+        """What a rank has of a micro-batch in the head."""
+        return self.layout.head_share(rank) * self.layout.sequences_per_micro_batch
 
     def _expert_seconds_by_rank(self, action: Action) -> Matrix:
         """As `expert_seconds` of every rank: hosted experts have all ranks' rows, copies those of their own rank."""
@@ -155,17 +168,18 @@ class LayoutCost(LayoutMemory):
     def _dense_seconds(self, rank: int, action: Action) -> float:
         device, sequences = self.cost.of(rank), self.layout.sequences_per_rank[rank]
         span, backward = self._span_of(action), action.direction is Pass.BACKWARD
-        schedule = span.schedule
-        attention = self.cost.attention_cost(device, sequences, action.layer)
+        schedule, head = span.schedule, action.kind is Kind.HEAD
         # where rows are sent again, the stage of the layer before runs again with a layer's backward, the last one's
-        # with the head, or where gradients come back from the next pipeline stage
-        before = self.cost.model.layers if action.kind is Kind.HEAD else action.layer
-        sent = schedule.sends_again and self.cost.attention_cost(device, sequences, before - 1).forward
-        if action.kind in (Kind.HEAD, Kind.PASS):
-            if action.kind is Kind.PASS:  # its combine is in the profiled seconds of the attention stage that follows
-                return backward * sent
-            head = self.cost.head_cost(device, sequences)
-            return head.forward + backward * (head.backward + sent)
+        # with the head, or where gradients come back from the next pipeline stage or from ranks of the head
+        before = self.cost.model.layers if head else action.layer
+        again = schedule.sends_again and backward and (not head or span.has_head)
+        sent = self.cost.attention_cost(device, sequences, before - 1).forward if again else 0.0
+        if action.kind is Kind.PASS:  # its combine is in the profiled seconds of what follows
+            return sent
+        if head:
+            cost = self.cost.head_cost(device, self._head_sequences(rank))
+            return cost.forward + backward * cost.backward + sent
+        attention = self.cost.attention_cost(device, sequences, action.layer)
         if not backward:
             return attention.forward
         if schedule.sends_again:
@@ -237,13 +251,13 @@ class LayoutCost(LayoutMemory):
                 seconds = self.cost.gather_seconds(attending, layer, copies)
             else:
                 seconds = self.cost.reduce_seconds(layout.schedule, attending, layer, copies)
-            self._collectives[key] = TransferCost(seconds, self._ring_ports(self.layout.span_at(layer)))
+            self._collectives[key] = TransferCost(seconds, self._ring_ports(attending))
         return self._collectives[key]
 
-    def _ring_ports(self, span: Span) -> tuple[int, ...]:
-        if span.number not in self._rings:
-            self._rings[span.number] = self.cost.network.ring_ports(span.attending)
-        return self._rings[span.number]
+    def _ring_ports(self, holders: tuple[int, ...]) -> tuple[int, ...]:
+        if holders not in self._rings:
+            self._rings[holders] = self.cost.network.ring_ports(holders)
+        return self._rings[holders]
 
 
 def _place(action: Action) -> int:

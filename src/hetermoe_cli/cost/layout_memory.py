@@ -17,10 +17,23 @@ class LayoutMemory:
 
     def _part(self, span: Span) -> Span | None:
         """A pipeline stage, if it is not the whole model."""
-        return span if self.layout.pipeline else None
+        return span if self.layout.pipeline or self.layout.head else None
 
     def parameters(self, rank: int) -> float:
         """Parameters that `rank` updates; of what several ranks share out, its share."""
+        return self._parameters(rank) + self._head_parameters(rank)
+
+    def _head_parameters(self, rank: int) -> float:
+        """Of a head that is not with the last attention."""
+        layout, schedule = self.layout, self.layout.schedule
+        if not layout.head or not layout.head[rank]:
+            return 0.0
+        share = self.cost.state_share(schedule, len(layout.head_ranks))
+        if self.sharers:
+            share = 1 / int(self.sharers.dense[-1])
+        return share * self.cost.head_parameters
+
+    def _parameters(self, rank: int) -> float:
         model, span = self.cost.model, self.layout.span_of(rank)
         attends, dense = self.layout.sequences_per_rank[rank] > 0, self.cost.dense_of(self._part(span))
         if self.sharers:
@@ -59,6 +72,7 @@ class LayoutMemory:
             windows=layout.windows_in_flight(rank),
             on_shift=layout.on_shift_at_once(rank) / layout.schedule.window,
             span=self._part(span),
+            head=layout.head_share(rank) * layout.sequences_per_micro_batch if layout.head else None,
         )
 
     def hosted_rows(self, rank: int) -> list[list[float]]:

@@ -63,7 +63,12 @@ class MemoryModel:
         """Dense parameters of a pipeline stage; of the whole model without one."""
         if span is None:
             return self.model.dense_parameters
-        return sum([self.segment_parameters(layer) for layer in range(span.first, span.end + (not span.ahead))])
+        return sum([self.segment_parameters(layer) for layer in range(span.first, span.end + span.has_head)])
+
+    @property
+    def head_parameters(self) -> int:
+        """Of norm and head."""
+        return self.segment_parameters(self.model.layers)
 
     def dense_state_bytes(
         self, schedule: ScheduleChoice, attending: int, span: Span | None = None
@@ -103,7 +108,7 @@ class MemoryModel:
             return 0.0
         return rows * self.row_bytes if schedule.recompute_experts else device.expert(rows).saved_bytes
 
-    def border_bytes(self, sequences: int, tensors: int) -> float:
+    def border_bytes(self, sequences: float, tensors: int) -> float:
         """So many tensors of a micro-batch's tokens, [T, H] each."""
         return tensors * sequences * self.train.sequence_length * self.row_bytes
 
@@ -130,30 +135,32 @@ class MemoryModel:
     ) -> float:
         """Largest working set of a single attention or head task of an attending device, beside what is kept.
 
-        Head: what it saves without its inputs, the gradient of its matrix, and the norm of its inputs, that one's
-        gradient, and logits of some tokens, or the norm's own backward. Attention: what is saved when the first
-        stage runs again. Where gradients are narrower than fp32, those of the part at work are in fp32 beside
-        (`Gradients.fold`). Where rows are sent again, stages that ran for that wait for their gradients, those of a
-        whole window of one layer. Only the first pipeline stage has dense layers, and only the last one the head.
+        Attention: what is saved when the first stage runs again. Where gradients are narrower than fp32, those of the
+        part at work are in fp32 beside (`Gradients.fold`). Where rows are sent again, stages that ran for that wait for
+        their gradients, those of a whole window of one layer. Only the first pipeline stage has dense layers, and only
+        the last one the head.
         """
         if not sequences:
             return 0.0
         layer = span.first if span else 0
+        largest = self.model.attention_layer_parameters if layer else self.model.first_stage_parameters
+        stage = float(self._narrow(device) * _WIDE_BYTES * largest)
+        again = max(0.0, self.attention_cost(device, sequences, layer).saved_bytes - self.border_bytes(sequences, 1))
+        if schedule.recompute_attention:
+            stage += again
+        head = 0.0 if span and not span.has_head else self.head_transient_bytes(device, sequences)
+        return max(head, stage) + schedule.sends_again * schedule.window * again
+
+    def head_transient_bytes(self, device: DeviceCost, sequences: float) -> float:
+        """Working set of the head's task: what it saves without its inputs, the gradient of its matrix, and the norm of
+        its inputs, that one's gradient, and logits of some tokens, or the norm's own backward."""
         inputs = self.border_bytes(sequences, 1)
         matrix, narrow = self.model.hidden_size * self.model.vocab_size, self._narrow(device)
         # of the matrix: its new gradient, and in fp32 that and the sum of those before
         head = float(matrix * (self._element_bytes(device) + narrow * 2 * _WIDE_BYTES))
         head += max(0.0, self.head_cost(device, sequences).saved_bytes - inputs)
         norm = _NARROW_NORM if device.on_cpu and narrow else 2  # model/layers/norm.py
-        head += max(norm * inputs, 2 * inputs + self._logit_bytes(device, sequences))
-        largest = self.model.attention_layer_parameters if layer else self.model.first_stage_parameters
-        stage = float(narrow * _WIDE_BYTES * largest)
-        again = max(0.0, self.attention_cost(device, sequences, layer).saved_bytes - inputs)
-        if schedule.recompute_attention:
-            stage += again
-        if span and span.ahead:
-            head = 0.0
-        return max(head, stage) + schedule.sends_again * schedule.window * again
+        return head + max(norm * inputs, 2 * inputs + self._logit_bytes(device, sequences))
 
     def expert_transient_bytes(self, device: DeviceCost, rows: float, schedule: ScheduleChoice) -> float:
         """Working set of one expert of a layer's backward, beside what is kept, for its `rows`; all that a rank holds
@@ -224,17 +231,20 @@ class MemoryModel:
         windows: float,
         on_shift: float = 1.0,
         span: Span | None = None,
+        head: float | None = None,
     ) -> Memory:
         """Bytes of one rank under a balanced router, or where its experts get `rows`.
 
         `hosted` and `replicated`: experts per layer. `attending`: ranks of the group that do, for a sharded dense part.
         `stepped`: parameters whose masters and moments the rank holds. `windows`: those alive at once. `on_shift`: of
-        a window's micro-batches, the share that it attends to. `span`: where it holds a pipeline stage only.
+        a window's micro-batches, the share that it attends to. `span`: where it holds a pipeline stage only. `head`:
+        of how many sequences it computes the head, where ranks have other tokens there than they attend to.
         """
         held = sum(hosted) + (sum(replicated) if sequences else 0)
         dense = self.dense_state_bytes(schedule, attending, span) if sequences else (0.0, 0.0, 0.0)
         sizes = STATE_BYTES[self.train.precision]
-        weights, gradients = (held * self.model.expert_parameters * sizes[kind] + dense[kind] for kind in (0, 1))
+        held_parameters = held * self.model.expert_parameters + (self.head_parameters if head else 0)
+        weights, gradients = (held_parameters * sizes[kind] + dense[kind] for kind in (0, 1))
         expected, own = self.rows_per_expert(sequences_per_micro_batch), self.rows_per_expert(sequences)
         if rows:
             each = [*rows.hosted, *rows.replicated]
@@ -249,7 +259,8 @@ class MemoryModel:
             share, busiest = max(hosted, default=0) / self.model.experts, expected
         if sequences:
             kept += on_shift * self.attention_kept_bytes(device, sequences, schedule.recompute_attention, span)
-        peak = self.transient_bytes(device, sequences, schedule, span) + largest
+        peak = self.transient_bytes(device, sequences, schedule, span)
+        peak = max(peak, self.head_transient_bytes(device, head) if head else 0.0) + largest
         peak += max(hosted, default=0) * self.expert_transient_bytes(device, busiest, schedule)
         if sequences:  # as if the layer with most copies were the one that hosts most: linear in both
             peak += max(replicated, default=0) * self.expert_transient_bytes(device, own, schedule)
@@ -257,6 +268,8 @@ class MemoryModel:
         if span:  # hidden states and gradients of two windows, to and from each stage beside; woven, three may wait
             waiting = 3 if schedule.passes == "woven" else 2
             buffers += self.border_bytes(sequences, 2 * waiting * span.neighbours * schedule.window)
+        if head is not None:  # hidden states of a window on their way to the head, and their gradients
+            buffers += self.border_bytes(sequences * (not span or not span.ahead) + head, 2 * schedule.window)
         return Memory(
             weights_bytes=int(weights),
             gradients_bytes=int(gradients),

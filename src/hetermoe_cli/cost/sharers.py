@@ -36,7 +36,7 @@ class Sharers(NamedTuple):
 
     def share(self, cost: CostModel, span: Span, dense: int) -> float:
         """Of a pipeline stage's `dense` parameters, those that each of its attending ranks has."""
-        counts = self.dense[span.first : span.end + (not span.ahead)]
+        counts = self.dense[span.first : span.end + span.has_head]
         if (counts == counts[0]).all():
             return dense / int(counts[0])
         return float(sum(cost.segment_parameters(span.first + i) / int(count) for i, count in enumerate(counts)))

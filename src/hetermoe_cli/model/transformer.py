@@ -21,7 +21,7 @@ class DenseModel(nn.Module):
 
     With `document_end`, the token that ends a document, attention and positions stay inside documents. `layers`: those
     of a pipeline stage; what other stages have is not there: embedding and dense layers are on the first one, norm and
-    head on the last.
+    head on the last, unless `head` says otherwise.
     """
 
     def __init__(
@@ -30,11 +30,12 @@ class DenseModel(nn.Module):
         router: Router = "learned",
         document_end: int | None = None,
         layers: range | None = None,
+        head: bool | None = None,
     ) -> None:
         super().__init__()
         self.document_end = document_end
         layers = range(config.layers) if layers is None else layers
-        first, last = layers.start == 0, layers.stop == config.layers
+        first, last = layers.start == 0, layers.stop == config.layers if head is None else head
         self.embedding = _embedding(config) if first else nn.Identity()
         self.dense_layers = nn.ModuleList(DenseBlock(config) for _ in range(first * config.dense_layers))
         self.layers = nn.ModuleList(

@@ -76,7 +76,7 @@ def usages(cost: LayoutCost) -> Iterator[Overflow]:
         held = tuple([len(placement.experts[rank]) for placement in layout.placement])
         stage = layout.span_of(rank).number
         own = layout.sequences_per_rank[rank], layout.on_shift_at_once(rank)
-        key = (device.type, own, held, stage) if balanced else rank
+        key = (device.type, own, layout.head_share(rank), held, stage) if balanced else rank
         if key not in known:
             known[key] = cost.memory(rank)
         memory = known[key]
@@ -95,10 +95,11 @@ def busy_bound(cost: LayoutCost, *, exposed: bool = True) -> float:
     sequential order the transfers as well; and what the busiest link direction carries, one transfer at a time.
 
     In sequential order every transfer lies between two tasks of each attending rank, and is `exposed`; not if it is cut
-    into parts. Of a pipeline nothing is said: a rank has no part in most layers, and no rival is one.
+    into parts. Of a pipeline nothing is said: a rank has no part in most layers, and no rival is one; nor where heads
+    are apart.
     """
     layout, known = cost.layout, {}
-    if layout.pipeline:
+    if layout.pipeline or layout.head:
         return 0.0
     transfers = 0.0
     if exposed and layout.schedule.name == "sequential" and layout.schedule.passes == "in_turn":

@@ -69,7 +69,8 @@ def train(run: RunSpec) -> None:
     mesh, world = _join(run), run.world
     check_agreement(mesh.agree(digest(training_schedules(world), world, run.precision)))
     spec = run.plan.inputs.train.model_copy(update={"steps": run.steps})
-    batches = _batches(run) if mesh.attending is not None else (None, None)
+    reads = world.replica_of(mesh.process).layout.has_dense(mesh.rank)
+    batches = _batches(run) if reads else (None, None)
     warm_up(mesh.device, DTYPES[run.rank_precisions[mesh.process]])
     meter = MemoryMeter(mesh.device)
     trainer = Trainer.build(

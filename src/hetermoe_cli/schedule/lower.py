@@ -67,8 +67,8 @@ class _Orders:
     def of(cls, layout: Layout) -> "_Orders":
         hosts = tuple([(*map(bool, layer.experts), bool(layer.replicated)) for layer in layout.placement])
         stages = tuple([(stage.layers, *stage.ranks) for stage in layout.pipeline])
-        shifts = tuple(map(tuple, layout.shifts))
-        return cls((layout.schedule, tuple(map(bool, layout.sequences_per_rank)), hosts, stages, shifts), layout)
+        shifts, heads = tuple(map(tuple, layout.shifts)), tuple(map(bool, layout.head))
+        return cls((layout.schedule, tuple(map(bool, layout.sequences_per_rank)), hosts, stages, shifts, heads), layout)
 
 
 def _lower(layout: Layout, order_of: _OrderOf, copies: int) -> Schedule:
@@ -87,7 +87,7 @@ def _lowered(orders: _Orders, order_of: _OrderOf, copies: int) -> Schedule:
     receivers: dict[Action, tuple[int, ...]] = {}
     hosting = [tuple(layout.hosting(layer)) for layer in range(layout.layers)]
     borders = (*[span.first for span in layout.spans], layout.layers)
-    order, after = _transfer_order(order_of, borders, windows, _weights_of(layout))
+    order, after = _transfer_order(order_of, borders, windows, _weights_of(layout), bool(layout.head))
     for action in order:
         attending = layout.attending_at(action.layer)
         if action.is_collective:
@@ -99,6 +99,8 @@ def _lowered(orders: _Orders, order_of: _OrderOf, copies: int) -> Schedule:
             continue
         if action.kind is Kind.CROSS:
             before, forward = layout.attending_at(action.layer - 1), action.direction is Pass.FORWARD
+            if before == attending and len(before) == 1:
+                continue  # every token stays on its device
             transfers.append(action)
             senders[action], receivers[action] = (before, attending) if forward else (attending, before)
             continue
@@ -128,10 +130,10 @@ def _weights_of(layout: Layout) -> _Weights:
 
 @lru_cache(maxsize=256)
 def _transfer_order(
-    order_of: _OrderOf, borders: tuple[int, ...], windows: Windows, weights: _Weights
+    order_of: _OrderOf, borders: tuple[int, ...], windows: Windows, weights: _Weights, apart: bool
 ) -> tuple[Order, dict[Action, Action]]:
     """Transfers of all pipeline stages in one order, and the stages that gathers follow. `borders`: their first layers,
-    and one after the last layer.
+    and one after the last layer. `apart`: hidden states go to other ranks for the head.
 
     They go by when they would begin if all forward passes of a window took as long, all backward ones twice that, and
     what a stage transfers during one were evenly spread over it; of woven passes, if all tasks took as long. What
@@ -144,7 +146,8 @@ def _transfer_order(
     after: dict[Action, Action] = {}
     times = _times(last + 1, windows)
     for number, (first, end) in enumerate(pairwise(borders)):
-        part = Part(True, (False,) * layers, first, end, last - number)
+        ahead = last - number
+        part = Part(True, (False,) * layers, first, end, ahead, gives=apart or ahead > 0, head=not ahead)
         by_pass, own = _orders_of_stage(order_of, part, windows, weights)
         for key, transfers in by_pass.items():
             for place, transfer in enumerate(transfers):
@@ -186,7 +189,7 @@ def _orders_of_stage(
     weighing = [stage for stage in stages if stage.kind is not Kind.PASS]
     found = [] if weights == "whole" else gathers(weighing, layers, once=weights == "renewed")
     after = {gather.action: gather.after for gather in found if gather.after}
-    reduces = _reduces(stages, layers, windows, weights)
+    reduces = _reduces(stages, part, windows, weights)
     collectives = {} if part.first else reduces
     for gather, stage in after.items():
         collectives[stage] = [gather, *collectives.get(stage, [])]
@@ -256,12 +259,18 @@ def _ready(times: Sequence[Mapping[_PassOf, tuple[float, float]]], number: int, 
 
 
 def _reduces(
-    stages: Order | list[Action], layers: int, windows: Windows, weights: _Weights
+    stages: Order | list[Action], part: Part, windows: Windows, weights: _Weights
 ) -> dict[Action, list[Action]]:
-    """By the stage that it follows: the last backward of a layer, or of every window where only shares are kept."""
-    width = windows.width if weights == "sharded" else windows.micro_batches
+    """By the stage that it follows: the last backward of a layer, or of every window where only shares are kept. A head
+    that is apart goes behind what the last layer's experts wait for."""
+    width, layers = windows.width if weights == "sharded" else windows.micro_batches, len(part.hosts)
+
+    def behind(stage: Action) -> Action:
+        apart = stage.kind is Kind.HEAD and part.gives
+        return stage._replace(kind=Kind.PASS, layer=layers) if apart else stage
+
     return {
-        stage: [Action(Kind.REDUCE, Pass.BACKWARD, segment_of(stage, layers), stage.micro_batch)]
+        behind(stage): [Action(Kind.REDUCE, Pass.BACKWARD, segment_of(stage, layers), stage.micro_batch)]
         for stage in stages
         if stage.direction is Pass.BACKWARD and stage.kind is not Kind.PASS and not (stage.micro_batch + 1) % width
     }
@@ -278,7 +287,7 @@ def _taken(waited: list[Action], due: int) -> list[Action]:
 
 
 def _sent_by(action: Action, part: Part) -> Action | None:
-    """What an attending rank sends after a stage."""
+    """What a rank that attends, or computes the head, sends after a stage."""
     forward, layer, j = action.direction is Pass.FORWARD, action.layer, action.micro_batch
     if action.kind is Kind.ATTENTION and forward:
         return Action(Kind.DISPATCH, Pass.FORWARD, layer, j)
@@ -287,4 +296,5 @@ def _sent_by(action: Action, part: Part) -> Action | None:
     if forward or (action.kind is Kind.ATTENTION and not layer):
         return None
     behind = len(part.hosts) if action.kind is Kind.HEAD else layer
-    return Action(Kind.COMBINE, Pass.BACKWARD, behind - 1, j)
+    apart = action.kind is Kind.HEAD and part.gives
+    return Action(Kind.CROSS, Pass.BACKWARD, behind, j) if apart else Action(Kind.COMBINE, Pass.BACKWARD, behind - 1, j)

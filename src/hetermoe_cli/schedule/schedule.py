@@ -99,9 +99,12 @@ def inputs(action: Action, layers: int) -> tuple[Action, ...]:
     if kind is Kind.REDUCE:
         return completions(action, layers)[-1:]
     if kind is Kind.HEAD:
-        return (Action(Kind.COMBINE, _FORWARD, layers - 1, micro_batch), gather_for(action, layers))
-    if kind is Kind.COMBINE and direction is _BACKWARD and layer == layers - 1:
+        before = (Action(Kind.COMBINE, _FORWARD, layers - 1, micro_batch), Action(Kind.CROSS, _FORWARD, layers, micro_batch))
+        return (*before, gather_for(action, layers))
+    if kind is Kind.CROSS and direction is _BACKWARD and layer == layers:
         return (Action(Kind.HEAD, _BACKWARD, 0, micro_batch),)
+    if kind is Kind.COMBINE and direction is _BACKWARD and layer == layers - 1:
+        return (Action(Kind.HEAD, _BACKWARD, 0, micro_batch), Action(Kind.PASS, _BACKWARD, layers, micro_batch))
     if (kind, direction) not in _SOURCES:
         return ()
     of, way, distance = _SOURCES[kind, direction]

@@ -36,7 +36,8 @@ _BACKWARD_PLACES = {
 class Part(NamedTuple):
     """What a rank does in an iteration: whether it attends, and in which layers it computes experts.
 
-    `first`, `end` (0: after the last layer) and `ahead` as of its pipeline stage (spec.layout.Span).
+    `first`, `end` (0: after the last layer) and `ahead` as of its pipeline stage (spec.layout.Span). `gives`: what it
+    attends to in the end goes to ranks of the next stage, or of the head; `head`: it computes that.
     """
 
     attends: bool
@@ -44,6 +45,8 @@ class Part(NamedTuple):
     first: int = 0
     end: int = 0
     ahead: int = 0
+    gives: bool = False
+    head: bool = True
 
     @property
     def layers(self) -> range:
@@ -64,11 +67,12 @@ class Windows(NamedTuple):
 def part_of(layout: Layout, rank: int) -> Part:
     """The rank's part in the layout; replicated experts run where it attends."""
     attends, span = layout.sequences_per_rank[rank] > 0, layout.span_of(rank)
+    head = not span.ahead and layout.head_share(rank) > 0
     hosts = [
         bool(p.experts[rank] or (attends and p.replicated and layer in span.layers))
         for layer, p in enumerate(layout.placement)
     ]
-    return Part(attends, tuple(hosts), span.first, span.end, span.ahead)
+    return Part(attends, tuple(hosts), span.first, span.end, span.ahead, not span.has_head, head)
 
 
 def windows_of(layout: Layout) -> Windows:
@@ -102,7 +106,7 @@ def validation_order(part: Part, windows: Windows) -> Order:
     actions: list[Action] = []
     for window in _ranges(windows):
         actions += _forward(part, window, windows.experts)
-        if part.attends and not part.ahead:
+        if part.head:
             actions += _stage(Kind.HEAD, Pass.FORWARD, 0, window)
     return tuple(actions)
 
@@ -145,16 +149,17 @@ def _forward(part: Part, window: range, experts: ExpertOrder) -> list[Action]:
     for layer in part.layers:
         attention, hosted = _layer(part, layer, Pass.FORWARD, window)
         actions += _merge(attention, hosted, experts)
-    if part.attends and part.ahead:
+    if part.attends and part.gives:
         actions += _stage(Kind.PASS, Pass.FORWARD, part.end, window)
     return actions
 
 
 def _backward(part: Part, window: range, experts: ExpertOrder) -> list[Action]:
     actions: list[Action] = []
-    if part.attends:
-        last = (Kind.PASS, Pass.BACKWARD, part.end) if part.ahead else (Kind.HEAD, Pass.BACKWARD, 0)
-        actions += _stage(*last, window)
+    if part.head:
+        actions += _stage(Kind.HEAD, Pass.BACKWARD, 0, window)
+    if part.attends and part.gives:
+        actions += _stage(Kind.PASS, Pass.BACKWARD, part.end, window)
     for layer in reversed(part.layers):
         attention, hosted = _layer(part, layer, Pass.BACKWARD, window)
         actions += _merge(hosted, attention, experts)

@@ -32,7 +32,8 @@ class PipelineStage(ExtendedSpec):
 
 class Span(NamedTuple):
     """A pipeline stage in its place: layers from `first` to before `end`; `ahead`: stages after it. `schedule`: the
-    layout's, with the stage's own recomputation."""
+    layout's, with the stage's own recomputation. `has_head`: its attending ranks compute the head, each of its own
+    sequences."""
 
     number: int
     first: int
@@ -41,6 +42,7 @@ class Span(NamedTuple):
     attending: tuple[int, ...]
     ahead: int
     schedule: ScheduleChoice
+    has_head: bool
 
     @property
     def layers(self) -> range:
@@ -64,9 +66,11 @@ class Layout(ExtendedSpec):
     `sequences_per_rank[r]` is what rank r attends to per micro-batch; 0 makes it a pure expert rank. `pipeline`: stages
     of consecutive layers, each a zebra group of its own; none: all ranks work on all layers. `shifts[r]`: the
     micro-batches of an iteration in which rank r attends to them; none: attending ranks do so in all of them.
+    `head[r]`: rank r's share of every micro-batch's tokens in norm, head and loss, by the sum of all; none: attending
+    ranks (of the last pipeline stage) have their own sequences there too.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"pipeline", "shifts"})
+    later: ClassVar[frozenset[str]] = frozenset({"pipeline", "shifts", "head"})
     model_config = ConfigDict(ignored_types=(cached_property,))
 
     schedule: ScheduleChoice
@@ -74,6 +78,7 @@ class Layout(ExtendedSpec):
     placement: list[LayerPlacement] = Field(min_length=1)
     pipeline: list[PipelineStage] = Field(default_factory=list)
     shifts: list[list[NonNegativeInt]] = Field(default_factory=list)
+    head: list[NonNegativeInt] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _check(self) -> "Layout":
@@ -93,7 +98,19 @@ class Layout(ExtendedSpec):
             self._check_pipeline()
         if self.shifts:
             self._check_shifts()
+        if self.head:
+            self._check_head()
         return self
+
+    def _check_head(self) -> None:
+        if self.shifts or not self.allows(self.schedule):
+            raise ValueError("head: not with shifts, dense_state full or woven passes")
+        if len(self.head) != self.world_size:
+            raise ValueError(f"head: {len(self.head)} ranks listed, sequences_per_rank has {self.world_size}")
+        if not any(self.head):
+            raise ValueError("head: at least one rank must compute it")
+        if not {*self.head_ranks} <= {*self.spans[-1].ranks}:
+            raise ValueError("head: only ranks of the last pipeline stage can compute it")
 
     def _check_shifts(self) -> None:
         if self.pipeline or not self.allows(self.schedule):
@@ -172,6 +189,7 @@ class Layout(ExtendedSpec):
                     self._attending(stage),
                     last - number,
                     self._schedule_of(stage),
+                    number == last and not self.head,
                 )
                 for number, (stage, end) in enumerate(zip(stages, ends, strict=True))
             ]
@@ -199,8 +217,9 @@ class Layout(ExtendedSpec):
         return self._crews[micro_batch] if self.shifts else self.attending_at(layer)
 
     def allows(self, schedule: ScheduleChoice) -> bool:
-        """Whether its ranks' shifts, if there are any, go with a schedule of as many micro-batches."""
-        return not self.shifts or (schedule.dense_state != "full" and schedule.passes != "woven")
+        """Whether its ranks' shifts and heads, if there are any, go with a schedule of as many micro-batches."""
+        plain = not self.shifts and not self.head
+        return plain or (schedule.dense_state != "full" and schedule.passes != "woven")
 
     @property
     def replicates_in_shifts(self) -> bool:
@@ -231,8 +250,26 @@ class Layout(ExtendedSpec):
         return next((span for span in self.spans if layer < span.end), self.spans[-1])
 
     def attending_at(self, layer: int) -> tuple[int, ...]:
-        """Ranks that attend in a layer, or compute the head (span_at)."""
-        return self.span_at(layer).attending
+        """Ranks that attend in a layer; of the number after the last one, that compute the head."""
+        return self.head_ranks if layer >= self.layers else self.span_at(layer).attending
+
+    @property
+    def head_ranks(self) -> tuple[int, ...]:
+        """Ranks that compute norm, head and loss."""
+        if not self.head:
+            return self.spans[-1].attending
+        return tuple([rank for rank, share in enumerate(self.head) if share])
+
+    def has_dense(self, rank: int) -> bool:
+        """Whether a rank holds some of the dense part: it attends or computes the head."""
+        return self.sequences_per_rank[rank] > 0 or (bool(self.head) and self.head[rank] > 0)
+
+    def head_share(self, rank: int) -> float:
+        """Of every micro-batch's tokens, those whose head `rank` computes."""
+        if self.head:
+            return self.head[rank] / sum(self.head)
+        own = self.sequences_per_rank[rank] if rank in self.spans[-1].attending else 0
+        return own / self.sequences_per_micro_batch
 
     def attends(self, rank: int, layer: int) -> bool:
         """Whether `rank` attends in a layer."""
@@ -252,10 +289,26 @@ class Layout(ExtendedSpec):
         ends = accumulate(counts)
         return {rank: range(end - n, end) for rank, n, end in zip(crew, counts, ends, strict=True)}
 
-    def common(self, rank: int, other: int) -> int:
-        """Sequences of a micro-batch that `rank` and `other`, of another pipeline stage, both attend to."""
-        own, others = (self.sequences_of(self.span_of(each))[each] for each in (rank, other))
-        return in_both(own, others)
+    def tokens_at(self, layer: int, tokens: int, micro_batch: int = 0) -> dict[int, range]:
+        """Which of a micro-batch's `tokens` every rank has that attends in a layer, or computes the head: those of its
+        sequences, or its share."""
+        if layer == self.layers and self.head:
+            total, ends = sum(self.head), list(accumulate(self.head, initial=0))
+            cuts = [tokens * end // total for end in ends]
+            return {rank: range(cuts[rank], cuts[rank + 1]) for rank in self.head_ranks}
+        each = tokens // self.sequences_per_micro_batch
+        found = self.sequences_of(self.span_at(layer), micro_batch)
+        return {rank: range(own.start * each, own.stop * each) for rank, own in found.items()}
+
+    def crossing(self, layer: int, tokens: int) -> tuple[dict[int, range], dict[int, range]]:
+        """Of what goes from one pipeline stage into the one that begins with `layer`, or into the head: which of a
+        micro-batch's tokens ranks have before and after it."""
+        return self.tokens_at(layer - 1, tokens), self.tokens_at(layer, tokens)
+
+    def cross(self, layer: int, before: int, after: int) -> bool:
+        """Whether rank `before` has tokens that rank `after` has behind it, however long sequences are."""
+        one, other = self.crossing(layer, self.sequences_per_micro_batch * max(1, sum(self.head)))
+        return in_both(one.get(before, range(0)), other.get(after, range(0))) > 0
 
     def recomputation_of(self, span: Span) -> str:
         """` with recomputation of attention`; nothing where all pipeline stages do as the schedule says."""
@@ -263,8 +316,13 @@ class Layout(ExtendedSpec):
         return "" if same else f" with {span.schedule.recomputation}"
 
     def border(self, layer: int) -> int:
-        """Of the border between two pipeline stages, before `layer`: its number."""
-        return self.span_at(layer).number - 1
+        """Of the border between two pipeline stages, or before the head, before `layer`: its number."""
+        return self.span_at(layer).number - (layer < self.layers)
+
+    @property
+    def borders(self) -> int:
+        """How many there are."""
+        return len(self.spans) - 1 + bool(self.head)
 
     def windows_in_flight(self, rank: int) -> float:
         """Windows of micro-batches whose activations `rank` keeps at once."""

@@ -147,7 +147,7 @@ class PipelineCost:
         """Bytes of a device that holds so many layers."""
         model, woven = self.cost.model, self.schedule.passes == "woven"
         begin = 0 if first else model.layers - layers if last else 1
-        span = Span(0, begin, begin + layers, (), (), 0 if last else 1, self.schedule)
+        span = Span(0, begin, begin + layers, (), (), 0 if last else 1, self.schedule, last)
         return self.cost.memory(
             self.cost.types[name],
             sequences=self.sequences // self.width,

@@ -199,7 +199,7 @@ def _groups(
     """The lanes of this process' copy, and the groups of its shares by their members. All processes make all of them,
     in one order."""
     number, _ = world.seat(process)
-    counts = [2 + 2 * min(2, len(replica.layout.spans) - 1) for replica in world.replicas]
+    counts = [2 + 2 * min(2, replica.layout.borders) for replica in world.replicas]
     copies = zip(world.replicas, counts, strict=True)
     lanes = [[_new_group(replica.processes) for _ in range(count)] for replica, count in copies][number]
     shared = _communicators(world.communicators(), process)

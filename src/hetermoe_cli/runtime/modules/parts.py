@@ -54,7 +54,7 @@ class Precisions:
 
 
 class Parts(nn.Module):
-    """`dense` on attending ranks, and the local experts of every layer (possibly none).
+    """`dense` on ranks that attend or compute the head, and the local experts of every layer (possibly none).
 
     `dtype` is this rank's, `exchange` that of rows on their way, `precisions` those of all ranks; `masters`: fp32
     values of narrower parameters, but for those that are shared out (shards.py). Parameters of `build_parts`
@@ -70,8 +70,7 @@ class Parts(nn.Module):
         document_end: int | None = None,
     ) -> None:
         super().__init__()
-        attends, layers = bool(layout.sequences_per_rank[rank]), layout.span_of(rank).layers
-        self.dense = DenseModel(config, router, document_end, layers) if attends else None
+        self.dense = _dense_part(config, layout, rank, router, document_end) if layout.has_dense(rank) else None
         self.experts = nn.ModuleList(
             ExpertParts(
                 ExpertGroup(config, layer, placement.experts[rank]),
@@ -187,6 +186,15 @@ class Parts(nn.Module):
     def hosted_parameters(self) -> list[nn.Parameter]:
         """Hosted experts of all layers."""
         return [p for layer in range(len(self.experts)) for p in self.experts_of(layer).hosted.parameters()]
+
+
+def _dense_part(
+    config: ModelConfig, layout: Layout, rank: int, router: Router, document_end: int | None
+) -> DenseModel:
+    """What a rank holds of the dense part."""
+    attends, last = layout.sequences_per_rank[rank] > 0, layout.layers
+    layers = layout.span_of(rank).layers if attends else range(last, last)
+    return DenseModel(config, router, document_end, layers, layout.head_share(rank) > 0)
 
 
 def build_parts(

@@ -24,13 +24,13 @@ from hetermoe_cli.runtime.transfers.lanes import Handoff, Parcel, exchange
 from hetermoe_cli.runtime.transfers.slots import tail_size
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.schedule import Schedule
-from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.layout import Layout, in_both
 
 Place = tuple[int, int]  # (layer, micro-batch)
 
 
 class Tokens(NamedTuple):
-    """Tokens of a micro-batch that go to, or come from, each rank of another pipeline stage, in their order."""
+    """Tokens of a micro-batch that go to, or come from, each rank on the other side of a border, in their order."""
 
     sizes: list[int]
 
@@ -53,7 +53,7 @@ class Carrier:
         collectives: Collectives,
         sequence_length: int = 0,
     ) -> None:
-        """`sequence_length`: tokens, where hidden states go from one pipeline stage to another."""
+        """`sequence_length`: tokens, where hidden states cross borders."""
         self._collectives = collectives
         self._mesh, self._maps, self._schedule, self._clock = mesh, maps, schedule, clock
         width, tail = empty.shape[1], tail_size(empty.dtype, maps[0].tail)
@@ -70,7 +70,7 @@ class Carrier:
             )
         }
         self._layout, self._length = layout, sequence_length
-        self._crossings: dict[int, Tokens] = {}
+        self._crossings: dict[tuple[int, bool], Tokens] = {}
         places = [(layer, j) for layer in range(layout.layers) for j in range(layout.micro_batches)]
         self._routed: dict[Place, Future[Routing]] = {place: Future() for place in places}
         self._arrivals: dict[Place, Arrivals] = {}
@@ -117,18 +117,24 @@ class Carrier:
     def incoming(self, action: Action) -> list[int]:
         """Rows per source rank. A lane may ask for a combine's before the gate has decided: then it waits."""
         if action.kind is Kind.CROSS:
-            return self.crossing(action).sizes
+            return self._crossing(action.layer, before=action.direction is Pass.BACKWARD).sizes
         place = action.layer, action.micro_batch
         return self._arrivals[place].sizes if action.towards_experts else self.routing(place).sizes
 
     def crossing(self, action: Action) -> Tokens:
-        """What this rank has in common with those of the other pipeline stage; as much forward as backward."""
-        if action.layer not in self._crossings:
-            rank, layout, schedule = self._mesh.rank, self._layout, self._schedule
-            others = schedule.receivers[action] if rank in schedule.senders[action] else schedule.senders[action]
-            common = [layout.common(rank, other) if other in others else 0 for other in range(layout.world_size)]
-            self._crossings[action.layer] = Tokens([self._length * sequences for sequences in common])
-        return self._crossings[action.layer]
+        """What this rank sends to those on the other side of a border between pipeline stages, or before the head."""
+        return self._crossing(action.layer, before=action.direction is Pass.FORWARD)
+
+    def _crossing(self, layer: int, *, before: bool) -> Tokens:
+        """What it has in common with those, where it has some of the tokens `before` it, or behind it."""
+        if (layer, before) not in self._crossings:
+            layout = self._layout
+            sides = layout.crossing(layer, self._length * layout.sequences_per_micro_batch)
+            here, there = sides if before else sides[::-1]
+            own, nothing = here[self._mesh.rank], range(0)
+            common = [in_both(own, there.get(other, nothing)) for other in range(layout.world_size)]
+            self._crossings[layer, before] = Tokens(common)
+        return self._crossings[layer, before]
 
     def departing(self, action: Action) -> Routing:
         """Of a dispatch: what tells the numbers that go ahead of it."""

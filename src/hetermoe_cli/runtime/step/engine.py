@@ -25,7 +25,8 @@ from hetermoe_cli.schedule.schedule import Schedule
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.model import ModelConfig
 
-Batch = Callable[[int], tuple[Tensor, Tensor]]  # micro-batch -> this rank's tokens and targets, both [B, S]
+# micro-batch -> this rank's tokens [B, S], and the targets of those tokens whose head it computes, in their order
+Batch = Callable[[int], tuple[Tensor, Tensor]]
 
 
 class Engine:
@@ -66,8 +67,8 @@ class Engine:
         """Run all compute actions of this rank but S and O, and `after` each; `loss_scale` multiplies the summed loss
         in backward."""
         self._batch, self._loss_scale, self._clock, self._collectives = batch, loss_scale, clock, collectives
-        attends = self.layout.pipeline and self.parts.dense is not None
-        length = batch(0)[0].shape[1] if attends else 0
+        crosses = self.layout.borders and self.parts.dense is not None
+        length = batch(0)[0].shape[1] if crosses else 0
         self._carrier = Carrier(self.layout, self.mesh, self._maps, self._empty, schedule, clock, collectives, length)
         self._rows = Rows(self.mesh, self.parts, self._maps, self._lanes, self._carrier, clock)
         self._attention: dict[Place, AttentionStage] = {}
@@ -176,15 +177,21 @@ class Engine:
         self._rows.send(sending, outputs, arrivals)
 
     def _head(self, action: Action) -> None:
-        last, j = self.layout.layers - 1, action.micro_batch
-        hidden, arrived = self._border_before(self.layout.layers, j)
+        layers, j = self.layout.layers, action.micro_batch
+        apart = not self._span.has_head
+        hidden, arrived = self._given_to_head(j) if apart else self._border_before(layers, j)
         loss = self._dense().loss(hidden, upload(self._batch(j)[1], self.mesh.device), self._loss_scale)
         self.loss += loss.detach()
         if action.direction is Pass.FORWARD:
             self._clock.compute(action, self._rows.began, arrived)
             return
         loss.backward()  # type: ignore[no-untyped-call]
-        self._return((last, j), hidden.grad, action, arrived)
+        if not apart:
+            self._return((layers - 1, j), hidden.grad, action, arrived)
+            return
+        self._clock.compute(action, self._rows.began, arrived)
+        assert hidden.grad is not None
+        self._rows.cross(Action(Kind.CROSS, Pass.BACKWARD, layers, j), hidden.grad)
 
     def _expert_backward(self, action: Action) -> None:
         layer, j = place = action.layer, action.micro_batch
@@ -262,6 +269,11 @@ class Engine:
             del self._attention[before]
             self._carrier.forget(before)
         return hidden, arrived
+
+    def _given_to_head(self, j: int) -> tuple[Tensor, float]:
+        """[1, n, H] of those n tokens whose head this rank computes, a leaf, and when they arrived."""
+        rows, arrived = self._rows.receive(Action(Kind.CROSS, Pass.FORWARD, self.layout.layers, j))
+        return rows.detach()[None].requires_grad_(torch.is_grad_enabled()), arrived
 
     def _as_hidden(self, rows: Tensor, j: int) -> Tensor:
         """[B * S, H] as [B, S, H]."""

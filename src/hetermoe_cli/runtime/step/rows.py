@@ -64,9 +64,12 @@ class Rows:
         self._lanes.put(action, _in(self._parts.exchange, rows), parcel)
 
     def cross(self, action: Action, hidden: Tensor) -> None:
-        """Hand [B, S, H] to the lane that brings it to another pipeline stage."""
+        """Hand [B, S, H] to the lane that brings it to another pipeline stage, or to the head; some may stay here."""
+        rows, parcel = hidden.flatten(0, 1), self._carrier.crossing(action)
+        if parcel.sizes[self._mesh.rank]:
+            self._kept[action] = rows, parcel
         self._clock.sent(action)
-        self._lanes.put(action, _in(self._parts.exchange, hidden.flatten(0, 1)), self._carrier.crossing(action))
+        self._lanes.put(action, _in(self._parts.exchange, rows), parcel)
 
     def room(self, action: Action, rows: int) -> Tensor | None:
         """[rows, H] to write in what `action` will send, where that saves a copy."""

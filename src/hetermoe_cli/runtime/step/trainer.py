@@ -68,7 +68,7 @@ class Trainer:
         scaled: bool,
     ) -> None:
         self.train, self.mesh, self.parts = train, mesh, parts
-        self._tokens = world.sequences * sequence_length
+        self._tokens, self._length = world.sequences * sequence_length, sequence_length
         layout = world.replica_of(mesh.process).layout
         self.shards = Shards(parts, mesh, world) if layout.schedule.shares_states else None
         parts.fill(parts.parameters())
@@ -135,7 +135,7 @@ class Trainer:
     def step(self, batches: Batches | None, step: int, record: bool = False) -> StepResult:
         """One iteration: forward, backward, synchronisation, clipping, AdamW. `record` keeps its spans.
 
-        Only attending ranks need `batches`. If loss or gradients are not finite, the weights stay as they are: with
+        Only ranks that attend or compute the head need `batches`. If loss or gradients are not finite, the weights stay as they are: with
         loss scaling the step is skipped and the scale halved, without it or at a scale of 1 it is a UserError.
         """
         self.gradients.zero()
@@ -211,9 +211,17 @@ class Trainer:
 
     def _batch(self, batches: Batches | None, step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
         assert batches is not None
-        own = self.layout.sequences_of(self._span, micro_batch)[self.mesh.rank]
-        before = self._first + micro_batch * self.layout.sequences_per_micro_batch
-        return batches.sequences(step, before + own.start, before + own.stop)
+        layout, rank = self.layout, self.mesh.rank
+        own = layout.sequences_of(self._span, micro_batch).get(rank, range(0))
+        before = self._first + micro_batch * layout.sequences_per_micro_batch
+        tokens, targets = batches.sequences(step, before + own.start, before + own.stop)
+        if not layout.head:
+            return tokens, targets
+        length = self._length
+        headed = layout.tokens_at(layout.layers, length * layout.sequences_per_micro_batch).get(rank, range(0))
+        first, end = headed.start // length, -(-headed.stop // length)
+        _, targets = batches.sequences(step, before + first, before + end)
+        return tokens, targets.flatten()[headed.start - first * length : headed.stop - first * length]
 
 
 def last_of_runs(compute: Sequence[Action]) -> set[Action]:

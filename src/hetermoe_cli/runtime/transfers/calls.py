@@ -178,7 +178,8 @@ def _messages(
     ]
     for operation, own, others in directions:
         for peer in sorted(others) if rank in own else ():
-            if peer != rank and (action.is_exchange or layout.common(rank, peer)):
+            pair = (rank, peer) if (operation == "send") == (action.direction is Pass.FORWARD) else (peer, rank)
+            if peer != rank and (action.is_exchange or layout.cross(action.layer, *pair)):
                 host = peer if operation == "send" else rank
                 size = counted.numbers_ahead(action.layer, host) if counted else None
                 yield Call(name, action, payload, operation, processes[peer], dtype, size)
