@@ -362,9 +362,23 @@ def in_shifts(draw: st.DrawFn) -> Layout:
     )
 
 
+@st.composite
+def with_heads(draw: st.DrawFn) -> Layout:
+    """Any legal layout, with pipeline stages or without, of which some ranks compute the head for others."""
+    found = draw(st.one_of(layouts(), pipelines()))
+    schedule, ranks = found.schedule, found.spans[-1].ranks
+    shares = draw(st.lists(st.integers(0, 3), min_size=len(ranks), max_size=len(ranks)).filter(any))
+    state = "replicated" if schedule.dense_state == "full" else schedule.dense_state
+    head = [0] * found.world_size
+    for rank, share in zip(ranks, shares, strict=True):
+        head[rank] = share
+    schedule = schedule.model_copy(update={"dense_state": state, "passes": "in_turn"})
+    return Layout.model_validate(found.model_dump() | {"schedule": schedule.model_dump(), "head": head})
+
+
 def any_layouts() -> st.SearchStrategy[Layout]:
-    """With pipeline stages, with shifts, or without."""
-    return st.one_of(layouts(), pipelines(), in_shifts())
+    """With pipeline stages, with shifts, with heads apart, or without."""
+    return st.one_of(layouts(), pipelines(), in_shifts(), with_heads())
 
 
 def parse_schedule(text: str) -> Schedule:

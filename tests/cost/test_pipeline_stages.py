@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 
 from builders import layouts, make_cost, make_inputs, make_layout, make_model, sequential
-from hetermoe_cli.cost.crossing import shared_sequences
+from hetermoe_cli.cost.crossing import shared_tokens
 from hetermoe_cli.cost.device import STATE_BYTES
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
@@ -103,10 +103,10 @@ def test_full_recompute_sends_rows_again_where_gradients_come_back() -> None:
 def test_hidden_states_cross_between_ranks_with_common_sequences() -> None:
     """4 + 2 sequences go to 3 + 3: the first rank sends 3 and 1, the second 2."""
     layout = staged([(1, [0, 1]), (1, [2, 3])], [4, 2, 3, 3])
-    shared, before, after = shared_sequences(layout, 1)
-    assert (shared.tolist(), before.tolist(), after.tolist()) == ([[3, 1], [0, 2]], [0, 1], [2, 3])
+    shared, before, after = shared_tokens(layout, 1, 6 * 64)
+    assert (shared.tolist(), before.tolist(), after.tolist()) == ([[192, 64], [0, 128]], [0, 1], [2, 3])
     pairs = [(0, 2), (0, 3), (1, 2), (1, 3)]
-    assert [layout.common(*pair) for pair in pairs] == shared.ravel().tolist()
+    assert [layout.cross(1, *pair) for pair in pairs] == (shared > 0).ravel().tolist()
     cost, network = make_cost(layout), make_cost(layout).cost.network
     there, back = cost.transfer(parse_action("1XF0")), cost.transfer(parse_action("1XB1"))
     assert there.seconds == back.seconds == pytest.approx(4 * 64 * 128 / 1e9)  # rank 0 sends most

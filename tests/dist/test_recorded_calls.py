@@ -18,7 +18,7 @@ from hetermoe_cli.runtime.transfers.calls import COMMUNICATORS, PARITY, WIDEST, 
 from hetermoe_cli.runtime.transfers.slots import tail_size
 from hetermoe_cli.schedule.action import Action, Kind, Pass
 from hetermoe_cli.schedule.lower import training_schedules
-from hetermoe_cli.spec.layout import Layout
+from hetermoe_cli.spec.layout import Layout, in_both
 from hetermoe_cli.spec.model import ModelConfig
 from hetermoe_cli.spec.world import World
 from hetermoe_cli.turns import in_turns
@@ -38,6 +38,8 @@ NAMES = [
     "pipeline of 3 stages",
     "pipeline, full recompute, documents",
     "pipeline, woven, every stage its own recomputation",
+    "head in parts of sequences, windows, between, recompute",
+    "pipeline, head on the last stage's host",
     "mixed, windows, woven",
     "shifts, hosts attend at times, windows, between, full recompute",
 ]
@@ -108,8 +110,12 @@ def expected(calls: list[Call], world: World, rank: int, counts: list[np.ndarray
     for call in calls:
         size = call.size
         if call.action.kind is Kind.CROSS:
-            common = replica.layout.common(*(replica.processes.index(process) for process in (rank, call.peer)))
-            size = common * LENGTH * model.hidden_size
+            sends = (call.operation == "send") == (call.action.direction is Pass.FORWARD)
+            ends = (rank, call.peer) if sends else (call.peer, rank)
+            one, other = (replica.processes.index(process) for process in ends)
+            tokens = LENGTH * replica.layout.sequences_per_micro_batch
+            before, after = replica.layout.crossing(call.action.layer, tokens)
+            size = in_both(before[one], after[other]) * model.hidden_size
         elif call.payload == "rows":
             ends = (rank, call.peer) if call.operation == "send" else (call.peer, rank)
             source, host = ends if call.action.towards_experts else ends[::-1]

@@ -27,8 +27,9 @@ def expected_compute(layout: Layout, rank: int, passes: tuple[Pass, ...]) -> Cou
     """The tasks of a rank, counted from the layout alone."""
     micro_batches = range(layout.micro_batches)
     attended = layout.shifts[rank] if layout.shifts else micro_batches
-    tasks = [Action(Kind.HEAD, passes[-1], 0, j) for j in attended if layout.attends(rank, layout.layers)]
-    borders = [span.end for span in layout.spans if span.ahead]
+    heads = layout.head[rank] if layout.head else layout.attends(rank, layout.layers - 1)
+    tasks = [Action(Kind.HEAD, passes[-1], 0, j) for j in attended if heads]
+    borders = borders_of(layout)
     for direction in passes:
         ended = [border for border in borders if layout.attends(rank, border - 1)]
         tasks += [Action(Kind.PASS, direction, border, j) for border in ended for j in micro_batches]
@@ -40,6 +41,11 @@ def expected_compute(layout: Layout, rank: int, passes: tuple[Pass, ...]) -> Cou
     if BACKWARD in passes:
         tasks += [Action(Kind.SYNCHRONISE, BACKWARD), Action(Kind.OPTIMIZER, BACKWARD)]
     return Counter(tasks)
+
+
+def borders_of(layout: Layout) -> list[int]:
+    """The layers before which hidden states go to other ranks; one after the last one: the head."""
+    return [span.end for span in layout.spans if span.ahead or layout.head]
 
 
 def on_shift(layout: Layout, layer: int, micro_batch: int) -> tuple[int, ...]:
@@ -58,7 +64,8 @@ def expected_transfers(layout: Layout, passes: tuple[Pass, ...]) -> Counter[Acti
     """Of rows, and all-reduces."""
     several = [layer for layer in range(layout.layers + 1) if len(layout.attending_at(layer)) > 1]
     reduces = several if BACKWARD in passes else ()
-    borders = [span.end for span in layout.spans if span.ahead]
+    alone = [len({*layout.attending_at(b - 1), *layout.attending_at(b)}) == 1 for b in borders_of(layout)]
+    borders = [border for border, stays in zip(borders_of(layout), alone, strict=True) if not stays]
     crossings = [(direction, b, j) for direction in passes for b in borders for j in range(layout.micro_batches)]
     width = layout.schedule.window if layout.gathers else layout.micro_batches
     lasts = range(width - 1, layout.micro_batches, width)

@@ -32,7 +32,7 @@ class Group(ExtendedSpec):
     `replicas`: the ranks of each, ascending. Rank r of the layout is the r-th of them.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"pipeline", "shifts"})
+    later: ClassVar[frozenset[str]] = frozenset({"pipeline", "shifts", "head"})
 
     replicas: list[list[NonNegativeInt]] = Field(min_length=1)
     schedule: ScheduleChoice
@@ -40,6 +40,7 @@ class Group(ExtendedSpec):
     placement: list[LayerPlacement] = Field(min_length=1)
     pipeline: list[PipelineStage] = Field(default_factory=list)
     shifts: list[list[NonNegativeInt]] = Field(default_factory=list)
+    head: list[NonNegativeInt] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _check(self) -> "Group":

@@ -26,6 +26,7 @@ def trimmed(
         sequences_per_rank=[layout.sequences_per_rank[local] for local in kept],
         placement=placement,
         shifts=[layout.shifts[local] for local in kept] if layout.shifts else [],
+        head=[layout.head[local] for local in kept] if layout.head else [],
     )
     return result, [[ranks[local] for local in kept] for ranks in replicas]
 
@@ -33,7 +34,7 @@ def trimmed(
 def _kept(layout: Layout, ranks: Sequence[int], devices: Sequence[Device]) -> list[int]:
     """Local ranks that stay."""
     busy = [
-        layout.sequences_per_rank[local] > 0 or any(p.experts[local] for p in layout.placement)
+        layout.has_dense(local) or any(p.experts[local] for p in layout.placement)
         for local in range(layout.world_size)
     ]
     on_nic = Counter(device.nic for device in devices)
