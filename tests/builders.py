@@ -364,8 +364,8 @@ def in_shifts(draw: st.DrawFn) -> Layout:
 
 @st.composite
 def with_heads(draw: st.DrawFn) -> Layout:
-    """Any legal layout, with pipeline stages or without, of which some ranks compute the head for others."""
-    found = draw(st.one_of(layouts(), pipelines()))
+    """Any legal layout, with pipeline stages, with shifts or without, of which some ranks compute the head."""
+    found = draw(st.one_of(layouts(), pipelines(), in_shifts()))
     schedule, ranks = found.schedule, found.spans[-1].ranks
     shares = draw(st.lists(st.integers(0, 3), min_size=len(ranks), max_size=len(ranks)).filter(any))
     state = "replicated" if schedule.dense_state == "full" else schedule.dense_state

@@ -190,7 +190,7 @@ def test_no_task_starts_before_its_inputs_have_ended(layout: Layout) -> None:
                     assert span_of[rank, str(source)].end <= span_of[rank, display_name(action)].start
     for transfer in schedule.transfers:
         for rank in schedule.senders[transfer]:
-            names = [(rank, display_name(source)) for source in inputs(transfer, layout.layers)]
+            names = [(rank, display_name(source)) for source in schedule.sources(transfer, layout.layers)]
             made = [span_of[name].end for name in names if name in span_of]
             assert made or transfer.kind is Kind.GATHER
             assert max(made, default=0.0) <= span_of[rank, str(transfer)].start
@@ -208,8 +208,8 @@ def test_a_recorded_balanced_load_gives_the_balanced_timeline(layout: Layout) ->
     cost = make_cost(layout)
     counts = np.zeros((layout.world_size, layout.layers, layout.micro_batches, layout.experts), dtype=np.int64)
     for rank, sequences in enumerate(layout.sequences_per_rank):
-        own = list(layout.span_of(rank).layers)
-        counts[rank, own] = 60 * sequences  # 60 divides by every number of experts up to 5
+        own = np.ix_(layout.span_of(rank).layers, layout.shifts[rank] if layout.shifts else range(layout.micro_batches))
+        counts[rank][own] = 60 * sequences  # 60 divides by every number of experts up to 5
     scale = cost.cost.rows_per_expert(1) / 60
     recorded = simulate(LayoutCost(cost.cost, layout, RecordedLoad(counts, scale)))
     for one, other in zip(simulate(cost).spans, recorded.spans, strict=True):

@@ -28,11 +28,11 @@ def expected_compute(layout: Layout, rank: int, passes: tuple[Pass, ...]) -> Cou
     micro_batches = range(layout.micro_batches)
     attended = layout.shifts[rank] if layout.shifts else micro_batches
     heads = layout.head[rank] if layout.head else layout.attends(rank, layout.layers - 1)
-    tasks = [Action(Kind.HEAD, passes[-1], 0, j) for j in attended if heads]
+    tasks = [Action(Kind.HEAD, passes[-1], 0, j) for j in (micro_batches if layout.head else attended) if heads]
     borders = borders_of(layout)
     for direction in passes:
         ended = [border for border in borders if layout.attends(rank, border - 1)]
-        tasks += [Action(Kind.PASS, direction, border, j) for border in ended for j in micro_batches]
+        tasks += [Action(Kind.PASS, direction, border, j) for border in ended for j in attended]
         for layer in range(layout.layers):
             if layout.attends(rank, layer):
                 tasks += [Action(Kind.ATTENTION, direction, layer, j) for j in attended]
@@ -49,8 +49,10 @@ def borders_of(layout: Layout) -> list[int]:
 
 
 def on_shift(layout: Layout, layer: int, micro_batch: int) -> tuple[int, ...]:
-    """Ranks that attend in a layer to a micro-batch."""
+    """Ranks that attend in a layer to a micro-batch; one after the last layer, that compute the head."""
     ranks = layout.attending_at(layer)
+    if layer == layout.layers and layout.head:
+        return ranks
     return tuple(rank for rank in ranks if not layout.shifts or micro_batch in layout.shifts[rank])
 
 
@@ -64,9 +66,13 @@ def expected_transfers(layout: Layout, passes: tuple[Pass, ...]) -> Counter[Acti
     """Of rows, and all-reduces."""
     several = [layer for layer in range(layout.layers + 1) if len(layout.attending_at(layer)) > 1]
     reduces = several if BACKWARD in passes else ()
-    alone = [len({*layout.attending_at(b - 1), *layout.attending_at(b)}) == 1 for b in borders_of(layout)]
-    borders = [border for border, stays in zip(borders_of(layout), alone, strict=True) if not stays]
-    crossings = [(direction, b, j) for direction in passes for b in borders for j in range(layout.micro_batches)]
+    crossings = [
+        (direction, border, j)
+        for direction in passes
+        for border in borders_of(layout)
+        for j in range(layout.micro_batches)
+        if len({*on_shift(layout, border - 1, j), *on_shift(layout, border, j)}) > 1
+    ]
     width = layout.schedule.window if layout.gathers else layout.micro_batches
     lasts = range(width - 1, layout.micro_batches, width)
     moved = Counter(Action(Kind.REDUCE, BACKWARD, layer, last) for layer in reduces for last in lasts)
@@ -99,7 +105,7 @@ def test_attending_ranks_and_hosts_take_part_in_transfers(layout: Layout) -> Non
     for transfer in schedule.transfers:
         first = layout.attending_at(transfer.layer)
         if transfer.kind is Kind.CROSS:
-            second, forwards = layout.attending_at(transfer.layer - 1), transfer.direction is BACKWARD
+            second, forwards = on_shift(layout, transfer.layer - 1, transfer.micro_batch), transfer.direction is BACKWARD
         else:
             second = first if transfer.is_collective else tuple(layout.hosting(transfer.layer))
             first = first if transfer.is_collective else on_shift(layout, transfer.layer, transfer.micro_batch)

@@ -21,10 +21,10 @@ class Crossing(NamedTuple):
     ports: tuple[int, ...]
 
     @classmethod
-    def of(cls, cost: CostModel, layout: Layout, layer: int) -> "Crossing":
+    def of(cls, cost: CostModel, layout: Layout, layer: int, micro_batch: int = 0) -> "Crossing":
         """What crosses into the stage that begins with `layer`, or into the head, for one micro-batch."""
         tokens = layout.sequences_per_micro_batch * cost.train.sequence_length
-        shared, before, after = shared_tokens(layout, layer, tokens)
+        shared, before, after = shared_tokens(layout, layer, tokens, micro_batch)
         sent = np.zeros((layout.world_size, len(after)))
         sent[before] = shared * cost.row_bytes
         pairs = [(s, d) for s, d in zip(before[np.nonzero(shared)[0]], after[np.nonzero(shared)[1]]) if s != d]
@@ -39,9 +39,9 @@ class Crossing(NamedTuple):
         return tuple(sorted(port ^ 1 for port in self.ports))
 
 
-def shared_tokens(layout: Layout, layer: int, tokens: int) -> tuple[Matrix, Ranks, Ranks]:
+def shared_tokens(layout: Layout, layer: int, tokens: int, micro_batch: int = 0) -> tuple[Matrix, Ranks, Ranks]:
     """[before, after] of a micro-batch's `tokens`, those that both have; the ranks on either side (Layout.crossing)."""
-    before, after = layout.crossing(layer, tokens)
+    before, after = layout.crossing(layer, tokens, micro_batch)
     shared = [[in_both(one, other) for other in after.values()] for one in before.values()]
     ranks = [np.array([*side], dtype=np.intp) for side in (before, after)]
     return np.array(shared, dtype=np.float64), ranks[0], ranks[1]

@@ -54,7 +54,7 @@ class LayoutCost(LayoutMemory):
         self._collectives: dict[tuple[Kind, int, bool], TransferCost] = {}
         self._ports: dict[tuple[object, int, bool], tuple[int, ...]] = {}
         self._rings: dict[tuple[int, ...], tuple[int, ...]] = {}  # by holders
-        self._crossings: dict[int, Crossing] = {}
+        self._crossings: dict[tuple[int, int], Crossing] = {}
 
     def expert_rows(self, rank: int, layer: int, micro_batch: int) -> list[float]:
         """Rows of each local expert, in the order of layout.local_experts."""
@@ -194,7 +194,7 @@ class LayoutCost(LayoutMemory):
         if action.is_collective:
             return self.collective(action.kind, action.layer, whole=is_whole(action, self.layout.micro_batches))
         if action.kind is Kind.CROSS:
-            crossing = self._crossing(action.layer)
+            crossing = self._crossing(action)
             return TransferCost(float(crossing.busy.max()), crossing.ports_of(action.direction))
         layer, micro_batch = action.layer, 0 if self._alike else action.micro_batch
         key = (layer, micro_batch, action.towards_experts)
@@ -204,15 +204,16 @@ class LayoutCost(LayoutMemory):
         seconds, ports = self._transfers[key]
         return TransferCost(trips(action, self._span[layer].schedule) * seconds, ports)
 
-    def _crossing(self, layer: int) -> Crossing:
-        if layer not in self._crossings:
-            self._crossings[layer] = Crossing.of(self.cost, self.layout, layer)
-        return self._crossings[layer]
+    def _crossing(self, action: Action) -> Crossing:
+        key = action.layer, self._shift(action.micro_batch)
+        if key not in self._crossings:
+            self._crossings[key] = Crossing.of(self.cost, self.layout, *key)
+        return self._crossings[key]
 
     def slowest_port(self, action: Action) -> int:
         """The port that decides how long a transfer (no collective) takes; the first of equals."""
         crosses = action.kind is Kind.CROSS
-        busy = self._crossing(action.layer).busy if crosses else self._port_seconds(action.layer, action.micro_batch)
+        busy = self._crossing(action).busy if crosses else self._port_seconds(action.layer, action.micro_batch)
         there = action.direction is Pass.FORWARD if crosses else action.towards_experts
         return int((busy.reshape(-1, 2) if there else busy.reshape(-1, 2)[:, ::-1]).argmax())
 

@@ -98,7 +98,7 @@ def _lowered(orders: _Orders, order_of: _OrderOf, copies: int) -> Schedule:
                 senders[action] = receivers[action] = tuple(sorted({*attending, *hosts}))
             continue
         if action.kind is Kind.CROSS:
-            before, forward = layout.attending_at(action.layer - 1), action.direction is Pass.FORWARD
+            before, forward = layout.crew(action.layer - 1, action.micro_batch), action.direction is Pass.FORWARD
             if before == attending and len(before) == 1:
                 continue  # every token stays on its device
             transfers.append(action)
@@ -115,13 +115,14 @@ def _lowered(orders: _Orders, order_of: _OrderOf, copies: int) -> Schedule:
 
 
 def _on_shift(order: Order, layout: Layout, rank: int) -> Order:
-    """A rank's order without what it does not attend to."""
-    return _some_of(order, tuple(layout.shifts[rank])) if layout.shifts and layout.shifts[rank] else order
+    """A rank's order without what it does not attend to; heads that are apart are of all micro-batches."""
+    kinds = _OF_ATTENDING[: -1 if layout.head else None]
+    return _some_of(order, kinds, tuple(layout.shifts[rank])) if layout.shifts and layout.shifts[rank] else order
 
 
 @lru_cache(maxsize=256)
-def _some_of(order: Order, shift: tuple[int, ...]) -> Order:
-    return tuple([action for action in order if action.kind not in _OF_ATTENDING or action.micro_batch in shift])
+def _some_of(order: Order, kinds: tuple[Kind, ...], shift: tuple[int, ...]) -> Order:
+    return tuple([action for action in order if action.kind not in kinds or action.micro_batch in shift])
 
 
 def _weights_of(layout: Layout) -> _Weights:

@@ -103,8 +103,8 @@ class Layout(ExtendedSpec):
         return self
 
     def _check_head(self) -> None:
-        if self.shifts or not self.allows(self.schedule):
-            raise ValueError("head: not with shifts, dense_state full or woven passes")
+        if not self.allows(self.schedule):
+            raise ValueError("head: not with dense_state full or woven passes")
         if len(self.head) != self.world_size:
             raise ValueError(f"head: {len(self.head)} ranks listed, sequences_per_rank has {self.world_size}")
         if not any(self.head):
@@ -300,14 +300,14 @@ class Layout(ExtendedSpec):
         found = self.sequences_of(self.span_at(layer), micro_batch)
         return {rank: range(own.start * each, own.stop * each) for rank, own in found.items()}
 
-    def crossing(self, layer: int, tokens: int) -> tuple[dict[int, range], dict[int, range]]:
+    def crossing(self, layer: int, tokens: int, micro_batch: int = 0) -> tuple[dict[int, range], dict[int, range]]:
         """Of what goes from one pipeline stage into the one that begins with `layer`, or into the head: which of a
         micro-batch's tokens ranks have before and after it."""
-        return self.tokens_at(layer - 1, tokens), self.tokens_at(layer, tokens)
+        return self.tokens_at(layer - 1, tokens, micro_batch), self.tokens_at(layer, tokens, micro_batch)
 
-    def cross(self, layer: int, before: int, after: int) -> bool:
+    def cross(self, layer: int, before: int, after: int, micro_batch: int = 0) -> bool:
         """Whether rank `before` has tokens that rank `after` has behind it, however long sequences are."""
-        one, other = self.crossing(layer, self.sequences_per_micro_batch * max(1, sum(self.head)))
+        one, other = self.crossing(layer, self.sequences_per_micro_batch * max(1, sum(self.head)), micro_batch)
         return in_both(one.get(before, range(0)), other.get(after, range(0))) > 0
 
     def recomputation_of(self, span: Span) -> str:

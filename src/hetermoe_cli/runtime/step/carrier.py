@@ -70,7 +70,7 @@ class Carrier:
             )
         }
         self._layout, self._length = layout, sequence_length
-        self._crossings: dict[tuple[int, bool], Tokens] = {}
+        self._crossings: dict[tuple[int, int, bool], Tokens] = {}
         places = [(layer, j) for layer in range(layout.layers) for j in range(layout.micro_batches)]
         self._routed: dict[Place, Future[Routing]] = {place: Future() for place in places}
         self._arrivals: dict[Place, Arrivals] = {}
@@ -117,24 +117,25 @@ class Carrier:
     def incoming(self, action: Action) -> list[int]:
         """Rows per source rank. A lane may ask for a combine's before the gate has decided: then it waits."""
         if action.kind is Kind.CROSS:
-            return self._crossing(action.layer, before=action.direction is Pass.BACKWARD).sizes
+            return self._crossing(action, before=action.direction is Pass.BACKWARD).sizes
         place = action.layer, action.micro_batch
         return self._arrivals[place].sizes if action.towards_experts else self.routing(place).sizes
 
     def crossing(self, action: Action) -> Tokens:
         """What this rank sends to those on the other side of a border between pipeline stages, or before the head."""
-        return self._crossing(action.layer, before=action.direction is Pass.FORWARD)
+        return self._crossing(action, before=action.direction is Pass.FORWARD)
 
-    def _crossing(self, layer: int, *, before: bool) -> Tokens:
+    def _crossing(self, action: Action, *, before: bool) -> Tokens:
         """What it has in common with those, where it has some of the tokens `before` it, or behind it."""
-        if (layer, before) not in self._crossings:
-            layout = self._layout
-            sides = layout.crossing(layer, self._length * layout.sequences_per_micro_batch)
+        layout, nothing = self._layout, range(0)
+        key = action.layer, action.micro_batch if layout.shifts else 0, before
+        if key not in self._crossings:
+            sides = layout.crossing(action.layer, self._length * layout.sequences_per_micro_batch, key[1])
             here, there = sides if before else sides[::-1]
-            own, nothing = here[self._mesh.rank], range(0)
+            own = here.get(self._mesh.rank, nothing)
             common = [in_both(own, there.get(other, nothing)) for other in range(layout.world_size)]
-            self._crossings[layer, before] = Tokens(common)
-        return self._crossings[layer, before]
+            self._crossings[key] = Tokens(common)
+        return self._crossings[key]
 
     def departing(self, action: Action) -> Routing:
         """Of a dispatch: what tells the numbers that go ahead of it."""

@@ -179,7 +179,7 @@ def _messages(
     for operation, own, others in directions:
         for peer in sorted(others) if rank in own else ():
             pair = (rank, peer) if (operation == "send") == (action.direction is Pass.FORWARD) else (peer, rank)
-            if peer != rank and (action.is_exchange or layout.cross(action.layer, *pair)):
+            if peer != rank and (action.is_exchange or layout.cross(action.layer, *pair, action.micro_batch)):
                 host = peer if operation == "send" else rank
                 size = counted.numbers_ahead(action.layer, host) if counted else None
                 yield Call(name, action, payload, operation, processes[peer], dtype, size)
