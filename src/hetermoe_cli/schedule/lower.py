@@ -186,7 +186,15 @@ def _orders_of_stage(
     """
     layers = len(part.hosts)
     own = [a for a in order_of(part, windows) if a.kind in _OF_ATTENDING]
-    stages = sorted(own, key=lambda a: (a.micro_batch // windows.width, a.direction is Pass.BACKWARD))
+    trains = any(a.direction is Pass.BACKWARD for a in own)
+
+    def turns(action: Action) -> bool:
+        return part.gives and not part.ahead and action.kind is not Kind.ATTENTION
+
+    def pass_of(action: Action) -> _PassOf:
+        return _pass_of(action._replace(direction=Pass.BACKWARD) if trains and turns(action) else action, windows)
+
+    stages = sorted(own, key=lambda a: (pass_of(a)[1], pass_of(a)[0] is Pass.BACKWARD))
     weighing = [stage for stage in stages if stage.kind is not Kind.PASS]
     found = [] if weights == "whole" else gathers(weighing, layers, once=weights == "renewed")
     after = {gather.action: gather.after for gather in found if gather.after}
@@ -195,22 +203,24 @@ def _orders_of_stage(
     for gather, stage in after.items():
         collectives[stage] = [gather, *collectives.get(stage, [])]
     by_pass: dict[_PassOf, list[Action]] = defaultdict(list)
-    result = by_pass[_pass_of(stages[0], windows)]
+    result = by_pass[pass_of(stages[0])]
     result += [gather.action for gather in found if not gather.after]
     waited: list[Action] = []  # answers that the stages of this layer wait for
     sent: list[Action] = []  # answers to what they sent
-    key: tuple[Kind, Pass, int] | None = None
+    key: object = None
     for action in stages:
-        result = by_pass[_pass_of(action, windows)]
+        result = by_pass[pass_of(action)]
         between = windows.experts == "between" and action.kind is Kind.ATTENTION
         backward = action.direction is Pass.BACKWARD
         ahead = windows.transfers == "interleaved" or (between and backward)
         due = 1 if ahead else len(waited)
-        if (action.kind, action.direction, action.layer) != key:
-            key = (action.kind, action.direction, action.layer)
+        stage = "turn" if turns(action) else (action.kind, action.direction, action.layer)
+        if stage != key:
+            key = stage
             waited, sent = waited + sent, []
             due = 2 if ahead else len(waited)
-        result += _taken(waited, due)
+        late = turns(action) and (action.kind, action.direction) != (Kind.PASS, Pass.FORWARD)
+        result += _taken(waited, 0 if late else due)
         out = _sent_by(action, part)
         if out:
             result.append(out)

@@ -33,6 +33,15 @@ _BACKWARD_PLACES = {
 }
 
 
+_LAGS = {  # micro-batches that a task around a head that is apart stays behind, so that what it waits for can arrive
+    (Kind.PASS, Pass.FORWARD): 0,
+    (Kind.HEAD, Pass.FORWARD): 1,
+    (Kind.HEAD, Pass.BACKWARD): 1,
+    (Kind.PASS, Pass.BACKWARD): 2,
+    (Kind.EXPERT, Pass.BACKWARD): 3,
+}
+
+
 class Part(NamedTuple):
     """What a rank does in an iteration: whether it attends, and in which layers it computes experts.
 
@@ -106,8 +115,8 @@ def validation_order(part: Part, windows: Windows) -> Order:
     actions: list[Action] = []
     for window in _ranges(windows):
         actions += _forward(part, window, windows.experts)
-        if part.head:
-            actions += _stage(Kind.HEAD, Pass.FORWARD, 0, window)
+        if not part.ahead:
+            actions += _turn(part, Pass.FORWARD, window)
     return tuple(actions)
 
 
@@ -149,21 +158,48 @@ def _forward(part: Part, window: range, experts: ExpertOrder) -> list[Action]:
     for layer in part.layers:
         attention, hosted = _layer(part, layer, Pass.FORWARD, window)
         actions += _merge(attention, hosted, experts)
-    if part.attends and part.gives:
+    if part.attends and part.ahead:
         actions += _stage(Kind.PASS, Pass.FORWARD, part.end, window)
     return actions
 
 
 def _backward(part: Part, window: range, experts: ExpertOrder) -> list[Action]:
     actions: list[Action] = []
-    if part.head:
-        actions += _stage(Kind.HEAD, Pass.BACKWARD, 0, window)
-    if part.attends and part.gives:
+    layers = part.layers[::-1]
+    if not part.ahead:
+        actions += _turn(part, Pass.BACKWARD, window)
+        layers = layers[_hosts_in_turn(part) :]
+    elif part.attends:
         actions += _stage(Kind.PASS, Pass.BACKWARD, part.end, window)
-    for layer in reversed(part.layers):
+    for layer in layers:
         attention, hosted = _layer(part, layer, Pass.BACKWARD, window)
         actions += _merge(hosted, attention, experts)
     return actions
+
+
+def _turn(part: Part, direction: Pass, window: range) -> list[Action]:
+    """From the last layer's forward tasks to its backward ones: the head. Where it is apart, a micro-batch goes to its
+    ranks and back while others are at work, and ranks that only host give these their experts' gradients meanwhile."""
+    actions: list[Action] = []
+    if part.attends and part.gives:
+        actions += _stage(Kind.PASS, Pass.FORWARD, part.end, window)
+    if part.head:
+        actions += _stage(Kind.HEAD, direction, 0, window)
+    if direction is Pass.BACKWARD and part.attends and part.gives:
+        actions += _stage(Kind.PASS, Pass.BACKWARD, part.end, window)
+    if direction is Pass.BACKWARD and _hosts_in_turn(part):
+        actions += _stage(Kind.EXPERT, Pass.BACKWARD, part.layers[-1], window)
+
+    def place(action: Action) -> tuple[int, int]:
+        lag = _LAGS[action.kind, action.direction]
+        return action.micro_batch + lag, lag
+
+    return sorted(actions, key=place) if part.gives else actions
+
+
+def _hosts_in_turn(part: Part) -> bool:
+    """Whether it computes the head of what others attend to, and experts of the last layer."""
+    return part.gives and part.head and not part.attends and not part.ahead and part.hosts[part.layers[-1]]
 
 
 def _layer(part: Part, layer: int, direction: Pass, window: range) -> tuple[Order, Order]:
