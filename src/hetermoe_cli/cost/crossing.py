@@ -27,7 +27,7 @@ class Crossing(NamedTuple):
         shared, before, after = shared_tokens(layout, layer, tokens, micro_batch)
         sent = np.zeros((layout.world_size, len(after)))
         sent[before] = shared * cost.row_bytes
-        pairs = [(s, d) for s, d in zip(before[np.nonzero(shared)[0]], after[np.nonzero(shared)[1]]) if s != d]
+        pairs = [(before[a], after[b]) for a, b in np.argwhere(shared).tolist() if before[a] != after[b]]
         network = cost.network
         ports = {int(port) for s, d in pairs for port in (network.out_port[s, d], network.in_port[s, d])}
         return cls(network.busy(sent, after), tuple(sorted(ports)))

@@ -214,9 +214,9 @@ def _orders_of_stage(
         backward = action.direction is Pass.BACKWARD
         ahead = windows.transfers == "interleaved" or (between and backward)
         due = 1 if ahead else len(waited)
-        stage = "turn" if turns(action) else (action.kind, action.direction, action.layer)
-        if stage != key:
-            key = stage
+        run = "turn" if turns(action) else (action.kind, action.direction, action.layer)
+        if run != key:
+            key = run
             waited, sent = waited + sent, []
             due = 2 if ahead else len(waited)
         late = turns(action) and (action.kind, action.direction) != (Kind.PASS, Pass.FORWARD)

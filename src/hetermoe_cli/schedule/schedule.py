@@ -99,8 +99,8 @@ def inputs(action: Action, layers: int) -> tuple[Action, ...]:
     if kind is Kind.REDUCE:
         return completions(action, layers)[-1:]
     if kind is Kind.HEAD:
-        before = (Action(Kind.COMBINE, _FORWARD, layers - 1, micro_batch), Action(Kind.CROSS, _FORWARD, layers, micro_batch))
-        return (*before, gather_for(action, layers))
+        combined = Action(Kind.COMBINE, _FORWARD, layers - 1, micro_batch)
+        return (combined, Action(Kind.CROSS, _FORWARD, layers, micro_batch), gather_for(action, layers))
     if kind is Kind.CROSS and direction is _BACKWARD and layer == layers:
         return (Action(Kind.HEAD, _BACKWARD, 0, micro_batch),)
     if kind is Kind.COMBINE and direction is _BACKWARD and layer == layers - 1:

@@ -103,7 +103,7 @@ class Layout(ExtendedSpec):
         return self
 
     def _check_head(self) -> None:
-        if not self.allows(self.schedule):
+        if not self.allows_head:
             raise ValueError("head: not with dense_state full or woven passes")
         if len(self.head) != self.world_size:
             raise ValueError(f"head: {len(self.head)} ranks listed, sequences_per_rank has {self.world_size}")
@@ -220,6 +220,16 @@ class Layout(ExtendedSpec):
         """Whether its ranks' shifts and heads, if there are any, go with a schedule of as many micro-batches."""
         plain = not self.shifts and not self.head
         return plain or (schedule.dense_state != "full" and schedule.passes != "woven")
+
+    @property
+    def beyond_bounds(self) -> bool:
+        """Whether no lower bound of the planner covers it."""
+        return bool(self.shifts) or bool(self.head)
+
+    @property
+    def allows_head(self) -> bool:
+        """Whether ranks may have other tokens in the head than they attend to."""
+        return self.schedule.dense_state != "full" and self.schedule.passes != "woven"
 
     @property
     def replicates_in_shifts(self) -> bool:

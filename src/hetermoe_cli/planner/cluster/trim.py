@@ -34,8 +34,7 @@ def trimmed(
 def _kept(layout: Layout, ranks: Sequence[int], devices: Sequence[Device]) -> list[int]:
     """Local ranks that stay."""
     busy = [
-        layout.has_dense(local) or any(p.experts[local] for p in layout.placement)
-        for local in range(layout.world_size)
+        layout.has_dense(local) or any(p.experts[local] for p in layout.placement) for local in range(layout.world_size)
     ]
     on_nic = Counter(device.nic for device in devices)
     sharing = {(device.node, device.type) for device in devices if on_nic[device.nic] > 1}

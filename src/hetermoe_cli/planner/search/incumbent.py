@@ -25,6 +25,7 @@ from hetermoe_cli.planner.orders import other_orders, other_schedules
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.search import heuristic
 from hetermoe_cli.planner.search.candidates import Candidate
+from hetermoe_cli.planner.search.heads import with_heads
 from hetermoe_cli.planner.search.runner_up import RunnerUp
 from hetermoe_cli.planner.search.shake import shaken
 from hetermoe_cli.planner.search.shifts import with_shifts
@@ -90,7 +91,8 @@ class Incumbent:
         for one, replayed in tried:
             self.offered.append(RunnerUp.of(self.cost, one, replayed))
             choice = Choice(one.schedule, tuple(one.sequences_per_rank))
-            if not one.shifts and (choice not in self.placed or replayed < self.placed[choice][0]):
+            plain = not one.shifts and not one.head
+            if plain and (choice not in self.placed or replayed < self.placed[choice][0]):
                 self.placed[choice] = replayed, one
             if replayed < self.seconds:
                 self.best, self.seconds = one, replayed
@@ -166,6 +168,16 @@ class Incumbent:
         bases = [base for _, base in sorted(self.placed.values(), key=lambda pair: pair[0])]
         if seconds > 0:
             for layout in with_shifts(self.cost, bases, self.seconds, seconds, micro_batch_limit):
+                self.offer(layout)
+
+    def lend(self, spent: float) -> None:
+        """Layouts in which other ranks than those that attend compute the head, in as much time as `relieve`."""
+        seconds = min(self.left / RELIEVE, max(LITTLE, AS_LONG * spent))
+        bases = [base for _, base in sorted(self.placed.values(), key=lambda pair: pair[0])]
+        if self.best and self.best.shifts:
+            bases = [self.best, *bases]
+        if seconds > 0:
+            for layout in with_heads(self.cost, bases, self.seconds, seconds):
                 self.offer(layout)
 
     def _fastest(self, choices: Iterable[Choice]) -> list[Choice]:

@@ -54,7 +54,7 @@ class Stage(NamedTuple):
 @dataclass
 class Found:
     """Result of a search; `bound` holds for every layout in the default orders of experts and transfers, without
-    shifts."""
+    shifts and with heads where attention is."""
 
     layout: Layout | None
     seconds: float
@@ -204,8 +204,8 @@ class Search(Incumbent):
             exact, bound = "classes", classes
         else:
             exact, bound = "not solved", devices if scope == "devices" else classes
-        shifts = bool(self.best and self.best.shifts)  # which no bound is of
-        status = "feasible" if shifts or exact == "not solved" else "optimal"
+        unbounded = bool(self.best and self.best.beyond_bounds)
+        status = "feasible" if unbounded or exact == "not solved" else "optimal"
         losers = [r for r in best_of_families(self.offered) if r.layout is not self.best]
         return Found(self.best, self.seconds, bound, exact, status, len(self.open), self.solved, losers)
 
@@ -233,7 +233,9 @@ def search(
     state.reorder(state.open)
     state.shake(time.monotonic() - began)
     state.deadline = end
-    state.relieve(time.monotonic() - began, micro_batch_limit)
+    spent = time.monotonic() - began
+    state.relieve(spent, micro_batch_limit)
+    state.lend(spent)
     progress("proving")
     state.prove()
     state.prove_devices(scope == "devices")

@@ -12,21 +12,19 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from itertools import chain, count, islice, product, takewhile
+from functools import cache, cached_property, partial
+from itertools import chain, islice, product, takewhile
 from math import floor, inf
 from typing import NamedTuple
 
 import numpy as np
 
-from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.allowed import kept_choices
 from hetermoe_cli.planner.arrays import IntArray
-from hetermoe_cli.planner.instance.deal import number, proportional, rotate
+from hetermoe_cli.planner.instance.deal import number, proportional
 from hetermoe_cli.planner.instance.device_rates import ClassRates, device_rates
-from hetermoe_cli.planner.replay import overflow
-from hetermoe_cli.simulator import simulate
+from hetermoe_cli.planner.search.dealt import Climbed, Dealt
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice
 
@@ -39,7 +37,6 @@ CLIMBED = 3
 NEAR = 1.1  # times the best: from further off no climb gets below it
 HELPED = (1.0, 0.5, 0.0)  # of their room, what helpers host at most to begin with
 LEVELS = 30  # bisections
-STRIDES = (1, 2, 4)  # a move goes over every layer, every second, every fourth, and over one
 
 
 @dataclass(frozen=True)
@@ -84,17 +81,17 @@ def with_shifts(
     variants = _variants(cost, bases, micro_batch_limit)
     listed = takewhile(lambda variant: time.monotonic() < began + allowed / 4, variants)
     found = sorted(listed, key=lambda variant: variant.estimate)
-    looked, timed = Counter[ScheduleChoice](), list[tuple[float, int, _Variant, IntArray]]()
-    for place, variant in enumerate(found):
+    looked, timed = Counter[ScheduleChoice](), list[tuple[Climbed, Dealt]]()
+    for variant in found:
         if variant.estimate >= WORTH * seconds or time.monotonic() > began + allowed / 2:
             break
         if looked[variant.roster.schedule] < REPLAYED:
-            took, table = min([(variant.seconds(table), table) for table in variant.starts()], key=lambda one: one[0])
-            looked[variant.roster.schedule] += took < inf
-            timed.append((took, place, variant, table))
-    for took, _, variant, table in sorted(timed, key=lambda one: one[:2])[:CLIMBED]:
-        if took < NEAR * seconds:
-            yield variant.layout(variant.climbed(table, took, began + allowed))
+            start = min([variant.dealt.replayed(table) for table in variant.starts()], key=lambda one: one.seconds)
+            looked[variant.roster.schedule] += start.seconds < inf
+            timed.append((start, variant.dealt))
+    for start, dealt in sorted(timed, key=lambda one: one[0].seconds)[:CLIMBED]:
+        if start.seconds < NEAR * seconds:
+            yield dealt.layout(dealt.climbed(start, began + allowed).table)
 
 
 def _variants(cost: CostModel, bases: Sequence[Layout], micro_batch_limit: int) -> Iterator["_Variant"]:
@@ -160,6 +157,19 @@ class _Variant:
         self._classes = [self._class(ranks) for part in parts for ranks in self._alike(part)]
         self.estimate = max(self._level(), self._chain())
 
+    @cached_property
+    def dealt(self) -> Dealt:
+        """Its placements."""
+        roster, layers = self.roster, self.cost.model.layers
+        world = self.cost.inputs.cluster.world_size
+        base = Layout(
+            schedule=roster.schedule,
+            sequences_per_rank=[roster.sequences * (rank in self._attending) for rank in range(world)],
+            placement=[number([self.cost.model.experts] + [0] * (world - 1), 0)] * layers,
+            shifts=self._shifts,
+        )
+        return Dealt(self.cost, base, [c.ranks for c in self._classes])
+
     def _alike(self, part: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Ranks of each device type."""
         types = {rank: self.cost.devices[rank].type for rank in part}
@@ -224,44 +234,3 @@ class _Variant:
         for helped in HELPED:
             if (done := self._level(helped)) < inf:
                 yield np.array(proportional(totals, self._shares(done, helped)))
-
-    def layout(self, table: IntArray) -> Layout:
-        """The layout of a placement."""
-        counts = np.zeros((len(table), self.cost.inputs.cluster.world_size), dtype=int)
-        for totals, c in zip(table.T, self._classes, strict=True):
-            counts[:, list(c.ranks)] = rotate([int(total) for total in totals], len(c.ranks))
-        sequences = [self.roster.sequences * (rank in self._attending) for rank in range(counts.shape[1])]
-        placement = [number([int(count) for count in layer], 0) for layer in counts]
-        return Layout(
-            schedule=self.roster.schedule, sequences_per_rank=sequences, placement=placement, shifts=self._shifts
-        )
-
-    def seconds(self, table: IntArray) -> float:
-        """Its replay; infinite if it does not fit."""
-        layout = LayoutCost(self.cost, self.layout(table))
-        return inf if overflow(layout) else simulate(layout).seconds
-
-    def climbed(self, table: IntArray, seconds: float, deadline: float) -> IntArray:
-        """The placement after moves of experts from class to class, each of which helps, in random order."""
-        moves, draw, failed = self._moves(len(table)), np.random.default_rng(0), 0
-        for move in chain.from_iterable(draw.permutation(len(moves)) for _ in count()):
-            if failed >= len(moves) or time.monotonic() > deadline:
-                break
-            moved = table + moves[move]
-            took = self.seconds(moved) if (moved >= 0).all() else inf
-            failed += 1
-            if took < seconds:
-                table, seconds, failed = moved, took, 0
-        return table
-
-    def _moves(self, layers: int) -> list[IntArray]:
-        """One expert from a class to another in some layers."""
-        blocks = {tuple(range(first, layers, stride)) for stride in STRIDES for first in range(stride)}
-        blocks |= {(layer,) for layer in range(layers)}
-        classes, moves = range(len(self._classes)), []
-        for block, giver, taker in product(sorted(blocks), classes, classes):
-            if giver != taker and block:
-                move = np.zeros((layers, len(classes)), dtype=int)
-                move[list(block), giver], move[list(block), taker] = -1, 1
-                moves.append(move)
-        return moves

@@ -188,9 +188,7 @@ class Parts(nn.Module):
         return [p for layer in range(len(self.experts)) for p in self.experts_of(layer).hosted.parameters()]
 
 
-def _dense_part(
-    config: ModelConfig, layout: Layout, rank: int, router: Router, document_end: int | None
-) -> DenseModel:
+def _dense_part(config: ModelConfig, layout: Layout, rank: int, router: Router, document_end: int | None) -> DenseModel:
     """What a rank holds of the dense part."""
     attends, last = layout.sequences_per_rank[rank] > 0, layout.layers
     layers = layout.span_of(rank).layers if attends else range(last, last)

@@ -135,8 +135,9 @@ class Trainer:
     def step(self, batches: Batches | None, step: int, record: bool = False) -> StepResult:
         """One iteration: forward, backward, synchronisation, clipping, AdamW. `record` keeps its spans.
 
-        Only ranks that attend or compute the head need `batches`. If loss or gradients are not finite, the weights stay as they are: with
-        loss scaling the step is skipped and the scale halved, without it or at a scale of 1 it is a UserError.
+        Only ranks that attend or compute the head need `batches`. If loss or gradients are not finite, the weights stay
+        as they are: with loss scaling the step is skipped and the scale halved, without it or at a scale of 1 it is a
+        UserError.
         """
         self.gradients.zero()
         start = self.clock.begin_step(step, record)
