@@ -21,6 +21,8 @@ def untimed() -> Iterator[None]:
 
 
 @pytest.fixture
-def without_shifts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What bounds, brute force and MILPs are of: every attending rank attends to all micro-batches."""
+def within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bounds, brute force and MILPs are of: every attending rank attends to all micro-batches, and computes the
+    head of what it attends to."""
     monkeypatch.setattr(incumbent, "with_shifts", lambda *_: iter(()))
+    monkeypatch.setattr(incumbent, "with_heads", lambda *_: iter(()))

@@ -20,7 +20,7 @@ from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
 
-pytestmark = pytest.mark.usefixtures("without_shifts")
+pytestmark = pytest.mark.usefixtures("within_bounds")
 
 GAP = 1e-5
 

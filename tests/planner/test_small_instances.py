@@ -17,7 +17,7 @@ from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.layout import LayerPlacement, Layout
 
-pytestmark = pytest.mark.usefixtures("without_shifts")
+pytestmark = pytest.mark.usefixtures("within_bounds")
 
 TIGHT = PlanOptions(solver=SolverOptions(relative_gap=1e-5), wanted=Wanted(most_groups=1))
 

@@ -105,7 +105,8 @@ def test_attending_ranks_and_hosts_take_part_in_transfers(layout: Layout) -> Non
     for transfer in schedule.transfers:
         first = layout.attending_at(transfer.layer)
         if transfer.kind is Kind.CROSS:
-            second, forwards = on_shift(layout, transfer.layer - 1, transfer.micro_batch), transfer.direction is BACKWARD
+            second = on_shift(layout, transfer.layer - 1, transfer.micro_batch)
+            forwards = transfer.direction is BACKWARD
         else:
             second = first if transfer.is_collective else tuple(layout.hosting(transfer.layer))
             first = first if transfer.is_collective else on_shift(layout, transfer.layer, transfer.micro_batch)

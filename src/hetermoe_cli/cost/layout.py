@@ -97,7 +97,7 @@ class LayoutCost(LayoutMemory):
         if action.kind is Kind.OPTIMIZER:
             return self.cost.optimizer_seconds(self.cost.of(rank), self.parameters(rank))
         head = action.kind is Kind.HEAD
-        sequences = self._head_sequences(rank) if head else self.layout.sequences_per_rank[rank]
+        sequences = self.layout.head_sequences(rank) if head else self.layout.sequences_per_rank[rank]
         span = self._span_of(action)
         place = _place(action), action.layer == span.first  # dense layers; a stage that has none before it
         key = (self.cost.devices[rank].type, sequences, action.kind, action.direction, place, span.schedule.recompute)
@@ -126,10 +126,6 @@ class LayoutCost(LayoutMemory):
         if action.kind is Kind.OPTIMIZER:
             return range(self.layout.world_size)
         return self.layout.head_ranks if action.kind is Kind.HEAD else self._span_of(action).attending
-
-    def _head_sequences(self, rank: int) -> float:
-        """What a rank has of a micro-batch in the head."""
-        return self.layout.head_share(rank) * self.layout.sequences_per_micro_batch
 
     def _expert_seconds_by_rank(self, action: Action) -> Matrix:
         """As `expert_seconds` of every rank: hosted experts have all ranks' rows, copies those of their own rank."""
@@ -177,7 +173,7 @@ class LayoutCost(LayoutMemory):
         if action.kind is Kind.PASS:  # its combine is in the profiled seconds of what follows
             return sent
         if head:
-            cost = self.cost.head_cost(device, self._head_sequences(rank))
+            cost = self.cost.head_cost(device, self.layout.head_sequences(rank))
             return cost.forward + backward * cost.backward + sent
         attention = self.cost.attention_cost(device, sequences, action.layer)
         if not backward:

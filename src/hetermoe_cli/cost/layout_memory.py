@@ -72,7 +72,7 @@ class LayoutMemory:
             windows=layout.windows_in_flight(rank),
             on_shift=layout.on_shift_at_once(rank) / layout.schedule.window,
             span=self._part(span),
-            head=layout.head_share(rank) * layout.sequences_per_micro_batch if layout.head else None,
+            head=layout.head_sequences(rank) if layout.head else None,
         )
 
     def hosted_rows(self, rank: int) -> list[list[float]]:

@@ -18,6 +18,7 @@ from hetermoe_cli.planner.cluster.explained import with_other_orders
 from hetermoe_cli.planner.cluster.groups import may_split
 from hetermoe_cli.planner.cluster.objective import Wanted, economy
 from hetermoe_cli.planner.cluster.plan_groups import bound_of_groups, plan_groups, wants_groups
+from hetermoe_cli.planner.pipelines.bound import pipeline_bound
 from hetermoe_cli.planner.pipelines.layouts import Setups
 from hetermoe_cli.planner.pipelines.plan_pipelines import (
     SHARE,
@@ -35,6 +36,7 @@ from hetermoe_cli.planner.solver import SolverOptions, check_available
 from hetermoe_cli.simulator import simulate
 from hetermoe_cli.spec.explanation import Explanation
 from hetermoe_cli.spec.inputs import Inputs
+from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import Assignment, Bound, Group, OneGroup, Plan, Prediction, SolverReport
 from hetermoe_cli.spec.profile import AttentionPoint
 
@@ -150,7 +152,7 @@ def _plan_one_group(
     rivals = {name: rival(cost, options.max_micro_batches) for name, rival in RIVALS.items()}
     others = [rival.layout for rival in rivals.values()]
     found, load = search(cost.balanced, options.solver, options.max_micro_batches, others, progress), None
-    work = work_bound(cost, options.max_micro_batches)
+    work = _work_bound(cost, found.layout, options.max_micro_batches)
     if inputs.expert_load:
         progress("placing experts by name")
         found, load = under_load(cost, found, others, options.solver, work)
@@ -176,7 +178,7 @@ def _plan_one_group(
         gap=max(0.0, 1 - found.bound / seconds),
         memory=[layout_cost.memory(rank) for rank in range(world)],
         baselines=baselines,
-        economy=economy(cost, range(world), seconds, options.max_micro_batches),
+        economy=economy(cost, range(world), seconds, options.max_micro_batches, stages=bool(layout.head)),
         solver=SolverReport(
             name=options.solver.name,
             status=found.status,
@@ -191,6 +193,11 @@ def _plan_one_group(
         inputs_sha256=embedded.hashes(),
     )
     return plan, rivals
+
+
+def _work_bound(cost: CostModel, layout: Layout | None, limit: int) -> float:
+    """Of perfectly divisible work, of which a layout with the head apart may do every kind on any device."""
+    return pipeline_bound(cost, limit) if layout and layout.head else work_bound(cost, limit)
 
 
 def _explanation(

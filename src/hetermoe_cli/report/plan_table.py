@@ -169,7 +169,9 @@ def bounds_lines(plan: Plan) -> Iterator[str]:
     seconds, bound, solver = plan.predicted.iteration_seconds, plan.bound, plan.solver
     scope = {"devices": "exact over device-level placements", "classes": "over placements alike within a device class"}
     if not any(group.pipeline for group in plan.groups):
-        shifts = ", without shifts," if any(group.shifts for group in plan.groups) else ""
+        without = {"shifts": any(group.shifts for group in plan.groups), "heads apart": bool(plan.groups[0].head)}
+        left_out = " or ".join([name for name, found in without.items() if found])
+        shifts = f", without {left_out}," if left_out else ""
         proven = scope.get(bound.exact_over, "search not finished")
         yield (
             f"lower bound in the default order of experts and transfers{shifts} "

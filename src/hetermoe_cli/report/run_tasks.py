@@ -168,7 +168,7 @@ def _parts(action: Action, span: Span) -> list[Action]:
     again = {Kind.ATTENTION: schedule.recompute_attention, Kind.EXPERT: schedule.recompute_experts}
     if action.direction is Pass.FORWARD:
         return [action]
-    if schedule.sends_again and action.kind in (Kind.HEAD, Kind.ATTENTION):
+    if schedule.sends_again and (action.kind is Kind.ATTENTION or (action.kind is Kind.HEAD and span.has_head)):
         before = action.layer - 1 if action.kind is Kind.ATTENTION else span.end - 1
         held = before in span.layers
         return [action, Action(Kind.ATTENTION, Pass.FORWARD, before, action.micro_batch)] if held else [action]
@@ -188,7 +188,7 @@ def _size(cost: LayoutCost, rank: int, action: Action) -> float:
             total = sum(rows)
             return sum(count * count for count in rows) / total if total else 0.0
         case Kind.HEAD:
-            return sequences * cost.cost.train.sequence_length
+            return cost.layout.head_sequences(rank) * cost.cost.train.sequence_length
         case Kind.OPTIMIZER:
             return cost.parameters(rank)
     return sequences * cost.cost.documents_per_sequence

@@ -55,10 +55,12 @@ def category(name: str) -> str:
 
 
 def role(layout: Layout, rank: int) -> str:
-    """What a rank does: "attention", "experts", "attention + experts" or "unused"."""
+    """What a rank does: "attention", "experts", "attention + experts", "experts + 12 % of the head" or "unused"."""
     attends = layout.sequences_per_rank[rank] > 0
     hosts = any(layout.local_experts(layer, rank) for layer in range(layout.layers))
-    return " + ".join(["attention"] * attends + ["experts"] * hosts) or "unused"
+    apart = layout.head and layout.head[rank]
+    head = [f"{100 * layout.head_share(rank):.0f} % of the head"] if apart else []
+    return " + ".join(["attention"] * attends + ["experts"] * hosts + head) or "unused"
 
 
 def shift_of(layout: Layout, rank: int) -> str:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from pydantic import ConfigDict, Field, model_validator
 
 from hetermoe_cli.spec.base import ExtendedSpec, NonNegativeInt, PositiveInt, Spec
+from hetermoe_cli.spec.layout_checks import check
 from hetermoe_cli.spec.schedule_choice import ScheduleChoice, windows_alive
 from hetermoe_cli.spec.train import Recompute
 
@@ -82,73 +83,8 @@ class Layout(ExtendedSpec):
 
     @model_validator(mode="after")
     def _check(self) -> "Layout":
-        if not any(self.sequences_per_rank):
-            raise ValueError("sequences_per_rank: at least one rank must attend to a sequence")
-        counts = {len(p.replicated) + sum(map(len, p.experts)) for p in self.placement}
-        for layer, placement in enumerate(self.placement):
-            if len(placement.experts) != self.world_size:
-                raise ValueError(
-                    f"placement.{layer}.experts: {len(placement.experts)} ranks listed, "
-                    f"sequences_per_rank has {self.world_size}"
-                )
-            everyone = sorted([e for host in placement.experts for e in host] + placement.replicated)
-            if everyone != list(range(len(everyone))) or len(counts) != 1:
-                raise ValueError(f"placement.{layer}: every expert must be placed exactly once")
-        if self.pipeline:
-            self._check_pipeline()
-        if self.shifts:
-            self._check_shifts()
-        if self.head:
-            self._check_head()
+        check(self)
         return self
-
-    def _check_head(self) -> None:
-        if not self.allows_head:
-            raise ValueError("head: not with dense_state full or woven passes")
-        if len(self.head) != self.world_size:
-            raise ValueError(f"head: {len(self.head)} ranks listed, sequences_per_rank has {self.world_size}")
-        if not any(self.head):
-            raise ValueError("head: at least one rank must compute it")
-        if not {*self.head_ranks} <= {*self.spans[-1].ranks}:
-            raise ValueError("head: only ranks of the last pipeline stage can compute it")
-
-    def _check_shifts(self) -> None:
-        if self.pipeline or not self.allows(self.schedule):
-            raise ValueError("shifts: not with pipeline stages, dense_state full or woven passes")
-        if self.replicates_in_shifts:
-            raise ValueError("shifts: not with replicated experts")
-        if len(self.shifts) != self.world_size:
-            raise ValueError(f"shifts: {len(self.shifts)} ranks listed, sequences_per_rank has {self.world_size}")
-        for rank, (shift, sequences) in enumerate(zip(self.shifts, self.sequences_per_rank, strict=True)):
-            if sorted({*shift}) != shift or shift[-1:] >= [self.micro_batches]:
-                raise ValueError(
-                    f"shifts.{rank}: must be numbers of micro-batches, below {self.micro_batches}, ascending"
-                )
-            if bool(shift) != bool(sequences):
-                raise ValueError(f"shifts.{rank}: must name micro-batches where, and only where, the rank attends")
-        sizes = [sum(self.sequences_per_rank[rank] for rank in crew) for crew in self._crews]
-        if len({*sizes}) > 1:
-            raise ValueError(f"shifts: micro-batches have from {min(sizes)} to {max(sizes)} sequences, must be equal")
-
-    def _check_pipeline(self) -> None:
-        if sorted(rank for stage in self.pipeline for rank in stage.ranks) != list(range(self.world_size)):
-            raise ValueError("pipeline: every rank must be in one stage")
-        if sum(stage.layers for stage in self.pipeline) != self.layers:
-            raise ValueError(f"pipeline: its stages must have {self.layers} layers together")
-        if self.schedule.dense_state == "full":
-            raise ValueError("pipeline: not with dense_state full: stages share out optimizer states only")
-        for span in self.spans:
-            found = sum(self.sequences_per_rank[rank] for rank in span.ranks)
-            if not found:
-                raise ValueError(f"pipeline.{span.number}: none of its ranks attends to a sequence")
-            if found != self.sequences_per_micro_batch:
-                raise ValueError(
-                    f"pipeline.{span.number}: {found} sequences a micro-batch, the first stage has "
-                    f"{self.sequences_per_micro_batch}"
-                )
-            for layer in span.layers:
-                if not {*self.hosting(layer)} <= {*span.ranks}:
-                    raise ValueError(f"placement.{layer}: experts on a rank outside pipeline stage {span.number}")
 
     @property
     def world_size(self) -> int:
@@ -274,12 +210,15 @@ class Layout(ExtendedSpec):
         """Whether a rank holds some of the dense part: it attends or computes the head."""
         return self.sequences_per_rank[rank] > 0 or (bool(self.head) and self.head[rank] > 0)
 
-    def head_share(self, rank: int) -> float:
-        """Of every micro-batch's tokens, those whose head `rank` computes."""
+    def head_sequences(self, rank: int) -> float:
+        """Of how many of a micro-batch's sequences `rank` computes the head, perhaps of parts of some."""
         if self.head:
-            return self.head[rank] / sum(self.head)
-        own = self.sequences_per_rank[rank] if rank in self.spans[-1].attending else 0
-        return own / self.sequences_per_micro_batch
+            return self.head[rank] * self.sequences_per_micro_batch / sum(self.head)
+        return self.sequences_per_rank[rank] if rank in self.spans[-1].attending else 0
+
+    def head_share(self, rank: int) -> float:
+        """The same as a share of the micro-batch."""
+        return self.head_sequences(rank) / self.sequences_per_micro_batch
 
     def attends(self, rank: int, layer: int) -> bool:
         """Whether `rank` attends in a layer."""

@@ -137,7 +137,7 @@ def test_every_micro_batch_has_as_many_sequences(
 def test_estimates_are_below_replays(older: float) -> None:
     layout = base([2, 2, 0, 0, 0, 0], [0, 0, 2, 2, 2, 2])
     variants = list(module._variants(CostModel(inputs(older)), [layout], 16))[:: 1 if older == 4.0 else 4]
-    replays = [(v.estimate, v.seconds(table)) for v in variants for table in v.starts()]
+    replays = [(v.estimate, v.dealt.replayed(table).seconds) for v in variants for table in v.starts()]
     assert len(replays) > 20
     assert all(estimate <= seconds * (1 + 1e-9) for estimate, seconds in replays)
 
@@ -151,7 +151,7 @@ def test_hosts_of_each_type_get_what_they_can_compute() -> None:
     cost = CostModel(given.model_copy(update={"profiles": {**given.profiles, "older": older}}))
     layout = base([2, 2, 0, 0, 0, 0], [0, 0, 2, 2, 2, 2])
     variant = next(v for v in module._variants(cost, [layout], 16) if v.roster.helpers == (2,))
-    placement = variant.layout(next(variant.starts())).placement
+    placement = variant.dealt.layout(next(variant.starts())).placement
     hosted = [sum(len(layer.experts[rank]) for layer in placement) for rank in range(6)]
     assert hosted[3] > max(hosted[4:]) > 0
 

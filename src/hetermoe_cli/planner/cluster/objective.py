@@ -77,7 +77,7 @@ def economy(
     cost: CostModel, ranks: Sequence[int], seconds: float, limit: int, *, stages: bool = False
 ) -> Economy | None:
     """What the devices at `ranks` cost in iterations of `seconds`; None where a price is missing. `stages`: whether the
-    plan has pipeline stages."""
+    plan has pipeline stages, or the head apart."""
     if known_prices(cost.inputs.cluster) is None:
         return None
     hourly = dollars_per_hour(cost.inputs.cluster, ranks)

@@ -49,7 +49,7 @@ def _better(g: ReplayedGroup, solver: SolverOptions, limit: int) -> Layout:
     left = solver.time_limit - (time.monotonic() - began)
     if not _small(g) or left < LEAST_SECONDS:
         return best
-    return search(g.cost, replace(solver, time_limit=left), limit, [best]).layout or best
+    return search(g.cost, replace(solver, time_limit=left), limit, [best], heads=False).layout or best
 
 
 def _small(g: ReplayedGroup) -> bool:

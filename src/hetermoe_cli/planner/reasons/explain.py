@@ -17,11 +17,16 @@ def notes(cost: CostModel, layout: Layout, rivals: dict[str, Rival], found: Foun
     `layout` is what was `found`, or a rival's: what the search says then is not said of it.
     """
     result = [*sources(cost), *_extended(cost, layout), *_left_out(cost, layout), *_no_gain(cost, rivals, found)]
-    if layout.shifts:
-        result.append("no bound covers layouts in which ranks attend in shifts")
+    if layout.beyond_bounds:
+        result.append(f"no bound covers layouts with {beyond(layout)}")
     if found.exact_over == "not solved" and layout == found.layout:
         result.append("the search did not close the gap: a longer --time-limit may find a better plan")
     return result
+
+
+def beyond(layout: Layout) -> str:
+    """What of a layout no bound covers."""
+    return " and ".join(["shifts"] * bool(layout.shifts) + ["the head apart"] * bool(layout.head))
 
 
 def sources(cost: CostModel) -> Iterator[str]:

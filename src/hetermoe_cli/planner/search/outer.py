@@ -216,8 +216,11 @@ def search(
     micro_batch_limit: int,
     incumbents: Sequence[Layout | None],
     progress: Callable[[str], None] = lambda text: None,
+    *,
+    heads: bool = True,
 ) -> Found:
-    """The fastest layout; never slower than any incumbent that fits."""
+    """The fastest layout; never slower than any incumbent that fits. `heads`: some may have the head apart, which
+    bounds on several groups do not cover."""
     began = time.monotonic()
     end = began + options.time_limit
     state = Search(cost, options, end)
@@ -235,7 +238,8 @@ def search(
     state.deadline = end
     spent = time.monotonic() - began
     state.relieve(spent, micro_batch_limit)
-    state.lend(spent)
+    if heads:
+        state.lend(spent)
     progress("proving")
     state.prove()
     state.prove_devices(scope == "devices")

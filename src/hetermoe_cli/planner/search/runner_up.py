@@ -28,8 +28,8 @@ def family(cost: CostModel, layout: Layout) -> str:
     """
     order = layout.schedule.model_copy(update={"micro_batches": 1, "window": 1, "experts": "after"})
     recomputation = str(order).partition("R = 1")[2]
-    shifts = ", some in shifts" if layout.shifts else ""
-    return f"{layout.schedule.name}{recomputation}, {_attending(cost, layout)} attend{shifts}"
+    shifts, head = ", some in shifts" if layout.shifts else "", ", head apart" if layout.head else ""
+    return f"{layout.schedule.name}{recomputation}, {_attending(cost, layout)} attend{shifts}{head}"
 
 
 def _attending(cost: CostModel, layout: Layout) -> str:
