@@ -52,6 +52,7 @@ class Shape:
     schedule: dict[str, Any] = field(default_factory=dict)
     precision: Precision = "fp32"
     micro_batches: int = 2
+    head: list[int] = field(default_factory=list)
 
     @property
     def config(self) -> ModelConfig:
@@ -74,6 +75,7 @@ class Shape:
             ),
             sequences_per_rank=self.sequences,
             placement=[placement] * self.config.layers,
+            head=self.head,
         )
 
     @property
@@ -164,6 +166,15 @@ SHAPES = [
         sequences=[1, 1],
         hosted=[1, 1],
         schedule={"dense_state": "full"},
+    ),
+    Shape(
+        "head-apart",
+        {"layers": 4, "hidden_size": 512, "ffn_size": 768, "vocab_size": 16384},
+        length=512,
+        sequences=[2, 0],
+        hosted=[0, 8],
+        head=[1, 3],
+        micro_batches=4,
     ),
     Shape(
         "copies",

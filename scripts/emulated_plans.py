@@ -2,7 +2,7 @@
 
 2 A40 + 2 V100 and Mixtral-D1's widths (plans/*/demo.yaml). Drawn: sequence length, R, window, recomputation, order of
 experts, who attends to how many sequences, and who hosts which number of experts in every layer. In every fifth plan a
-V100 takes over a micro-batch from an A40.
+V100 takes over a micro-batch from an A40, and in every fifth all devices have shares of the head.
 """
 
 import datetime
@@ -57,8 +57,10 @@ def held_out(folder: Path, count: int, seed: int) -> list[Path]:
             return files
         kind = list(WINDOWS)[len(files) % len(WINDOWS)]
         inputs = inputs_for(16384 if len(files) % 2 else int(random.choice(LENGTHS)))
-        drawn = _draw(inputs, kind, random)
-        cost = LayoutCost(CostModel(inputs), _in_shifts(drawn, random) if len(files) % 5 == 4 else drawn)
+        drawn, turn = _draw(inputs, kind, random), len(files) % 5
+        if turn > 2:
+            drawn = (_in_shifts if turn == 4 else _with_head)(drawn, random)
+        cost = LayoutCost(CostModel(inputs), drawn)
         if overflow(cost):
             continue
         plan = manual_plan(inputs, cost)
@@ -99,6 +101,12 @@ def _in_shifts(layout: Layout, random: np.random.Generator) -> Layout:
         placement=layout.placement,
         shifts=[shifts.get(rank, []) for rank in range(4)],
     )
+
+
+def _with_head(layout: Layout, random: np.random.Generator) -> Layout:
+    """The same work, but for norm, head and loss, of which every device has a share of its own."""
+    shares: list[int] = (1 + random.multinomial(60, [0.25] * 4)).tolist()
+    return Layout(**dict(layout) | {"head": shares})
 
 
 def _hosting(inputs: Inputs, random: np.random.Generator) -> list[int]:

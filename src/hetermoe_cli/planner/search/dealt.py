@@ -65,7 +65,7 @@ class Dealt:
     def climbed(self, start: Climbed, deadline: float) -> Climbed:
         """After moves of experts from class to class, each of which helps, in random order."""
         best, moves, draw, failed = start, self._moves, np.random.default_rng(0), 0
-        for move in chain.from_iterable(draw.permutation(len(moves)) for _ in count()):
+        for move in chain.from_iterable(draw.permutation(len(moves)) for _ in (count() if moves else ())):
             if failed >= len(moves) or time.monotonic() > deadline:
                 break
             moved = best.table + moves[move]
