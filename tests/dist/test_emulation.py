@@ -130,6 +130,12 @@ def test_emulated_shifts_take_the_cost_of_their_rows(tmp_path: Path) -> None:
     check(make_run(tmp_path, (1, 1, 0), (0, 1, 3), layout=layout))
 
 
+def test_emulated_heads_apart_take_the_cost_of_their_tokens(tmp_path: Path) -> None:
+    plain = make_layout((1, 1, 0), (0, 1, 3), micro_batches=4, schedule="windowed", dense_state="optimizer")
+    layout = Layout.model_validate(plain.model_dump() | {"head": [1, 0, 2]})
+    check(make_run(tmp_path, (1, 1, 0), (0, 1, 3), layout=layout))
+
+
 def check(run: RunSpec) -> None:
     ranks = run_workers(run.plan.layout.world_size, work, run)
     emulated = Trace("emulated", [span for spans, *_ in ranks for span in spans])

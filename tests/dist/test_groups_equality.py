@@ -113,6 +113,13 @@ CASES = {
         ],
         features=LOSSES,
     ),
+    "the head apart, and one alone": Groups(
+        copies=[
+            (Case([2, 1, 0], hosts([], [1, 0], [2, 3, 4, 5]), 2, head=[1, 0, 2]), [0, 2, 3]),
+            (Case([2], hosts(ALL), 1), [1]),
+        ],
+        features=BIAS | DENSE,
+    ),
     "in shifts, and one alone": Groups(
         copies=[
             (Case([2, 2, 0], hosts([], [1, 0], [2, 3, 4, 5]), 3, shifts=[[0, 2], [1], []]), [0, 2, 3]),

@@ -38,6 +38,10 @@ CASES = {
         Case([1, 1, 0, 0], hosts([], [], [4, 1, 2], [3, 0, 5]), 4, schedule="windowed"),
         [*hosts([], [], [4, 1, 2], [3, 0, 5])[:2], LayerPlacement(experts=[[], [], [0, 4, 1, 5], [3, 2]])],
     ),
+    "beside a head apart": (
+        Case([1, 1, 0, 0], hosts([], [], [4, 1, 2], [3, 0, 5]), 4, schedule="windowed", head=[1, 0, 2, 0]),
+        [*hosts([], [], [4, 1, 2], [3, 0, 5])[:2], LayerPlacement(experts=[[], [2], [0, 4, 1, 5], [3]])],
+    ),
     "in pipeline stages, copies come and go": (
         EQUAL["pipeline, EP and zebra, uneven, windows"],
         [

@@ -98,6 +98,9 @@ SHARES = {  # not with a fully sharded dense part
     for name in (
         "pipeline of 3 stages, one window, bias, dense layers",
         "pipeline, EP and zebra, uneven, windows",
+        "head in parts of sequences, windows, between, recompute",
+        "pipeline, head on the last stage's host",
+        "shifts, and the head on a host and one that attends",
         "shifts, one helps once",
         "shifts, alone with all experts, windows of one, recompute",
     )
@@ -197,7 +200,8 @@ def test_equals_single_device_reference(name: str, state: str) -> None:
     groups, dense = len(World.of(case.layout).replicas), case.model.dense_parameters
     everything = case.model.parameters + (dense * (groups - 1) if state == "full" else 0)
     assert sum(held for _, held, _, _ in ranks) == everything  # each element once, or once a group
-    if groups == 1 and not case.pipeline and sum(map(bool, case.sequences)) > 1:
+    alike = groups == 1 and not case.pipeline and not World.of(case.layout).replicas[0].layout.head
+    if alike and sum(map(bool, case.sequences)) > 1:
         for attends, (*_, held, shared) in zip(case.sequences, ranks, strict=True):
             assert held <= shared / sum(map(bool, case.sequences)) + PADDING
             assert bool(shared) == bool(attends)
@@ -316,6 +320,10 @@ PLANS = {  # of four ranks
     "groups": (replace(MIXED_GROUPS["replicated in one group"], features={}), "optimizer"),
     "mixed groups": (MIXED_GROUPS["replicated in both groups"], "optimizer"),
     "full": (Case([1, 1, 0, 0], MIXED, 4, schedule="windowed"), "full"),
+    "head apart": (
+        Case([2, 1, 1, 0], hosts([1], [], [0], [3], replicated=(5, 2, 4)), 2, head=[0, 1, 0, 2]),
+        "optimizer",
+    ),
     "pipeline": (replace(CASES["pipeline, EP and zebra, uneven, windows"], features={}), "optimizer"),
     "plain": (Case([1, 1, 1, 1], hosts([0, 5], [1, 2], [3], [4]), 2), "replicated"),
 }
