@@ -191,7 +191,7 @@ CASES = {
         [1, 1, 1, 0], APART, 4, schedule="windowed", expert_order="between", recompute="full",
         shifts=[[0, 1, 2, 3], [0, 3], [1, 2], []], features=CAPACITY | BIAS,
     ),
-    "shifts, and the head on a host and one that attends": Case(
+    "head on a host and one that attends, in shifts": Case(
         [2, 2, 0], hosts([], [], list(range(6))), 4, shifts=[[0, 2, 3], [1], []], head=[0, 2, 3], recompute="full"
     ),
     "shifts, one as much as two, interleaved, once per device": Case(

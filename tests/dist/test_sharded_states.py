@@ -100,7 +100,7 @@ SHARES = {  # not with a fully sharded dense part
         "pipeline, EP and zebra, uneven, windows",
         "head in parts of sequences, windows, between, recompute",
         "pipeline, head on the last stage's host",
-        "shifts, and the head on a host and one that attends",
+        "head on a host and one that attends, in shifts",
         "shifts, one helps once",
         "shifts, alone with all experts, windows of one, recompute",
     )

@@ -1,4 +1,4 @@
-"""Ranks that attend to some micro-batches only: what test_engine_equality does not look at."""
+"""Ranks that attend to some micro-batches only, heads apart: what test_engine_equality does not look at."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +11,10 @@ from workers import run_workers
 from hetermoe_cli.model.weights.training_state import training_tensors
 
 HELPS, AT_TIMES, AS_TWO, ALONE = (name for name in CASES if name.startswith("shifts"))
+HEAD, HEAD_IN_SHIFTS = (
+    "head in parts of sequences, windows, between, recompute",
+    "head on a host and one that attends, in shifts",
+)
 
 
 def build(rank: int, case: Case, precision: str, precisions: Sequence[str] = ()) -> Any:
@@ -30,7 +34,7 @@ def validated(rank: int, case: Case) -> float:
     return loss
 
 
-@pytest.mark.parametrize("name", [HELPS, AS_TWO])
+@pytest.mark.parametrize("name", [HELPS, AS_TWO, HEAD, HEAD_IN_SHIFTS])
 def test_validation_equals_the_reference(name: str) -> None:
     case = CASES[name]
     wanted = reference(case)[0].figures[0]

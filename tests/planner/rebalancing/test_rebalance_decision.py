@@ -13,7 +13,7 @@ from hetermoe_cli.cost.measured import MeasuredCost, MeasuredState
 from hetermoe_cli.cost.moving import holders, moves, moving_seconds, state_bytes
 from hetermoe_cli.planner.cluster.replayed import replay_measured
 from hetermoe_cli.planner.rebalancing import rebalance
-from hetermoe_cli.planner.rebalancing.group_moves import Search, renumbered, search
+from hetermoe_cli.planner.rebalancing.group_moves import Search, kinds_of, renumbered, search
 from hetermoe_cli.planner.rebalancing.rebalance import NOT_FASTER, UNSTEADY
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.simulator import simulate
@@ -309,6 +309,15 @@ def test_equal_ranks_keep_the_bundles_that_they_have() -> None:
     layout = LAYOUT.model_copy(update={"placement": [swapped] * LAYERS})
     assert renumbered(layout, LAYOUT, [[0, 1], [2, 3]]) == LAYOUT
     assert renumbered(layout, LAYOUT, [[0, 1], [2], [3]]) == layout
+
+
+def test_ranks_on_more_shifts_or_with_more_of_the_head_have_less_time_for_experts() -> None:
+    layout = make_layout((1, 1, 1, 0), (0, 0, 4, 4), layers=LAYERS, micro_batches=4)
+    found = cost(None)
+    assert kinds_of(found, layout) == [[0, 1, 2], [3]]
+    shifts = [[0, 1, 2, 3], [0, 1, 3], [2], []]
+    assert kinds_of(found, Layout.model_validate(layout.model_dump() | {"shifts": shifts})) == [[0], [1], [2], [3]]
+    assert kinds_of(found, layout.model_copy(update={"head": [1, 2, 1, 4]})) == [[0, 2], [1], [3]]
 
 
 def test_renumbering_only_exchanges_bundles() -> None:

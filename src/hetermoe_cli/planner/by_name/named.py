@@ -63,8 +63,10 @@ class Named:
             span.number: cost.state_share(layout.schedule, len(span.attending)) for span in layout.spans
         }
         self._kinds = [
-            (device.type, span.number, own)
-            for device, span, own in zip(cost.devices, self._spans, layout.sequences_per_rank, strict=True)
+            (device.type, span.number, own, layout.on_shift(rank), layout.head_sequences(rank))
+            for rank, (device, span, own) in enumerate(
+                zip(cost.devices, self._spans, layout.sequences_per_rank, strict=True)
+            )
         ]
         kinds, total = {kind: self._kinds.index(kind) for kind in self._kinds}, layout.sequences_per_micro_batch
         hosted = cost.state_share(layout.schedule, 1)
@@ -109,7 +111,7 @@ class Named:
         hosted_share = self.cost.state_share(self.layout.schedule, 1)
 
         @cache
-        def mean(kind: tuple[str, int, int]) -> tuple[float, float]:
+        def mean(kind: tuple[str, int, int, int, float]) -> tuple[float, float]:
             rank, rows = self._kinds.index(kind), self.cost.rows_per_expert
             return of_rows(rank, rows(total), hosted_share), of_rows(rank, rows(kind[2]), self._shares[kind[1]])
 

@@ -69,7 +69,7 @@ def search(found: Search, planned: Layout) -> None:
     """Offer `found` candidates until its time is up; `planned`: the plan's layout, whose counts say what ranks have
     time for."""
     aimed = [_named(found.cost, layout) for layout in _different(planned, found.current)]
-    for layout in _placed(aimed, found.current, _kinds(found.cost, found.current)):
+    for layout in _placed(aimed, found.current, kinds_of(found.cost, found.current)):
         found.offer(layout)
         if found.over:
             return
@@ -96,13 +96,13 @@ def _different(first: Layout, second: Layout) -> list[Layout]:
     return [first] if first.placement == second.placement else [first, second]
 
 
-def _kinds(cost: CostModel, layout: Layout) -> list[list[int]]:
+def kinds_of(cost: CostModel, layout: Layout) -> list[list[int]]:
     """Ranks that can take each other's experts at equal compute: of one device type and pipeline stage, with as many
-    sequences."""
+    sequences of as many micro-batches, and as much of the head."""
     found: dict[object, list[int]] = {}
     for rank, device in enumerate(cost.devices):
-        kind = device.type, layout.span_of(rank).number, layout.sequences_per_rank[rank]
-        found.setdefault(kind, []).append(rank)
+        own = layout.sequences_per_rank[rank], layout.on_shift(rank), layout.head_sequences(rank)
+        found.setdefault((device.type, layout.span_of(rank).number, *own), []).append(rank)
     return list(found.values())
 
 

@@ -26,7 +26,7 @@ MOST_DEVICES = 16  # beyond that replays are too slow to climb by
 BASES = 6
 CLIMBED = 3
 WORTH = 0.99  # times the best: what perfectly divisible work must be below, as replays are above it
-NEAR = 1.05  # times the best: from further off no climb gets below it
+NEAR = 1.01  # times the best: from further off a climb seldom gets below it
 PARTS = 1 << 12  # that a micro-batch's tokens are cut into
 STEPS = (0.1, 0.05, 0.02)  # of all tokens, that a climb moves to another class
 
