@@ -40,6 +40,9 @@ def test_roles() -> None:
     layout = make_layout((1, 1, 0, 0), (0, 2, 2, 0))
     assert [role(layout, rank) for rank in range(4)] == ["attention", "attention + experts", "experts", "unused"]
     assert role(make_layout((1, 0), (0, 2), replicated=2), 0) == "attention + experts"
+    apart = layout.model_copy(update={"head": [1, 0, 2, 5]})
+    wanted = ["attention + 12 % of the head", "attention + experts", "experts + 25 % of the head", "62 % of the head"]
+    assert [role(apart, rank) for rank in range(4)] == wanted
 
 
 @pytest.mark.parametrize(

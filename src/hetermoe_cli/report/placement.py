@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetermoe_cli.report.drawing import encoded, new_figure
-from hetermoe_cli.report.tasks import ranges, shift_of
+from hetermoe_cli.report.tasks import head_of, ranges, shift_of
 from hetermoe_cli.spec.layout import Layout
 from hetermoe_cli.spec.plan import Plan
 
@@ -72,11 +72,12 @@ def _columns(plan: Plan) -> _Columns:
 
 
 def _attention(layout: Layout) -> list[str]:
-    """By rank: `2 sequences`, or `1 sequence in 2 of 8 micro-batches`."""
-    return [
-        f"{count} sequence{'s' * (count != 1)}{shift_of(layout, rank)}" if count else _NONE
-        for rank, count in enumerate(layout.sequences_per_rank)
-    ]
+    """By rank: `2 sequences`, or `1 sequence in 2 of 8 micro-batches`; of a head that is apart its share."""
+    found = []
+    for rank, count in enumerate(layout.sequences_per_rank):
+        own = [f"{count} sequence{'s' * (count != 1)}{shift_of(layout, rank)}"] if count else []
+        found.append(", ".join([*own, *head_of(layout, rank)]) or _NONE)
+    return found
 
 
 def _counts(plan: Plan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -58,9 +58,12 @@ def role(layout: Layout, rank: int) -> str:
     """What a rank does: "attention", "experts", "attention + experts", "experts + 12 % of the head" or "unused"."""
     attends = layout.sequences_per_rank[rank] > 0
     hosts = any(layout.local_experts(layer, rank) for layer in range(layout.layers))
-    apart = layout.head and layout.head[rank]
-    head = [f"{100 * layout.head_share(rank):.0f} % of the head"] if apart else []
-    return " + ".join(["attention"] * attends + ["experts"] * hosts + head) or "unused"
+    return " + ".join(["attention"] * attends + ["experts"] * hosts + head_of(layout, rank)) or "unused"
+
+
+def head_of(layout: Layout, rank: int) -> list[str]:
+    """`12 % of the head`, of a rank that has a share of one that is apart."""
+    return [f"{100 * layout.head_share(rank):.0f} % of the head"] if layout.head and layout.head[rank] else []
 
 
 def shift_of(layout: Layout, rank: int) -> str:

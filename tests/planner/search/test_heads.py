@@ -13,6 +13,7 @@ from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
 from hetermoe_cli.planner.pipelines.bound import pipeline_bound
 from hetermoe_cli.planner.plan import PlanOptions, make_plan
+from hetermoe_cli.planner.reasons.explain import _left_out
 from hetermoe_cli.planner.replay import overflow
 from hetermoe_cli.planner.search import heads, incumbent, outer
 from hetermoe_cli.planner.search.dealt import Dealt
@@ -71,6 +72,14 @@ def test_a_plan_with_the_head_apart_says_so_and_is_above_its_bound() -> None:
     assert plan.bound.work_iteration_seconds == pytest.approx(pipeline_bound(CostModel(inputs()), 4))
     assert plan.bound.work_iteration_seconds <= plan.predicted.iteration_seconds
     assert any("the head apart" in note for note in plan.notes)
+
+
+def test_a_device_that_only_computes_heads_is_not_left_out() -> None:
+    layout = make_layout((1, 1, 0, 0), (0, 0, 4, 0), layers=2, micro_batches=4)
+    cost = CostModel(inputs())
+    left_out = list(_left_out(cost, layout))
+    assert left_out == ["left out on purpose, they would slow the others down: ranks 3 (old)"]
+    assert not list(_left_out(cost, layout.model_copy(update={"head": [1, 1, 0, 2]})))
 
 
 @pytest.mark.parametrize(

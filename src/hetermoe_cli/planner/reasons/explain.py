@@ -59,8 +59,9 @@ def _extended(cost: CostModel, layout: Layout) -> Iterator[str]:
         for sequences in sorted({layout.sequences_per_rank[rank] for rank in ranks} - {0}):
             if not device.attention.covers(sequences):
                 yield f"profile {name}: attention at {sequences} sequences lies outside the profiled sizes: extended"
-            if not device.head.covers(sequences * cost.train.sequence_length):
-                yield f"profile {name}: head at {sequences} sequences lies outside the profiled sizes: extended"
+        for headed in sorted({layout.head_sequences(rank) for rank in ranks} - {0}):
+            if not device.head.covers(headed * cost.train.sequence_length):
+                yield f"profile {name}: head at {headed:.3g} sequences lies outside the profiled sizes: extended"
         rows = {count for rank in ranks for layer in layout_cost.hosted_rows(rank) for count in layer if count > 0}
         if outside := sorted(count for count in rows if not device.expert.covers(count)):
             sizes = " to ".join(dict.fromkeys(f"{count:.0f}" for count in (outside[0], outside[-1])))
@@ -71,8 +72,7 @@ def _left_out(cost: CostModel, layout: Layout) -> Iterator[str]:
     idle = [
         rank
         for rank in range(layout.world_size)
-        if not any(layout.local_experts(layer, rank) for layer in range(layout.layers))
-        and not layout.sequences_per_rank[rank]
+        if not any(layout.local_experts(layer, rank) for layer in range(layout.layers)) and not layout.has_dense(rank)
     ]
     if idle:
         names = ", ".join(f"{rank} ({cost.devices[rank].type})" for rank in idle)
