@@ -1,6 +1,6 @@
 """Heads apart: norm, head and loss on devices that have time for them, old ones too.
 
-A head is one large matrix product, at which old devices are nearly as good as at experts, but it belongs to ranks that
+A head is one large matrix product, at which old devices are as good as at experts, but it belongs to ranks that
 attend. At long sequences, or with a large vocabulary, these are busy all the time while hosts wait. Here every
 micro-batch's tokens are shared out for the head: over all devices as fast as they compute it, over hosts alone, and
 half way to either; the best share that fits is then moved from class to class in small steps, and experts are with it.
