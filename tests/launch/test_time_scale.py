@@ -5,7 +5,7 @@ import pytest
 from builders import make_inputs, make_layout, make_plan
 from hetermoe_cli.cost.layout import LayoutCost
 from hetermoe_cli.cost.model import CostModel
-from hetermoe_cli.launch.prepare import SHORTEST_EMULATED_SECONDS, SHORTEST_EMULATED_STEP, automatic_time_scale
+from hetermoe_cli.launch.prepare import PASSES, SHORTEST_EMULATED_SECONDS, SHORTEST_EMULATED_STEP, automatic_time_scale
 from hetermoe_cli.schedule.action import Kind
 from hetermoe_cli.schedule.lower import training_schedule
 
@@ -24,3 +24,11 @@ def test_tasks_and_steps_last_long_enough(micro_batches: int) -> None:
     assert step >= SHORTEST_EMULATED_STEP * (1 - 1e-9)
     assert (step == pytest.approx(SHORTEST_EMULATED_STEP)) == (micro_batches == 1)
     assert max(max(own) for own in tasks) >= SHORTEST_EMULATED_SECONDS
+
+
+def test_last_combines_beside_a_head_that_is_apart_get_time() -> None:
+    layout = make_layout((1, 1, 0), (0, 1, 3))
+    inputs = make_inputs((("new", 3),), global_batch_sequences=4)
+    plain = automatic_time_scale(make_plan(inputs, layout))
+    apart = layout.model_copy(update={"head": [1, 1, 2]})
+    assert automatic_time_scale(make_plan(inputs, apart)) == pytest.approx(PASSES * plain)

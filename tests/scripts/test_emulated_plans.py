@@ -17,8 +17,8 @@ from hetermoe_cli.spec.plan import Plan
 
 @pytest.mark.long
 def test_held_out_plans(tmp_path: Path) -> None:
-    files = emulated_plans.held_out(tmp_path / "one", 6, seed=1)
-    again = emulated_plans.held_out(tmp_path / "two", 6, seed=1)
+    files = emulated_plans.held_out(tmp_path / "one", 6, seed=3)
+    again = emulated_plans.held_out(tmp_path / "two", 6, seed=3)
     other = emulated_plans.held_out(tmp_path / "three", 1, seed=2)
     assert [path.read_bytes() for path in files] == [path.read_bytes() for path in again]
     plans = [load(Plan, path) for path in files]
@@ -26,6 +26,7 @@ def test_held_out_plans(tmp_path: Path) -> None:
     assert [plan.layout.schedule.name for plan in plans] == ["zebra", "windowed", "sequential"] * 2
     assert len({str(plan.layout) for plan in plans}) == len(plans)
     assert [bool(plan.layout.shifts) for plan in plans] == [False] * 4 + [True, False]
+    assert [bool(plan.layout.head) for plan in plans] == [False] * 3 + [True, False, False]
     for path, plan in zip(files, plans, strict=True):
         plan.verify(str(path))
         train = plan.inputs.train
