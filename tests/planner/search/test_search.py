@@ -18,6 +18,7 @@ from hetermoe_cli.spec.cluster import Link
 from hetermoe_cli.spec.inputs import Inputs
 
 LIMIT = 600.0
+pytestmark = pytest.mark.usefixtures("within_bounds")  # or nothing is left to prove
 
 
 def inputs() -> Inputs:
