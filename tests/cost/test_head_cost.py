@@ -62,3 +62,6 @@ def test_who_computes_the_head_holds_it() -> None:
         assert other.optimizer_bytes - one.optimizer_bytes == 12 * held
     assert cost.memory(2).activations_bytes > plain.memory(2).activations_bytes
     assert cost.memory(2).buffers_bytes > plain.memory(2).buffers_bytes
+    for rank in (0, 1):
+        assert cost.memory(rank).activations_bytes < plain.memory(rank).activations_bytes
+    assert cost.memory(3) == plain.memory(3)

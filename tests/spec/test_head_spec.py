@@ -80,6 +80,7 @@ def test_every_token_has_one_rank_in_the_head(layout: Layout, length: int, data:
     for side in (before, after):
         assert [token for own in side.values() for token in own] == list(range(tokens))
     assert tuple(after) == layout.head_ranks
+    assert sum(map(layout.head_share, range(layout.world_size))) == pytest.approx(1)
     for one, own in before.items():
         for other, there in after.items():
             if in_both(own, there):

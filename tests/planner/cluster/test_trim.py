@@ -38,3 +38,16 @@ def test_a_layout_without_idle_ranks_stays_as_it_is() -> None:
     assert trimmed(LAYOUT, [list(range(6))], devices)[1] == [[0, 1]]
     busy = make_layout((1, 0), (4, 4))
     assert trimmed(busy, [[0, 1]], devices) == (busy, [[0, 1]])
+
+
+@pytest.mark.parametrize(("nics", "kept"), [(2, [0, 2, 4]), (1, [0, 1, 2, 3, 4, 5])])
+def test_a_device_that_only_computes_heads_stays_and_all_keep_their_shares(nics: int, kept: list[int]) -> None:
+    inputs = fleet([("new", 6, 2)], nics=nics, batch=8)
+    replicas = [list(range(6)), list(range(6, 12))]
+    apart = SOME.model_copy(update={"head": [1, 0, 0, 0, 3, 0]})
+    layout, left = trimmed(apart, replicas, inputs.devices())
+    assert left == [kept, [6 + rank for rank in kept]]
+    assert layout.head == [apart.head[rank] for rank in kept]
+    before = replay_groups(inputs, [Group.of(apart, replicas)])
+    after = replay_groups(inputs, [Group.of(layout, left)])
+    assert after.seconds == pytest.approx(before.seconds)
