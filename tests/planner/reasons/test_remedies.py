@@ -16,6 +16,12 @@ from hetermoe_cli.spec.inputs import Inputs
 from hetermoe_cli.spec.plan import Plan
 
 
+@pytest.fixture(autouse=True)
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changes are confirmed however slow the machine is."""
+    monkeypatch.setattr(remedies, "SECONDS", 300.0)
+
+
 def tight(
     memory: float, *, saved_bytes: int = 100, extra: int = 0, length: int = 64, batch: int = 4, recompute: str = "auto"
 ) -> Inputs:
